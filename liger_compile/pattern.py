@@ -1,0 +1,131 @@
+"""The values that travel between the steps: Pattern, Capture, Match, Decision, NearMiss.
+
+All are frozen, and none of them does anything: match.py makes matches of patterns, decide.py makes
+decisions of matches, rewrite.py carries the decisions out, report.py tells a person about them.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch.fx import Node
+
+Number = int | float
+
+
+@dataclass(frozen=True, eq=False)
+class Pattern:
+    """Mathematics to recognise, and what to put in its place. Both are plain PyTorch.
+
+    Args:
+        name: `op.spelling`, unique among the patterns in use, for example `"rms_norm.llama"`.
+        search: the mathematics. Its parameters are captures: a bare parameter binds a tensor;
+            `eps: float`, `n: int` and `reduction: str` bind constants; `bias: torch.Tensor | None`
+            binds a tensor or its absence. It returns one tensor or a tuple of tensors.
+        replace: called with the captures by name; returns as many tensors as search, of the same
+            shapes and dtypes.
+        examples: one value per parameter of search, to trace it with: a small tensor (its sizes stand
+            for sizes in general, equal numbers for equal sizes; torch.float32 stands for any floating
+            dtype) or a number or string of the annotated type.
+        check: says of a match why replacing it would be wrong, in a sentence; None accepts.
+        profit: says of a match why replacing it would not pay, in a sentence; None accepts. Asked
+            under `liger.policy="auto"` only.
+        saves: bytes of activations that training no longer keeps if the match is replaced.
+        is_loss: a loss makes its gradients in forward, so it is replaced at top level only, never in a
+            checkpoint body that would run it twice.
+    """
+
+    name: str
+    search: Callable[..., Any]
+    replace: Callable[..., Any]
+    examples: Mapping[str, Any]
+    check: Callable[[Match], str | None] | None = None
+    profit: Callable[[Match], str | None] | None = None
+    saves: Callable[[Match], int] | None = None
+    is_loss: bool = False
+
+    @property
+    def parameters(self) -> Mapping[str, inspect.Parameter]:
+        """The parameters of search: the names of the captures."""
+        return inspect.signature(self.search).parameters
+
+    def __repr__(self) -> str:
+        return f"Pattern({self.name!r})"
+
+
+@dataclass(frozen=True)
+class Capture:
+    """What a tensor parameter of search is bound to: a node, and what still has to be done to it.
+
+    `steps` is empty nearly always. It is not where the captured value exists in no node of its own:
+    a cast that autocast makes silently, or a slice of hidden states that the code takes of the logits.
+    """
+
+    node: Node
+    steps: tuple[Callable[[Any], Any], ...] = ()
+    value: Any = None  # the fake tensor, steps taken
+
+    def derive(self, tensor: Any) -> Any:
+        """Takes the steps on `tensor`, the value of `node`."""
+        for step in self.steps:
+            tensor = step(tensor)
+        return tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Match:
+    """A place in a graph that computes what a pattern's search computes.
+
+    `match["x"]` is what parameter x is bound to: a fake tensor (shape, dtype, device, requires_grad),
+    a number, a string, or None.
+    """
+
+    pattern: Pattern
+    captures: Mapping[str, Capture | Number | str | Node | None]
+    outputs: tuple[Node, ...]  # the nodes that the replacement stands in for, in the order of search
+    nodes: tuple[Node, ...]  # every node between captures and outputs, outputs included, in graph order
+
+    def __getitem__(self, name: str) -> Any:
+        bound = self.captures[name]
+        if isinstance(bound, Capture):
+            return bound.value
+        if isinstance(bound, Node):
+            return bound.meta["example_value"]
+        return bound
+
+    @property
+    def result(self) -> torch.Tensor:
+        """The fake tensor of the first output."""
+        return self.outputs[0].meta["example_value"]
+
+    def escaping(self) -> tuple[Node, ...]:
+        """Inner nodes that are used outside the match as well, and so stay alive if it is replaced."""
+        inner, outputs = set(self.nodes), set(self.outputs)
+        return tuple(
+            node for node in self.nodes if node not in outputs and any(user not in inner for user in node.users)
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Decision:
+    """What happens to a match, and why. `reason` is empty where it is replaced."""
+
+    match: Match
+    kind: Literal["replace", "annotate", "leave"]
+    reason: str = ""
+    saved_bytes: int | None = None  # None: not known, as where a size is symbolic
+
+
+@dataclass(frozen=True, eq=False)
+class NearMiss:
+    """A place that looks like a pattern and is not: how far matching came, and where it stopped."""
+
+    pattern: Pattern
+    root: Node  # the node at which matching began
+    culprit: Node | None  # the node that differs
+    reason: str  # what was expected and what stands there
+    score: float = field(default=0.0)  # share of the pattern that did match, 0 to 1
