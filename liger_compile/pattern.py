@@ -87,7 +87,8 @@ class Match:
     pattern: Pattern
     captures: Mapping[str, Capture | Number | str | Node | None]
     outputs: tuple[Node, ...]  # the nodes that the replacement stands in for, in the order of search
-    nodes: tuple[Node, ...]  # every node between captures and outputs, outputs included, in graph order
+    nodes: tuple[Node, ...]  # what computes the outputs from the captures, outputs included, in graph order
+    operands: tuple[Node, ...] = ()  # what these nodes read
 
     def __getitem__(self, name: str) -> Any:
         bound = self.captures[name]

@@ -1,0 +1,210 @@
+"""Hands a rewritten graph to what compiles it: Inductor, or an eager backend for debugging.
+
+In: a Dynamo GraphModule that is rewritten already, its example inputs, and mode and options as
+torch.compile understands them. Out: the callable that Dynamo will call. This is the only file that names
+Inductor, functorch, a cache key or a torch version; it neither reads nor edits a graph's mathematics.
+
+The cache key. Of a custom op, the caches on disk know the name only. After a change of ours AOTAutograd's
+would hand out an artifact with the old backward traced into it (pytorch#144344, open in 2.14) or partitioned
+by other recompute marks, and Inductor's would read memory as the old fake described it: wrong numbers and no
+error. `cache_key` covers what they do not look at.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib
+import inspect
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import CodeType
+from typing import Any
+
+import torch
+import torch._dynamo
+from torch._dynamo.callback import callback_handler
+from torch.fx import GraphModule
+
+from .pattern import Pattern
+
+# transformers hangs these on logging.Logger and calls them between logits and loss, where Dynamo would break
+# the graph in two. They say a thing once and return None: leaving them out of a trace changes no result.
+_LOGGER_METHODS = ("warning_once", "info_once")
+
+
+def compile_graph(
+    gm: GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    inductor_options: Mapping[str, Any] | None = None,
+    inner: str = "inductor",
+    patterns: Iterable[Pattern] = (),
+    key: str = "",
+) -> Callable[..., Any]:
+    """Compiles `gm`, and takes ownership of it.
+
+    `patterns` are those in use and `key` whatever else decided what `gm` is: both go into the cache key.
+    Raises what torch.compile(backend="inductor") raises for a wrong mode or option, whatever `inner` is.
+    """
+    patches = _inductor_patches(mode, inductor_options)
+    # One way into the key: attributes of the top-level GraphModule are pickled into AOTAutograd's (meta is
+    # not). They are not seen by Inductor's cache, below it.
+    digest = cache_key(gm, patterns, key)
+    gm._liger_compile_key = digest  # pyright: ignore[reportArgumentType]
+    if inner != "inductor":
+        # "aot_eager" partitions by min-cut, which honours recompute marks, and then runs the aten ops.
+        return torch._dynamo.lookup_backend(inner)(gm, list(example_inputs))
+
+    from torch._inductor import config
+    from torch._inductor.compile_fx import compile_fx
+
+    # The other way: Inductor's config is in the keys of both, and changing a value of this entry is the
+    # documented way to change them. It has to be a config patch, not `with config.patch(...)` round the call:
+    # the backward is compiled later.
+    name = "unsafe_marked_cacheable_functions"
+    patches[name] = {**patches.get(name, getattr(config, name)), "liger_compile": digest}
+    compiled: Any = compile_fx(gm, example_inputs, config_patches=patches)
+    return compiled
+
+
+def reset() -> None:
+    """Forgets recorded CUDA graphs, as the stock backend does. For torch._dynamo.reset()."""
+    if torch.cuda.is_available():
+        from torch._inductor.cudagraph_trees import reset_cudagraph_trees
+
+        reset_cudagraph_trees()
+
+
+def uses_cudagraphs(mode: str | None, inductor_options: Mapping[str, Any] | None) -> bool:
+    """Whether outputs may live in the memory pool of a CUDA graph, where the next call overwrites them."""
+    from torch._inductor import config
+
+    return _inductor_patches(mode, inductor_options).get("triton.cudagraphs", config.triton.cudagraphs)
+
+
+def _inductor_patches(mode: str | None, options: Mapping[str, Any] | None) -> dict[str, Any]:
+    # The stock wrapper (private; the same in 2.11 to 2.14) is what makes patches of mode and options,
+    # validates them, and sets the environment that CUDA graphs want. It reads `dynamic` nowhere.
+    return dict(torch._TorchCompileInductorWrapper(mode, dict(options or {}), None).config)
+
+
+# The cache key ---------------------------------------------------------------------------------------------
+
+
+def cache_key(gm: GraphModule, patterns: Iterable[Pattern] = (), key: str = "") -> str:
+    """A digest of what the artifact of `gm` depends on and torch's own keys leave out.
+
+    The versions of torch and Triton are in theirs, by content. Stable between processes.
+    """
+    functions = [
+        function
+        for pattern in patterns
+        for function in (pattern.search, pattern.replace, pattern.check, pattern.profit, pattern.saves)
+    ]
+    functions.extend(_op_definitions(gm))
+    return _digest([package_hash(), key, *_sources(functions), "marks", *_recompute_marks(gm)])
+
+
+@functools.cache
+def package_hash() -> str:
+    """Of every source file of ours. By content: an editable install changes without a new version."""
+    packages = map(importlib.import_module, ("liger_compile", "liger_compile.patterns"))
+    files = sorted({file for one in packages for root in one.__path__ for file in Path(root).rglob("*.py")})
+    return _digest(f"{file.name} {_file_hash(file)}" for file in files)
+
+
+def why_not_cached(gm: GraphModule) -> str | None:
+    """Why AOTAutograd will not cache the artifact of `gm`, in its own words; None if it finds no reason."""
+    from torch._functorch._aot_autograd.autograd_cache import BypassAOTAutogradCache, check_cacheable
+
+    try:
+        check_cacheable(gm)
+    except BypassAOTAutogradCache as refusal:
+        return str(refusal)
+    return None
+
+
+def cache_counts() -> dict[str, int]:
+    """How often AOTAutograd's cache was asked in this process, by outcome: "hit", "miss", "bypass"."""
+    counts = torch._dynamo.utils.counters["aot_autograd"]
+    return {outcome: counts[f"autograd_cache_{outcome}"] for outcome in ("hit", "miss", "bypass")}
+
+
+def _recompute_marks(gm: GraphModule) -> Iterator[str]:
+    for name, module in gm.named_modules():
+        if not isinstance(module, GraphModule):
+            continue
+        for position, node in enumerate(module.graph.nodes):
+            if "recompute" in node.meta:
+                yield f"{name} {position} {node.meta['recompute']} {node.meta.get('ac_graph_id')}"
+
+
+def _op_definitions(gm: GraphModule) -> Iterator[Callable[..., Any] | None]:
+    """What Python defines of the custom ops in `gm`: forward, fake and backward.
+
+    For a user's ops. Ours are in `package_hash` with all they call; of a user's, these functions' files are.
+    """
+    from torch._library.custom_ops import OPDEFS
+
+    targets = {
+        node.target
+        for module in gm.modules()
+        if isinstance(module, GraphModule)
+        for node in module.graph.nodes
+    }
+    for target in targets:
+        packet = getattr(target, "overloadpacket", target)
+        definition = OPDEFS.get(getattr(packet, "_qualified_op_name", None))
+        if definition is not None:
+            yield from (definition._init_fn, definition._abstract_fn)
+            yield from (definition._setup_context_fn, definition._backward_fn)
+
+
+def _sources(functions: Iterable[Callable[..., Any] | None]) -> list[str]:
+    """Digests of the files that define `functions`, where what they call mostly stands too; where there is no
+    file, as in a notebook, of the bytecode. Not remembered: a person may edit and reload."""
+    codes = [code for function in functions if function and (code := _code(function))]
+    files = {path for code in codes if (path := Path(code.co_filename)).is_file()}
+    typed = {_digest(_bytecode(code)) for code in codes if Path(code.co_filename) not in files}
+    return sorted({*map(_file_hash, files), *typed})
+
+
+def _code(function: Callable[..., Any]) -> CodeType | None:
+    """None for a function in C: it is torch's, whose version is in torch's keys."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    function = inspect.unwrap(function)
+    return getattr(function, "__code__", None) or getattr(type(function).__call__, "__code__", None)
+
+
+def _bytecode(code: CodeType) -> Iterator[str]:
+    yield from (code.co_code.hex(), repr(code.co_names))
+    for constant in code.co_consts:
+        yield from _bytecode(constant) if isinstance(constant, CodeType) else (repr(constant),)
+
+
+def _file_hash(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _digest(parts: Iterable[str]) -> str:
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+# Dynamo ----------------------------------------------------------------------------------------------------
+
+
+def set_up_dynamo() -> None:
+    """Keeps logging calls from breaking graphs. Call it when the backend is loaded: before Dynamo traces."""
+    _ignore_logger_methods()
+    # transformers may be imported after us, so look again whenever a trace begins.
+    if _ignore_logger_methods not in callback_handler.start_callbacks:
+        callback_handler.register_start_callback(_ignore_logger_methods)
+
+
+def _ignore_logger_methods(_: object = None) -> None:
+    methods = (getattr(logging.Logger, name, None) for name in _LOGGER_METHODS)
+    torch._dynamo.config.ignore_logging_functions.update(method for method in methods if method is not None)

@@ -1,0 +1,191 @@
+"""decide(): what happens to each match. Promises one and two live here: never wrong, never slower.
+
+For every match, larger patterns first: legality in any graph, then the pattern's own check, then profit. The first
+refusal wins and is a sentence. Nothing here edits a graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from liger_compile.pattern import Capture, Decision, Match
+from liger_compile.terms.mutation import Mutations, storages_of
+
+# Calls that change how everything after them runs.
+_CONTEXT_SWITCHES = (
+    "_set_grad_enabled",
+    "_enter_autocast",
+    "_exit_autocast",
+    "_enter_inference_mode",
+    "_exit_inference_mode",
+)
+
+
+def decide(
+    graph: Graph,
+    matches: Sequence[Match],
+    mutations: Mutations,
+    *,
+    policy: str = "auto",
+    fuel: int | None = None,
+    is_top_level: bool = True,
+) -> list[Decision]:
+    """A decision for every match that no larger accepted match contains.
+
+    Args:
+        matches: larger patterns first, as find_matches gives them.
+        policy: "auto" asks profit too, "always" does not, "never" leaves everything.
+        fuel: how many matches may be replaced at most; None is no limit.
+        is_top_level: False in the body of a checkpoint, where no loss is replaced.
+    """
+    context = _Context(graph, mutations, is_top_level)
+    consumed: set[Node] = set()
+    decisions: list[Decision] = []
+    for match in matches:
+        if consumed & set(match.outputs):
+            continue
+        kind, reason = "replace", ""
+        for refuses in LEGALITY:
+            reason = reason or refuses(match, context) or ""
+        if not reason and match.pattern.check:
+            reason = match.pattern.check(match) or ""
+        if not reason and policy == "never":
+            reason = "liger.policy is 'never'"
+        if not reason and policy == "auto" and match.pattern.profit:
+            reason = match.pattern.profit(match) or ""
+        if not reason and fuel is not None and fuel <= sum(d.kind == "replace" for d in decisions):
+            reason = f"liger.fuel={fuel} is used up"
+        if reason:
+            kind = "leave"
+        else:
+            consumed.update(match.outputs)
+            consumed.update(set(match.nodes) - set(match.escaping()))
+        saved = match.pattern.saves(match) if match.pattern.saves and kind == "replace" else None
+        decisions.append(Decision(match, kind, reason, saved))
+    return _without_covered(decisions, consumed)
+
+
+def _without_covered(decisions: list[Decision], consumed: set[Node]) -> list[Decision]:
+    """A refusal says nothing where another pattern replaced the same place in the end."""
+    return [d for d in decisions if d.kind == "replace" or d.match.outputs[0] not in consumed]
+
+
+@dataclass
+class _Context:
+    graph: Graph
+    mutations: Mutations
+    is_top_level: bool
+    switches: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        for node in self.graph.nodes:
+            if node.op == "call_function" and getattr(node.target, "__name__", "") in _CONTEXT_SWITCHES:
+                self.switches.append(self.position(node))
+
+    def position(self, node: Node) -> int:
+        return self.mutations.position[node]
+
+    def span(self, match: Match) -> tuple[int, int]:
+        """From the first node that is replaced to where the replacement stands."""
+        return self.position(match.nodes[0]), max(
+            self.position(match.nodes[0]), self.position(insertion_point(match, self.position))
+        )
+
+
+def captured_nodes(match: Match) -> list[Node]:
+    """The nodes that a replacement reads."""
+    bound = match.captures.values()
+    return [b.node if isinstance(b, Capture) else b for b in bound if isinstance(b, (Capture, Node))]
+
+
+def insertion_point(match: Match, position: Callable[[Node], int]) -> Node:
+    """The node before which the replacement can stand: the first output, or what follows the last capture."""
+    first = min(match.outputs, key=position)
+    last = max(captured_nodes(match), key=position, default=first)
+    return first if position(last) < position(first) else last.next
+
+
+# Legality in any graph: each function gives the sentence why not, or None.
+
+
+def _refuse_wrapped_tensors(match: Match, context: _Context) -> str | None:
+    """DTensor, Float8 and other wrappers have meanings of their own."""
+    for node in (*match.operands, *match.nodes):
+        value = node.meta.get("example_value")
+        if isinstance(value, torch.Tensor) and is_traceable_wrapper_subclass(value):
+            return f"{node.name} is a {type(value).__name__}, and only plain tensors are replaced"
+    return None
+
+
+def _refuse_several_devices(match: Match, context: _Context) -> str | None:
+    tensors = [match[name] for name in match.captures if isinstance(match[name], torch.Tensor)]
+    devices = sorted({str(tensor.device) for tensor in [*tensors, match.result] if tensor.dim()})
+    return f"its tensors are on several devices: {', '.join(devices)}" if len(devices) > 1 else None
+
+
+def _refuse_several_regions(match: Match, context: _Context) -> str | None:
+    first, last = context.position(match.nodes[0]), context.position(match.nodes[-1])
+    if any(first < switch < max(last, context.span(match)[1]) for switch in context.switches):
+        return "grad mode or autocast changes within it"
+    return None
+
+
+def _refuse_mutation(match: Match, context: _Context) -> str | None:
+    first, last = context.span(match)
+    last = max(last, context.position(match.nodes[-1]))
+    inner = set(match.nodes) - set(match.outputs)
+    for node in dict.fromkeys((*match.operands, *captured_nodes(match), *inner)):
+        at = context.mutations.write_between(node, first - 1, last + 1)
+        if at is not None:
+            return f"{node.name} is written in place while it is in use{_source(context, at)}"
+    return None
+
+
+def _source(context: _Context, position: int) -> str:
+    for node, at in context.mutations.position.items():
+        if at == position:
+            return f", by {node.name}"
+    return ""
+
+
+def _refuse_late_captures(match: Match, context: _Context) -> str | None:
+    """The replacement stands after all its captures, so nothing may read an output before that."""
+    at = context.position(insertion_point(match, context.position))
+    inner = set(match.nodes)
+    for output in match.outputs:
+        for user in output.users:
+            if user not in inner and context.position(user) < at:
+                return f"{user.name} reads {output.name} before all inputs of the replacement are computed"
+    return None
+
+
+def _refuse_aliases(match: Match, context: _Context) -> str | None:
+    """What shares memory with an input has to go on sharing it."""
+    inputs: set[Any] = set().union(*(storages_of(node) for node in captured_nodes(match)))
+    for output in match.outputs:
+        if storages_of(output) & inputs:
+            return f"{output.name} is a view of an input, and has to stay one"
+    return None
+
+
+def _refuse_inner_loss(match: Match, context: _Context) -> str | None:
+    if match.pattern.is_loss and not context.is_top_level:
+        return "a loss inside a checkpoint body runs twice, and its gradients are made in forward"
+    return None
+
+
+LEGALITY: tuple[Callable[[Match, _Context], str | None], ...] = (
+    _refuse_wrapped_tensors,
+    _refuse_inner_loss,
+    _refuse_several_devices,
+    _refuse_several_regions,
+    _refuse_aliases,
+    _refuse_late_captures,
+    _refuse_mutation,
+)

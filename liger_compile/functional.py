@@ -1,0 +1,443 @@
+"""The ops as functions. They can be called as they are, and are what the patterns put in a graph.
+
+Every function takes plain tensors, returns new ones and supports first derivatives. Half precision in, half
+precision out: computation is in float32, and rounded where the docstring says; float64 in is float64 throughout.
+An ambient autocast changes nothing. What each op computes and saves is in its file in liger_compile/ops/.
+
+Letters: D model width or head size, R rotated channels, I inner width of an MLP, O its output width, N tokens,
+H hidden width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from . import ops as ops  # registers them
+from .ops.precision import accumulation_dtype
+from .ops.rotary import LAYOUTS
+
+__all__ = [
+    "add_rms_norm",
+    "cross_entropy",
+    "geglu",
+    "linear_cross_entropy",
+    "rms_norm",
+    "rotary",
+    "rotary_complex",
+    "swiglu",
+]
+
+
+def rms_norm(
+    x: Tensor,
+    weight: Tensor | None = None,
+    eps: float | None = 1e-6,
+    *,
+    offset: float = 0.0,
+    casting: Literal["llama", "gemma"] = "llama",
+) -> Tensor:
+    """Root mean square normalization over the last dimension.
+
+    Args:
+        x: (..., D), any floating dtype. Statistics are taken in float32.
+        weight: (D), or None for no weight.
+        eps: added to the mean of squares. None is what it is in `F.rms_norm`, the machine epsilon of the dtype
+            that statistics are taken in.
+        offset: added to the weight, 1.0 for Gemma. Only with casting="gemma".
+        casting: where it rounds. "llama": `weight * (x / rms).to(x.dtype)`, as Hugging Face's LlamaRMSNorm.
+            "gemma": `(x / rms * (offset + weight)).to(x.dtype)`, as GemmaRMSNorm and, with offset 0, `F.rms_norm`.
+
+    Returns:
+        (..., D), in x.dtype; with "llama" in the dtype that x and weight promote to.
+
+    Source: Zhang and Sennrich 2019, arXiv 1910.07467.
+    """
+    _check_norm("rms_norm", x, weight, offset, casting)
+    if eps is None:
+        eps = torch.finfo(accumulation_dtype(x.dtype)).eps
+    y, _ = torch.ops.liger_compile.rms_norm.default(x, weight, eps, offset, casting)
+    return y
+
+
+def add_rms_norm(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None = None,
+    eps: float | None = 1e-6,
+    *,
+    offset: float = 0.0,
+    casting: Literal["llama", "gemma"] = "llama",
+) -> tuple[Tensor, Tensor]:
+    """Adds the residual and normalizes the sum: `(y, s)` with `s = x + residual`, `y = rms_norm(s, ...)`.
+
+    s is rounded to the dtype that x and residual promote to, and y is the norm of the rounded s.
+
+    Args:
+        x, residual: (..., D), of one shape.
+        weight, eps, offset, casting: as in `rms_norm`.
+
+    Returns:
+        y and s, both (..., D).
+    """
+    _check_norm("add_rms_norm", x, weight, offset, casting)
+    if _differ(x.shape, residual.shape):
+        raise ValueError(
+            f"add_rms_norm: expected x and residual of one shape, got {tuple(x.shape)} and "
+            f"{tuple(residual.shape)}; expand the smaller one"
+        )
+    if eps is None:
+        eps = torch.finfo(accumulation_dtype(torch.promote_types(x.dtype, residual.dtype))).eps
+    y, s, _ = torch.ops.liger_compile.add_rms_norm.default(x, residual, weight, eps, offset, casting)
+    return y, s
+
+
+def rotary(
+    q: Tensor,
+    k: Tensor | None = None,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    *,
+    layout: Literal["half", "interleaved", "interleaved_to_half"] = "half",
+    half_tables: bool = False,
+    out_dtype: torch.dtype | None = None,
+) -> Any:
+    """Rotates the first R channels of q, and of k if it is given, and passes the others through.
+
+    A pair of channels (a, b) becomes (a * cos_a - b * sin_a, b * cos_b + a * sin_b). Computed in float32, rounded once.
+
+    Args:
+        q: (..., D).
+        k: (..., D), or None. Heads and leading dimensions need not be those of q.
+        cos, sin: (..., R) with R even and at most D, broadcastable against q and k without enlarging them, laid
+            out as the result is: any numbers, not only a table whose halves are equal. They get no gradient.
+        layout: which channels are a pair. "half": i and R/2 + i. "interleaved": 2i and 2i + 1.
+            "interleaved_to_half": read from 2i and 2i + 1, written to i and R/2 + i, as in DeepSeek-V3.
+        half_tables: cos and sin are (..., R/2) and hold one number for each pair.
+        out_dtype: dtype of the result; None is the dtype that x and cos promote to.
+
+    Returns:
+        q', or (q', k') if k is given.
+
+    Source: Su et al. 2021, arXiv 2104.09864.
+    """
+    _check_rotary(q, k, cos, sin, layout, half_tables)
+    q, rotated_k = torch.ops.liger_compile.rotary.default(q, k, cos, sin, layout, half_tables, out_dtype)
+    return q if k is None else (q, rotated_k)
+
+
+def rotary_complex(q: Tensor, k: Tensor | None = None, freqs: Tensor | None = None) -> Any:
+    """Rotates interleaved pairs by complex numbers, as Meta's Llama code does.
+
+    The same as `view_as_real(view_as_complex(q.float().unflatten(-1, (-1, 2))) * freqs).flatten(-2).type_as(q)`.
+
+    Args:
+        q, k: as in `rotary`, of one dtype.
+        freqs: (..., R/2), complex.
+
+    Returns:
+        q', or (q', k') if k is given, in the dtype of q.
+    """
+    if freqs is None or not freqs.is_complex():
+        raise TypeError(
+            f"rotary_complex: expected complex freqs, got {_kind(freqs)}; pass real tables to rotary as cos and sin"
+        )
+    if k is not None and k.dtype != q.dtype:
+        raise TypeError(
+            f"rotary_complex: expected q and k of one dtype, got {q.dtype} and {k.dtype}; rotate them one by one"
+        )
+    cos, sin = torch.view_as_real(freqs).unbind(-1)
+    return rotary(q, k, cos, sin, layout="interleaved", half_tables=True, out_dtype=q.dtype)
+
+
+def swiglu(
+    gate: Tensor, up: Tensor | None = None, down_weight: Tensor | None = None, down_bias: Tensor | None = None
+) -> Tensor:
+    """`silu(gate) * up`, and the down projection of that if down_weight is given.
+
+    With a down projection the product is not kept for backward but computed again.
+
+    Args:
+        gate: (..., I), or (..., 2I) with the gate in its first half and up in its second, if up is None.
+        up: (..., I), or None.
+        down_weight: (O, I), or None for no projection. In the dtype that gate and up promote to.
+        down_bias: (O), or None.
+
+    Returns:
+        (..., I), or with a down projection (..., O), in the dtype that gate and up promote to. The product is taken
+        in float32 and rounded once; the projection is `F.linear`.
+
+    Source: Shazeer 2020, arXiv 2002.05202.
+    """
+    return _gated("swiglu", gate, up, down_weight, down_bias, "silu")
+
+
+def geglu(
+    gate: Tensor,
+    up: Tensor | None = None,
+    down_weight: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    *,
+    approximate: Literal["none", "tanh"] = "none",
+) -> Tensor:
+    """`F.gelu(gate, approximate=approximate) * up`, and the down projection of that; otherwise as `swiglu`."""
+    if approximate not in ("none", "tanh"):
+        raise ValueError(f"geglu: expected approximate 'none' or 'tanh', got {approximate!r}; pass one of the two")
+    activation = "gelu" if approximate == "none" else "gelu_tanh"
+    return _gated("geglu", gate, up, down_weight, down_bias, activation)
+
+
+def cross_entropy(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    *,
+    ignore_index: int = -100,
+    reduction: Literal["mean", "sum", "none"] = "mean",
+    label_smoothing: float = 0.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    z_loss: float = 0.0,
+) -> Tensor:
+    """`F.cross_entropy(softcap * tanh(logit_scale * logits.float() / softcap), target, ...)`, plus z-loss.
+
+    Saves the logits and two numbers a token, and makes no float32 copy of the logits.
+
+    Args:
+        logits: (..., V), any floating dtype. Classes are last, unlike in `F.cross_entropy`.
+        target: (...) or (N): class indices, int64, one for each row of logits.
+        weight: (V), a weight for each class, or None. It gets no gradient.
+        ignore_index: a target that counts for nothing.
+        reduction: "mean" divides by the number of tokens that count, or by the sum of the weights of their classes.
+        label_smoothing: share of the target spread evenly over all classes.
+        logit_scale: multiplies the logits.
+        softcap: bounds the logits by a tanh, after the scale; None for no bound.
+        z_loss: adds z_loss * logsumexp^2 to the loss of a token, weighted by the weight of its class.
+
+    Returns:
+        The loss, in float32 (float64 for float64 logits): a scalar, or for "none" of the shape of target. A mean
+        over no tokens is NaN, with gradients of 0.
+
+    Raises:
+        IndexError: a target is no class, on a CPU. Other devices assert.
+    """
+    _check_loss("cross_entropy", logits, target, logits.shape[-1], weight, reduction, label_smoothing, softcap)
+    rows = logits.reshape(-1, logits.shape[-1])
+    loss, _, _ = torch.ops.liger_compile.cross_entropy.default(
+        rows, target.reshape(-1), weight, ignore_index, reduction, label_smoothing, logit_scale, softcap, z_loss
+    )
+    return loss.reshape(target.shape) if reduction == "none" else loss
+
+
+def linear_cross_entropy(
+    x: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None = None,
+    *,
+    class_weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: Literal["mean", "sum", "none"] = "mean",
+    label_smoothing: float = 0.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    z_loss: float = 0.0,
+) -> Tensor:
+    """`cross_entropy(F.linear(x, weight, bias), target, ...)`, with no more than a chunk of the logits at a time.
+
+    With reduction "mean" or "sum" the gradients are made in forward, for the inputs that require one.
+
+    Args:
+        x: (..., H).
+        weight: (V, H), in the dtype of x.
+        target: (...) or (N): class indices, int64, one for each row of x.
+        bias: (V), in the dtype of x, or None.
+        class_weight: (V), or None, as weight in `cross_entropy`, whose other arguments mean the same here.
+
+    Returns:
+        The loss, as that of `cross_entropy`. Logits are rounded to the dtype of x, as `F.linear` rounds them.
+
+    Raises:
+        IndexError: a target is no class, on a CPU. Other devices assert.
+        RuntimeError: in a backward with create_graph=True.
+
+    Source: Hsu et al. 2024, arXiv 2410.10989.
+    """
+    name = "linear_cross_entropy"
+    if x.dtype != weight.dtype or (bias is not None and bias.dtype != x.dtype):
+        got = " and ".join(str(t.dtype) for t in (x, weight, bias) if t is not None)
+        raise TypeError(f"{name}: expected x, weight and bias of one dtype, got {got}; cast them to one")
+    if weight.dim() != 2 or _differ(weight.shape[1:], x.shape[-1:]):
+        raise ValueError(
+            f"{name}: expected a weight of shape (V, {x.shape[-1]}), got {tuple(weight.shape)}; "
+            "pass the weight as F.linear takes it"
+        )
+    _check_vector(name, "bias", bias, weight.shape[0])
+    _check_loss(name, x, target, weight.shape[0], class_weight, reduction, label_smoothing, softcap)
+    in_forward = torch.is_grad_enabled() and reduction != "none"
+    loss, _, _, _ = torch.ops.liger_compile.linear_cross_entropy.default(
+        x.reshape(-1, x.shape[-1]),
+        weight,
+        target.reshape(-1),
+        bias,
+        class_weight,
+        ignore_index,
+        reduction,
+        label_smoothing,
+        logit_scale,
+        softcap,
+        z_loss,
+        in_forward and x.requires_grad,
+        in_forward and weight.requires_grad,
+        in_forward and bias is not None and bias.requires_grad,
+    )
+    return loss.reshape(target.shape) if reduction == "none" else loss
+
+
+def _gated(
+    name: str, gate: Tensor, up: Tensor | None, weight: Tensor | None, bias: Tensor | None, activation: str
+) -> Tensor:
+    if up is None and statically_known_true(gate.shape[-1] % 2 != 0):
+        raise ValueError(
+            f"{name}: expected a packed gate of even width, got {gate.shape[-1]}; pass gate and up one by one"
+        )
+    if up is not None and _differ(gate.shape, up.shape):
+        raise ValueError(
+            f"{name}: expected gate and up of one shape, got {tuple(gate.shape)} and {tuple(up.shape)}; "
+            "expand the smaller one"
+        )
+    if weight is None:
+        if bias is not None:
+            raise ValueError(f"{name}: expected down_bias with a down_weight, got it alone; pass both or neither")
+        return torch.ops.liger_compile.gated_activation.default(gate, up, activation)
+    dtype = gate.dtype if up is None else torch.promote_types(gate.dtype, up.dtype)
+    if weight.dtype != dtype or (bias is not None and bias.dtype != dtype):
+        got = " and ".join(str(t.dtype) for t in (weight, bias) if t is not None)
+        raise TypeError(
+            f"{name}: expected down_weight and down_bias in {dtype}, the dtype of gate and up, got {got}; cast them"
+        )
+    inner = gate.shape[-1] // 2 if up is None else gate.shape[-1]
+    if weight.dim() != 2 or _differ(weight.shape[1:], (inner,)):
+        raise ValueError(
+            f"{name}: expected a down_weight of shape (O, {inner}), got {tuple(weight.shape)}; "
+            "pass the weight as F.linear takes it"
+        )
+    _check_vector(name, "down_bias", bias, weight.shape[0])
+    return torch.ops.liger_compile.gated_mlp.default(gate, up, weight, bias, activation)
+
+
+def _check_norm(name: str, x: Tensor, weight: Tensor | None, offset: float, casting: str) -> None:
+    _check_floating(name, "x", x)
+    _check_vector(name, "weight", weight, x.shape[-1])
+    if casting not in ("llama", "gemma"):
+        raise ValueError(f"{name}: expected casting 'llama' or 'gemma', got {casting!r}; pass one of the two")
+    if offset != 0 and (casting != "gemma" or weight is None):
+        given = "no weight" if weight is None else f"casting {casting!r}"
+        raise ValueError(
+            f"{name}: expected offset 0 with {given}, got {offset}; an offset goes with a weight and casting 'gemma'"
+        )
+
+
+def _check_rotary(
+    q: Tensor, k: Tensor | None, cos: Tensor | None, sin: Tensor | None, layout: str, half_tables: bool
+) -> None:
+    _check_floating("rotary", "q", q)
+    if layout not in LAYOUTS:
+        raise ValueError(f"rotary: expected layout to be one of {', '.join(LAYOUTS)}, got {layout!r}; pass one of them")
+    if cos is None or sin is None or not cos.is_floating_point() or not sin.is_floating_point():
+        raise TypeError(
+            f"rotary: expected real tables cos and sin, got {_kind(cos)} and {_kind(sin)}; "
+            "pass both, or complex ones to rotary_complex"
+        )
+    if _differ(cos.shape, sin.shape):
+        raise ValueError(
+            f"rotary: expected cos and sin of one shape, got {tuple(cos.shape)} and {tuple(sin.shape)}; "
+            "pass the tables of the same positions"
+        )
+    width = 2 * cos.shape[-1] if half_tables else cos.shape[-1]
+    for label, x in (("q", q), ("k", k)):
+        if x is None:
+            continue
+        if statically_known_true(width > x.shape[-1]) or statically_known_true(width % 2 != 0):
+            raise ValueError(
+                f"rotary: expected tables for an even number of channels, {x.shape[-1]} at most, got tables "
+                f"for {width}; slice them, or set half_tables if they hold one number for each pair"
+            )
+        if _enlarges(cos.shape[:-1], x.shape[:-1]):
+            raise ValueError(
+                f"rotary: expected tables that broadcast against {label} of shape {tuple(x.shape)}, got "
+                f"{tuple(cos.shape)}; unsqueeze them at the heads"
+            )
+
+
+def _check_loss(
+    name: str,
+    rows: Tensor,
+    target: Tensor,
+    classes: int,
+    class_weight: Tensor | None,
+    reduction: str,
+    label_smoothing: float,
+    softcap: float | None,
+) -> None:
+    label = "logits" if name == "cross_entropy" else "x"
+    _check_floating(name, label, rows)
+    if target.dtype != torch.int64:
+        raise TypeError(f"{name}: expected class indices in int64 as target, got {target.dtype}; cast them with .long()")
+    flat = target.dim() == 1 and not _differ(target.shape, (rows.shape[:-1].numel(),))
+    if not flat and _differ(target.shape, rows.shape[:-1]):
+        raise ValueError(
+            f"{name}: expected one target for each row of {label}, shape {tuple(rows.shape[:-1])}, got "
+            f"{tuple(target.shape)}; drop or pad what has no counterpart"
+        )
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(
+            f"{name}: expected reduction 'mean', 'sum' or 'none', got {reduction!r}; pass one of the three"
+        )
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"{name}: expected label_smoothing from 0 to 1, got {label_smoothing}; pass a share")
+    if softcap is not None and softcap <= 0:
+        raise ValueError(f"{name}: expected softcap above 0, got {softcap}; pass None for no cap")
+    weight_label = "weight" if name == "cross_entropy" else "class_weight"
+    _check_vector(name, weight_label, class_weight, classes)
+    if class_weight is not None and class_weight.requires_grad:
+        raise ValueError(
+            f"{name}: expected a {weight_label} that needs no gradient, got one that requires it; detach it"
+        )
+
+
+def _check_floating(name: str, label: str, x: Tensor) -> None:
+    if not x.is_floating_point():
+        raise TypeError(f"{name}: expected {label} in a floating dtype, got {x.dtype}; cast it")
+
+
+def _check_vector(name: str, label: str, vector: Tensor | None, length: int) -> None:
+    if vector is None:
+        return
+    if vector.dim() != 1 or _differ(vector.shape, (length,)):
+        raise ValueError(
+            f"{name}: expected a {label} of shape ({length},), got {tuple(vector.shape)}; "
+            f"pass one number for each of the {length}"
+        )
+
+
+def _differ(left: Any, right: Any) -> bool:
+    """Whether two shapes are known to differ. A symbolic size gets the benefit of the doubt: no guard is added."""
+    if len(left) != len(right):
+        return True
+    return any(statically_known_true(a != b) for a, b in zip(left, right, strict=True))
+
+
+def _enlarges(shape: Any, other: Any) -> bool:
+    """Whether broadcasting against `shape` is known to change `other`, or to be impossible."""
+    if len(shape) > len(other):
+        return True
+    pairs = zip(reversed(shape), reversed(other), strict=False)
+    return any(statically_known_true(a != 1) and statically_known_true(a != b) for a, b in pairs)
+
+
+def _kind(x: Tensor | None) -> str:
+    return "None" if x is None else str(x.dtype)

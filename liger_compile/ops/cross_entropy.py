@@ -1,0 +1,111 @@
+"""Cross-entropy of logits that are there, keeping nothing but the logits and two numbers a row.
+
+    loss = reduce(losses of softmax_loss.py)       "none": each token's; "sum"; "mean": sum(loss) / sum(w[t])
+
+    logits (N, V), target (N), class_weight (V) or None -> loss () or (N), row_max (N), log_sum (N)
+
+Dtypes: logits in any floating dtype, target in int64; the loss and the statistics in float32 (float64 for float64
+logits), dlogits in the dtype of the logits. Saved for backward: logits, target, row_max, log_sum. The statistics are
+two because exp(z - row_max - log_sum) is exact to the last bits where exp(z - lse) loses as many as |lse| has.
+
+Neither pass makes an N x V temporary in float32: both go through the rows in chunks.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .chunks import row_chunks
+from .precision import accumulation_dtype
+from .registration import opaque_op
+from .softmax_loss import SoftmaxLoss, reduce
+
+
+@opaque_op
+def cross_entropy(
+    logits: Tensor,
+    target: Tensor,
+    class_weight: Tensor | None,
+    ignore_index: int,
+    reduction: str,
+    label_smoothing: float,
+    logit_scale: float,
+    softcap: float | None,
+    z_loss: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    head = SoftmaxLoss(class_weight, ignore_index, label_smoothing, logit_scale, softcap, z_loss)
+    head.check(target, logits.shape[1])
+    losses, row_max, log_sum = (_row_statistic(logits) for _ in range(3))
+    for rows in row_chunks(logits.shape[0], 4 * logits.shape[1]):
+        z = head.scores(logits[rows])
+        logp = torch.log_softmax(z, -1)
+        row_max[rows], log_sum[rows] = head.statistics(z, logp)
+        losses[rows] = head.losses(logp, row_max[rows] + log_sum[rows], target[rows])
+    return reduce(losses, head.token_weight(target, losses.dtype), reduction), row_max, log_sum
+
+
+def _row_statistic(logits: Tensor) -> Tensor:
+    return logits.new_empty(logits.shape[:1], dtype=accumulation_dtype(logits.dtype))
+
+
+@cross_entropy.register_fake
+def _(
+    logits: Tensor, target: Tensor, class_weight: Any, ignore_index: int, reduction: str, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    losses, row_max, log_sum = (_row_statistic(logits) for _ in range(3))
+    return losses if reduction == "none" else losses.new_empty(()), row_max, log_sum
+
+
+@opaque_op
+def cross_entropy_backward(
+    dloss: Tensor,
+    logits: Tensor,
+    target: Tensor,
+    class_weight: Tensor | None,
+    row_max: Tensor,
+    log_sum: Tensor,
+    ignore_index: int,
+    reduction: str,
+    label_smoothing: float,
+    logit_scale: float,
+    softcap: float | None,
+    z_loss: float,
+) -> Tensor:
+    head = SoftmaxLoss(class_weight, ignore_index, label_smoothing, logit_scale, softcap, z_loss)
+    if reduction == "mean":
+        dloss = dloss / head.token_weight(target, row_max.dtype).sum()
+    upstream = dloss.expand(row_max.shape)
+    dlogits = torch.empty_like(logits, memory_format=torch.contiguous_format)
+    for rows in row_chunks(logits.shape[0], 4 * logits.shape[1]):
+        z = head.scores(logits[rows])
+        logp = (z - row_max[rows].unsqueeze(-1)).sub_(log_sum[rows].unsqueeze(-1))
+        lse = row_max[rows] + log_sum[rows]
+        dlogits[rows] = head.gradient_(logp, z, lse, target[rows], upstream[rows])
+    return dlogits
+
+
+@cross_entropy_backward.register_fake
+def _(dloss: Tensor, logits: Tensor, *rest: Any) -> Tensor:
+    return torch.empty_like(logits, memory_format=torch.contiguous_format)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    logits, target, class_weight, *config = inputs
+    _, row_max, log_sum = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(row_max, log_sum)
+    ctx.save_for_backward(logits, target, class_weight, row_max, log_sum)
+    ctx.config = config
+
+
+def _backward(ctx: Any, dloss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    if dloss is None or not ctx.needs_input_grad[0]:
+        return (None,) * 9
+    dlogits = torch.ops.liger_compile.cross_entropy_backward.default(dloss, *ctx.saved_tensors, *ctx.config)
+    return dlogits, *(None,) * 8
+
+
+cross_entropy.register_autograd(_backward, setup_context=_setup_context)

@@ -1,0 +1,215 @@
+"""The gate of a gated MLP, alone and together with the down projection that follows it.
+
+    h = act(gate) * up              gated_activation: h
+    y = h @ weight^T + bias         gated_mlp: y, keeping no h
+
+    gate, up (..., I), or gate (..., 2I) packed with the gate in its first half and up None
+    weight (O, I), bias (O) or None -> h (..., I), y (..., O)
+
+`activation` is "silu" (SwiGLU), "gelu" (exact) or "gelu_tanh" (GeGLU).
+
+Dtypes: act and the product in float32 (float64 for float64), rounded once, to the dtype that gate and up promote to;
+that must be the dtype of weight and bias. Saved for backward: gate, up, weight. Backward computes h again, for it
+costs less than to keep it: of gate, up and h an eager MLP saves all three.
+
+    dh = dy @ weight,  dgate = dh * up * act'(gate),  dup = dh * act(gate),  dweight = dy^T @ h,  dbias = sum(dy)
+
+dh is rounded to its dtype, as the matrix product leaves it. A packed gate gets one packed gradient.
+
+Source: Shazeer, GLU Variants Improve Transformer, 2020 (arXiv 2002.05202).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .chunks import row_chunks
+from .precision import accumulation_dtype
+from .registration import opaque_op, traceable_op
+
+
+def split_packed(gate: Tensor, up: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(gate, up), as views of the packed gate if up is None."""
+    if up is not None:
+        return gate, up
+    half = gate.shape[-1] // 2
+    return gate[..., :half], gate[..., half:]
+
+
+def act(gate: Tensor, activation: str) -> Tensor:
+    if activation == "silu":
+        return F.silu(gate)
+    return F.gelu(gate, approximate="tanh" if activation == "gelu_tanh" else "none")
+
+
+def activate(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+    """The reference: h."""
+    dtype = torch.promote_types(gate.dtype, up.dtype)
+    wide = accumulation_dtype(dtype)
+    return (act(gate.to(wide), activation) * up.to(wide)).to(dtype)
+
+
+def gate_gradient(dh: Tensor, gate: Tensor, up: Tensor, activation: str) -> Tensor:
+    wide = accumulation_dtype(dh.dtype)
+    grad, gate_wide = dh.to(wide) * up.to(wide), gate.to(wide)
+    if activation == "silu":
+        return torch.ops.aten.silu_backward.default(grad, gate_wide).to(gate.dtype)
+    approximate = "tanh" if activation == "gelu_tanh" else "none"
+    return torch.ops.aten.gelu_backward.default(grad, gate_wide, approximate=approximate).to(gate.dtype)
+
+
+def up_gradient(dh: Tensor, gate: Tensor, up: Tensor, activation: str) -> Tensor:
+    wide = accumulation_dtype(dh.dtype)
+    return (dh.to(wide) * act(gate.to(wide), activation)).to(up.dtype)
+
+
+@traceable_op
+def gated_activation(gate: Tensor, up: Tensor | None, activation: str) -> Tensor:
+    return activate(*split_packed(gate, up), activation)
+
+
+@traceable_op
+def gated_activation_backward(
+    dh: Tensor, gate: Tensor, up: Tensor | None, activation: str, needs_dgate: bool, needs_dup: bool
+) -> tuple[Tensor, Tensor]:
+    """(dgate, dup), empty where not needed; dup is empty as well if dgate is packed."""
+    gate_half, up_half = split_packed(gate, up)
+    dgate = gate_gradient(dh, gate_half, up_half, activation) if needs_dgate else gate.new_empty(0)
+    dup = gate.new_empty(0)
+    if needs_dup or (up is None and needs_dgate):
+        dup = up_gradient(dh, gate_half, up_half, activation)
+    if up is None and needs_dgate:
+        return torch.cat((dgate, dup), -1), gate.new_empty(0)
+    return dgate, dup
+
+
+def _activation_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    gate, up, activation = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(gate, up)
+    ctx.activation = activation
+
+
+def _activation_backward(ctx: Any, dh: Tensor | None) -> tuple[Tensor | None, ...]:
+    if dh is None:
+        return None, None, None
+    gate, up = ctx.saved_tensors
+    needs_dgate, needs_dup, _ = ctx.needs_input_grad
+    dgate, dup = torch.ops.liger_compile.gated_activation_backward.default(
+        dh, gate, up, ctx.activation, needs_dgate, needs_dup
+    )
+    return dgate if needs_dgate else None, dup if needs_dup else None, None
+
+
+gated_activation.register_autograd(_activation_backward, setup_context=_activation_setup_context)
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(x.shape[:-1].numel(), x.shape[-1])
+
+
+@opaque_op
+def gated_mlp(gate: Tensor, up: Tensor | None, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+    gate_half, up_half = (_rows(x) for x in split_packed(gate, up))
+    h = torch.empty_like(gate_half, dtype=weight.dtype, memory_format=torch.contiguous_format)
+    for chunk in row_chunks(h.shape[0], 4 * h.shape[1]):
+        h[chunk] = activate(gate_half[chunk], up_half[chunk], activation)
+    return F.linear(h, weight, bias).view(*gate.shape[:-1], weight.shape[0])
+
+
+@gated_mlp.register_fake
+def _(gate: Tensor, up: Tensor | None, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+    return weight.new_empty((*gate.shape[:-1], weight.shape[0]))
+
+
+@opaque_op
+def gated_mlp_backward(
+    dy: Tensor,
+    gate: Tensor,
+    up: Tensor | None,
+    weight: Tensor,
+    activation: str,
+    needs_dgate: bool,
+    needs_dup: bool,
+    needs_dweight: bool,
+    needs_dbias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(dgate, dup, dweight, dbias), empty where not needed; dup is empty as well if dgate is packed."""
+    needs = needs_dgate, needs_dup, needs_dweight, needs_dbias
+    dgate, dup, dweight, dbias = _empty_gradients(gate, up, weight, *needs)
+    dy = _rows(dy)
+    gate_half, up_half = (_rows(x) for x in split_packed(gate, up))
+    dgate_half, dup_half = _rows(dgate), _rows(dup)
+    if up is None:
+        dgate_half, dup_half = split_packed(dgate_half, None)
+    # One N x I buffer: first dh, and then, chunk by chunk as dh is used up, h.
+    h = dy @ weight if needs_dgate or needs_dup else dy.new_empty(gate_half.shape)
+    for chunk in row_chunks(h.shape[0], 4 * h.shape[1]):
+        gate_chunk, up_chunk = gate_half[chunk], up_half[chunk]
+        if needs_dgate:
+            dgate_half[chunk] = gate_gradient(h[chunk], gate_chunk, up_chunk, activation)
+        if needs_dup or (up is None and needs_dgate):
+            dup_half[chunk] = up_gradient(h[chunk], gate_chunk, up_chunk, activation)
+        if needs_dweight:
+            h[chunk] = activate(gate_chunk, up_chunk, activation)
+    if needs_dweight:
+        torch.mm(dy.t(), h, out=dweight)
+    if needs_dbias:
+        torch.sum(dy, 0, out=dbias)
+    return dgate, dup, dweight, dbias
+
+
+def _empty_gradients(
+    gate: Tensor,
+    up: Tensor | None,
+    weight: Tensor,
+    needs_dgate: bool,
+    needs_dup: bool,
+    needs_dweight: bool,
+    needs_dbias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    nothing = (0,)
+    return (
+        gate.new_empty(gate.shape if needs_dgate else nothing),
+        gate.new_empty(nothing) if up is None or not needs_dup else up.new_empty(up.shape),
+        weight.new_empty(weight.shape if needs_dweight else nothing),
+        weight.new_empty(weight.shape[:1] if needs_dbias else nothing),
+    )
+
+
+@gated_mlp_backward.register_fake
+def _(
+    dy: Tensor, gate: Tensor, up: Tensor | None, weight: Tensor, activation: str, *needs: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _empty_gradients(gate, up, weight, *needs)
+
+
+def _mlp_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    gate, up, weight, _, activation = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(gate, up, weight)
+    ctx.activation = activation
+
+
+def _mlp_backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
+    if dy is None:
+        return (None,) * 5
+    gate, up, weight = ctx.saved_tensors
+    needs_dgate, needs_dup, needs_dweight, needs_dbias, _ = ctx.needs_input_grad
+    dgate, dup, dweight, dbias = torch.ops.liger_compile.gated_mlp_backward.default(
+        dy, gate, up, weight, ctx.activation, needs_dgate, needs_dup, needs_dweight, needs_dbias
+    )
+    return (
+        dgate if needs_dgate else None,
+        dup if needs_dup else None,
+        dweight if needs_dweight else None,
+        dbias if needs_dbias else None,
+        None,
+    )
+
+
+gated_mlp.register_autograd(_mlp_backward, setup_context=_mlp_setup_context)

@@ -1,0 +1,212 @@
+"""The last linear layer and its cross-entropy, without the logits.
+
+    logits = x @ weight^T + bias            rounded to the dtype of x, as F.linear rounds them
+    loss = reduce(losses of softmax_loss.py)       "none": each token's; "sum"; "mean": sum(loss) / sum(w[t])
+
+    x (N, H), weight (V, H), target (N), bias (V) or None, class_weight (V) or None
+    -> loss () or (N), dx (N, H), dweight (V, H), dbias (V); a gradient that is not needed is empty
+
+Tokens go through in chunks: logits of a chunk, their loss, the gradient of that in place, and two products with it,
+the chunk's rows of dx and its share of dweight. No more than a chunk of logits ever exists. For "mean" and "sum" the
+gradients are therefore made in forward, for an incoming gradient of 1, and saved; backward only scales them. For
+"none" every token has an incoming gradient of its own, so backward computes the logits again.
+
+Dtypes: x, weight and bias in one dtype; the loss and everything between logits and their gradient in float32 (float64
+for float64). dweight is summed in the dtype of weight, in float32 if that is a half precision and there are more than
+ACCUMULATE_WIDE_ABOVE chunks. On a CPU 1 / sum(w[t]) of a "mean" goes into the products as their alpha: the gradient
+of the logits is rounded as p - onehot, in which the 1 is exact and nothing underflows, and scaled before the result
+is rounded. Other devices scale it before, as eager code does, rather than wait for the number.
+
+Source: Hsu et al., Liger Kernel, 2024 (arXiv 2410.10989), for gradients in forward. The algorithm is our own.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .chunks import row_chunks
+from .precision import accumulation_dtype
+from .registration import opaque_op, second_derivative_error
+from .softmax_loss import SoftmaxLoss, reduce
+
+ACCUMULATE_WIDE_ABOVE = 4
+
+
+def _empty_gradients(x: Tensor, weight: Tensor, needs: tuple[bool, bool, bool]) -> tuple[Tensor, Tensor, Tensor]:
+    needs_dx, needs_dweight, needs_dbias = needs
+    return (
+        x.new_empty(x.shape if needs_dx else (0,)),
+        weight.new_empty(weight.shape if needs_dweight else (0,)),
+        weight.new_empty(weight.shape[:1] if needs_dbias else (0,)),
+    )
+
+
+def losses_and_gradients(
+    head: SoftmaxLoss,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    upstream: Tensor,
+    scale: float,
+    needs: tuple[bool, bool, bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The reference: the tokens' losses, and scale times the gradients of (losses * upstream).sum()."""
+    needs_dx, needs_dweight, needs_dbias = needs
+    wide = accumulation_dtype(x.dtype)
+    chunks = row_chunks(x.shape[0], wide.itemsize * weight.shape[0])
+    losses = x.new_empty(x.shape[:1], dtype=wide)
+    dx, dweight, dbias = _empty_gradients(x, weight, needs)
+    dweight = dweight.to(wide if len(chunks) > ACCUMULATE_WIDE_ABOVE else weight.dtype).zero_()
+    dbias = dbias.to(wide).zero_()
+
+    def one_chunk(rows: slice) -> None:  # a function, so that a chunk's buffers are gone before the next one's
+        z = head.scores(F.linear(x[rows], weight, bias))
+        logp = torch.log_softmax(z, -1)
+        row_max, log_sum = head.statistics(z, logp)
+        lse = row_max + log_sum
+        losses[rows] = head.losses(logp, lse, target[rows])
+        if not any(needs):
+            return
+        dlogits = head.gradient_(logp, z, lse, target[rows], upstream[rows])
+        if needs_dbias:
+            dbias.add_(dlogits.sum(0), alpha=scale)
+        dlogits = dlogits.to(x.dtype)
+        if needs_dx:
+            torch.addmm(dx[rows], dlogits, weight, beta=0, alpha=scale, out=dx[rows])
+        if needs_dweight:
+            add_product_(dweight, dlogits.t(), x[rows], scale)
+
+    for rows in chunks:
+        one_chunk(rows)
+    return losses, dx, dweight.to(weight.dtype), dbias.to(weight.dtype)
+
+
+def add_product_(total: Tensor, a: Tensor, b: Tensor, scale: float) -> None:
+    """total += scale * a @ b, in panels of rows where that takes a temporary because total is wider than a and b."""
+    if total.dtype == a.dtype:
+        total.addmm_(a, b, alpha=scale)
+        return
+    for rows in row_chunks(total.shape[0], a.element_size() * total.shape[1]):
+        total[rows] += torch.addmm(a.new_zeros(()), a[rows], b, beta=0, alpha=scale)
+
+
+@opaque_op
+def linear_cross_entropy(
+    x: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    class_weight: Tensor | None,
+    ignore_index: int,
+    reduction: str,
+    label_smoothing: float,
+    logit_scale: float,
+    softcap: float | None,
+    z_loss: float,
+    needs_dx: bool,
+    needs_dweight: bool,
+    needs_dbias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    head = SoftmaxLoss(class_weight, ignore_index, label_smoothing, logit_scale, softcap, z_loss)
+    head.check(target, weight.shape[0])
+    token_weight = head.token_weight(target, accumulation_dtype(x.dtype))
+    upstream, scale = torch.ones_like(token_weight), 1.0
+    if reduction == "mean" and x.device.type == "cpu":
+        total = token_weight.sum().item()
+        # Nothing to divide by: F.cross_entropy has gradients of 0 if all tokens are ignored, else NaN.
+        scale = 1 / total if total else float("nan") if head.counted(target).any() else 0.0
+    elif reduction == "mean":
+        upstream = upstream / token_weight.sum()
+    losses, dx, dweight, dbias = losses_and_gradients(
+        head, x, weight, bias, target, upstream, scale, (needs_dx, needs_dweight, needs_dbias)
+    )
+    return reduce(losses, token_weight, reduction), dx, dweight, dbias
+
+
+@linear_cross_entropy.register_fake
+def _(
+    x: Tensor, weight: Tensor, target: Tensor, bias: Any, class_weight: Any, ignore_index: int, reduction: str, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    needs = rest[-3:]
+    loss = x.new_empty(x.shape[:1] if reduction == "none" else (), dtype=accumulation_dtype(x.dtype))
+    return loss, *_empty_gradients(x, weight, needs)
+
+
+@opaque_op
+def linear_cross_entropy_backward(
+    dlosses: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    class_weight: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    logit_scale: float,
+    softcap: float | None,
+    z_loss: float,
+    needs_dx: bool,
+    needs_dweight: bool,
+    needs_dbias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dx, dweight, dbias) for reduction "none", empty where not needed."""
+    head = SoftmaxLoss(class_weight, ignore_index, label_smoothing, logit_scale, softcap, z_loss)
+    needs = needs_dx, needs_dweight, needs_dbias
+    return losses_and_gradients(head, x, weight, bias, target, dlosses, 1.0, needs)[1:]
+
+
+@linear_cross_entropy_backward.register_fake
+def _(dlosses: Tensor, x: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _empty_gradients(x, weight, rest[-3:])
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
+    x, weight, target, bias, class_weight, ignore_index, reduction, *terms = inputs
+    _, *gradients = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*gradients)
+    ctx.reduction = reduction
+    ctx.terms, ctx.made = (ignore_index, *terms[:-3]), terms[-3:]
+    if reduction == "none":
+        ctx.save_for_backward(x, weight, target, bias, class_weight)
+    else:
+        ctx.save_for_backward(*gradients)
+
+
+def _backward(ctx: Any, dloss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    if dloss is None:
+        return (None,) * 14
+    needs_dx, needs_dweight, _, needs_dbias, *_ = ctx.needs_input_grad
+    needs = needs_dx, needs_dweight, needs_dbias
+    if ctx.reduction == "none":
+        gradients = torch.ops.liger_compile.linear_cross_entropy_backward.default(
+            dloss, *ctx.saved_tensors, *ctx.terms, *needs
+        )
+    else:
+        gradients = _scaled(dloss, ctx.saved_tensors, ctx.made, needs)
+    dx, dweight, dbias = (grad if needed else None for grad, needed in zip(gradients, needs, strict=True))
+    return dx, dweight, None, dbias, *(None,) * 10
+
+
+def _scaled(
+    dloss: Tensor, gradients: tuple[Tensor, ...], made: tuple[bool, ...], needs: tuple[bool, ...]
+) -> list[Tensor]:
+    """The gradients made in forward, times dloss. Not in place, so that a retained graph can run backward again."""
+    if torch.is_grad_enabled():  # create_graph=True, and what was made in forward knows nothing of x and weight
+        raise second_derivative_error("linear_cross_entropy")
+    for name, was_made, needed in zip(("dx", "dweight", "dbias"), made, needs, strict=True):
+        if needed and not was_made:
+            raise RuntimeError(
+                f"linear_cross_entropy: expected needs_{name}=True for an input that requires grad, got False; "
+                "call liger_compile.functional.linear_cross_entropy, which sets it"
+            )
+    # In float32, for dloss may be a number that a half precision rounds. Under Inductor that is one kernel, in place.
+    return [(gradient.to(dloss.dtype) * dloss).to(gradient.dtype) for gradient in gradients]
+
+
+linear_cross_entropy.register_autograd(_backward, setup_context=_setup_context)

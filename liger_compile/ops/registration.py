@@ -1,0 +1,53 @@
+"""The two kinds of op, and what both have in common: no mutation, no autocast, first derivatives only.
+
+An op is named after its function, in the namespace `liger_compile`. Until `register_autograd` gives it a
+backward, differentiating it is an error: so it stays for the ops that are the backward of another.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+from torch.library import CustomOpDef
+
+from .precision import outside_autocast
+
+
+def traceable_op(fn: Callable[..., Any]) -> CustomOpDef:
+    """An op that is one node to Dynamo and that AOTAutograd traces through, so that Inductor fuses its body.
+
+    The body is its own fake implementation: it must consist of PyTorch operators and wrapped Triton kernels.
+    """
+    # triton_op works without Triton, but where Triton is not installed it logs a warning for every op.
+    log = logging.getLogger("torch._library.triton")
+    disabled, log.disabled = log.disabled, True
+    try:
+        op = torch.library.triton_op(f"liger_compile::{fn.__name__}", outside_autocast(fn), mutates_args=())
+    finally:
+        log.disabled = disabled
+    return _first_derivative_only(op, fn.__name__)
+
+
+def opaque_op(fn: Callable[..., Any]) -> CustomOpDef:
+    """An op that stays one call down to the generated code, so that its body may loop. It needs a fake."""
+    op = torch.library.custom_op(f"liger_compile::{fn.__name__}", outside_autocast(fn), mutates_args=())
+    return _first_derivative_only(op, fn.__name__)
+
+
+def second_derivative_error(name: str) -> RuntimeError:
+    return RuntimeError(
+        f"{name}: expected to be differentiated once, got a second derivative; "
+        "run what needs second derivatives without liger_compile"
+    )
+
+
+def _first_derivative_only(op: CustomOpDef, name: str) -> CustomOpDef:
+    def backward(ctx: Any, *grads: Tensor | None) -> NoReturn:
+        raise second_derivative_error(name.removesuffix("_backward"))
+
+    op.register_autograd(backward)
+    return op

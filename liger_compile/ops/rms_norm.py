@@ -1,0 +1,107 @@
+"""RMSNorm over the last dimension.
+
+    rstd = 1 / sqrt(mean(x^2) + eps)
+    casting "llama":  y = weight * (x * rstd).to(x.dtype)             rounded twice, as Hugging Face's LlamaRMSNorm
+    casting "gemma":  y = (x * rstd * (offset + weight)).to(x.dtype)  rounded once, as GemmaRMSNorm and F.rms_norm
+
+    x (..., D), weight (D) or None -> y (..., D), rstd (...)
+
+Dtypes: x and weight in any floating dtypes; statistics and products in float32 (float64 for float64 x); y in
+x.dtype, under "llama" in the dtype that x and weight promote to. Saved for backward: x, weight, rstd.
+
+With n = x * rstd and g = dy * (offset + weight):  dx = rstd * (g - n * mean(g * n)),  dweight = sum(dy * n).
+That is the derivative of the formula without its roundings; it is rounded once, at the end.
+
+Source: Zhang and Sennrich, Root Mean Square Layer Normalization, 2019 (arXiv 1910.07467).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .precision import accumulation_dtype
+from .registration import traceable_op
+
+
+def normalize(
+    x: Tensor, weight: Tensor | None, eps: float, offset: float, casting: str
+) -> tuple[Tensor, Tensor]:
+    """The reference: (y, rstd)."""
+    wide = accumulation_dtype(x.dtype)
+    x_wide = x.to(wide)
+    rstd = torch.rsqrt(x_wide.square().mean(-1, keepdim=True) + eps)
+    y = x_wide * rstd
+    if weight is not None and casting == "gemma":
+        y = y * (weight.to(wide) + offset)
+    y = y.to(x.dtype)
+    if weight is not None and casting == "llama":
+        y = weight * y
+    return y, rstd.squeeze(-1)
+
+
+def input_gradient(dy: Tensor, x: Tensor, weight: Tensor | None, rstd: Tensor, offset: float) -> Tensor:
+    """dx, in the dtype it is computed in."""
+    wide = accumulation_dtype(dy.dtype)
+    rstd = rstd.unsqueeze(-1)
+    normed = x.to(wide) * rstd
+    g = dy.to(wide) if weight is None else dy.to(wide) * (weight.to(wide) + offset)
+    return rstd * (g - normed * (g * normed).mean(-1, keepdim=True))
+
+
+def weight_gradient(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> Tensor:
+    """dweight, in the dtype of weight."""
+    wide = accumulation_dtype(dy.dtype)
+    dweight = dy.to(wide) * (x.to(wide) * rstd.unsqueeze(-1))
+    if dweight.dim() > 1:
+        dweight = dweight.sum(list(range(dweight.dim() - 1)))
+    return dweight.to(weight.dtype)
+
+
+@traceable_op
+def rms_norm(
+    x: Tensor, weight: Tensor | None, eps: float, offset: float, casting: str
+) -> tuple[Tensor, Tensor]:
+    return normalize(x, weight, eps, offset, casting)
+
+
+@traceable_op
+def rms_norm_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    rstd: Tensor,
+    offset: float,
+    needs_dx: bool,
+    needs_dweight: bool,
+) -> tuple[Tensor, Tensor]:
+    """(dx, dweight), empty where not needed."""
+    dx = input_gradient(dy, x, weight, rstd, offset).to(x.dtype) if needs_dx else x.new_empty(0)
+    if weight is None or not needs_dweight:
+        return dx, x.new_empty(0)
+    return dx, weight_gradient(dy, x, weight, rstd)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, weight, _, offset, _ = inputs
+    _, rstd = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(rstd)
+    ctx.save_for_backward(x, weight, rstd)
+    ctx.offset = offset
+
+
+def _backward(ctx: Any, dy: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    if dy is None:
+        return (None,) * 5
+    x, weight, rstd = ctx.saved_tensors
+    needs_dx, needs_dweight, *_ = ctx.needs_input_grad
+    dx, dweight = torch.ops.liger_compile.rms_norm_backward.default(
+        dy, x, weight, rstd, ctx.offset, needs_dx, needs_dweight
+    )
+    return dx if needs_dx else None, dweight if needs_dweight else None, None, None, None
+
+
+rms_norm.register_autograd(_backward, setup_context=_setup_context)

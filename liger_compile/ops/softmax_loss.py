@@ -1,0 +1,116 @@
+"""The softmax cross-entropy of a block of logits and its gradient: what both cross-entropy ops are made of.
+
+    z    = softcap * tanh(logit_scale * logits / softcap)         without softcap: logit_scale * logits
+    logp = log_softmax(z)                                         = (z - row_max) - log_sum
+    loss = w[t] * ((1 - e) * -logp[t] + z_loss * lse^2) + e/V * sum_c(w[c] * -logp[c])
+
+    logits (C, V), t target (C), w class weights (V) or 1, e label_smoothing, lse = row_max + log_sum
+
+A token whose target is ignore_index has loss 0 and gradient 0. Everything here is in float32 (float64 for float64
+logits), from the logits as they were rounded. The logits' rows are few enough that a wide copy of them is no matter.
+
+Sources: torch.nn.functional.cross_entropy; Szegedy et al. 2015 (label smoothing, arXiv 1512.00567);
+Chowdhery et al. 2022 (z-loss, arXiv 2204.02311); Gemma Team 2024 (softcap, arXiv 2408.00118).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .precision import accumulation_dtype
+
+
+@dataclass(frozen=True, eq=False)
+class SoftmaxLoss:
+    class_weight: Tensor | None
+    ignore_index: int
+    label_smoothing: float
+    logit_scale: float
+    softcap: float | None
+    z_loss: float
+
+    def scores(self, logits: Tensor) -> Tensor:
+        """z, in the accumulation dtype; `logits` themselves where that changes nothing."""
+        z = logits.to(accumulation_dtype(logits.dtype))
+        if self.logit_scale != 1.0:
+            z = z * self.logit_scale
+        if self.softcap is not None:
+            z = torch.tanh(z / self.softcap) * self.softcap
+        return z
+
+    def check(self, target: Tensor, classes: int) -> None:
+        """Raises what F.cross_entropy raises for a target that is no class. Other devices assert on the device."""
+        if target.device.type != "cpu":
+            return
+        wrong = target[(target != self.ignore_index) & ((target < 0) | (target >= classes))]
+        if wrong.numel():
+            raise IndexError(f"Target {wrong[0].item()} is out of bounds.")
+
+    def counted(self, target: Tensor) -> Tensor:
+        return target != self.ignore_index
+
+    def index(self, target: Tensor) -> Tensor:
+        """The targets, with a class that exists for those that are ignored. (C, 1)"""
+        return target.masked_fill(target == self.ignore_index, 0).unsqueeze(-1)
+
+    def token_weight(self, target: Tensor, dtype: torch.dtype) -> Tensor:
+        """w[t], 0 where the target is ignored. Its sum is what reduction="mean" divides by. (C)"""
+        if self.class_weight is None:
+            return self.counted(target).to(dtype)
+        weight = self.class_weight.to(dtype)[self.index(target).squeeze(-1)]
+        return weight.masked_fill(~self.counted(target), 0)
+
+    def statistics(self, z: Tensor, logp: Tensor) -> tuple[Tensor, Tensor]:
+        """(row_max, log_sum); where z is largest, logp is -log_sum. (C)"""
+        return z.amax(-1), -logp.amax(-1)
+
+    def losses(self, logp: Tensor, lse: Tensor, target: Tensor) -> Tensor:
+        """The loss of each token. (C)"""
+        index, weight = self.index(target), self.token_weight(target, logp.dtype)
+        loss = -logp.gather(-1, index).squeeze(-1) * (1 - self.label_smoothing)
+        if self.z_loss:
+            loss = loss + self.z_loss * lse.square()
+        loss = loss * weight
+        if self.label_smoothing:
+            smooth = logp if self.class_weight is None else logp * self.class_weight.to(logp.dtype)
+            loss = loss - smooth.sum(-1) * (self.label_smoothing / logp.shape[-1])
+        # A fill and not a product: an ignored token may have logits of which the loss is not finite.
+        return loss.masked_fill(~self.counted(target), 0)
+
+    def gradient_(
+        self, logp: Tensor, z: Tensor | None, lse: Tensor, target: Tensor, upstream: Tensor
+    ) -> Tensor:
+        """The gradient of (losses * upstream).sum() to the logits. Overwrites logp; needs z only for a softcap."""
+        classes = logp.shape[-1]
+        upstream = upstream.masked_fill(~self.counted(target), 0)
+        weight = self.token_weight(target, logp.dtype) * upstream
+        onehot = weight * (1 - self.label_smoothing)
+        through_p = onehot
+        if self.z_loss:
+            through_p = through_p + 2 * self.z_loss * lse * weight
+        spread = upstream * (self.label_smoothing / classes)
+        if self.label_smoothing:
+            mass = classes if self.class_weight is None else self.class_weight.to(logp.dtype).sum()
+            through_p = through_p + spread * mass
+        grad = logp.exp_().mul_(through_p.unsqueeze(-1))
+        if self.label_smoothing and self.class_weight is None:
+            grad.sub_(spread.unsqueeze(-1))
+        elif self.label_smoothing and self.class_weight is not None:
+            grad.addcmul_(spread.unsqueeze(-1), self.class_weight.to(logp.dtype), value=-1)
+        grad.scatter_add_(-1, self.index(target), -onehot.unsqueeze(-1))
+        if self.softcap is not None:
+            assert z is not None
+            grad.mul_(1 - (z / self.softcap).square())
+        if self.logit_scale != 1.0:
+            grad.mul_(self.logit_scale)
+        return grad
+
+
+def reduce(losses: Tensor, weight: Tensor, reduction: str) -> Tensor:
+    """"mean" divides by the sum of the tokens' weights: NaN if every token is ignored, as F.cross_entropy."""
+    if reduction == "none":
+        return losses
+    return losses.sum() / weight.sum() if reduction == "mean" else losses.sum()

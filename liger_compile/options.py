@@ -1,0 +1,138 @@
+"""The options of `torch.compile(model, backend="liger", options={...})`.
+
+In: the `mode` and the `options` that torch.compile hands to a backend. Out: ours, whose names begin with
+"liger.", validated once; and the rest, untouched. The rest is Inductor's: this file does not look at it.
+
+`Options` is the one list of what there is. Parsing, the error texts and `describe()` all read its fields.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import Field, dataclass, field, fields
+from typing import Any
+
+from .pattern import Pattern
+
+PREFIX = "liger."
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """The values that an option takes: `accepts` completes "expected ..."."""
+
+    accepts: str
+    contains: Callable[[Any], bool]
+
+
+def _one_of(*values: str) -> _Kind:
+    names = ", ".join(repr(value) for value in values)
+    return _Kind(f"one of {names}", lambda value: isinstance(value, str) and value in values)
+
+
+def _tuple_of(kind: type, accepts: str) -> _Kind:
+    return _Kind(accepts, lambda value: isinstance(value, tuple) and all(isinstance(v, kind) for v in value))
+
+
+_COUNT = _Kind(
+    "a whole number from 0, or None", lambda value: value is None or (type(value) is int and value >= 0)
+)
+_FLAG = _Kind("True or False", lambda value: isinstance(value, bool))
+_MODE = _Kind('a mode of torch.compile such as "max-autotune"', lambda value: isinstance(value, str | None))
+_PATTERNS = _tuple_of(Pattern, "a tuple of Pattern objects")
+_NAMES = _tuple_of(str, 'a tuple of names such as ("rms_norm.llama", "rotary")')
+
+
+def _option(default: Any, kind: _Kind, help: str, env: str = "") -> Any:
+    """A field of Options. The environment variable `env` stands in where the option is not given."""
+    return field(default=default, metadata={"kind": kind, "help": help, "env": env})
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a user may choose. Hashable; `repr(options)` says the same in every process."""
+
+    policy: str = _option(
+        "auto",
+        _one_of("auto", "always", "never"),
+        "Replace what pays, everything that is proven equal, or nothing (and report only).",
+    )
+    inner: str = _option(
+        "inductor",
+        _one_of("inductor", "aot_eager", "eager"),
+        "What compiles the rewritten graph. All but the first are for debugging.",
+    )
+    mode: str | None = _option(
+        None, _MODE, "As torch.compile(mode=...), which torch.compile refuses next to options."
+    )
+    patterns: tuple[Pattern, ...] = _option((), _PATTERNS, "Patterns to use besides the registered ones.")
+    skip: tuple[str, ...] = _option(
+        (), _NAMES, 'Patterns not to use: one by its name, or all of an op as in "rotary".'
+    )
+    fuel: int | None = _option(None, _COUNT, "Stop after so many rewrites, to bisect.", env="LIGER_FUEL")
+    strict: bool = _option(
+        False, _FLAG, "Raise if the rewriter fails, instead of compiling the graph as it came."
+    )
+
+    def skips(self, pattern_name: str) -> bool:
+        """Whether `skip` names this pattern, or its op: "rms_norm" is the op of "rms_norm.llama"."""
+        return pattern_name in self.skip or pattern_name.partition(".")[0] in self.skip
+
+
+_FIELDS: Mapping[str, Field[Any]] = {PREFIX + one.name: one for one in fields(Options)}
+
+
+def parse(mode: str | None, options: Mapping[str, Any] | None) -> tuple[Options, dict[str, Any]]:
+    """Ours and Inductor's, of what torch.compile handed over. Raises ValueError for a wrong one of ours."""
+    ours = {key: value for key, value in (options or {}).items() if key.startswith(PREFIX)}
+    inductors = {key: value for key, value in (options or {}).items() if key not in ours}
+
+    chosen = _from_environment()
+    for key, value in ours.items():
+        if key not in _FIELDS:
+            raise ValueError(_unknown(key))
+        value = tuple(value) if isinstance(value, list) else value
+        chosen[_FIELDS[key].name] = _validated(f"option {key!r}", value, _FIELDS[key])
+
+    if mode is not None and chosen.get("mode") not in (None, mode):
+        raise ValueError(f"mode={mode!r} and liger.mode={chosen['mode']!r} differ; give one of the two")
+    return Options(**{**chosen, "mode": chosen.get("mode") or mode}), inductors
+
+
+def describe() -> str:
+    """The options for a person, two lines each."""
+    lines = []
+    for key, one in _FIELDS.items():
+        env = f" Environment: {one.metadata['env']}." if one.metadata["env"] else ""
+        lines.append(f"{key}: {one.metadata['kind'].accepts}; default {one.default!r}.")
+        lines.append(f"    {one.metadata['help']}{env}")
+    return "\n".join(lines)
+
+
+def _from_environment() -> dict[str, Any]:
+    chosen: dict[str, Any] = {}
+    for one in _FIELDS.values():
+        variable = one.metadata["env"]
+        text = os.environ.get(variable) if variable else None
+        if text:
+            value = int(text) if text.isdecimal() else text
+            chosen[one.name] = _validated(f"environment variable {variable}", value, one)
+    return chosen
+
+
+def _validated(where: str, value: Any, one: Field[Any]) -> Any:
+    kind: _Kind = one.metadata["kind"]
+    if kind.contains(value):
+        return value
+    raise ValueError(
+        f"{where}: expected {kind.accepts}, got {value!r}; "
+        f"pass what is expected, or leave it out for the default, {one.default!r}"
+    )
+
+
+def _unknown(key: str) -> str:
+    close = difflib.get_close_matches(key.removeprefix(PREFIX), [one.name for one in fields(Options)], n=1)
+    advice = f"did you mean {PREFIX + close[0]!r}?" if close else "use one of the options below."
+    return f"unknown option {key!r}; {advice}\n{describe()}"

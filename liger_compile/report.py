@@ -1,0 +1,350 @@
+"""Decisions in, text for people and dictionaries for programs out. The only file that formats.
+
+A GraphReport is all strings and numbers: it may outlive the graph it tells about. The reasons in it
+are written where they arise (a pattern's check, decide.py); here they are only laid out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import logging
+import operator
+import os
+import re
+import textwrap
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch._logging._internal import trace_structured
+from torch._ops import OpOverload
+from torch.fx import GraphModule, Node
+
+from liger_compile.pattern import Decision, NearMiss
+
+WIDTH = 110
+MAX_NEAR_MISSES = 12  # in the text; to_dict() has them all
+
+_log = logging.getLogger("liger_compile")
+_reports: deque[GraphReport] = deque(maxlen=256)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where in the user's program: the module that ran, and the line of source."""
+
+    module: str = ""  # "model.layers.0.mlp"; empty for the outermost module and for plain functions
+    module_class: str = ""  # "LlamaMLP"
+    file: str = ""
+    line: int = 0
+    code: str = ""
+
+    @staticmethod
+    def of(nodes: Sequence[Node], root: Node) -> Place:
+        module, module_class = _module_of(nodes)
+        return Place(module, module_class, *_source_of(root))
+
+    @property
+    def source(self) -> str:
+        return f"{os.path.basename(self.file)}:{self.line}" if self.file else ""
+
+
+@dataclass(frozen=True)
+class Site:
+    """One match of a pattern, and what happened to it."""
+
+    pattern: str
+    kind: str
+    reason: str
+    place: Place
+    ops: tuple[str, ...]  # the ops that stand there now
+    result: str  # "f32[8, 256, 256]"
+    saved_bytes: int | None
+
+
+@dataclass(frozen=True)
+class Near:
+    """One place that looks like a pattern and is not; its line of source is that of the node that differs."""
+
+    pattern: str
+    reason: str
+    place: Place
+    score: float
+
+
+@dataclass(frozen=True, eq=False)
+class GraphReport:
+    """What the backend did with one graph. `str()` is for people, `to_dict()` for programs."""
+
+    name: str
+    num_nodes: int
+    sites: tuple[Site, ...]
+    near_misses: tuple[Near, ...]
+    notes: tuple[str, ...] = ()
+    seconds: float | None = None
+
+    @staticmethod
+    def of(
+        gm: GraphModule,
+        decisions: Iterable[Decision],
+        near_misses: Iterable[NearMiss] = (),
+        notes: Iterable[str] = (),
+        *,
+        seconds: float | None = None,
+    ) -> GraphReport:
+        """Reads the nodes, keeps none of them. `gm` has been rewritten; `seconds` is what that took."""
+        ops = _inserted_ops(gm)
+        return GraphReport(
+            name=str(gm.meta.get("dynamo_compile_id", "?")),
+            num_nodes=len(gm.graph.nodes),
+            sites=tuple(_site(decision, ops) for decision in decisions),
+            near_misses=tuple(_near(miss) for miss in near_misses),
+            notes=tuple(notes),
+            seconds=seconds,
+        )
+
+    def count(self, kind: str) -> int:
+        """How many sites were "replace"d, "annotate"d, or "leave"ft alone."""
+        return sum(site.kind == kind for site in self.sites)
+
+    @property
+    def saved_bytes(self) -> int:
+        """Bytes of activations that training no longer keeps, as far as known."""
+        return sum(site.saved_bytes or 0 for site in self.sites if site.kind != "leave")
+
+    @property
+    def summary(self) -> str:
+        """The report in one line."""
+        counts = [f"{self.count('replace')} replaced", f"{self.count('leave')} left alone"]
+        if self.count("annotate"):
+            counts.insert(1, f"{self.count('annotate')} marked for recompute")
+        counts.append(_plural(len(self.near_misses), "near miss", "near misses"))
+        line = f"liger_compile  graph {self.name}, {self.num_nodes} nodes: {', '.join(counts)}"
+        if self.saved_bytes:
+            line += f"; {_size(self.saved_bytes)} less kept for backward"
+        if self.seconds is not None:
+            line += f" ({self.seconds:.2f} s)"
+        return line
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report in lists, dictionaries, strings and numbers: what json.dumps accepts."""
+        counts = {kind: self.count(kind) for kind in ("replace", "annotate", "leave")}
+        content = dataclasses.asdict(self) | {"counts": counts, "saved_bytes": self.saved_bytes}
+        return json.loads(json.dumps(content))
+
+    def __str__(self) -> str:
+        return "\n".join([self.summary, *self._details()])
+
+    def _details(self) -> list[str]:
+        headings = {
+            "replace": "Replaced",
+            "annotate": "Left to Inductor, marked as cheap to recompute",
+            "leave": "Left alone",
+        }
+        lines = []
+        for kind, heading in headings.items():
+            sites = [site for site in self.sites if site.kind == kind]
+            groups = _grouped(sites, key=lambda site: (site.pattern, site.reason))
+            lines += _section(heading, [_site_row(group) for group in groups])
+        nearest_first = sorted(self.near_misses, key=lambda near: -near.score)
+        groups = _grouped(nearest_first, key=lambda near: (near.pattern, near.reason, near.place.source))
+        rows = [_near_row(group) for group in groups[:MAX_NEAR_MISSES]]
+        lines += _section("Near misses", rows)
+        if len(groups) > MAX_NEAR_MISSES:
+            lines.append(f"  and {len(groups) - MAX_NEAR_MISSES} more, in to_dict()")
+        if self.notes:
+            lines += ["", "Notes"]
+            for note in self.notes:
+                lines += textwrap.wrap(note, WIDTH, initial_indent="  - ", subsequent_indent="    ")
+        return lines
+
+
+# The process-wide list.
+
+
+def record(report: GraphReport) -> None:
+    """Appends to `reports()`, and tells the logger (TORCH_LOGS="+liger_compile") and tlparse."""
+    _reports.append(report)
+    _log.info("%s", report.summary)
+    if _log.isEnabledFor(logging.DEBUG) and (details := report._details()):
+        _log.debug("%s", "\n".join(details).lstrip("\n"))
+    trace_structured(
+        "artifact",
+        metadata_fn=lambda: {"name": "liger_compile_report", "encoding": "json"},
+        payload_fn=lambda: json.dumps(report.to_dict(), indent=1),
+        expect_trace_id=False,
+    )
+
+
+def reports() -> tuple[GraphReport, ...]:
+    """A report of every graph compiled in this process, oldest first (the last 256)."""
+    return tuple(_reports)
+
+
+def clear_reports() -> None:
+    """Forgets the reports so far."""
+    _reports.clear()
+
+
+# From nodes to strings.
+
+
+def _site(decision: Decision, ops: Mapping[str, Iterable[str]]) -> Site:
+    match = decision.match
+    return Site(
+        pattern=match.pattern.name,
+        kind=decision.kind,
+        reason=decision.reason,
+        place=Place.of(match.nodes, match.outputs[0]),
+        ops=tuple(ops.get(match.pattern.name, ())) if decision.kind == "replace" else (),
+        result=", ".join(_describe(node.meta.get("example_value")) for node in match.outputs),
+        saved_bytes=decision.saved_bytes,
+    )
+
+
+def _near(miss: NearMiss) -> Near:
+    culprit = miss.culprit if miss.culprit is not None and "stack_trace" in miss.culprit.meta else miss.root
+    return Near(miss.pattern.name, miss.reason, Place.of([miss.root], culprit), round(miss.score, 2))
+
+
+def _inserted_ops(gm: GraphModule) -> dict[str, tuple[str, ...]]:
+    """Pattern name -> what its replacement called; rewrite.py marks the nodes that stand for an output."""
+    ops: dict[str, dict[str, None]] = {}
+    graphs = [module.graph for module in gm.modules() if isinstance(module, GraphModule)]
+    for node in itertools.chain.from_iterable(graph.nodes for graph in graphs):
+        if pattern := node.meta.get("liger_compile"):
+            # One output of several, or a view of the output, says less than where it comes from.
+            while node.op == "call_method" or node.target is operator.getitem:
+                node = node.all_input_nodes[0]
+            if isinstance(node.target, OpOverload):
+                ops.setdefault(pattern, {})[node.target.name()] = None
+    return {pattern: tuple(names) for pattern, names in ops.items()}
+
+
+def _describe(value: Any) -> str:
+    if not isinstance(value, torch.Tensor):
+        return type(value).__name__
+    dtype = str(value.dtype).removeprefix("torch.").replace("float", "f").replace("int", "i")
+    return f"{dtype}[{', '.join(str(size) for size in value.shape)}]"
+
+
+def _module_of(nodes: Sequence[Node]) -> tuple[str, str]:
+    # The deepest module that most of the nodes ran in. The last node alone would say "down_proj" of a whole
+    # MLP; the module they all share would say "layers.0" of a norm that takes in the residual add before it.
+    stacks = [list(node.meta["nn_module_stack"].values()) for node in nodes if "nn_module_stack" in node.meta]
+    votes = Counter(entry for stack in stacks for entry in dict.fromkeys(stack))
+    shared = [entry for entry, count in votes.items() if 2 * count > len(stacks)]
+    if not shared:
+        return "", ""
+    path, cls = max(shared, key=lambda entry: len(entry[0]))
+    # Dynamo writes a path as source: L['self'].layers.0, G['model'].head, getattr(L['fn'].blocks, 'w-x')
+    path = re.sub(r"getattr\(|, '([^']*)'\)", lambda found: f".{found[1]}" if found[1] else "", path)
+    path = re.sub(r"^[LG]\['(\w+)'\]", lambda found: "" if found[1] in ("self", "fn") else found[1], path)
+    return path.lstrip("."), getattr(cls, "__name__", str(cls))
+
+
+_FRAME = re.compile(r'File "(?P<file>.+?)", line (?P<line>\d+), in .*(?:\n +(?P<code>.*))?')
+_TORCH = os.path.dirname(torch.__file__) + os.sep
+
+
+def _source_of(node: Node) -> tuple[str, int, str]:
+    # The innermost frame that is not PyTorch's own: inside nn.RMSNorm, say, the user's line is the caller's.
+    frames = list(_FRAME.finditer(node.meta.get("stack_trace") or ""))
+    frames = [frame for frame in frames if not frame["file"].startswith(_TORCH)] or frames
+    if not frames:
+        return "", 0, ""
+    return frames[-1]["file"], int(frames[-1]["line"]), (frames[-1]["code"] or "").strip()
+
+
+# From strings to lines.
+
+Row = tuple[Sequence[str], Sequence[str], str]  # cells; lines under the last cell; a sentence under them
+
+
+def _site_row(sites: Sequence[Site]) -> Row:
+    first = sites[0]
+    sizes = [site.saved_bytes for site in sites if site.kind != "leave" and site.saved_bytes is not None]
+    what = [
+        " ".join(dict.fromkeys(site.place.source for site in sites)),
+        ("-> " + ", ".join(first.ops)) if first.ops else "",
+        " ".join(dict.fromkeys(site.result for site in sites)),
+    ]
+    cells = [first.pattern, f"{len(sites)}x", _size(sum(sizes)) if sizes else ""]
+    return cells, [*_places(sites), "  ".join(filter(None, what))], first.reason
+
+
+def _near_row(nears: Sequence[Near]) -> Row:
+    first = nears[0]
+    code = f"{first.place.source}  {first.place.code}".strip()
+    cells = [first.pattern, f"{len(nears)}x", f"{first.score:.0%} alike"]
+    return cells, [*_places(nears), code], first.reason
+
+
+def _section(heading: str, rows: Sequence[Row]) -> list[str]:
+    if not rows:
+        return []
+    widths = [max(len(cells[column]) for cells, _, _ in rows) for column in range(3)]
+    margin = " " * (2 + sum(widths) + 3 * 3)
+    lines = ["", heading]
+    for (name, count, figure), under, reason in rows:
+        start = f"  {name:<{widths[0]}}   {count:>{widths[1]}}   {figure:>{widths[2]}}   "
+        under = [line for line in under if line]
+        lines += [(start + (under[0] if under else "")).rstrip(), *(margin + line for line in under[1:])]
+        lines += textwrap.wrap(reason, WIDTH, initial_indent="      ", subsequent_indent="      ")
+    return lines
+
+
+def _grouped(items: Iterable[Any], key: Callable[[Any], Any]) -> list[list[Any]]:
+    groups: dict[Any, list[Any]] = {}
+    for item in items:
+        groups.setdefault(key(item), []).append(item)
+    return list(groups.values())
+
+
+def _places(items: Iterable[Site | Near]) -> list[str]:
+    lines = []
+    for same_class in _grouped((item.place for item in items), key=lambda place: place.module_class):
+        suffix = f" ({same_class[0].module_class})" if same_class[0].module_class else ""
+        lines += [(path + suffix).strip() for path in _folded({place.module: None for place in same_class})]
+    return lines
+
+
+def _folded(paths: Iterable[str]) -> list[str]:
+    """`["h.0.mlp", "h.1.mlp"]` as `["h.{0..1}.mlp"]`, one component of the paths after the other."""
+    rows = [tuple(path.split(".")) for path in paths]
+    for depth in range(max(map(len, rows))):
+
+        def key(row: tuple[str, ...], depth: int = depth) -> tuple[Any, ...]:
+            numbered = depth < len(row) and row[depth].isdigit()
+            return (*row[:depth], None, *row[depth + 1 :]) if numbered else row
+
+        rows = [group[0] if len(group) == 1 else _merged(group, depth) for group in _grouped(rows, key)]
+    return [".".join(row) for row in rows]
+
+
+def _merged(rows: Sequence[tuple[str, ...]], depth: int) -> tuple[str, ...]:
+    numbers = sorted(int(row[depth]) for row in rows)
+    ranges: list[list[int]] = []
+    for number in numbers:
+        if ranges and number == ranges[-1][-1] + 1:
+            ranges[-1].append(number)
+        else:
+            ranges.append([number])
+    text = ",".join(f"{run[0]}..{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in ranges)
+    return (*rows[0][:depth], "{" + text + "}", *rows[0][depth + 1 :])
+
+
+def _size(num_bytes: int) -> str:
+    size, units = float(num_bytes), iter(("KiB", "MiB", "GiB"))
+    unit = "B"
+    while size >= 1024 and (larger := next(units, None)):
+        size, unit = size / 1024, larger
+    return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+
+
+def _plural(count: int, one: str, many: str) -> str:
+    return f"{count} {one if count == 1 else many}"

@@ -1,0 +1,238 @@
+"""rewrite(): carries decisions out: splices each replacement into the graph and takes out what it replaced.
+
+The replacement function runs once on the graph's own fake tensors; every torch function that it calls becomes a
+node with meta["example_value"] (a node without it would switch AOTAutograd's cache off). A replacement whose
+result is not just like the original's is not spliced in, and the decision becomes a refusal.
+
+Dead-code elimination over the whole graph would delete mutations (x.add_(1) has no users), so only matched nodes
+that lost their last user are erased.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch.fx import Graph, GraphModule, Node
+from torch.overrides import TorchFunctionMode
+
+from liger_compile.pattern import Capture, Decision, Match
+from liger_compile.terms.term import size_of, sizes_of
+
+_META = ("stack_trace", "nn_module_stack", "source_fn_stack")
+
+
+def rewrite(
+    graph: Graph, decisions: Sequence[Decision], insertion_point: Callable[[Match], Node]
+) -> list[Decision]:
+    """Edits `graph` as decided. Returns the decisions with what could not be spliced turned into refusals."""
+    replaced: dict[Node, Node] = {}  # original output -> what stands in for it
+    grad_modes = _grad_modes(graph)
+    result = []
+    for decision in decisions:
+        if decision.kind == "replace":
+            reason = _splice(graph, decision.match, insertion_point(decision.match), replaced, grad_modes)
+            if reason:
+                decision = replace(decision, kind="leave", reason=reason, saved_bytes=None)
+        result.append(decision)
+    for decision in result:
+        if decision.kind == "replace":
+            _erase_unused(graph, decision.match)
+    graph.lint()
+    return result
+
+
+def _splice(
+    graph: Graph, match: Match, before: Node, replaced: dict[Node, Node], grad_modes: Mapping[Node, bool]
+) -> str | None:
+    """Inserts the replacement of one match; gives the sentence why not if it is not like the original."""
+    arguments: dict[str, Any] = {}
+    splicer = _Splicer(graph, before, match.outputs[0])
+    for name, bound in match.captures.items():
+        if isinstance(bound, (Capture, Node)):
+            node = bound.node if isinstance(bound, Capture) else bound
+            node = replaced.get(node, node)
+            arguments[name] = splicer.knows(node.meta["example_value"], node)
+    fake_mode = getattr(match.result, "fake_mode", None) or nullcontext()
+    with fake_mode, torch.set_grad_enabled(grad_modes[match.outputs[0]]), splicer:
+        for name, bound in match.captures.items():
+            if isinstance(bound, Capture):
+                arguments[name] = bound.derive(arguments[name])
+            elif not isinstance(bound, Node):
+                arguments[name] = bound
+        results = match.pattern.replace(**arguments)
+        results = results if isinstance(results, tuple) else (results,)
+        originals = [output.meta["example_value"] for output in match.outputs]
+        results = tuple(map(_laid_out_like, results, originals))
+    nodes = [splicer.node_of.get(id(value)) for value in results]
+    for output, value, node in zip(match.outputs, results, nodes, strict=True):
+        difference = _difference(output.meta["example_value"], value)
+        if node is None or difference:
+            splicer.undo()
+            return difference or "the replacement returns a tensor that no torch function made"
+    for output, node in zip(match.outputs, nodes, strict=True):
+        assert node is not None
+        node.meta["example_value"] = output.meta["example_value"]
+        node.meta["liger_compile"] = match.pattern.name
+        output.replace_all_uses_with(node)
+        replaced[output] = node
+    return None
+
+
+def _laid_out_like(result: Any, original: torch.Tensor) -> Any:
+    """The result with the original's order of dimensions in memory: a later view() may rely on it."""
+    is_comparable = isinstance(result, torch.Tensor) and sizes_of(result.shape) == sizes_of(original.shape)
+    if not is_comparable or _strides(result) == _strides(original):
+        return result
+    order = sorted(range(original.dim()), key=lambda dim: -_hint(original.stride(dim)))
+    inverse = [order.index(dim) for dim in range(original.dim())]
+    return result.permute(order).contiguous().permute(inverse)
+
+
+def _hint(size: Any) -> int:
+    """A size as it is today; good enough to sort by, and adds no guard."""
+    return size.node.hint if isinstance(size, torch.SymInt) else size
+
+
+def _difference(original: torch.Tensor, new: Any) -> str | None:
+    """What tells the replacement's result from the original's, in a sentence."""
+    for name, describe in _PROPERTIES.items():
+        expected, got = describe(original), describe(new)
+        if expected != got:
+            return f"the replacement's result has {name} {got}, the original's {expected}"
+    return None
+
+
+_PROPERTIES: Mapping[str, Callable[[torch.Tensor], Any]] = {
+    "shape": lambda tensor: sizes_of(tensor.shape),
+    "dtype": lambda tensor: tensor.dtype,
+    "device": lambda tensor: tensor.device,
+    "strides": lambda tensor: _strides(tensor),
+    "requires_grad": lambda tensor: tensor.requires_grad,
+}
+
+
+def _strides(tensor: torch.Tensor) -> tuple[Any, ...]:
+    """Strides, where they mean anything: of dimensions with more than one element."""
+    return tuple(
+        size_of(stride) for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size_of(size) != 1
+    )
+
+
+class _Splicer(TorchFunctionMode):
+    """Records the torch functions that run under it as nodes before `before`, with the meta of `like`."""
+
+    def __init__(self, graph: Graph, before: Node, like: Node) -> None:
+        super().__init__()
+        self.graph, self.before = graph, before
+        self.meta = {key: like.meta[key] for key in _META if key in like.meta}
+        self.node_of: dict[int, Node] = {}
+        self.inserted: list[Node] = []
+        self.alive: list[Any] = []  # ids are only unique among living objects
+
+    def knows(self, value: Any, node: Node) -> Any:
+        """Remembers which node has `value`. The same fake tensor may be the value of several nodes."""
+        if isinstance(value, torch.Tensor):
+            value = value.detach().requires_grad_(value.requires_grad) if id(value) in self.node_of else value
+        self.node_of[id(value)] = node
+        self.alive.append(value)
+        return value
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        parts = out if isinstance(out, (tuple, list)) else (out,)
+        if any(isinstance(part, torch.Tensor) for part in parts):
+            self._insert(func, args, kwargs, out)
+        return out
+
+    def _insert(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+        args, kwargs = torch.utils._pytree.tree_map(self._argument, (tuple(args), dict(kwargs)))
+        with self.graph.inserting_before(self.before):
+            node = self._made(func, args, kwargs)
+            self._remember(node, out)
+            if isinstance(out, (tuple, list)):
+                for index, part in enumerate(out):
+                    if isinstance(part, torch.Tensor):
+                        item = self.graph.call_function(operator.getitem, (node, index))
+                        self._remember(item, part)
+
+    def _made(self, func: Any, args: tuple, kwargs: dict) -> Node:
+        name = getattr(func, "__name__", "")
+        if isinstance(func, torch._ops.OpOverloadPacket):
+            func = getattr(func, func.overloads()[0])
+        elif name == "__get__":  # a property: x.real
+            return self.graph.call_function(getattr, (args[0], func.__self__.__name__))
+        elif getattr(torch.Tensor, name, None) is func or type(func).__name__ == "method_descriptor":
+            return self.graph.call_method(name, args, kwargs)
+        return self.graph.call_function(func, args, kwargs)
+
+    def _remember(self, node: Node, value: Any) -> None:
+        node.meta.update(self.meta, example_value=value)
+        self.inserted.append(node)
+        self.alive.append(value)
+        self.node_of[id(value)] = node
+
+    def _argument(self, value: Any) -> Any:
+        if id(value) in self.node_of:
+            return self.node_of[id(value)]
+        if isinstance(value, torch.SymInt):
+            return self._size(value)
+        if isinstance(value, (torch.Tensor, torch.SymFloat)):
+            raise ValueError(
+                f"a replacement may use its captures and what torch functions make of them; it used {value!r}"
+            )
+        return value
+
+    def _size(self, value: torch.SymInt) -> Node:
+        """A node for a symbolic size: the size of a tensor that the replacement knows."""
+        for tensor in [each for each in self.alive if isinstance(each, torch.Tensor)]:
+            for dim, size in enumerate(tensor.shape):
+                if isinstance(size, torch.SymInt) and size_of(size) == size_of(value):
+                    node = self.graph.call_method("size", (self.node_of[id(tensor)], dim))
+                    node.meta.update(self.meta, example_value=value)
+                    self.inserted.append(node)
+                    return node
+        raise ValueError(f"no input of the replacement has the symbolic size {value} that it uses")
+
+    def undo(self) -> None:
+        """Takes out what was inserted."""
+        for node in reversed(self.inserted):
+            self.graph.erase_node(node)
+
+
+def _grad_modes(graph: Graph) -> dict[Node, bool]:
+    """Whether grad mode is on at each node: Dynamo restores the mode of the frame around the backend."""
+    modes, enabled = {}, torch.is_grad_enabled()
+    for node in graph.nodes:
+        if node.op == "call_function" and getattr(node.target, "__name__", "") == "_set_grad_enabled":
+            enabled = bool(node.args[0])
+        modes[node] = enabled
+    return modes
+
+
+def _erase_unused(graph: Graph, match: Match) -> None:
+    for node in reversed(match.nodes):
+        if not node.users and not node._erased:
+            graph.erase_node(node)
+
+
+@contextmanager
+def restored_on_error(modules: Sequence[GraphModule]) -> Iterator[None]:
+    """Gives each module its graph back, unchanged, if the block raises."""
+    copies = []
+    for module in modules:
+        copy = Graph()
+        result = copy.graph_copy(module.graph, {})
+        copy.output(result).meta.update(module.graph.output_node().meta)
+        copies.append(copy)
+    try:
+        yield
+    except BaseException:
+        for module, copy in zip(modules, copies, strict=True):
+            module.graph = copy
+        raise

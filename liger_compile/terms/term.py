@@ -1,0 +1,148 @@
+"""The value of a node, as mathematics: hash-consed terms, so that equal mathematics is one object.
+
+A Term says what is computed (`op`), of what (`args`), with which constants (`consts`), and in which dtype;
+never how the code spelled it. Casts are terms of their own, because rounding is meaning. `bare` is the same
+mathematics with every cast taken out and normalised again: two terms with one bare differ in rounding only.
+
+This file knows how terms are stored. Which operator makes which term is build.py's business, and which terms
+are equal is normalize.py's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+import torch
+
+Size = int | sympy.Expr  # a dimension: static, or symbolic as in SymInt.node.expr
+
+
+def size_of(value: Any) -> Size:
+    """The size that an int or SymInt stands for, without adding a guard."""
+    expr = value.node.expr if isinstance(value, torch.SymInt) else value
+    return int(expr) if isinstance(expr, (int, sympy.Integer)) else expr
+
+
+def sizes_of(shape: Iterable[Any]) -> tuple[Size, ...]:
+    """The sizes of a shape, hashable and free of guards."""
+    return tuple(size_of(size) for size in shape)
+
+
+def broadcast(shapes: Iterable[tuple[Size, ...]]) -> tuple[Size, ...] | None:
+    """The common shape of operands, None where sizes are not known to agree."""
+    shapes = list(shapes)
+    rank = max((len(shape) for shape in shapes), default=0)
+    result: list[Size] = []
+    for dim in range(-rank, 0):
+        sizes = {shape[dim] for shape in shapes if len(shape) >= -dim} - {1}
+        if len(sizes) > 1:
+            return None
+        result.append(sizes.pop() if sizes else 1)
+    return tuple(result)
+
+
+@dataclass(frozen=True)
+class Scalar:
+    """A number times powers of number captures: `value * prod(name ** power)`; a model's has no powers."""
+
+    value: float
+    powers: tuple[tuple[str, float], ...] = ()
+
+    def __mul__(self, other: Scalar) -> Scalar:
+        powers = dict(self.powers)
+        for name, power in other.powers:
+            powers[name] = powers.get(name, 0) + power
+        return Scalar(self.value * other.value, tuple(sorted((n, p) for n, p in powers.items() if p)))
+
+    def __pow__(self, power: float) -> Scalar:
+        try:
+            value = float(self.value) ** power
+        except (ZeroDivisionError, OverflowError):
+            value = float("nan")
+        if isinstance(value, complex):
+            value = float("nan")
+        return Scalar(value, tuple((name, p * power) for name, p in self.powers))
+
+    def is_number(self, value: float) -> bool:
+        """True if this is the plain number `value`, as exactly as constants are written in code."""
+        return not self.powers and close(self.value, value)
+
+
+def close(a: float, b: float, tolerance: float = 1e-6) -> bool:
+    """Equal constants: 0.7978845608 is sqrt(2 / pi), 1 / 30 * 30 is 1."""
+    return a == b or abs(a - b) <= tolerance * max(abs(a), abs(b))
+
+
+@dataclass(frozen=True)
+class ConstVar:
+    """Stands in `consts` of a pattern's term for a constant that the match binds: ignore_index, reduction."""
+
+    name: str
+
+
+class Term:
+    """One value. Made by `Space.intern` only, so that identity is equality."""
+
+    __slots__ = ("args", "bare", "consts", "dtype", "op", "serial", "shape")
+
+    op: str
+    args: tuple[Term, ...]
+    consts: tuple[Any, ...]
+    dtype: torch.dtype | None  # None in a bare term and in a number
+    shape: tuple[Size, ...]
+    bare: Term
+    serial: int  # the order of making, which sorts the operands of sums and products
+
+    def __repr__(self) -> str:
+        if self.op in ("leaf", "var", "number"):
+            return f"{self.consts[0]}"
+        inner = ", ".join([*map(repr, self.args), *map(repr, self.consts)])
+        return f"{self.op}({inner})"
+
+    def operations(self) -> list[str]:
+        """The op of every different operation that the value takes."""
+        seen: set[Term] = set()
+        stack = [self]
+        while stack:
+            term = stack.pop()
+            if term not in seen:
+                seen.add(term)
+                stack.extend(term.args)
+        return [term.op for term in seen if term.op not in ("leaf", "var", "number", "none")]
+
+
+class Space:
+    """All terms of one graph, or of one traced pattern."""
+
+    def __init__(self, make_bare: Callable[[Space, Term], Term]) -> None:
+        self._table: dict[tuple, Term] = {}
+        self._make_bare = make_bare
+        self.same_bare: dict[Term, list[Term]] = {}  # bare -> the terms that round it in different ways
+        self.none = self.intern("none", (), (), None, ())
+
+    def intern(
+        self,
+        op: str,
+        args: tuple[Term, ...],
+        consts: tuple[Any, ...],
+        dtype: torch.dtype | None,
+        shape: tuple[Size, ...],
+    ) -> Term:
+        """The one term of this op, arguments, constants and dtype."""
+        key = (op, tuple(arg.serial for arg in args), consts, dtype)
+        term = self._table.get(key)
+        if term is None:
+            term = Term.__new__(Term)
+            term.op, term.args, term.consts, term.dtype, term.shape = op, args, consts, dtype, shape
+            term.serial = len(self._table)
+            self._table[key] = term
+            term.bare = term if dtype is None else self._make_bare(self, term)
+            self.same_bare.setdefault(term.bare, []).append(term)
+        return term
+
+    def number(self, scalar: Scalar) -> Term:
+        """A constant."""
+        return self.intern("number", (), (scalar,), None, ())

@@ -1,0 +1,48 @@
+"""Residual add and RMSNorm: the new residual stream and its norm, in one pass over both.
+
+Formula  s = x + residual, y = rms_norm(s, weight)
+Shapes   x and residual (..., D), weight (D,); y and s like x
+Sources  every pre-norm transformer block: the add that ends one block is normed by the next
+"""
+
+import torch
+
+from liger_compile import functional
+from liger_compile.pattern import Match, Pattern
+from liger_compile.patterns import rms_norm
+
+
+def check(match: Match) -> str | None:
+    """An add that broadcasts is no residual add."""
+    x, residual = match["x"], match["residual"]
+    if x.shape != residual.shape:
+        return f"x and residual have the shapes {tuple(x.shape)} and {tuple(residual.shape)}, which broadcast"
+    if match["weight"].shape != x.shape[-1:]:
+        return f"weight has the shape {tuple(match['weight'].shape)}, expected {tuple(x.shape[-1:])}"
+    return None
+
+
+def _pattern(norm) -> Pattern:
+    def search(x, residual, weight, eps: float):
+        s = x + residual
+        return norm(s, weight, eps), s
+
+    def replace(x, residual, weight, eps):
+        return functional.add_rms_norm(x, residual, weight, eps, **rms_norm.MODES[norm])
+
+    return Pattern(
+        name=f"add_rms_norm.{norm.__name__}",
+        search=search,
+        replace=replace,
+        check=check,
+        saves=rms_norm.saves_nothing,
+        examples={
+            "x": torch.empty(3, 5, 16),
+            "residual": torch.empty(3, 5, 16),
+            "weight": torch.empty(16),
+            "eps": 1e-6,
+        },
+    )
+
+
+PATTERNS = tuple(map(_pattern, rms_norm.MODES))

@@ -1,0 +1,96 @@
+"""Cross-entropy of logits that exist already: the head stands in another graph, or its logits are needed too.
+
+Formula  loss = -log softmax(logits)[target], reduced as torch.nn.functional.cross_entropy reduces
+Shapes   logits (..., V), target (...) of class indices or as many in one dimension; loss () or like target
+Sources  Hugging Face's ForCausalLMLoss (upcasts first), its sequence-to-sequence models (do not)
+
+The op keeps the logits in their own dtype and one number a row; nothing in float32 is as large as the logits.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from liger_compile import functional
+from liger_compile.pattern import Match, Pattern
+
+
+def _loss(logits, target, weight, ignore_index, reduction, label_smoothing):
+    return F.cross_entropy(
+        logits.reshape(-1, logits.shape[-1]),
+        target.reshape(-1),
+        weight,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        label_smoothing=label_smoothing,
+    )
+
+
+def upcast(
+    logits, target, weight: torch.Tensor | None, ignore_index: int, reduction: str, label_smoothing: float
+):
+    return _loss(logits.float(), target, weight, ignore_index, reduction, label_smoothing)
+
+
+def as_is(
+    logits, target, weight: torch.Tensor | None, ignore_index: int, reduction: str, label_smoothing: float
+):
+    return _loss(logits, target, weight, ignore_index, reduction, label_smoothing)
+
+
+def replace_upcast(logits, target, weight, ignore_index, reduction, label_smoothing):
+    return functional.cross_entropy(
+        logits,
+        target,
+        weight,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        label_smoothing=label_smoothing,
+    )
+
+
+def replace_as_is(logits, target, weight, ignore_index, reduction, label_smoothing):
+    loss = replace_upcast(logits, target, weight, ignore_index, reduction, label_smoothing)
+    return loss.to(logits.dtype)
+
+
+def profit(match: Match) -> str | None:
+    """Only logits that nothing else reads can die early."""
+    for node in match.operands:
+        value = node.meta.get("example_value")
+        inner = set(match.nodes)
+        if isinstance(value, torch.Tensor) and value.shape[-1:] == match["logits"].shape[-1:] and value.dim() > 1:
+            others = [user for user in node.users if user not in inner]
+            if others:
+                return f"the logits are needed elsewhere too (by {others[0].name}) and stay in memory anyway"
+    return None
+
+
+_EXAMPLES = {
+    "logits": torch.empty(6, 11),
+    "target": torch.empty(6, dtype=torch.int64),
+    "weight": torch.empty(11),
+    "ignore_index": -100,
+    "reduction": "mean",
+    "label_smoothing": 0.1,
+}
+
+PATTERNS = (
+    Pattern(
+        name="cross_entropy.upcast",
+        search=upcast,
+        replace=replace_upcast,
+        profit=profit,
+        saves=lambda match: 0,
+        examples=_EXAMPLES,
+        is_loss=True,
+    ),
+    Pattern(
+        name="cross_entropy.as_is",
+        search=as_is,
+        replace=replace_as_is,
+        profit=profit,
+        saves=lambda match: 0,
+        examples=_EXAMPLES,
+        is_loss=True,
+    ),
+)

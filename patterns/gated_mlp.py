@@ -1,0 +1,133 @@
+"""Gated MLP: an activation of one projection times another, and the projection back down.
+
+Formula  h = act(gate) * up, y = h @ weight.T + bias; act is SiLU (SwiGLU) or GELU (GeGLU), tanh or erf
+Shapes   gate and up (..., I), or packed gate_up (..., 2I) with gate first; weight (D, I), bias (D,); y (..., D)
+Sources  Shazeer 2020, "GLU Variants Improve Transformer"; Llama's LlamaMLP, Gemma's GemmaMLP, Phi-3's packed MLP
+
+With the down projection the op keeps gate and up for backward and makes h again; Inductor keeps h as well.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from liger_compile import functional
+from liger_compile.pattern import Match, Pattern
+
+
+def swiglu(gate, up):
+    return F.silu(gate) * up
+
+
+def geglu(gate, up, approximate: str):
+    return F.gelu(gate, approximate=approximate) * up
+
+
+def check(match: Match) -> str | None:
+    """Gate and up have to be of one shape: a gate that broadcasts is something else."""
+    if "gate_up" in match.captures:
+        size = match["gate_up"].shape[-1]
+        return None if size % 2 == 0 else f"gate_up has {size} channels, which is not twice as many"
+    gate, up = match["gate"], match["up"]
+    if gate.shape != up.shape or gate.dtype != up.dtype:
+        return f"gate is {tuple(gate.shape)} {gate.dtype} and up {tuple(up.shape)} {up.dtype}; expected the same"
+    return None
+
+
+def profit(match: Match) -> str | None:
+    """h is what the op does not keep."""
+    for node in match.escaping():
+        value = node.meta.get("example_value")
+        if isinstance(value, torch.Tensor) and value.dtype.is_floating_point:
+            return f"{node.name} is used elsewhere too and has to be kept, so there is nothing to save"
+    return None
+
+
+def saved_bytes(match: Match) -> int | None:
+    """h, which is as large as up."""
+    h = match["up"] if "up" in match.captures else match["gate_up"]
+    bytes_ = h.numel() * h.dtype.itemsize // (1 if "up" in match.captures else 2)
+    return bytes_ if isinstance(bytes_, int) else None
+
+
+I, D = 8, 6  # an intermediate and a model size for the examples
+_GATE_AND_UP = {"gate": torch.empty(3, 5, I), "up": torch.empty(3, 5, I)}
+_PACKED = {"gate_up": torch.empty(3, 5, 2 * I)}
+_DOWN = {"weight": torch.empty(D, I), "bias": torch.empty(D)}
+_GELU = {"approximate": "tanh"}
+
+
+def swiglu_mlp(gate, up, weight, bias: torch.Tensor | None):
+    return F.linear(swiglu(gate, up), weight, bias)
+
+
+def swiglu_mlp_packed(gate_up, weight, bias: torch.Tensor | None):
+    return F.linear(swiglu(*gate_up.chunk(2, -1)), weight, bias)
+
+
+def geglu_mlp(gate, up, weight, bias: torch.Tensor | None, approximate: str):
+    return F.linear(geglu(gate, up, approximate), weight, bias)
+
+
+def geglu_mlp_packed(gate_up, weight, bias: torch.Tensor | None, approximate: str):
+    return F.linear(geglu(*gate_up.chunk(2, -1), approximate), weight, bias)
+
+
+PATTERNS = (
+    Pattern(
+        name="gated_mlp.swiglu",
+        search=swiglu_mlp,
+        replace=lambda gate, up, weight, bias: functional.swiglu(gate, up, weight, bias),
+        check=check,
+        profit=profit,
+        saves=saved_bytes,
+        examples={**_GATE_AND_UP, **_DOWN},
+    ),
+    Pattern(
+        name="gated_mlp.swiglu_packed",
+        search=swiglu_mlp_packed,
+        replace=lambda gate_up, weight, bias: functional.swiglu(gate_up, None, weight, bias),
+        check=check,
+        profit=profit,
+        saves=saved_bytes,
+        examples={**_PACKED, **_DOWN},
+    ),
+    Pattern(
+        name="gated_mlp.geglu",
+        search=geglu_mlp,
+        replace=lambda gate, up, weight, bias, approximate: functional.geglu(
+            gate, up, weight, bias, approximate=approximate
+        ),
+        check=check,
+        profit=profit,
+        saves=saved_bytes,
+        examples={**_GATE_AND_UP, **_DOWN, **_GELU},
+    ),
+    Pattern(
+        name="gated_mlp.geglu_packed",
+        search=geglu_mlp_packed,
+        replace=lambda gate_up, weight, bias, approximate: functional.geglu(
+            gate_up, None, weight, bias, approximate=approximate
+        ),
+        check=check,
+        profit=profit,
+        saves=saved_bytes,
+        examples={**_PACKED, **_DOWN, **_GELU},
+    ),
+    # Where something else than a linear reads h (an expert's grouped matmul, dropout): the product alone.
+    Pattern(
+        name="gated_mlp.swiglu_product",
+        search=swiglu,
+        replace=lambda gate, up: functional.swiglu(gate, up),
+        check=check,
+        saves=lambda match: 0,
+        examples=_GATE_AND_UP,
+    ),
+    Pattern(
+        name="gated_mlp.geglu_product",
+        search=geglu,
+        replace=lambda gate, up, approximate: functional.geglu(gate, up, approximate=approximate),
+        check=check,
+        saves=lambda match: 0,
+        examples={**_GATE_AND_UP, **_GELU},
+    ),
+)

@@ -1,0 +1,123 @@
+"""Linear + cross-entropy: the language-model head and its loss, without the logits of the whole batch.
+
+Formula  z = softcap * tanh(scale * (x @ weight.T + bias) / softcap), loss = cross_entropy(z, target)
+Shapes   x (..., H), weight (V, H), bias (V,), target (...) of class indices; loss () or like target
+Sources  Hugging Face's *ForCausalLM (upcasts the logits), Cohere and Granite (scale), Gemma 2 (softcap), nanoGPT
+         and T5 (no upcast)
+
+The op makes the gradients chunk by chunk in forward, so the logits, which are larger than everything else in
+training, never exist as a whole. Slices and views between head and loss are taken out by normalize.py.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from liger_compile import functional
+from liger_compile.pattern import Match, Pattern
+
+
+def _as_computed(logits):
+    return logits
+
+
+# Where the code upcasts: never, right after the head, or right before the loss.
+_ROUNDINGS = {
+    "": (_as_computed, _as_computed),
+    "_upcast_logits": (torch.Tensor.float, _as_computed),
+    "_upcast_loss": (_as_computed, torch.Tensor.float),
+}
+
+
+def profit(match: Match) -> str | None:
+    """Where the logits are needed anyway, the fused op would compute the head a second time."""
+    vocab = match["weight"].shape[0]
+    for node in match.escaping():
+        value = node.meta.get("example_value")
+        if isinstance(value, torch.Tensor) and value.shape[-1:] == (vocab,):
+            users = [user for user in node.users if user not in set(match.nodes)]
+            returned = any(user.op == "output" for user in users)
+            by = "the graph returns them" if returned else f"{users[0].name} reads them"
+            advice = "compile a function that returns only the loss" if returned else "take them from another call"
+            return f"the logits are needed elsewhere ({by}), so nothing would be saved; to fuse the loss, {advice}"
+    return None
+
+
+def saved_bytes(match: Match) -> int | None:
+    """The logits in the dtype of the head, which backward would need."""
+    x, vocab = match["x"], match["weight"].shape[0]
+    bytes_ = x.numel() // x.shape[-1] * vocab * x.dtype.itemsize
+    return bytes_ if isinstance(bytes_, int) else None
+
+
+def _pattern(rounding: str, has_softcap: bool) -> Pattern:
+    after_head, before_loss = _ROUNDINGS[rounding]
+
+    def loss_of(logits, target, class_weight, ignore_index, reduction, label_smoothing):
+        return F.cross_entropy(
+            before_loss(logits).reshape(-1, logits.shape[-1]),
+            target.reshape(-1),
+            class_weight,
+            ignore_index=ignore_index,
+            reduction=reduction,
+            label_smoothing=label_smoothing,
+        )
+
+    def search(
+        x,
+        weight,
+        bias: torch.Tensor | None,
+        target,
+        class_weight: torch.Tensor | None,
+        scale: float,
+        ignore_index: int,
+        reduction: str,
+        label_smoothing: float,
+    ):
+        logits = after_head(F.linear(x, weight, bias)) * scale
+        return loss_of(logits, target, class_weight, ignore_index, reduction, label_smoothing)
+
+    def search_softcap(
+        x,
+        weight,
+        bias: torch.Tensor | None,
+        target,
+        class_weight: torch.Tensor | None,
+        scale: float,
+        softcap: float,
+        ignore_index: int,
+        reduction: str,
+        label_smoothing: float,
+    ):
+        logits = softcap * torch.tanh(after_head(F.linear(x, weight, bias)) * (scale / softcap))
+        return loss_of(logits, target, class_weight, ignore_index, reduction, label_smoothing)
+
+    def replace(x, weight, bias, target, scale, softcap=None, **loss_arguments):
+        loss = functional.linear_cross_entropy(
+            x, weight, target, bias, logit_scale=scale, softcap=softcap, **loss_arguments
+        )
+        return loss.to(x.dtype) if not rounding else loss
+
+    examples = {
+        "x": torch.empty(6, 8),
+        "weight": torch.empty(11, 8),
+        "bias": torch.empty(11),
+        "target": torch.empty(6, dtype=torch.int64),
+        "class_weight": torch.empty(11),
+        "scale": 0.5,
+        **({"softcap": 30.0} if has_softcap else {}),
+        "ignore_index": -100,
+        "reduction": "mean",
+        "label_smoothing": 0.1,
+    }
+    return Pattern(
+        name=f"linear_cross_entropy.{'softcap' if has_softcap else 'plain'}{rounding}",
+        search=search_softcap if has_softcap else search,
+        replace=replace,
+        profit=profit,
+        saves=saved_bytes,
+        examples=examples,
+        is_loss=True,
+    )
+
+
+PATTERNS = tuple(_pattern(rounding, has_softcap) for has_softcap in (True, False) for rounding in _ROUNDINGS)

@@ -1,0 +1,83 @@
+"""RMSNorm: each row of x divided by its root mean square, then scaled by weight.
+
+Formula  y = weight * x / sqrt(mean(x^2) + eps), the statistics in float32
+Shapes   x (..., D) of any floating dtype, weight (D,), y like x
+Sources  Llama's LlamaRMSNorm, Gemma's GemmaRMSNorm, T5's T5LayerNorm, torch.nn.RMSNorm: they differ in where they
+         round to the dtype of x, which is what the three functions below differ in
+"""
+
+import torch
+
+from liger_compile import functional
+from liger_compile.pattern import Match, Pattern
+
+
+def llama(x, weight, eps: float):
+    """Rounds before the weight."""
+    x32 = x.float()
+    return weight * (x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
+
+
+def upcast_weight(x, weight, eps: float):
+    """Rounds after the weight, as torch.nn.functional.rms_norm does."""
+    x32 = x.float()
+    return (x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + eps) * weight.float()).to(x.dtype)
+
+
+def gemma(x, weight, eps: float):
+    """Rounds after the weight, which is stored less one."""
+    x32 = x.float()
+    return (x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + eps) * (1 + weight.float())).to(x.dtype)
+
+
+def no_weight(x, eps: float):
+    """Has no weight."""
+    x32 = x.float()
+    return (x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
+
+
+# What functional.rms_norm calls the rounding of each search function.
+MODES = {
+    llama: {"casting": "llama"},
+    upcast_weight: {"casting": "gemma"},
+    gemma: {"casting": "gemma", "offset": 1.0},
+}
+
+
+def check(match: Match) -> str | None:
+    """The weight has to be one number a channel."""
+    x, weight = match["x"], match["weight"]
+    if weight.shape != x.shape[-1:]:
+        return f"weight has the shape {tuple(weight.shape)}, and one number a channel would be {tuple(x.shape[-1:])}"
+    return None
+
+
+def saves_nothing(match: Match) -> int:
+    """The op keeps x and one number a row for backward, as Inductor's own does."""
+    return 0
+
+
+def _pattern(search) -> Pattern:
+    def replace(x, weight, eps):
+        return functional.rms_norm(x, weight, eps, **MODES[search])
+
+    return Pattern(
+        name=f"rms_norm.{search.__name__}",
+        search=search,
+        replace=replace,
+        check=check,
+        saves=saves_nothing,
+        examples={"x": torch.empty(3, 5, 16), "weight": torch.empty(16), "eps": 1e-6},
+    )
+
+
+PATTERNS = (
+    *map(_pattern, MODES),
+    Pattern(
+        name="rms_norm.no_weight",
+        search=no_weight,
+        replace=lambda x, eps: functional.rms_norm(x, None, eps),
+        saves=saves_nothing,
+        examples={"x": torch.empty(3, 5, 16), "eps": 1e-6},
+    ),
+)

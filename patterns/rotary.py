@@ -1,0 +1,142 @@
+"""Rotary position embedding: pairs of channels of each head, turned by an angle that grows with the position.
+
+Formula  (a, b) -> (a * cos - b * sin, b * cos + a * sin)
+Shapes   x (..., D), a head's channels last; cos and sin broadcast to x[..., :R], or to half of that; R <= D
+Sources  Su et al. 2021, "RoFormer". Which channels make a pair, and how the table is laid out:
+         half           channel i with i + R/2, full tables       Llama, GPT-NeoX and most others
+         interleaved    channel 2i with 2i + 1, full tables       GPT-J, Cohere, GLM-4
+         half_tables    as half, tables for half of the channels  GPT-OSS
+         to_half        reads interleaved, writes halves          DeepSeek-V3
+         complex        as interleaved, one complex table         Meta's Llama, torchtitan
+
+q and k turn by the same tables in one op where both are there. Each layout is one function; what differs beside it
+is where the code rounds, whether some channels pass unturned, and whether there are one or two tensors.
+"""
+
+from collections.abc import Callable
+from itertools import product
+
+import torch
+
+from liger_compile import functional
+from liger_compile.pattern import Match, Pattern
+
+
+def half(x, cos, sin):
+    a, b = x.chunk(2, -1)
+    return x * cos + torch.cat((-b, a), -1) * sin
+
+
+def interleaved(x, cos, sin):
+    turned = torch.stack((-x[..., 1::2], x[..., ::2]), -1).flatten(-2)
+    return x * cos + turned * sin
+
+
+def half_tables(x, cos, sin):
+    a, b = x.chunk(2, -1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
+
+
+def to_half(x, cos, sin):
+    a, b = x[..., ::2], x[..., 1::2]
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
+
+
+def complex_(x, freqs):
+    pairs = torch.view_as_complex(x.float().reshape(*x.shape[:-1], -1, 2))
+    return torch.view_as_real(pairs * freqs).flatten(-2).to(x.dtype)
+
+
+# How functional.rotary calls each layout.
+LAYOUTS = {
+    half: {"layout": "half"},
+    interleaved: {"layout": "interleaved"},
+    half_tables: {"layout": "half", "half_tables": True},
+    to_half: {"layout": "interleaved_to_half", "half_tables": True},
+}
+
+
+def check(match: Match) -> str | None:
+    """The tables have to give every pair its angle, and to be no parameters."""
+    for name in ("cos", "sin", "freqs"):
+        if name in match.captures and match[name].requires_grad:
+            return f"{name} requires a gradient, which the op does not make"
+    x = match["q"]
+    if "cos" in match.captures and match["cos"].shape[-1:] != match["sin"].shape[-1:]:
+        return f"cos and sin have {match['cos'].shape[-1]} and {match['sin'].shape[-1]} channels"
+    if "cos" in match.captures and match["cos"].dim() > x.dim():
+        return f"cos has {match['cos'].dim()} dimensions, more than the tensor that it turns"
+    return None
+
+
+def _keeping_dtype(rotation: Callable) -> Callable:
+    """Computes in float32 and rounds to the dtype of x."""
+    return lambda x, cos, sin: rotation(x.float(), cos.float(), sin.float()).to(x.dtype)
+
+
+def _partial(rotation: Callable) -> Callable:
+    """Turns the first channels, as many as the tables have, and passes the rest."""
+
+    def partial(x, cos, sin):
+        width = cos.shape[-1]
+        return torch.cat((rotation(x[..., :width], cos, sin), x[..., width:]), -1)
+
+    return partial
+
+
+def _pattern(layout: Callable, keeps_dtype: bool, is_partial: bool, is_pair: bool) -> Pattern:
+    rotation = _keeping_dtype(layout) if keeps_dtype else layout
+    rotation = _partial(rotation) if is_partial else rotation
+
+    def search(q, cos, sin):
+        return rotation(q, cos, sin)
+
+    def search_pair(q, k, cos, sin):
+        return rotation(q, cos, sin), rotation(k, cos, sin)
+
+    def replace(q, cos, sin, k=None):
+        out_dtype = q.dtype if keeps_dtype else None
+        return functional.rotary(q, k, cos, sin, out_dtype=out_dtype, **LAYOUTS[layout])
+
+    table = torch.empty(8) if is_partial or "half_tables" in LAYOUTS[layout] else torch.empty(16)
+    heads = {"q": torch.empty(3, 5, 16), **({"k": torch.empty(3, 7, 16)} if is_pair else {})}
+    traits = {"keeps_dtype": keeps_dtype, "partial": is_partial, "pair": is_pair}
+    return Pattern(
+        name="rotary." + "_".join([layout.__name__, *(trait for trait, has in traits.items() if has)]),
+        search=search_pair if is_pair else search,
+        replace=replace,
+        check=check,
+        saves=lambda match: 0,
+        examples={**heads, "cos": table, "sin": table},
+    )
+
+
+def _complex_pattern(is_pair: bool) -> Pattern:
+    def search(q, freqs):
+        return complex_(q, freqs)
+
+    def search_pair(q, k, freqs):
+        return complex_(q, freqs), complex_(k, freqs)
+
+    def replace(q, freqs, k=None):
+        return functional.rotary_complex(q, k, freqs)
+
+    heads = {"q": torch.empty(3, 5, 16), **({"k": torch.empty(3, 7, 16)} if is_pair else {})}
+    return Pattern(
+        name="rotary.complex_pair" if is_pair else "rotary.complex",
+        search=search_pair if is_pair else search,
+        replace=replace,
+        check=check,
+        saves=lambda match: 0,
+        examples={**heads, "freqs": torch.empty(8, dtype=torch.complex64)},
+    )
+
+
+PATTERNS = (
+    *(
+        _pattern(layout, keeps_dtype, is_partial, is_pair)
+        for layout, keeps_dtype, is_partial, is_pair in product(LAYOUTS, (False, True), (False, True), (True, False))
+        if not (is_partial and "half_tables" in LAYOUTS[layout])
+    ),
+    *map(_complex_pattern, (True, False)),
+)

@@ -1,0 +1,65 @@
+"""What the README says is true: its code runs, its lines are what CI runs, its options are all there are."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from liger_compile import options
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def without_figures(report: str) -> list[str]:
+    """The lines of a report, less what may differ from one machine or version to the next."""
+    report = re.sub(r"\(\d+\.\d+ s\)|\d+ nodes|\w+\.py:\d+", "", report)
+    return [line.rstrip() for line in report.strip().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def printed() -> str:
+    """What the README's Python prints, all blocks in one process, as a reader would try them."""
+    code = "\n".join(blocks("python"))
+    done = subprocess.run(
+        [sys.executable, "-c", code], text=True, capture_output=True, timeout=600, env=os.environ
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_report_is_what_the_example_prints(printed: str):
+    (shown,) = blocks("text")
+    assert without_figures(printed) == without_figures(shown)
+
+
+def test_set_up_is_two_lines_that_differ_in_what_they_run():
+    set_up = README.partition("## Set up")[2].partition("\n## ")[0]
+    demo, tests = re.findall(r"```bash\n(.*?)\n```", set_up, re.DOTALL)
+    assert demo.endswith(" && .venv/bin/python -m liger_compile demo")
+    assert tests.endswith(" && .venv/bin/python -m pytest")
+    assert demo.rpartition(" && ")[0].replace("[demo]", "[test]") == tests.rpartition(" && ")[0]
+
+
+def test_ci_runs_the_second_line():
+    script = (ROOT / ".ci" / "run").read_text()
+    (pattern,) = re.findall(r"grep -E '(.*?)' README\.md", script)
+    _, tests = re.findall(r"^python3 -m venv .*$", README, re.MULTILINE)
+    assert re.findall(pattern, README, re.MULTILINE) == [tests]
+    assert 'eval "$tests"' in script
+
+
+def test_every_option_is_in_the_table_with_its_default():
+    rows = dict(re.findall(r"^\| `(liger\.\w+)` \| `(.*?)` \|", README, re.MULTILINE))
+    fields = dataclasses.fields(options.Options)
+    assert rows == {options.PREFIX + field.name: repr(field.default) for field in fields}

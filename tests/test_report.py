@@ -1,0 +1,366 @@
+"""The report: from nodes to text, to dictionaries, to logs; and explain(), which runs a model for it."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import subprocess
+import sys
+import weakref
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from torch import fx, nn
+from torch._subclasses import FakeTensorMode
+
+from liger_compile import report as report_module
+from liger_compile.explanation import explain
+from liger_compile.pattern import Decision, Match, NearMiss, Pattern
+from liger_compile.report import GraphReport, clear_reports, record, reports
+
+
+class LlamaRMSNorm: ...
+
+
+class LlamaMLP: ...
+
+
+class LlamaForCausalLM: ...
+
+
+def stack(*modules: tuple[str, type]) -> dict[str, tuple[str, type]]:
+    """What Dynamo puts into node.meta["nn_module_stack"]."""
+    return {str(number): module for number, module in enumerate(modules)}
+
+
+def layer_graph(layers: int) -> fx.GraphModule:
+    """x -> (mul, mul_1) for every layer: two nodes that pretend to be a norm, with the metadata of Dynamo."""
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    for layer in range(layers):
+        for number in (65, 66):
+            x = graph.call_function(torch.mul, (x, x))
+            x.meta["example_value"] = FakeTensorMode().from_tensor(
+                torch.zeros(2, 8, 32, dtype=torch.bfloat16)
+            )
+            x.meta["nn_module_stack"] = stack(
+                ("L['self']", LlamaForCausalLM), (f"L['self'].model.layers.{layer}.norm", LlamaRMSNorm)
+            )
+            x.meta["stack_trace"] = (
+                '  File "/home/me/train.py", line 3, in step\n    loss = model(ids)\n'
+                f'  File "/site/modeling_llama.py", line {number}, in forward\n'
+                "    return self.weight * hidden_states\n           ^^^^^^^^^^^\n"
+            )
+    graph.output((x,))
+    return fx.GraphModule(nn.Module(), graph)
+
+
+def pattern(name: str) -> Pattern:
+    return Pattern(name, search=lambda x: x, replace=lambda x: x, examples={"x": torch.zeros(2)})
+
+
+def matches(gm: fx.GraphModule, name: str) -> list[Match]:
+    nodes = [node for node in gm.graph.nodes if node.op == "call_function"]
+    one = pattern(name)
+    return [
+        Match(one, {}, (second,), (first, second))
+        for first, second in zip(nodes[::2], nodes[1::2], strict=True)
+    ]
+
+
+def lines_of(report: GraphReport) -> list[str]:
+    return str(report).splitlines()
+
+
+# Text.
+
+
+def test_layers_are_folded_into_one_group():
+    gm = layer_graph(layers=4)
+    decisions = [
+        Decision(match, "replace", saved_bytes=512 * 1024) for match in matches(gm, "rms_norm.llama")
+    ]
+    ops = {"rms_norm.llama": ["liger_compile::rms_norm"]}
+    assert lines_of(GraphReport.of(gm, decisions, seconds=0.25, ops=ops)) == [
+        "liger_compile  graph ?, 10 nodes: 4 replaced, 0 left alone, 0 near misses; "
+        "2.0 MiB less kept for backward (0.25 s)",
+        "",
+        "Replaced",
+        "  rms_norm.llama   4x   2.0 MiB   model.layers.{0..3}.norm (LlamaRMSNorm)",
+        "                                  modeling_llama.py:66  -> liger_compile::rms_norm  bf16[2, 8, 32]",
+    ]
+
+
+def test_what_is_left_alone_says_why_and_is_not_counted_as_saved():
+    gm = layer_graph(layers=3)
+    first, second, third = matches(gm, "rms_norm.llama")
+    reason = "the weight is changed between the norm and its use, so the norm has to be computed where it is"
+    decisions = [
+        Decision(first, "replace"),
+        Decision(second, "annotate", "Inductor fuses this norm with its neighbours", saved_bytes=100),
+        Decision(third, "leave", reason, saved_bytes=10**9),
+    ]
+    report = GraphReport.of(gm, decisions)
+    assert lines_of(report) == [
+        "liger_compile  graph ?, 8 nodes: 1 replaced, 1 marked for recompute, 1 left alone, 0 near misses; "
+        "100 B less kept for backward",
+        "",
+        "Replaced",
+        "  rms_norm.llama   1x      model.layers.0.norm (LlamaRMSNorm)",
+        "                           modeling_llama.py:66  bf16[2, 8, 32]",
+        "",
+        "Left to Inductor, marked as cheap to recompute",
+        "  rms_norm.llama   1x   100 B   model.layers.1.norm (LlamaRMSNorm)",
+        "                                modeling_llama.py:66  bf16[2, 8, 32]",
+        "      Inductor fuses this norm with its neighbours",
+        "",
+        "Left alone",
+        "  rms_norm.llama   1x      model.layers.2.norm (LlamaRMSNorm)",
+        "                           modeling_llama.py:66  bf16[2, 8, 32]",
+        f"      {reason}",
+    ]
+
+
+def test_near_misses_show_the_line_that_differs_nearest_first():
+    gm = layer_graph(layers=2)
+    one, two, three, four = (node for node in gm.graph.nodes if node.op == "call_function")
+    far = NearMiss(pattern("rotary.half"), two, None, "expected a concatenation, found mul", score=0.2)
+    near = [
+        NearMiss(pattern("rms_norm.gemma"), root, culprit, "expected 1 + weight, found weight", score=0.875)
+        for root, culprit in ((two, one), (four, three))
+    ]
+    report = GraphReport.of(gm, [], [far, *near])
+    assert lines_of(report)[1:] == [
+        "",
+        "Near misses",
+        "  rms_norm.gemma   2x   88% alike   model.layers.{0..1}.norm (LlamaRMSNorm)",
+        "                                    modeling_llama.py:65  return self.weight * hidden_states",
+        "      expected 1 + weight, found weight",
+        "  rotary.half      1x   20% alike   model.layers.0.norm (LlamaRMSNorm)",
+        "                                    modeling_llama.py:66  return self.weight * hidden_states",
+        "      expected a concatenation, found mul",
+    ]
+
+
+def test_only_the_nearest_misses_are_printed():
+    gm = layer_graph(layers=1)
+    root = next(node for node in gm.graph.nodes if node.op == "call_function")
+    misses = [
+        NearMiss(pattern(f"op.{number}"), root, root, "it differs", number / 20) for number in range(15)
+    ]
+    report = GraphReport.of(gm, [], misses)
+    assert "op.14" in str(report) and "op.2 " not in str(report)
+    assert lines_of(report)[-1] == "  and 3 more, in to_dict()"
+    assert len(report.to_dict()["near_misses"]) == 15
+
+
+def test_notes_are_wrapped_and_nothing_found_is_one_line():
+    gm = layer_graph(layers=1)
+    assert str(GraphReport.of(gm, [])) == (
+        "liger_compile  graph ?, 4 nodes: 0 replaced, 0 left alone, 0 near misses"
+    )
+    lines = lines_of(GraphReport.of(gm, [], notes=["graph output 3 looks like logits " * 5]))
+    assert lines[1:3] == ["", "Notes"]
+    assert lines[3].startswith("  - graph output") and lines[4].startswith("    ")
+    assert all(len(line) <= 110 for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("paths", "folded"),
+    [
+        (["a.0.b", "a.1.b", "a.2.b"], ["a.{0..2}.b"]),
+        (["a.0", "a.2", "a.3", "a.7"], ["a.{0,2..3,7}"]),
+        (["h.0.e.0", "h.0.e.1", "h.1.e.0", "h.1.e.1"], ["h.{0..1}.e.{0..1}"]),
+        (["h.0.q", "h.0.k", "h.1.q", "norm"], ["h.{0..1}.q", "h.0.k", "norm"]),
+        (["h.0"], ["h.0"]),
+        ([""], [""]),
+    ],
+)
+def test_folded_paths(paths: Sequence[str], folded: Sequence[str]):
+    assert report_module._folded(paths) == folded
+
+
+# Where things are.
+
+
+def test_a_site_is_placed_in_the_deepest_module_that_most_of_it_ran_in():
+    graph = fx.Graph()
+    node = graph.placeholder("x")
+    mlp = (("L['self']", LlamaForCausalLM), ("L['self'].h._modules['0'].mlp", LlamaMLP))
+    nodes = []
+    for path in ("gate", "up", None, None, "down"):
+        node = graph.call_function(torch.mul, (node, node))
+        inner = [(f"{mlp[-1][0]}.{path}", nn.Linear)] if path else []
+        node.meta["nn_module_stack"] = stack(*mlp, *inner)
+        nodes.append(node)
+    graph.output(node)
+    match = Match(pattern("gated_mlp.silu"), {}, (node,), tuple(nodes))
+    (site,) = GraphReport.of(fx.GraphModule(nn.Module(), graph), [Decision(match, "replace")]).sites
+    assert (site.place.module, site.place.module_class) == ("h.0.mlp", "LlamaMLP")
+
+
+def test_places_and_shapes_of_a_real_dynamo_graph():
+    seen = []
+
+    def backend(gm: fx.GraphModule, example_inputs: list[object]):
+        (rsqrt,) = (node for node in gm.graph.nodes if node.target is torch.rsqrt)
+        match = Match(pattern("rms_norm.torch"), {}, (rsqrt,), (rsqrt,))
+        seen.append(GraphReport.of(gm, [Decision(match, "replace")]))
+        return gm.forward
+
+    class Norm(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True))
+
+    model = nn.Sequential(nn.Linear(4, 4), Norm())
+    torch.compile(model, backend=backend, dynamic=True)(torch.ones(3, 4))
+    (site,) = seen[0].sites
+    assert site.place.module == "1" and site.place.module_class == "Norm"
+    assert site.place.file == __file__ and site.place.code.startswith("return x * torch.rsqrt(")
+    assert site.result == "f32[s77, 1]" or site.result.startswith("f32[s")
+    assert seen[0].name == "0/0" or "/" in seen[0].name
+
+
+def test_frames_of_pytorch_itself_are_not_where_the_user_looks():
+    gm = layer_graph(layers=1)
+    (match,) = matches(gm, "rms_norm.torch")
+    inside = os.path.join(os.path.dirname(torch.__file__), "nn/modules/normalization.py")
+    match.outputs[0].meta["stack_trace"] += (
+        f'  File "{inside}", line 400, in forward\n    return F.rms_norm(\n'
+    )
+    (site,) = GraphReport.of(gm, [Decision(match, "replace")]).sites
+    assert site.place.source == "modeling_llama.py:66"
+
+
+def test_nodes_without_metadata_are_reported_without_a_place():
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    y = graph.call_function(torch.neg, (x,))
+    graph.output(y)
+    match = Match(pattern("op.spelling"), {}, (y,), (y,))
+    report = GraphReport.of(fx.GraphModule(nn.Module(), graph), [Decision(match, "leave", "no reason")])
+    assert lines_of(report)[2:] == ["Left alone", "  op.spelling   1x      NoneType", "      no reason"]
+
+
+# Programs.
+
+
+def test_to_dict_survives_json():
+    gm = layer_graph(layers=2)
+    first, second = matches(gm, "rms_norm.llama")
+    decisions = [Decision(first, "replace", saved_bytes=64), Decision(second, "leave", "why not")]
+    near = NearMiss(pattern("rotary.half"), first.outputs[0], None, "it differs", 0.5)
+    content = GraphReport.of(gm, decisions, [near], ["a note"], seconds=0.5).to_dict()
+    assert json.loads(json.dumps(content)) == content
+    assert content["counts"] == {"replace": 1, "annotate": 0, "leave": 1}
+    assert content["saved_bytes"] == 64
+    assert content["sites"][1]["reason"] == "why not"
+    assert content["sites"][0]["place"]["file"] == "/site/modeling_llama.py"
+    assert content["near_misses"][0]["score"] == 0.5
+
+
+def test_a_report_keeps_no_graph_alive():
+    gm = layer_graph(layers=2)
+    decisions = [Decision(match, "replace") for match in matches(gm, "rms_norm.llama")]
+    node = decisions[0].match.outputs[0]
+    alive = [weakref.ref(gm), weakref.ref(node.meta["example_value"])]
+    report = GraphReport.of(gm, decisions, [NearMiss(pattern("a.b"), node, node, "it differs")])
+    del gm, decisions, node
+    gc.collect()
+    assert [ref() for ref in alive] == [None, None]
+    assert report.count("replace") == 2
+
+
+# The process-wide list and the logs.
+
+
+def test_reports_are_listed_in_order_and_bounded():
+    clear_reports()
+    gm = layer_graph(layers=1)
+    for number in range(300):
+        record(GraphReport.of(gm, [], notes=[str(number)]))
+    assert len(reports()) == 256
+    assert reports()[0].notes == ("44",) and reports()[-1].notes == ("299",)
+    clear_reports()
+    assert reports() == ()
+
+
+def run_python(code: str, **env: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | env,
+        text=True,
+        capture_output=True,
+        timeout=300,
+        check=True,
+    )
+
+
+COMPILE = """
+import torch
+def f(x, weight):
+    return weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6))
+compiled = torch.compile(f, backend="liger", options={"liger.inner": "eager"})
+compiled(torch.ones(4, 8), torch.ones(8))
+"""
+
+
+@pytest.mark.parametrize(
+    "code", [COMPILE, "import liger_compile" + COMPILE], ids=["by name", "imported first"]
+)
+def test_torch_logs(code: str):
+    assert "liger_compile  graph" not in run_python(code).stderr
+    summary = run_python(code, TORCH_LOGS="liger_compile").stderr
+    assert "liger_compile  graph 0/0" in summary and "Replaced" not in summary
+    assert "Replaced" in run_python(code, TORCH_LOGS="+liger_compile").stderr
+
+
+def test_structured_trace(tmp_path: Path):
+    run_python(COMPILE, TORCH_TRACE=str(tmp_path))
+    (log,) = tmp_path.iterdir()
+    _, found, after = log.read_text().partition('"name": "liger_compile_report", "encoding": "json"')
+    assert found and '"counts"' in after
+
+
+# explain()
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(8))
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        x = x + torch.rand(8)
+        return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6))
+
+
+def test_explain_reports_one_call_and_puts_everything_back():
+    model, random_state = Block(), torch.get_rng_state()
+    explanation = explain(model, torch.ones(4, 8))
+    assert len(explanation.graphs) == 1 and explanation.graph_breaks == ()
+    assert "rms_norm" in str(explanation)
+    assert model.calls == 0 and torch.equal(torch.get_rng_state(), random_state)
+    again = explain(model, torch.ones(4, 8))
+    assert [len(graph.sites) for graph in again.graphs] == [len(graph.sites) for graph in explanation.graphs]
+    assert json.loads(json.dumps(again.to_dict())) == again.to_dict()
+
+
+def test_explain_tells_of_graph_breaks():
+    def broken(x: torch.Tensor) -> torch.Tensor:
+        y = x * 2
+        torch._dynamo.graph_break()
+        return y + 1
+
+    explanation = explain(broken, torch.ones(2))
+    assert len(explanation.graphs) == 2 and len(explanation.graph_breaks) == 1
+    assert "Graph break: " in str(explanation)
+
+
+def test_explain_of_a_function_without_tensors():
+    assert "no graph" in str(explain(lambda: 1))
