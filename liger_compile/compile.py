@@ -27,7 +27,7 @@ import torch._dynamo
 from torch._dynamo.callback import callback_handler
 from torch.fx import GraphModule
 
-from .pattern import Pattern
+from liger_compile.pattern import Pattern
 
 # transformers hangs these on logging.Logger and calls them between logits and loss, where Dynamo would break
 # the graph in two. They say a thing once and return None: leaving them out of a trace changes no result.

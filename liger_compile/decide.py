@@ -72,8 +72,15 @@ def decide(
 
 
 def _without_covered(decisions: list[Decision], consumed: set[Node]) -> list[Decision]:
-    """A refusal says nothing where another pattern replaced the same place in the end."""
-    return [d for d in decisions if d.kind == "replace" or d.match.outputs[0] not in consumed]
+    """One decision a place: a refusal says nothing where another pattern replaced it, or a larger one was refused."""
+    told: set[Node] = set()
+    kept = []
+    for decision in decisions:
+        root = decision.match.outputs[0]
+        if decision.kind == "replace" or (root not in consumed and root not in told):
+            kept.append(decision)
+            told.add(root)
+    return kept
 
 
 @dataclass

@@ -17,22 +17,20 @@ import contextlib
 import itertools
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.fx import Graph, Node
 
 from liger_compile.pattern import Capture, Match, NearMiss, Pattern
-from liger_compile.terms import normalize
 from liger_compile.terms.build import Terms, trace
-from liger_compile.terms.term import ConstVar, Scalar, Term, close
+from liger_compile.terms.term import Term
+from liger_compile.terms.unify import Bindings, Unifier
 
-Bindings = Mapping[str, Any]  # capture -> Term, number or string
-
-# How many nodes near the first output are tried as a further output, how many dtype assignments of one skeleton,
-# and how many steps one attempt may take: bounds that keep matching linear in the graph.
-NEARBY, ASSIGNMENTS, STEPS = 24, 32, 4000
+# How many nodes on each side of the first output are tried as a further output, and how many assignments of dtypes
+# for one skeleton: bounds that keep matching linear in the graph.
+NEARBY, ASSIGNMENTS = 24, 32
 NEAR_MISS = 0.6  # the share of a pattern that must match for a place to look like it
 
 
@@ -158,61 +156,63 @@ class _Index:
         return sorted(window, key=lambda other: abs(self.position[other] - self.position[node]))
 
 
-@dataclass
 class _Attempt:
     """One pattern at one node."""
 
-    pattern: Pattern
-    skeleton: _Skeleton
-    index: _Index
-    root: Node
-    score: float = 0.0
-    failure: tuple[Term, Term] | None = None  # what was expected, what stands there
-    is_exact: bool = False
-    size: int = 0  # of the pattern as it was matched
-    steps: int = field(default=0, repr=False)
+    def __init__(self, pattern: Pattern, skeleton: _Skeleton, index: _Index, root: Node) -> None:
+        self.pattern, self.skeleton, self.index, self.root = pattern, skeleton, index, root
+        self.size = 0  # of the pattern as it was matched, casts counted
+        space = index.terms.space
+        self._bare = Unifier(space, self._can_bind_bare, index.weight, is_exact=False)
+        self._exact = Unifier(space, self._can_bind_exact, index.weight, is_exact=True)
 
     def match(self) -> Match | None:
         tried: set[tuple] = set()
-        for bare in self._outputs(self.skeleton.outputs, bare=True):
-            for tensors in self._assignments(bare):
+        for _, env in self._outputs(self._bare, [output.bare for output in self.skeleton.outputs]):
+            for tensors in self._assignments(env):
                 key = tuple(tensors.items())
                 if key in tried:
                     continue
                 tried.add(key)
-                self.is_exact = True
                 wanted = self._exact_terms(tensors)
-                exact = next(self._outputs(wanted, bare=False), None)
-                self.is_exact = False
+                exact = next(self._outputs(self._exact, wanted), None)
                 if exact is not None:
                     self.size = sum(len(output.operations()) for output in wanted)
                     return self._made(*exact)
         return None
 
-    def _outputs(self, outputs: tuple[Term, ...], bare: bool) -> Iterator[tuple[tuple[Node, ...], Bindings]]:
+    def _outputs(
+        self, unifier: Unifier, outputs: Sequence[Term]
+    ) -> Iterator[tuple[tuple[Node, ...], Bindings]]:
         """Every way to bind the outputs, one after another, beginning with the root."""
-        self.steps = 0
 
         def extend(nodes: tuple[Node, ...], env: Bindings) -> Iterator[tuple[tuple[Node, ...], Bindings]]:
             if len(nodes) == len(outputs):
                 yield nodes, env
                 return
             wanted = outputs[len(nodes)]
-            for node in self.index.nearby(wanted.bare.op, self.root):
+            for node in self.index.nearby(wanted.bare.op, self.root) if nodes else (self.root,):
                 if node not in nodes:
                     term = self.index.terms.of[node]
-                    pair = (wanted.bare, term.bare) if bare else (wanted, term)
-                    for extended in self._unify([pair], env, 0):
+                    have = term if unifier.is_exact else term.bare
+                    for extended in unifier.unify(wanted, have, env):
                         yield from extend((*nodes, node), extended)
 
-        term = self.index.terms.of[self.root]
-        first = (outputs[0].bare, term.bare) if bare else (outputs[0], term)
-        for env in self._unify([first], {}, 0):
-            yield from extend((self.root,), env)
+        return extend((), {})
 
-    def _assignments(self, found: tuple[tuple[Node, ...], Bindings]) -> Iterator[dict[str, Any]]:
+    def _can_bind_bare(self, want: Term, have: Term) -> bool:
+        if have.op == "none":
+            return want.consts[0] in self.skeleton.optional
+        same = self.index.terms.space.same_bare.get(have, ())
+        return any(term.dtype is not None and self.index.terms.derive(term) for term in same)
+
+    def _can_bind_exact(self, want: Term, have: Term) -> bool:
+        if have.op == "none":
+            return want.consts[0] in self.skeleton.optional
+        return want.dtype == have.dtype and self.index.terms.derive(have) is not None
+
+    def _assignments(self, env: Bindings) -> Iterator[dict[str, Any]]:
         """The shapes and dtypes that the captures of a skeleton match may have."""
-        env = found[1]
         choices = []
         for name in self.skeleton.tensors:
             bare = env.get(name)
@@ -243,205 +243,6 @@ class _Attempt:
             return size
         shape_env = self.index.fake_mode.shape_env
         return shape_env.create_symintnode(size, hint=None)
-
-    # Unification: binds captures so that a pattern's term is a graph's term, in every way there is
-
-    def _unify(self, goals: list[tuple[Term, Term]], env: Bindings, done: float) -> Iterator[Bindings]:
-        if not goals:
-            yield env
-            return
-        self.steps += 1
-        if self.steps > STEPS:
-            return
-        (want, have), rest = goals[0], goals[1:]
-        if want.op == "var":
-            yield from self._bind(want, have, rest, env, done)
-            return
-        if want.op in ("mul", "add"):
-            yield from self._unify_multiset(want, have, rest, env, done)
-            return
-        if want.op == "number":
-            extended = self._scale(want.consts[0], have.consts[0], env) if have.op == "number" else None
-            if extended is not None and extended[0] == normalize.ONE:
-                yield from self._unify(rest, extended[1], done)
-                return
-            self._fail(want, have, done)
-            return
-        extended = self._same_head(want, have, env)
-        if extended is None:
-            self._fail(want, have, done)
-            return
-        goals = [*zip(want.args, have.args, strict=True), *rest]
-        yield from self._unify(goals, extended, done + self.index.weight(want.op))
-
-    def _bind(self, want: Term, have: Term, rest: list, env: Bindings, done: float) -> Iterator[Bindings]:
-        name = want.consts[0]
-        bound = env.get(name)
-        if bound is have:
-            yield from self._unify(rest, env, done)
-        elif bound is None and self._can_bind(want, have):
-            yield from self._unify(rest, {**env, name: have}, done)
-        else:
-            self._fail(want, have, done)
-
-    def _can_bind(self, want: Term, have: Term) -> bool:
-        if have.op == "none":
-            return want.consts[0] in self.skeleton.optional
-        if not self.is_exact:
-            same = self.index.terms.space.same_bare.get(have, ())
-            return any(term.dtype is not None and self.index.terms.derive(term) for term in same)
-        return want.dtype == have.dtype and self.index.terms.derive(have) is not None
-
-    def _same_head(self, want: Term, have: Term, env: Bindings) -> Bindings | None:
-        """The bindings if op, dtype and constants agree."""
-        if want.op != have.op or want.dtype != have.dtype or len(want.args) != len(have.args):
-            return None
-        if not self.is_exact and want.op in ("view", "expand"):
-            return env  # sizes are the exact pass's business
-        sizes = (1, 2) if want.op == "slice" and not self.is_exact else ()
-        if len(want.consts) != len(have.consts):
-            return None
-        for at, (expected, found) in enumerate(zip(want.consts, have.consts, strict=True)):
-            if isinstance(expected, ConstVar):
-                if expected.name in env and env[expected.name] != found:
-                    return None
-                env = {**env, expected.name: found}
-            elif at not in sizes and expected != found:
-                return None
-        return env
-
-    def _unify_multiset(self, want: Term, have: Term, rest: list, env: Bindings, done: float) -> Iterator[Bindings]:
-        """Products and sums: every operand of the pattern takes one of the graph's, captures last."""
-        is_product = want.op == "mul"
-        if have.dtype != want.dtype or not (have.op == want.op or is_product):
-            self._fail(want, have, done)
-            return
-        wanted = list(zip(want.args, want.consts[1:] if is_product else (1,) * len(want.args), strict=True))
-        if have.op != want.op:  # one times have
-            constant, operands = normalize.ONE, [(have, 1)]
-        else:
-            powers = have.consts[1:] if is_product else (1,) * len(have.args)
-            constant, operands = have.consts[0], list(zip(have.args, powers, strict=True))
-        expected = want.consts[0]
-        if is_product and expected.powers:  # number captures first: what is inside may use them again
-            scaled = self._scale(expected, constant, env)
-            if scaled is None:
-                self._fail(want, have, done)
-                return
-            (constant, env), expected = scaled, normalize.ONE
-        inner = [item for item in wanted if item[0].op != "var"]
-        captures = [item for item in wanted if item[0].op == "var"]
-        for goals, left in self._assigned(want, have, inner, operands, done):
-            # What the inner operands bind decides which captures are known when their turn comes.
-            for extended in self._unify(goals, env, done + self.index.weight(want.op)):
-                yield from self._captured(
-                    want, have, captures, left, (expected, constant), rest, extended, done
-                )
-
-    def _assigned(self, want, have, inner, operands, done) -> Iterator[tuple[list[tuple[Term, Term]], list]]:
-        """Every way to give each operand of the pattern that is no capture one of the graph's."""
-        if not inner:
-            yield [], operands
-            return
-        (term, power), others = inner[0], inner[1:]
-        found = False
-        for at, (operand, exponent) in enumerate(operands):
-            if exponent == power and term.op in (operand.op, "mul"):
-                found = True
-                left = operands[:at] + operands[at + 1 :]
-                for goals, still_left in self._assigned(want, have, others, left, done):
-                    yield [(term, operand), *goals], still_left
-        if not found:
-            self._fail(term, operands[0][0] if len(operands) == 1 else have, done + self.index.weight(want.op))
-
-    def _captured(self, want, have, captures, left, constants, rest, env, done) -> Iterator[Bindings]:
-        """Gives the captures what is left: those bound already their own, the others one operand or several."""
-        (expected, constant), unbound = constants, []
-        for var, power in captures:
-            bound = env.get(var.consts[0])
-            if bound is None:
-                unbound.append((var, power))
-                continue
-            remaining = _without(left, bound, power)
-            if remaining is None:
-                self._fail(want, have, done)
-                return
-            left, scalar = remaining
-            constant = constant * scalar**-1
-        if want.op == "add":
-            symbols = [operand for operand in left if operand[0].op == "leaf" and operand[0].dtype is None]
-            offset = symbols[:1] if len(left) == len(unbound) + 1 else []
-            left = [operand for operand in left if operand not in offset]
-            ratio, extended = normalize.ONE, self._offset(expected, constant, offset, env)
-        else:
-            ratio, extended = self._scale(expected, constant, env) or (normalize.ONE, None)
-        if extended is None or len(left) < len(unbound):
-            self._fail(want, have, done)
-            return
-        found = False
-        for parts in _partitions(left, unbound, may_join=want.op == "mul"):
-            bindings = self._products(parts, ratio, have.dtype)
-            if bindings is not None:
-                found = True
-                yield from self._unify([*bindings, *rest], extended, done + self.index.weight(want.op))
-        if not found:
-            self._fail(want, have, done)
-
-    def _products(self, parts, ratio: Scalar, dtype) -> list[tuple[Term, Term]] | None:
-        """Goals that bind each capture to the product of its part; the first takes the number that is left."""
-        goals = []
-        for var, power, operands in parts:
-            takes = power == 1 or (ratio.value > 0 and not ratio.powers)
-            scale, ratio = (ratio ** (1 / power), normalize.ONE) if takes else (normalize.ONE, ratio)
-            shape = normalize.broadcast(operand.shape for operand, _ in operands)
-            if shape is None:
-                return None
-            if len(operands) == 1 and operands[0][1] == power and scale == normalize.ONE:
-                goals.append((var, operands[0][0]))
-                continue
-            factors = [(operand, exponent / power) for operand, exponent in operands]
-            goals.append((var, normalize.mul(self.index.terms.space, factors, scale, dtype, shape)))
-        return goals if ratio == normalize.ONE else None
-
-    def _scale(self, want: Scalar, have: Scalar, env: Bindings) -> tuple[Scalar, Bindings] | None:
-        """What is left of have / want once number captures are bound; None if they are bound otherwise."""
-        value, unbound = want.value, []
-        for name, power in want.powers:
-            if name not in env:
-                unbound.append((name, power))
-            elif isinstance(env[name], float):
-                value *= env[name] ** power
-            else:
-                return None
-        if not value:
-            return (normalize.ONE, env) if have.value == 0 and not unbound else None
-        ratio = have.value / value
-        if len(unbound) == 1:
-            ((name, power),) = unbound
-            if ratio <= 0 and power != 1:
-                return None
-            return normalize.ONE, {**env, name: ratio ** (1 / power) if power != 1 else ratio}
-        if unbound:
-            return None
-        return (normalize.ONE if close(ratio, 1.0) else Scalar(ratio)), env
-
-    def _offset(self, want: Scalar, have: Scalar, left: list[tuple[Term, float]], env: Bindings) -> Bindings | None:
-        """The bindings that make the constant of a sum the same; a number capture may be a symbolic float."""
-        if len(want.powers) == 1 and len(left) == 1 and have.value == 0:
-            name, symbol = want.powers[0][0], left[0][0]
-            if symbol.op == "leaf" and symbol.dtype is None and want.value == 1 and env.get(name, symbol) is symbol:
-                return {**env, name: symbol}
-        if left:
-            return None
-        scaled = self._scale(want, have, env)
-        return scaled[1] if scaled is not None and scaled[0] == normalize.ONE else None
-
-    def _fail(self, want: Term, have: Term, done: float) -> None:
-        """Remembers the attempt that came farthest; an exact one has the whole skeleton behind it."""
-        score = min(1.0, done / self.skeleton.weight(self.index))
-        score = 0.75 + score / 4 if self.is_exact else score
-        if score > self.score:
-            self.score, self.failure = score, (want, have)
 
     # Results
 
@@ -488,40 +289,23 @@ class _Attempt:
         in_order = sorted(found, key=self.index.position.__getitem__)
         return tuple(n for n in in_order if not found[n]), tuple(n for n in in_order if found[n])
 
+    @property
+    def score(self) -> float:
+        """The share of the pattern that matched; what matched but for rounding and sizes is ahead of the rest."""
+        if self._exact.failure:
+            return 1.0
+        root = self.skeleton.outputs[0].bare.op
+        if self._bare.score <= self.index.weight(root):
+            return 0.0  # the root alone says little
+        return min(1.0, self._bare.score / self.skeleton.weight(self.index))
+
     def near_miss(self) -> NearMiss:
-        assert self.failure is not None
-        want, have = self.failure
+        kind, failure = ("rounds elsewhere", self._exact.failure) if self._exact.failure else ("differs", self._bare.failure)
+        assert failure is not None
+        want, have = failure
         derived = self.index.terms.derive(have) if have.op != "none" else None
-        culprit = derived[0] if derived else None
-        kind = "rounds elsewhere" if self.is_exact or want.op == "cast" or have.op == "cast" else "differs"
         reason = f"{kind}: expected {describe(want)}, found {describe(have)}"
-        return NearMiss(self.pattern, self.root, culprit, reason, self.score)
-
-
-def _without(operands: list, bound: Term, power: float) -> tuple[list, Scalar] | None:
-    """The operands less `bound ** power`, which may be several of them and a number; None if it is not there."""
-    wanted, scalar = [(bound, power)], normalize.ONE
-    if (bound, power) not in operands and bound.op == "mul":
-        wanted = [(term, exponent * power) for term, exponent in zip(bound.args, bound.consts[1:], strict=True)]
-        scalar = bound.consts[0] ** power
-    left = list(operands)
-    for operand in wanted:
-        if operand not in left:
-            return None
-        left.remove(operand)
-    return left, scalar
-
-
-def _partitions(operands: list, captures: list, may_join: bool) -> Iterator[list]:
-    """Every way to give each capture an operand, and all that is then left over to one of them."""
-    for chosen in itertools.permutations(range(len(operands)), len(captures)):
-        parts = [(v, p, [operands[at]]) for (v, p), at in zip(captures, chosen, strict=True)]
-        over = [operand for at, operand in enumerate(operands) if at not in chosen]
-        if not over:
-            yield parts
-        elif may_join:
-            for at, (var, power, part) in enumerate(parts):
-                yield [*parts[:at], (var, power, [*part, *over]), *parts[at + 1 :]]
+        return NearMiss(self.pattern, self.root, derived[0] if derived else None, reason, self.score)
 
 
 def describe(term: Term, depth: int = 2) -> str:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import Field, dataclass, field, fields
 from typing import Any
 
-from .pattern import Pattern
+from liger_compile.pattern import Pattern
 
 PREFIX = "liger."
 

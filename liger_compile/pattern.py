@@ -98,6 +98,12 @@ class Match:
             return bound.meta["example_value"]
         return bound
 
+    def source(self, name: str) -> Node:
+        """The node that a tensor capture is read from."""
+        bound = self.captures[name]
+        assert isinstance(bound, (Capture, Node)), f"{name} is no tensor capture"
+        return bound.node if isinstance(bound, Capture) else bound
+
     @property
     def result(self) -> torch.Tensor:
         """The fake tensor of the first output."""

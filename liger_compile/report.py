@@ -62,7 +62,7 @@ class Site:
     reason: str
     place: Place
     ops: tuple[str, ...]  # the ops that stand there now
-    result: str  # "f32[8, 256, 256]"
+    result: str  # "f32[8, 256, 256]", "2 x bf16[8, 256]"
     saved_bytes: int | None
 
 
@@ -201,7 +201,7 @@ def _site(decision: Decision, ops: Mapping[str, Iterable[str]]) -> Site:
         reason=decision.reason,
         place=Place.of(match.nodes, match.outputs[0]),
         ops=tuple(ops.get(match.pattern.name, ())) if decision.kind == "replace" else (),
-        result=", ".join(_describe(node.meta.get("example_value")) for node in match.outputs),
+        result=_counted(_describe(node.meta.get("example_value")) for node in match.outputs),
         saved_bytes=decision.saved_bytes,
     )
 
@@ -273,7 +273,7 @@ def _site_row(sites: Sequence[Site]) -> Row:
         ("-> " + ", ".join(first.ops)) if first.ops else "",
         " ".join(dict.fromkeys(site.result for site in sites)),
     ]
-    cells = [first.pattern, f"{len(sites)}x", _size(sum(sizes)) if sizes else ""]
+    cells = [first.pattern, f"{len(sites)}x", _size(sum(sizes)) if any(sizes) else ""]
     return cells, [*_places(sites), "  ".join(filter(None, what))], first.reason
 
 
@@ -344,6 +344,10 @@ def _size(num_bytes: int) -> str:
     while size >= 1024 and (larger := next(units, None)):
         size, unit = size / 1024, larger
     return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+
+
+def _counted(texts: Iterable[str]) -> str:
+    return ", ".join(text if count == 1 else f"{count} x {text}" for text, count in Counter(texts).items())
 
 
 def _plural(count: int, one: str, many: str) -> str:

@@ -55,13 +55,14 @@ def replace_as_is(logits, target, weight, ignore_index, reduction, label_smoothi
 
 def profit(match: Match) -> str | None:
     """Only logits that nothing else reads can die early."""
-    for node in match.operands:
+    inner = {*match.nodes, *match.operands}
+    for node in (match.source("logits"), *match.operands):
         value = node.meta.get("example_value")
-        inner = set(match.nodes)
-        if isinstance(value, torch.Tensor) and value.shape[-1:] == match["logits"].shape[-1:] and value.dim() > 1:
+        if isinstance(value, torch.Tensor) and value.dim() > 1 and value.shape[-1:] == match["logits"].shape[-1:]:
             others = [user for user in node.users if user not in inner]
             if others:
-                return f"the logits are needed elsewhere too (by {others[0].name}) and stay in memory anyway"
+                reader = "the graph returns them" if others[0].op == "output" else f"{others[0].name} reads them"
+                return f"the logits are needed elsewhere ({reader}), so they stay in memory anyway"
     return None
 
 

@@ -64,18 +64,6 @@ print(json.dumps(dict(
 """
 
 
-def copy_of_the_package(directory):
-    """An import path with a copy of the package, and the op in it."""
-    site = directory / "site"
-    package = site / "liger_compile"
-    no_bytecode = shutil.ignore_patterns("__pycache__")
-    shutil.copytree(Path(liger_compile.__file__).parent, package, ignore=no_bytecode)
-    shutil.copytree(patterns.__path__[0], package / "patterns", ignore=no_bytecode, dirs_exist_ok=True)
-    for name, source in (("toy", OP), ("toy_formula", FORMULA), ("toy_result", RESULT)):
-        (package / "ops" / f"{name}.py").write_text(source)
-    return site
-
-
 def run(site, cache, *arguments):
     """One process: what came of the op, and what the cache did."""
     environment = {
@@ -96,18 +84,27 @@ def run(site, cache, *arguments):
 
 @pytest.fixture(scope="module")
 def cold(tmp_path_factory):
-    """The cache directory after one run, and what that run said."""
+    """A copy of the package with the op in it, the cache directory after one run, and what that run said."""
     directory = tmp_path_factory.mktemp("cold")
-    told = run(copy_of_the_package(directory), directory / "cache")
+    site, cache = directory / "site", directory / "cache"
+    no_bytecode = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(Path(liger_compile.__file__).parent, site / "liger_compile", ignore=no_bytecode)
+    shutil.copytree(
+        patterns.__path__[0], site / "liger_compile" / "patterns", ignore=no_bytecode, dirs_exist_ok=True
+    )
+    for name, source in (("toy", OP), ("toy_formula", FORMULA), ("toy_result", RESULT)):
+        (site / "liger_compile" / "ops" / f"{name}.py").write_text(source)
+    told = run(site, cache)
     assert (told.pop("hit"), told.pop("miss")) == (0, 1)
-    return directory / "cache", told
+    return site, cache, told
 
 
 @pytest.fixture
 def warm(cold, tmp_path):
-    """Runs again, after editing a copy that is as the first one was."""
-    cache, before = cold
-    site = copy_of_the_package(tmp_path)
+    """Runs again, with another copy and perhaps an edit."""
+    original, cache, before = cold
+    site = tmp_path / "site"
+    shutil.copytree(original, site)
 
     def run_again(*arguments, edit=None):
         if edit is not None:

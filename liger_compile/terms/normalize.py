@@ -21,7 +21,7 @@ import torch
 
 from liger_compile.terms.term import Scalar, Size, Space, Term, broadcast, close
 
-ONE, MINUS_ONE = Scalar(1.0), Scalar(-1.0)
+ZERO, ONE, MINUS_ONE = Scalar(0.0), Scalar(1.0), Scalar(-1.0)
 
 
 def new_space() -> Space:
@@ -148,7 +148,7 @@ def add(
             addends.append(term)
     if not addends:
         return space.number(constant)
-    if constant == Scalar(0.0) and len(addends) == 1 and addends[0].shape == shape:
+    if constant == ZERO and len(addends) == 1 and addends[0].shape == shape:
         return addends[0]
     addends = list(_strip_broadcasts(dict.fromkeys(addends, 1), shape)) if len(set(addends)) > 1 else addends
     return apply(space, "add", tuple(sorted(addends, key=lambda t: t.serial)), (constant,), dtype, shape)
@@ -330,7 +330,7 @@ def _tanh_argument(space: Space, term: Term) -> Term | None:
             if square.op == "mul" and square.args == (x,) and square.consts[1] == 2:
                 return x if square.consts[0].is_number(0.044715) and linear == 1.0 else None
         return None
-    if inner.op != "add" or inner.consts[0] != Scalar(0.0) or len(inner.args) != 2:
+    if inner.op != "add" or inner.consts[0] != ZERO or len(inner.args) != 2:
         return None
     for x, cube in (inner.args, inner.args[::-1]):
         base = x if linear == 1.0 else _times(x, linear)
@@ -454,7 +454,7 @@ def _matmul_is_linear(space: Space, term: Term) -> Term | None:
 
 def _linear_with_bias(space: Space, term: Term) -> Term | None:
     """linear(x, w) + b -> linear(x, w, b) for a vector b"""
-    if len(term.args) != 2 or term.consts[0] != Scalar(0.0):
+    if len(term.args) != 2 or term.consts[0] != ZERO:
         return None
     for product, bias in (term.args, term.args[::-1]):
         if product.op == "linear" and product.args[2] is space.none and bias.shape == product.shape[-1:]:

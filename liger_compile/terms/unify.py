@@ -1,0 +1,302 @@
+"""Unification: binds the captures of a pattern's term so that it is a graph's term, in every way there is.
+
+Products and sums match as multisets: their operands in any order, a constant against number captures, and what is
+left over in a product against a tensor capture, which then stands for a product of its own.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from liger_compile.terms import normalize
+from liger_compile.terms.term import ConstVar, Scalar, Space, Term, close
+
+Bindings = Mapping[str, Any]  # capture -> Term, number or string
+Goal = tuple[Term, Term]  # what the pattern has, what the graph has
+Operand = tuple[Term, float]  # a factor and its power; an addend and 1
+
+STEPS = 4000  # one attempt takes a few dozen; more means that it is lost among symmetric operands
+
+
+@dataclass
+class Unifier:
+    """One attempt to match terms, which remembers how far it came.
+
+    Args:
+        space: of the graph's terms.
+        can_bind: whether a tensor capture (a `var` term) may stand for a term.
+        weight: what finding an op says about a place; the score of an attempt is the sum over what it found.
+        is_exact: False for bare terms traced with other sizes, which are then not compared.
+    """
+
+    space: Space
+    can_bind: Callable[[Term, Term], bool]
+    weight: Callable[[str], float]
+    is_exact: bool
+    score: float = -1.0
+    failure: Goal | None = None
+    _steps: int = field(default=0, repr=False)
+
+    def unify(self, want: Term, have: Term, env: Bindings) -> Iterator[Bindings]:
+        """Every extension of `env` under which `want` is `have`."""
+        self._steps = 0
+        return self._solve([(want, have)], env, 0.0)
+
+    def _solve(self, goals: list[Goal], env: Bindings, done: float) -> Iterator[Bindings]:
+        if not goals:
+            yield env
+            return
+        self._steps += 1
+        if self._steps > STEPS:
+            return
+        (want, have), rest = goals[0], goals[1:]
+        if want.op == "var":
+            yield from self._bind(want, have, rest, env, done)
+        elif want.op in ("mul", "add"):
+            yield from self._multiset(want, have, rest, env, done)
+        elif want.op == "number":
+            scaled = self._scale(want.consts[0], have.consts[0], env) if have.op == "number" else None
+            if scaled is not None and scaled[0] == normalize.ONE:
+                yield from self._solve(rest, scaled[1], done)
+            else:
+                self._fail(want, have, done)
+        else:
+            extended = self._same_head(want, have, env)
+            if extended is None:
+                self._fail(want, have, done)
+                return
+            inner = [*zip(want.args, have.args, strict=True), *rest]
+            yield from self._solve(inner, extended, done + self.weight(want.op))
+
+    def _bind(self, want: Term, have: Term, rest: list[Goal], env: Bindings, done: float) -> Iterator[Bindings]:
+        name = want.consts[0]
+        bound = env.get(name)
+        if bound is have:
+            yield from self._solve(rest, env, done)
+        elif bound is None and self.can_bind(want, have):
+            yield from self._solve(rest, {**env, name: have}, done)
+        else:
+            self._fail(want, have, done)
+
+    def _same_head(self, want: Term, have: Term, env: Bindings) -> Bindings | None:
+        """The bindings if op, dtype and constants agree."""
+        if want.op != have.op or want.dtype != have.dtype or len(want.args) != len(have.args):
+            return None
+        if not self.is_exact and want.op in ("view", "expand"):
+            return env  # sizes are the exact pass's business
+        sizes = (1, 2) if want.op == "slice" and not self.is_exact else ()
+        if len(want.consts) != len(have.consts):
+            return None
+        for at, (expected, found) in enumerate(zip(want.consts, have.consts, strict=True)):
+            if isinstance(expected, ConstVar):
+                if expected.name in env and env[expected.name] != found:
+                    return None
+                env = {**env, expected.name: found}
+            elif at not in sizes and expected != found:
+                return None
+        return env
+
+    # Products and sums
+
+    def _multiset(self, want: Term, have: Term, rest: list[Goal], env: Bindings, done: float) -> Iterator[Bindings]:
+        """Every operand of the pattern takes one of the graph's: numbers first, then inner terms, then captures."""
+        is_product = want.op == "mul"
+        if have.dtype != want.dtype or not (have.op == want.op or is_product):
+            self._fail(want, have, done)
+            return
+        (expected, wanted), (constant, operands) = _operands(want, want.op), _operands(have, want.op)
+        numbers = self._numbers if is_product else self._offset
+        bound = numbers(expected, constant, operands, env) if expected.powers else (constant, operands, env)
+        if bound is None:
+            self._fail(want, have, done)
+            return
+        constant, operands, env = bound
+        if expected.powers:
+            expected = normalize.ONE if is_product else normalize.ZERO
+        inner = [operand for operand in wanted if operand[0].op != "var"]
+        captures = [operand for operand in wanted if operand[0].op == "var"]
+        found = done + self.weight(want.op)
+        for goals, left in self._assigned(want, have, inner, operands, done):
+            # What the inner operands bind decides which captures are known when their turn comes.
+            for extended in self._solve(goals, env, found):
+                more = None
+                for more in self._captured(want, captures, left, (expected, constant), extended):
+                    yield from self._solve([*more, *rest], extended, found)
+                if more is None:
+                    self._fail(want, have, done)
+
+    def _numbers(
+        self, want: Scalar, have: Scalar, operands: list[Operand], env: Bindings
+    ) -> tuple[Scalar, list[Operand], Bindings] | None:
+        """Binds the number captures of a product; what is left of its constant, and of its operands.
+
+        A number capture is a number, or a factor that is one at run time (a SymFloat).
+        """
+        unbound = []
+        for name, power in want.powers:
+            bound = env.get(name)
+            if bound is None:
+                unbound.append((name, power))
+            elif isinstance(bound, Term):
+                if (bound, power) not in operands:
+                    return None
+                operands = [operand for operand in operands if operand != (bound, power)]
+        if len(unbound) == 1 and close(have.value, want.value):
+            name, power = unbound[0]
+            symbol = next((o for o in operands if _is_symbol(o[0]) and o[1] == power), None)
+            if symbol:
+                left = [operand for operand in operands if operand != symbol]
+                return normalize.ONE, left, {**env, name: symbol[0]}
+        scaled = self._scale(want, have, env)
+        return None if scaled is None else (scaled[0], operands, scaled[1])
+
+    def _offset(
+        self, want: Scalar, have: Scalar, operands: list[Operand], env: Bindings
+    ) -> tuple[Scalar, list[Operand], Bindings] | None:
+        """Binds the number capture of a sum; what is left of its constant, which is nothing, and of its operands."""
+        symbol = next((operand for operand in operands if _is_symbol(operand[0])), None)
+        name = want.powers[0][0]
+        if symbol and len(want.powers) == 1 and want.value == 1 and have.value == 0:
+            if env.get(name, symbol[0]) is not symbol[0]:
+                return None
+            left = [operand for operand in operands if operand != symbol]
+            return normalize.ZERO, left, {**env, name: symbol[0]}
+        scaled = self._scale(want, have, env)
+        return (normalize.ZERO, operands, scaled[1]) if scaled and scaled[0] == normalize.ONE else None
+
+    def _scale(self, want: Scalar, have: Scalar, env: Bindings) -> tuple[Scalar, Bindings] | None:
+        """What is left of have / want once number captures are bound; None if they are bound otherwise."""
+        value, unbound = want.value, []
+        for name, power in want.powers:
+            if name not in env:
+                unbound.append((name, power))
+            elif isinstance(env[name], float):
+                value *= env[name] ** power
+        if not value:
+            return (normalize.ONE, env) if have.value == 0 and not unbound else None
+        ratio = have.value / value
+        if len(unbound) == 1:
+            ((name, power),) = unbound
+            if ratio <= 0 and power != 1:
+                return None
+            return normalize.ONE, {**env, name: ratio ** (1 / power) if power != 1 else ratio}
+        if unbound:
+            return None
+        return (normalize.ONE if close(ratio, 1.0) else Scalar(ratio)), env
+
+    def _assigned(
+        self, want: Term, have: Term, inner: list[Operand], operands: list[Operand], done: float
+    ) -> Iterator[tuple[list[Goal], list[Operand]]]:
+        """Every way to give each inner operand of the pattern one of the graph's, and what is left."""
+        if not inner:
+            yield [], operands
+            return
+        (term, power), others = inner[0], inner[1:]
+        found = False
+        for at, (operand, exponent) in enumerate(operands):
+            if exponent == power and term.op in (operand.op, "mul"):
+                found = True
+                left = operands[:at] + operands[at + 1 :]
+                for goals, still_left in self._assigned(want, have, others, left, done):
+                    yield [(term, operand), *goals], still_left
+        if not found:
+            self._fail(term, operands[0][0] if len(operands) == 1 else have, done + self.weight(want.op))
+
+    def _captured(
+        self,
+        want: Term,
+        captures: list[Operand],
+        left: list[Operand],
+        constants: tuple[Scalar, Scalar],
+        env: Bindings,
+    ) -> Iterator[list[Goal]]:
+        """Goals that give the captures what is left: those bound already their own, the others a share each."""
+        (expected, constant), unbound = constants, []
+        for var, power in captures:
+            bound = env.get(var.consts[0])
+            if bound is None:
+                unbound.append((var, power))
+                continue
+            remaining = _without(left, bound, power)
+            if remaining is None:
+                return
+            left, scalar = remaining
+            constant = constant * scalar**-1
+        if want.op == "add":
+            if close(expected.value, constant.value) and len(left) == len(unbound):
+                for parts in _partitions(left, unbound, may_join=False):
+                    yield [(var, operands[0][0]) for var, _, operands in parts]
+            return
+        scaled = self._scale(expected, constant, env)
+        if scaled is None:
+            return
+        for parts in _partitions(left, unbound, may_join=True):
+            goals = self._products(parts, scaled[0], want.dtype)
+            if goals is not None:
+                yield goals
+
+    def _products(self, parts: list, ratio: Scalar, dtype: torch.dtype | None) -> list[Goal] | None:
+        """Binds each capture to the product of its share; the first takes the number that is left."""
+        goals = []
+        for var, power, operands in parts:
+            takes = power == 1 or ratio.value > 0
+            scale, ratio = (ratio ** (1 / power), normalize.ONE) if takes else (normalize.ONE, ratio)
+            shape = normalize.broadcast(operand.shape for operand, _ in operands)
+            if shape is None:
+                return None
+            if len(operands) == 1 and operands[0][1] == power and scale == normalize.ONE:
+                goals.append((var, operands[0][0]))
+                continue
+            factors = [(operand, exponent / power) for operand, exponent in operands]
+            goals.append((var, normalize.mul(self.space, factors, scale, dtype, shape)))
+        return goals if ratio == normalize.ONE else None
+
+    def _fail(self, want: Term, have: Term, done: float) -> None:
+        if done > self.score:
+            self.score, self.failure = done, (want, have)
+
+
+def _operands(term: Term, op: str) -> tuple[Scalar, list[Operand]]:
+    """The constant of a product or sum, and its operands; any other term is one times itself."""
+    if term.op != op:
+        return normalize.ONE, [(term, 1)]
+    powers = term.consts[1:] if op == "mul" else (1,) * len(term.args)
+    return term.consts[0], list(zip(term.args, powers, strict=True))
+
+
+def _is_symbol(term: Term) -> bool:
+    """A number that is known at run time only."""
+    return term.op == "leaf" and term.dtype is None and term.shape == ()
+
+
+def _without(operands: list[Operand], bound: Term, power: float) -> tuple[list[Operand], Scalar] | None:
+    """The operands less `bound ** power`, which may be several of them and a number; None if it is not there."""
+    wanted, scalar = [(bound, power)], normalize.ONE
+    if (bound, power) not in operands and bound.op == "mul":
+        wanted = [(term, exponent * power) for term, exponent in zip(bound.args, bound.consts[1:], strict=True)]
+        scalar = bound.consts[0] ** power
+    left = list(operands)
+    for operand in wanted:
+        if operand not in left:
+            return None
+        left.remove(operand)
+    return left, scalar
+
+
+def _partitions(operands: list[Operand], captures: list[Operand], may_join: bool) -> Iterator[list]:
+    """Every way to give each capture an operand, and all that is then left over to one of them."""
+    if not captures and operands:
+        return
+    for chosen in itertools.permutations(range(len(operands)), len(captures)):
+        parts = [(var, power, [operands[at]]) for (var, power), at in zip(captures, chosen, strict=True)]
+        over = [operand for at, operand in enumerate(operands) if at not in chosen]
+        if not over:
+            yield parts
+        elif may_join:
+            for at, (var, power, part) in enumerate(parts):
+                yield [*parts[:at], (var, power, [*part, *over]), *parts[at + 1 :]]
