@@ -1,8 +1,8 @@
 """liger_compile: `torch.compile(model, backend="liger")` trains unmodified models with fused ops.
 
-The backend is found by its name; nothing has to be imported for it. What is here is for those who want to look at
-what it did (explain, reports), to teach it patterns (Pattern, register_pattern), or to call its ops (functional).
-Start reading at backend.py.
+The backend is found by its name; nothing has to be imported for it. What is here is for those who want to
+look at what it did (explain, reports), to teach it patterns (Pattern, register_pattern), or to call its ops
+(functional). Start reading at backend.py.
 """
 
 from __future__ import annotations

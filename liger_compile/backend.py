@@ -12,11 +12,10 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch.fx import GraphModule
 
 from liger_compile import compile as compiling
-from liger_compile import ops as _ops  # registers the ops, so that cached artifacts find them
+from liger_compile import ops  # noqa: F401 - registers the ops, so that cached artifacts find them
 from liger_compile.decide import decide, insertion_point
 from liger_compile.match import find_matches
 from liger_compile.options import Options, parse
@@ -50,18 +49,21 @@ def liger(
     Raises:
         ValueError: for an option that there is not, or a pattern that cannot be right.
     """
+    compiling.set_up_dynamo()
     chosen, inductor_options = parse(mode, options)
     patterns = [p for p in patterns_in_use(chosen.patterns) if not chosen.skips(p.name)]
     try:
-        record(_rewritten(gm, patterns, chosen))
+        report = _rewritten(gm, patterns, chosen)
     except Exception as error:
         # Promise one: whatever went wrong in our code, the user's program runs, and hears of it once.
         if chosen.strict:
             raise
-        sentence = f"the graph is compiled as it came, because rewriting it failed: {type(error).__name__}: {error}"
-        record(GraphReport.of(gm, (), (), notes=(sentence,)))
-        warnings.warn(f"liger_compile: {sentence}; liger.strict=True raises instead", stacklevel=2)
-    return compiling.compile_graph(
+        why = (
+            f"the graph is compiled as it came, because rewriting it failed: {type(error).__name__}: {error}"
+        )
+        warnings.warn(f"liger_compile: {why}; liger.strict=True raises instead", stacklevel=2)
+        report = GraphReport.of(gm, (), (), notes=(why,))
+    compiled = compiling.compile_graph(
         gm,
         example_inputs,
         mode=chosen.mode,
@@ -70,6 +72,9 @@ def liger(
         patterns=patterns,
         key=repr((chosen.policy, chosen.skip, chosen.fuel)),
     )
+    # Not before: Dynamo may restart the analysis and come back with another graph of the same code.
+    record(report)
+    return compiled
 
 
 liger.reset = compiling.reset  # pyright: ignore[reportFunctionMemberAccess]

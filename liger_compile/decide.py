@@ -1,7 +1,7 @@
 """decide(): what happens to each match. Promises one and two live here: never wrong, never slower.
 
-For every match, larger patterns first: legality in any graph, then the pattern's own check, then profit. The first
-refusal wins and is a sentence. Nothing here edits a graph.
+For every match, larger patterns first: legality in any graph, then the pattern's own check, then profit. The
+first refusal wins and is a sentence. Nothing here edits a graph.
 """
 
 from __future__ import annotations
@@ -72,7 +72,9 @@ def decide(
 
 
 def _without_covered(decisions: list[Decision], consumed: set[Node]) -> list[Decision]:
-    """One decision a place: a refusal says nothing where another pattern replaced it, or a larger one was refused."""
+    """One decision a place: a refusal says nothing where another pattern replaced it, or a larger one was
+    refused.
+    """
     told: set[Node] = set()
     kept = []
     for decision in decisions:

@@ -207,7 +207,9 @@ def _verdict(runs: Mapping[str, Run]) -> tuple[bool, str]:
     bound = 5e-2 if torch.cuda.is_available() else 1e-5
     apart = {variant: _largest_difference(runs[variant], runs["eager"]) for variant in VARIANTS[1:]}
     shown = ", ".join(f"{variant} {difference:.1e}" for variant, difference in apart.items())
-    lines = [f"Largest relative difference of a loss from eager's: {shown} (allowed, as rounding: {bound:.0e})"]
+    lines = [
+        f"Largest relative difference of a loss from eager's: {shown} (allowed, as rounding: {bound:.0e})"
+    ]
     is_good = all(difference <= bound for difference in apart.values())  # False for nan too
     if not is_good:
         lines.append("FAILED: the losses differ by more than rounding explains.")

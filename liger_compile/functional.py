@@ -185,7 +185,9 @@ def geglu(
 ) -> Tensor:
     """`F.gelu(gate, approximate=approximate) * up`, and the down projection of that; otherwise as `swiglu`."""
     if approximate not in ("none", "tanh"):
-        raise ValueError(f"geglu: expected approximate 'none' or 'tanh', got {approximate!r}; pass one of the two")
+        raise ValueError(
+            f"geglu: expected approximate 'none' or 'tanh', got {approximate!r}; pass one of the two"
+        )
     activation = "gelu" if approximate == "none" else "gelu_tanh"
     return _gated("geglu", gate, up, down_weight, down_bias, activation)
 
@@ -224,10 +226,20 @@ def cross_entropy(
     Raises:
         IndexError: a target is no class, on a CPU. Other devices assert.
     """
-    _check_loss("cross_entropy", logits, target, logits.shape[-1], weight, reduction, label_smoothing, softcap)
+    _check_loss(
+        "cross_entropy", logits, target, logits.shape[-1], weight, reduction, label_smoothing, softcap
+    )
     rows = logits.reshape(-1, logits.shape[-1])
     loss, _, _ = torch.ops.liger_compile.cross_entropy.default(
-        rows, target.reshape(-1), weight, ignore_index, reduction, label_smoothing, logit_scale, softcap, z_loss
+        rows,
+        target.reshape(-1),
+        weight,
+        ignore_index,
+        reduction,
+        label_smoothing,
+        logit_scale,
+        softcap,
+        z_loss,
     )
     return loss.reshape(target.shape) if reduction == "none" else loss
 
@@ -311,7 +323,9 @@ def _gated(
         )
     if weight is None:
         if bias is not None:
-            raise ValueError(f"{name}: expected down_bias with a down_weight, got it alone; pass both or neither")
+            raise ValueError(
+                f"{name}: expected down_bias with a down_weight, got it alone; pass both or neither"
+            )
         return torch.ops.liger_compile.gated_activation.default(gate, up, activation)
     dtype = gate.dtype if up is None else torch.promote_types(gate.dtype, up.dtype)
     if weight.dtype != dtype or (bias is not None and bias.dtype != dtype):
@@ -346,7 +360,9 @@ def _check_rotary(
 ) -> None:
     _check_floating("rotary", "q", q)
     if layout not in LAYOUTS:
-        raise ValueError(f"rotary: expected layout to be one of {', '.join(LAYOUTS)}, got {layout!r}; pass one of them")
+        raise ValueError(
+            f"rotary: expected layout to be one of {', '.join(LAYOUTS)}, got {layout!r}; pass one of them"
+        )
     if cos is None or sin is None or not cos.is_floating_point() or not sin.is_floating_point():
         raise TypeError(
             f"rotary: expected real tables cos and sin, got {_kind(cos)} and {_kind(sin)}; "
@@ -386,7 +402,9 @@ def _check_loss(
     label = "logits" if name == "cross_entropy" else "x"
     _check_floating(name, label, rows)
     if target.dtype != torch.int64:
-        raise TypeError(f"{name}: expected class indices in int64 as target, got {target.dtype}; cast them with .long()")
+        raise TypeError(
+            f"{name}: expected class indices in int64 as target, got {target.dtype}; cast them with .long()"
+        )
     flat = target.dim() == 1 and not _differ(target.shape, (rows.shape[:-1].numel(),))
     if not flat and _differ(target.shape, rows.shape[:-1]):
         raise ValueError(

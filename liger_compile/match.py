@@ -2,13 +2,15 @@
 
 Matching has two passes, because a search function is traced for one set of dtypes and shapes at a time:
 
-1. The *skeleton*: search, traced with its examples, against the graph's bare terms. Casts and sizes do not count,
+1. The *skeleton*: search, traced with its examples, against the graph's bare terms. Casts and sizes do not
+count,
    so this finds every place that is the same mathematics, and which values its captures would be.
-2. The *exact* match: search, traced again with the dtypes and shapes of these values, against the graph's terms as
+2. The *exact* match: search, traced again with the dtypes and shapes of these values, against the graph's
+terms as
    they are. Now casts count: a place with another rounding is a near miss.
 
-Products and sums match as multisets. A capture in a product takes the factors that are left over, as long as the
-graph computes their product somewhere.
+Products and sums match as multisets. A capture in a product takes the factors that are left over, as long as
+the graph computes their product somewhere.
 """
 
 from __future__ import annotations
@@ -28,8 +30,8 @@ from liger_compile.terms.build import Terms, trace
 from liger_compile.terms.term import Term
 from liger_compile.terms.unify import Bindings, Unifier
 
-# How many nodes on each side of the first output are tried as a further output, and how many assignments of dtypes
-# for one skeleton: bounds that keep matching linear in the graph.
+# How many nodes on each side of the first output are tried as a further output, and how many assignments of
+# dtypes for one skeleton: bounds that keep matching linear in the graph.
 NEARBY, ASSIGNMENTS = 24, 32
 NEAR_MISS = 0.6  # the share of a pattern that must match for a place to look like it
 
@@ -106,9 +108,7 @@ def _skeleton(pattern: Pattern) -> _Skeleton:
     if pattern not in _skeletons:
         examples = pattern.examples
         tensors = tuple(name for name, example in examples.items() if isinstance(example, torch.Tensor))
-        optional = frozenset(
-            name for name in tensors if "None" in str(pattern.parameters[name].annotation)
-        )
+        optional = frozenset(name for name in tensors if "None" in str(pattern.parameters[name].annotation))
         with torch._subclasses.FakeTensorMode():
             outputs = _traced(pattern, {n: (tuple(examples[n].shape), examples[n].dtype) for n in tensors})
         _skeletons[pattern] = _Skeleton(outputs, tensors, optional)
@@ -134,7 +134,11 @@ class _Index:
         self.terms = terms
         self.position = terms.mutations.position
         self.fake_mode = next(
-            (t.fake_mode for n in graph.nodes if isinstance(t := n.meta.get("example_value"), torch._subclasses.FakeTensor)),
+            (
+                t.fake_mode
+                for n in graph.nodes
+                if isinstance(t := n.meta.get("example_value"), torch._subclasses.FakeTensor)
+            ),
             None,
         )
         self.exact: dict[tuple, tuple[Term, ...]] = {}  # searches traced with this graph's symbolic sizes
@@ -220,7 +224,9 @@ class _Attempt:
                 choices.append([(name, None)])
                 continue
             same = self.index.terms.space.same_bare[bare]
-            described = {(t.shape, t.dtype) for t in same if self.index.terms.derive(t) and t.dtype is not None}
+            described = {
+                (t.shape, t.dtype) for t in same if self.index.terms.derive(t) and t.dtype is not None
+            }
             choices.append([(name, each) for each in sorted(described, key=str)])
         yield from (dict(choice) for choice in itertools.islice(itertools.product(*choices), ASSIGNMENTS))
 
@@ -231,7 +237,8 @@ class _Attempt:
         if key not in traced:
             mode = self.index.fake_mode or contextlib.nullcontext()
             real = {
-                name: d if d is None else (tuple(map(self._real_size, d[0])), d[1]) for name, d in tensors.items()
+                name: d if d is None else (tuple(map(self._real_size, d[0])), d[1])
+                for name, d in tensors.items()
             }
             with mode:
                 traced[key] = _traced(self.pattern, real)
@@ -239,10 +246,12 @@ class _Attempt:
 
     def _real_size(self, size: Any) -> Any:
         """A SymInt for a symbolic size; the graph's own fake mode knows its symbols."""
-        if isinstance(size, int) or self.index.fake_mode is None:
-            return size
-        shape_env = self.index.fake_mode.shape_env
-        return shape_env.create_symintnode(size, hint=None)
+        shape_env = getattr(self.index.fake_mode, "shape_env", None)
+        return (
+            size
+            if isinstance(size, int) or shape_env is None
+            else shape_env.create_symintnode(size, hint=None)
+        )
 
     # Results
 
@@ -274,7 +283,9 @@ class _Attempt:
                 return value.detach().requires_grad_(needs_grad and value.is_floating_point())
         return value
 
-    def _between(self, outputs: tuple[Node, ...], stops: set[Term]) -> tuple[tuple[Node, ...], tuple[Node, ...]]:
+    def _between(
+        self, outputs: tuple[Node, ...], stops: set[Term]
+    ) -> tuple[tuple[Node, ...], tuple[Node, ...]]:
         """The nodes that compute the outputs from the captures, and the operands where that begins."""
         found: dict[Node, bool] = {}
         stack = list(outputs)
@@ -291,7 +302,9 @@ class _Attempt:
 
     @property
     def score(self) -> float:
-        """The share of the pattern that matched; what matched but for rounding and sizes is ahead of the rest."""
+        """The share of the pattern that matched; what matched but for rounding and sizes is ahead of the
+        rest.
+        """
         if self._exact.failure:
             return 1.0
         root = self.skeleton.outputs[0].bare.op
@@ -300,7 +313,11 @@ class _Attempt:
         return min(1.0, self._bare.score / self.skeleton.weight(self.index))
 
     def near_miss(self) -> NearMiss:
-        kind, failure = ("rounds elsewhere", self._exact.failure) if self._exact.failure else ("differs", self._bare.failure)
+        kind, failure = (
+            ("rounds elsewhere", self._exact.failure)
+            if self._exact.failure
+            else ("differs", self._bare.failure)
+        )
         assert failure is not None
         want, have = failure
         derived = self.index.terms.derive(have) if have.op != "none" else None

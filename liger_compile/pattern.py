@@ -34,7 +34,7 @@ class Pattern:
         check: says of a match why replacing it would be wrong, in a sentence; None accepts.
         profit: says of a match why replacing it would not pay, in a sentence; None accepts. Asked
             under `liger.policy="auto"` only.
-        saves: bytes of activations that training no longer keeps if the match is replaced.
+        saves: bytes of activations that training no longer keeps if the match is replaced; None if unknown.
         is_loss: a loss makes its gradients in forward, so it is replaced at top level only, never in a
             checkpoint body that would run it twice.
     """
@@ -45,7 +45,7 @@ class Pattern:
     examples: Mapping[str, Any]
     check: Callable[[Match], str | None] | None = None
     profit: Callable[[Match], str | None] | None = None
-    saves: Callable[[Match], int] | None = None
+    saves: Callable[[Match], int | None] | None = None
     is_loss: bool = False
 
     @property
@@ -113,7 +113,9 @@ class Match:
         """Inner nodes that are used outside the match as well, and so stay alive if it is replaced."""
         inner, outputs = set(self.nodes), set(self.outputs)
         return tuple(
-            node for node in self.nodes if node not in outputs and any(user not in inner for user in node.users)
+            node
+            for node in self.nodes
+            if node not in outputs and any(user not in inner for user in node.users)
         )
 
 

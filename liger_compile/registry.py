@@ -104,8 +104,8 @@ def validate(pattern: Pattern) -> None:
                 terms = trace(pattern.search, captures)
             except (TypeError, KeyError) as error:
                 raise ValueError(
-                    f"pattern {pattern.name!r}: search could not be traced ({error}); it must return a tensor "
-                    "or a tuple of tensors, computed by torch functions from its parameters"
+                    f"pattern {pattern.name!r}: search could not be traced ({error}); it must return a "
+                    "tensor or a tuple of tensors, computed by torch functions from its parameters"
                 ) from error
             if unused := sorted(parameters - set().union(*(_used(term) for term in terms))):
                 refuse(
@@ -122,8 +122,8 @@ def _refuse_annotation(pattern: Pattern, name: str, example: Any) -> None:
     for kind in (float, int, str):
         if isinstance(example, kind) and not isinstance(example, bool) and kind.__name__ not in annotation:
             raise ValueError(
-                f"pattern {pattern.name!r}: the example for {name!r} is a {kind.__name__} and the parameter is "
-                f"not annotated as one; write {name}: {kind.__name__}"
+                f"pattern {pattern.name!r}: the example for {name!r} is a {kind.__name__} and the parameter "
+                f"is not annotated as one; write {name}: {kind.__name__}"
             )
     if not isinstance(example, (torch.Tensor, float, int, str)) or isinstance(example, bool):
         raise ValueError(
@@ -150,8 +150,8 @@ def _refuse_other_result(pattern: Pattern, captures: Mapping[str, Any], dtype: t
     for a, b in zip(expected, got, strict=True):
         if sizes_of(a.shape) != sizes_of(b.shape) or a.dtype != b.dtype:
             raise ValueError(
-                f"pattern {pattern.name!r}: for {dtype} examples search returns {tuple(a.shape)} {a.dtype} and "
-                f"replace {tuple(b.shape)} {b.dtype}; return the same shape and dtype from both"
+                f"pattern {pattern.name!r}: for {dtype} examples search returns {tuple(a.shape)} {a.dtype} "
+                f"and replace {tuple(b.shape)} {b.dtype}; return the same shape and dtype from both"
             )
 
 

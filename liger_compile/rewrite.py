@@ -1,11 +1,11 @@
 """rewrite(): carries decisions out: splices each replacement into the graph and takes out what it replaced.
 
-The replacement function runs once on the graph's own fake tensors; every torch function that it calls becomes a
-node with meta["example_value"] (a node without it would switch AOTAutograd's cache off). A replacement whose
-result is not just like the original's is not spliced in, and the decision becomes a refusal.
+The replacement function runs once on the graph's own fake tensors; every torch function that it calls becomes
+a node with meta["example_value"] (a node without it would switch AOTAutograd's cache off). A replacement
+whose result is not just like the original's is not spliced in, and the decision becomes a refusal.
 
-Dead-code elimination over the whole graph would delete mutations (x.add_(1) has no users), so only matched nodes
-that lost their last user are erased.
+Dead-code elimination over the whole graph would delete mutations (x.add_(1) has no users), so only matched
+nodes that lost their last user are erased.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, GraphModule, Node
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map
 
 from liger_compile.pattern import Capture, Decision, Match
 from liger_compile.terms.term import size_of, sizes_of
@@ -119,7 +120,9 @@ _PROPERTIES: Mapping[str, Callable[[torch.Tensor], Any]] = {
 def _strides(tensor: torch.Tensor) -> tuple[Any, ...]:
     """Strides, where they mean anything: of dimensions with more than one element."""
     return tuple(
-        size_of(stride) for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size_of(size) != 1
+        size_of(stride)
+        for stride, size in zip(tensor.stride(), tensor.shape, strict=True)
+        if size_of(size) != 1
     )
 
 
@@ -151,7 +154,7 @@ class _Splicer(TorchFunctionMode):
         return out
 
     def _insert(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
-        args, kwargs = torch.utils._pytree.tree_map(self._argument, (tuple(args), dict(kwargs)))
+        args, kwargs = tree_map(self._argument, (tuple(args), dict(kwargs)))
         with self.graph.inserting_before(self.before):
             node = self._made(func, args, kwargs)
             self._remember(node, out)

@@ -58,10 +58,16 @@ def profit(match: Match) -> str | None:
     inner = {*match.nodes, *match.operands}
     for node in (match.source("logits"), *match.operands):
         value = node.meta.get("example_value")
-        if isinstance(value, torch.Tensor) and value.dim() > 1 and value.shape[-1:] == match["logits"].shape[-1:]:
+        if (
+            isinstance(value, torch.Tensor)
+            and value.dim() > 1
+            and value.shape[-1:] == match["logits"].shape[-1:]
+        ):
             others = [user for user in node.users if user not in inner]
             if others:
-                reader = "the graph returns them" if others[0].op == "output" else f"{others[0].name} reads them"
+                reader = (
+                    "the graph returns them" if others[0].op == "output" else f"{others[0].name} reads them"
+                )
                 return f"the logits are needed elsewhere ({reader}), so they stay in memory anyway"
     return None
 

@@ -1,8 +1,10 @@
 """Gated MLP: an activation of one projection times another, and the projection back down.
 
 Formula  h = act(gate) * up, y = h @ weight.T + bias; act is SiLU (SwiGLU) or GELU (GeGLU), tanh or erf
-Shapes   gate and up (..., I), or packed gate_up (..., 2I) with gate first; weight (D, I), bias (D,); y (..., D)
-Sources  Shazeer 2020, "GLU Variants Improve Transformer"; Llama's LlamaMLP, Gemma's GemmaMLP, Phi-3's packed MLP
+Shapes   gate and up (..., I), or packed gate_up (..., 2I) with gate first; weight (D, I), bias (D,); y (...,
+D)
+Sources  Shazeer 2020, "GLU Variants Improve Transformer"; Llama's LlamaMLP, Gemma's GemmaMLP, Phi-3's packed
+MLP
 
 With the down projection the op keeps gate and up for backward and makes h again; Inductor keeps h as well.
 """
@@ -29,7 +31,9 @@ def check(match: Match) -> str | None:
         return None if size % 2 == 0 else f"gate_up has {size} channels, which is not twice as many"
     gate, up = match["gate"], match["up"]
     if gate.shape != up.shape or gate.dtype != up.dtype:
-        return f"gate is {tuple(gate.shape)} {gate.dtype} and up {tuple(up.shape)} {up.dtype}; expected the same"
+        return (
+            f"gate is {tuple(gate.shape)} {gate.dtype} and up {tuple(up.shape)} {up.dtype}; expected the same"
+        )
     return None
 
 
@@ -49,10 +53,10 @@ def saved_bytes(match: Match) -> int | None:
     return bytes_ if isinstance(bytes_, int) else None
 
 
-I, D = 8, 6  # an intermediate and a model size for the examples
-_GATE_AND_UP = {"gate": torch.empty(3, 5, I), "up": torch.empty(3, 5, I)}
-_PACKED = {"gate_up": torch.empty(3, 5, 2 * I)}
-_DOWN = {"weight": torch.empty(D, I), "bias": torch.empty(D)}
+INNER, OUTER = 8, 6  # sizes of h and of y in the examples
+_GATE_AND_UP = {"gate": torch.empty(3, 5, INNER), "up": torch.empty(3, 5, INNER)}
+_PACKED = {"gate_up": torch.empty(3, 5, 2 * INNER)}
+_DOWN = {"weight": torch.empty(OUTER, INNER), "bias": torch.empty(OUTER)}
 _GELU = {"approximate": "tanh"}
 
 
@@ -61,7 +65,8 @@ def swiglu_mlp(gate, up, weight, bias: torch.Tensor | None):
 
 
 def swiglu_mlp_packed(gate_up, weight, bias: torch.Tensor | None):
-    return F.linear(swiglu(*gate_up.chunk(2, -1)), weight, bias)
+    gate, up = gate_up.chunk(2, -1)
+    return F.linear(swiglu(gate, up), weight, bias)
 
 
 def geglu_mlp(gate, up, weight, bias: torch.Tensor | None, approximate: str):
@@ -69,7 +74,8 @@ def geglu_mlp(gate, up, weight, bias: torch.Tensor | None, approximate: str):
 
 
 def geglu_mlp_packed(gate_up, weight, bias: torch.Tensor | None, approximate: str):
-    return F.linear(geglu(*gate_up.chunk(2, -1), approximate), weight, bias)
+    gate, up = gate_up.chunk(2, -1)
+    return F.linear(geglu(gate, up, approximate), weight, bias)
 
 
 PATTERNS = (

@@ -2,7 +2,8 @@
 
 Formula  z = softcap * tanh(scale * (x @ weight.T + bias) / softcap), loss = cross_entropy(z, target)
 Shapes   x (..., H), weight (V, H), bias (V,), target (...) of class indices; loss () or like target
-Sources  Hugging Face's *ForCausalLM (upcasts the logits), Cohere and Granite (scale), Gemma 2 (softcap), nanoGPT
+Sources  Hugging Face's *ForCausalLM (upcasts the logits), Cohere and Granite (scale), Gemma 2 (softcap),
+nanoGPT
          and T5 (no upcast)
 
 The op makes the gradients chunk by chunk in forward, so the logits, which are larger than everything else in
@@ -37,8 +38,10 @@ def profit(match: Match) -> str | None:
             users = [user for user in node.users if user not in set(match.nodes)]
             returned = any(user.op == "output" for user in users)
             by = "the graph returns them" if returned else f"{users[0].name} reads them"
-            advice = "compile a function that returns only the loss" if returned else "take them from another call"
-            return f"the logits are needed elsewhere ({by}), so nothing would be saved; to fuse the loss, {advice}"
+            advice = (
+                "compile a function that returns only the loss" if returned else "take them from another call"
+            )
+            return f"the logits are needed elsewhere ({by}), so nothing would be saved; {advice} to fuse it"
     return None
 
 

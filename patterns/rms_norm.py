@@ -2,7 +2,8 @@
 
 Formula  y = weight * x / sqrt(mean(x^2) + eps), the statistics in float32
 Shapes   x (..., D) of any floating dtype, weight (D,), y like x
-Sources  Llama's LlamaRMSNorm, Gemma's GemmaRMSNorm, T5's T5LayerNorm, torch.nn.RMSNorm: they differ in where they
+Sources  Llama's LlamaRMSNorm, Gemma's GemmaRMSNorm, T5's T5LayerNorm, torch.nn.RMSNorm: they differ in where
+they
          round to the dtype of x, which is what the three functions below differ in
 """
 
@@ -48,7 +49,7 @@ def check(match: Match) -> str | None:
     """The weight has to be one number a channel."""
     x, weight = match["x"], match["weight"]
     if weight.shape != x.shape[-1:]:
-        return f"weight has the shape {tuple(weight.shape)}, and one number a channel would be {tuple(x.shape[-1:])}"
+        return f"weight has the shape {tuple(weight.shape)}, expected {tuple(x.shape[-1:])}"
     return None
 
 

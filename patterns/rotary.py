@@ -9,8 +9,9 @@ Sources  Su et al. 2021, "RoFormer". Which channels make a pair, and how the tab
          to_half        reads interleaved, writes halves          DeepSeek-V3
          complex        as interleaved, one complex table         Meta's Llama, torchtitan
 
-q and k turn by the same tables in one op where both are there. Each layout is one function; what differs beside it
-is where the code rounds, whether some channels pass unturned, and whether there are one or two tensors.
+q and k turn by the same tables in one op where both are there. Each layout is one function; what differs
+beside it is where the code rounds, whether some channels pass unturned, and whether there are one or two
+tensors.
 """
 
 from collections.abc import Callable
@@ -135,7 +136,9 @@ def _complex_pattern(is_pair: bool) -> Pattern:
 PATTERNS = (
     *(
         _pattern(layout, keeps_dtype, is_partial, is_pair)
-        for layout, keeps_dtype, is_partial, is_pair in product(LAYOUTS, (False, True), (False, True), (True, False))
+        for layout, keeps_dtype, is_partial, is_pair in product(
+            LAYOUTS, (False, True), (False, True), (True, False)
+        )
         if not (is_partial and "half_tables" in LAYOUTS[layout])
     ),
     *map(_complex_pattern, (True, False)),

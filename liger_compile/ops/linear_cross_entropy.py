@@ -30,10 +30,11 @@ from torch import Tensor
 
 from .chunks import row_chunks
 from .precision import accumulation_dtype
-from .registration import opaque_op, second_derivative_error
+from .registration import graph_is_retained, opaque_op, second_derivative_error
 from .softmax_loss import SoftmaxLoss, reduce
 
 ACCUMULATE_WIDE_ABOVE = 4
+LEAST_ROWS = 128  # below which the products of a chunk run well under the speed of larger ones
 
 
 def _empty_gradients(x: Tensor, weight: Tensor, needs: tuple[bool, bool, bool]) -> tuple[Tensor, Tensor, Tensor]:
@@ -58,7 +59,7 @@ def losses_and_gradients(
     """The reference: the tokens' losses, and scale times the gradients of (losses * upstream).sum()."""
     needs_dx, needs_dweight, needs_dbias = needs
     wide = accumulation_dtype(x.dtype)
-    chunks = row_chunks(x.shape[0], wide.itemsize * weight.shape[0])
+    chunks = row_chunks(x.shape[0], x.element_size() * weight.shape[0], LEAST_ROWS)
     losses = x.new_empty(x.shape[:1], dtype=wide)
     dx, dweight, dbias = _empty_gradients(x, weight, needs)
     dweight = dweight.to(wide if len(chunks) > ACCUMULATE_WIDE_ABOVE else weight.dtype).zero_()
@@ -194,10 +195,10 @@ def _backward(ctx: Any, dloss: Tensor | None, *_: None) -> tuple[Tensor | None, 
 
 
 def _scaled(
-    dloss: Tensor, gradients: tuple[Tensor, ...], made: tuple[bool, ...], needs: tuple[bool, ...]
+    dloss: Tensor, gradients: tuple[Tensor, ...], made: list[bool], needs: tuple[bool, ...]
 ) -> list[Tensor]:
-    """The gradients made in forward, times dloss. Not in place, so that a retained graph can run backward again."""
-    if torch.is_grad_enabled():  # create_graph=True, and what was made in forward knows nothing of x and weight
+    """The gradients made in forward, times dloss: in float32, for a half precision would round dloss."""
+    if torch.is_grad_enabled():  # create_graph=True: these gradients know nothing of x and weight any more
         raise second_derivative_error("linear_cross_entropy")
     for name, was_made, needed in zip(("dx", "dweight", "dbias"), made, needs, strict=True):
         if needed and not was_made:
@@ -205,8 +206,17 @@ def _scaled(
                 f"linear_cross_entropy: expected needs_{name}=True for an input that requires grad, got False; "
                 "call liger_compile.functional.linear_cross_entropy, which sets it"
             )
-    # In float32, for dloss may be a number that a half precision rounds. Under Inductor that is one kernel, in place.
-    return [(gradient.to(dloss.dtype) * dloss).to(gradient.dtype) for gradient in gradients]
+    if type(dloss) is not Tensor:  # traced: Inductor makes one kernel of it, in place where it may
+        return [(gradient.to(dloss.dtype) * dloss).to(gradient.dtype) for gradient in gradients]
+    return [_scaled_in_chunks(gradient, dloss) for gradient in gradients]
+
+
+def _scaled_in_chunks(gradient: Tensor, dloss: Tensor) -> Tensor:
+    """In place if this was the last backward: dweight is too large to have it twice for no reason."""
+    out = torch.empty_like(gradient) if graph_is_retained() else gradient
+    for rows in row_chunks(gradient.shape[0], gradient[:1].numel() * dloss.element_size()):
+        out[rows] = gradient[rows].to(dloss.dtype) * dloss
+    return out
 
 
 linear_cross_entropy.register_autograd(_backward, setup_context=_setup_context)

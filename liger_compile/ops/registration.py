@@ -51,3 +51,8 @@ def _first_derivative_only(op: CustomOpDef, name: str) -> CustomOpDef:
 
     op.register_autograd(backward)
     return op
+
+
+def graph_is_retained() -> bool:
+    """Whether the backward that is running may be run again, so that what was saved for it must stay as it is."""
+    return torch._C._autograd._get_current_graph_task_keep_graph()

@@ -1,8 +1,8 @@
 """Which nodes of a Dynamo graph write into tensors, and when: graphs at this level are not functional.
 
-Storages come from the fake tensors, so aliases come free: views share one. The version counter of a fake tensor
-is final and counts every write, so a storage whose writers are not all found here is known, and is held to be
-written everywhere.
+Storages come from the fake tensors, so aliases come free: views share one. The version counter of a fake
+tensor is final and counts every write, so a storage whose writers are not all found here is known, and is
+held to be written everywhere.
 """
 
 from __future__ import annotations
@@ -13,14 +13,17 @@ from typing import Any
 
 import torch
 from torch.fx import Graph, Node
+from torch.utils._pytree import tree_leaves
 
-_OPERATORS = {"iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul", "iand", "ior", "ixor",
-              "ilshift", "irshift", "setitem", "__setitem__"}  # fmt: skip
+_OPERATORS = {
+    *("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul"),
+    *("iand", "ior", "ixor", "ilshift", "irshift", "setitem", "__setitem__"),
+}
 
 
 def tensors_of(node: Node) -> list[torch.Tensor]:
     """The fake tensors that a node stands for."""
-    leaves = torch.utils._pytree.tree_leaves(node.meta.get("example_value"))
+    leaves = tree_leaves(node.meta.get("example_value"))
     return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
 
 

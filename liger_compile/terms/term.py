@@ -10,7 +10,7 @@ are equal is normalize.py's.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -105,7 +105,7 @@ class Term:
     def operations(self) -> list[str]:
         """The op of every different operation that the value takes."""
         seen: set[Term] = set()
-        stack = [self]
+        stack: list[Term] = [self]
         while stack:
             term = stack.pop()
             if term not in seen:
@@ -117,7 +117,13 @@ class Term:
 class Space:
     """All terms of one graph, or of one traced pattern."""
 
-    def __init__(self, make_bare: Callable[[Space, Term], Term]) -> None:
+    def __init__(
+        self,
+        make_bare: Callable[[Space, Term], Term],
+        rules: Mapping[str, Sequence[Callable[..., Any]]],
+        mul_rules: Sequence[Callable[..., Any]],
+    ) -> None:
+        self.rules, self.mul_rules = rules, mul_rules
         self._table: dict[tuple, Term] = {}
         self._make_bare = make_bare
         self.same_bare: dict[Term, list[Term]] = {}  # bare -> the terms that round it in different ways

@@ -1,7 +1,7 @@
 """Unification: binds the captures of a pattern's term so that it is a graph's term, in every way there is.
 
-Products and sums match as multisets: their operands in any order, a constant against number captures, and what is
-left over in a product against a tensor capture, which then stands for a product of its own.
+Products and sums match as multisets: their operands in any order, a constant against number captures, and
+what is left over in a product against a tensor capture, which then stands for a product of its own.
 """
 
 from __future__ import annotations
@@ -73,7 +73,9 @@ class Unifier:
             inner = [*zip(want.args, have.args, strict=True), *rest]
             yield from self._solve(inner, extended, done + self.weight(want.op))
 
-    def _bind(self, want: Term, have: Term, rest: list[Goal], env: Bindings, done: float) -> Iterator[Bindings]:
+    def _bind(
+        self, want: Term, have: Term, rest: list[Goal], env: Bindings, done: float
+    ) -> Iterator[Bindings]:
         name = want.consts[0]
         bound = env.get(name)
         if bound is have:
@@ -103,8 +105,12 @@ class Unifier:
 
     # Products and sums
 
-    def _multiset(self, want: Term, have: Term, rest: list[Goal], env: Bindings, done: float) -> Iterator[Bindings]:
-        """Every operand of the pattern takes one of the graph's: numbers first, then inner terms, then captures."""
+    def _multiset(
+        self, want: Term, have: Term, rest: list[Goal], env: Bindings, done: float
+    ) -> Iterator[Bindings]:
+        """Every operand of the pattern takes one of the graph's: numbers first, then inner terms, then
+        captures.
+        """
         is_product = want.op == "mul"
         if have.dtype != want.dtype or not (have.op == want.op or is_product):
             self._fail(want, have, done)
@@ -158,7 +164,9 @@ class Unifier:
     def _offset(
         self, want: Scalar, have: Scalar, operands: list[Operand], env: Bindings
     ) -> tuple[Scalar, list[Operand], Bindings] | None:
-        """Binds the number capture of a sum; what is left of its constant, which is nothing, and of its operands."""
+        """Binds the number capture of a sum; what is left of its constant, which is nothing, and of its
+        operands.
+        """
         symbol = next((operand for operand in operands if _is_symbol(operand[0])), None)
         name = want.powers[0][0]
         if symbol and len(want.powers) == 1 and want.value == 1 and have.value == 0:
@@ -215,7 +223,7 @@ class Unifier:
         constants: tuple[Scalar, Scalar],
         env: Bindings,
     ) -> Iterator[list[Goal]]:
-        """Goals that give the captures what is left: those bound already their own, the others a share each."""
+        """Goals that give captures what is left: those bound already their own, the others a share each."""
         (expected, constant), unbound = constants, []
         for var, power in captures:
             bound = env.get(var.consts[0])
@@ -275,10 +283,12 @@ def _is_symbol(term: Term) -> bool:
 
 
 def _without(operands: list[Operand], bound: Term, power: float) -> tuple[list[Operand], Scalar] | None:
-    """The operands less `bound ** power`, which may be several of them and a number; None if it is not there."""
+    """The operands less `bound ** power`, which may be several and a number; None if it is not there."""
     wanted, scalar = [(bound, power)], normalize.ONE
     if (bound, power) not in operands and bound.op == "mul":
-        wanted = [(term, exponent * power) for term, exponent in zip(bound.args, bound.consts[1:], strict=True)]
+        wanted = [
+            (term, exponent * power) for term, exponent in zip(bound.args, bound.consts[1:], strict=True)
+        ]
         scalar = bound.consts[0] ** power
     left = list(operands)
     for operand in wanted:

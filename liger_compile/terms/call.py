@@ -1,0 +1,125 @@
+"""What a table function is given: the call, and its arguments as terms, numbers and constants.
+
+While a pattern's search is traced, its number captures are NumberVar, IntVar and StrVar: numbers and strings
+to torch, and names to the terms.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from liger_compile.terms.term import ConstVar, Scalar, Space, Term, size_of, sizes_of
+
+Value = Any  # a Term, a tuple of Values, or a constant
+
+
+class Call:
+    """What a table function needs of the call beside its arguments."""
+
+    def __init__(self, space: Space, out: Any) -> None:
+        self.space, self.out = space, out
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.out.dtype
+
+    @property
+    def shape(self) -> tuple[Any, ...]:
+        return sizes_of(self.out.shape)
+
+
+def scalar_of(value: Any) -> Scalar | None:
+    if isinstance(value, NumberVar):
+        return value.scalar
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return Scalar(float(value))
+    return None
+
+
+def term_of(call: Call, value: Any) -> Term:
+    """An operand: a tensor's term, or a number. Raises TypeError for anything else."""
+    if isinstance(value, Term):
+        return value
+    if isinstance(value, torch.SymInt):
+        return call.space.intern("leaf", (), (size_of(value),), None, ())
+    scalar = scalar_of(value)
+    if scalar is None:
+        raise TypeError(f"expected a tensor or a number, got {value!r}")
+    return call.space.number(scalar)
+
+
+def const_of(value: Any) -> Any:
+    """A constant as it stands in `consts`."""
+    if isinstance(value, (IntVar, StrVar)):
+        return value.var
+    if isinstance(value, NumberVar):
+        return ConstVar(value.scalar.powers[0][0])
+    return value
+
+
+def negative(dim: int, rank: int) -> int:
+    return dim - rank if dim >= 0 else dim
+
+
+def flat(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """x.view(2, 3) and x.view((2, 3))"""
+    return tuple(args[0]) if len(args) == 1 and isinstance(args[0], (tuple, list, torch.Size)) else args
+
+
+class NumberVar(float):
+    """A float capture of a pattern, while its search is traced: remembers what was multiplied into it."""
+
+    scalar: Scalar
+
+    def __new__(cls, value: float, scalar: Scalar) -> NumberVar:
+        self = super().__new__(cls, value)
+        self.scalar = scalar
+        return self
+
+    def _times(self, other: Any, power: float = 1) -> Any:
+        scalar = scalar_of(other)
+        if scalar is None:
+            return NotImplemented
+        return NumberVar(float(self) * float(other) ** power, self.scalar * scalar**power)
+
+    def __mul__(self, other: Any) -> Any:
+        return self._times(other)
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, other: Any) -> Any:
+        return self._times(other, -1)
+
+    def __rtruediv__(self, other: Any) -> Any:
+        scalar = scalar_of(other)
+        if scalar is None:
+            return NotImplemented
+        return NumberVar(float(other) / float(self), scalar * self.scalar**-1)
+
+    def __neg__(self) -> NumberVar:
+        return NumberVar(-float(self), self.scalar * Scalar(-1.0))
+
+
+class IntVar(int):
+    """An int capture of a pattern, while its search is traced."""
+
+    var: ConstVar
+
+
+class StrVar(str):
+    """A str capture of a pattern, while its search is traced."""
+
+    var: ConstVar
+
+
+def opaque(space: Space, example: Any, name: str) -> Value:
+    """A value that is known by its name only. Sizes and other constants are themselves."""
+    if isinstance(example, torch.Tensor):
+        return space.intern("leaf", (), (name,), example.dtype, sizes_of(example.shape))
+    if isinstance(example, (tuple, list)) and not isinstance(example, torch.Size):
+        return tuple(opaque(space, part, f"{name}[{i}]") for i, part in enumerate(example))
+    if isinstance(example, (torch.SymFloat, torch.SymInt)):
+        return space.intern("leaf", (), (name,), None, ())
+    return example

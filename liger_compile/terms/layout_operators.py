@@ -1,0 +1,156 @@
+"""The table's functions for operators that only move elements: views, slices, joins."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from liger_compile.terms import normalize
+from liger_compile.terms.call import Call, flat, negative
+from liger_compile.terms.term import Term, size_of
+
+
+def _view(call, input, *shape, **kwargs):
+    if any(isinstance(size, torch.dtype) for size in shape) or "dtype" in kwargs:
+        return None
+    return normalize.view(call.space, input, *call.shape)
+
+
+def _expand(call, input, *sizes, **kwargs):
+    rank = len(call.shape) - len(input.shape)
+    term = normalize.view(call.space, input, *(1,) * rank, *input.shape)
+    return normalize.expand(call.space, term, *call.shape)
+
+
+def _permute(call, input, *dims):
+    rank = len(input.shape)
+    return normalize.permute(call.space, input, *(negative(d, rank) for d in flat(dims)))
+
+
+def _transpose(call, input, dim0, dim1):
+    rank = len(input.shape)
+    dims = [*range(-rank, 0)]
+    dims[dim0], dims[dim1] = dims[dim1], dims[dim0]
+    return normalize.permute(call.space, input, *dims)
+
+
+def _t(call, input):
+    return _transpose(call, input, -1, -2) if len(input.shape) == 2 else input
+
+
+def _bounded(index: Any, size: Any, default: Any) -> Any:
+    """A slice bound as Python reads it."""
+    if index is None:
+        return default
+    index = size_of(index)
+    if isinstance(index, int) and isinstance(size, int):
+        return max(index + size, 0) if index < 0 else min(index, size)
+    return index + size if isinstance(index, int) and index < 0 else index
+
+
+def _narrowed(call: Call, term: Term, dim: int, index: slice) -> Term | None:
+    step = 1 if index.step is None else index.step
+    if not isinstance(step, int) or step < 1:
+        return None
+    size = term.shape[dim]
+    start, stop = _bounded(index.start, size, 0), _bounded(index.stop, size, size)
+    return normalize.slice_(call.space, term, dim, start, stop, step)
+
+
+def _getitem(call, input, index):
+    if isinstance(input, (tuple, list)):
+        return input[index]
+    indices = index if isinstance(index, (tuple, list)) else (index,)
+    if not isinstance(input, Term) or any(isinstance(i, (Term, list, tuple)) for i in indices):
+        return None
+    taken = sum(i is not None and i is not Ellipsis for i in indices)
+    rest = [slice(None)] * (len(input.shape) - taken)
+    at = next((n for n, i in enumerate(indices) if i is Ellipsis), len(indices))
+    term, dim = input, -len(input.shape)
+    for i in [*indices[:at], *rest, *indices[at + 1 :]]:
+        if i is None:
+            continue
+        if isinstance(i, bool):
+            return None
+        if isinstance(i, int):
+            i = slice(i, i + 1 if i != -1 else None)
+        narrowed = _narrowed(call, term, dim, i) if isinstance(i, slice) else None
+        if narrowed is None:
+            return None
+        term, dim = narrowed, dim + 1
+    return normalize.view(call.space, term, *call.shape)
+
+
+def _select(call, input, dim, index):
+    dim = negative(dim, len(input.shape))
+    term = _narrowed(call, input, dim, slice(index, index + 1 if index != -1 else None))
+    return None if term is None else normalize.view(call.space, term, *call.shape)
+
+
+def _narrow(call, input, dim, start, length):
+    return _narrowed(call, input, negative(dim, len(input.shape)), slice(start, start + length))
+
+
+def _pieces(call, input, dim):
+    """The parts of a chunk or split, by their own sizes."""
+    dim, start, parts = negative(dim, len(input.shape)), 0, []
+    for part in call.out:
+        stop = start + size_of(part.shape[dim])
+        parts.append(normalize.slice_(call.space, input, dim, start, stop, 1))
+        start = stop
+    return tuple(parts)
+
+
+def _chunk(call, input, chunks, dim=0):
+    return _pieces(call, input, dim)
+
+
+def halves(call: Call, term: Term, dim: int) -> tuple[Term, Term]:
+    """The two halves along a dimension."""
+    dim = negative(dim, len(term.shape))
+    size = term.shape[dim]
+    middle = size // 2
+    first = normalize.slice_(call.space, term, dim, 0, middle, 1)
+    return first, normalize.slice_(call.space, term, dim, middle, size, 1)
+
+
+def _split(call, input, split_size_or_sections, dim=0):
+    return _pieces(call, input, dim)
+
+
+def _unbind(call, input, dim=0):
+    return tuple(_select(Call(call.space, part), input, dim, index) for index, part in enumerate(call.out))
+
+
+def _cat(call, tensors, dim=0, axis=None):
+    dim = negative(dim if axis is None else axis, len(call.shape))
+    parts = [normalize.cast(call.space, part, call.dtype) for part in tensors]
+    return normalize.cat(call.space, *parts, dim, shape=call.shape)
+
+
+def _stack(call, tensors, dim=0):
+    dim = negative(dim, len(call.shape))
+    size = [*call.shape]
+    size[dim] = 1
+    return _cat(call, [normalize.view(call.space, part, *size) for part in tensors], dim)
+
+
+LAYOUT_TABLE: Mapping[str, Callable[..., Any]] = {
+    **dict.fromkeys(("view", "reshape", "unsqueeze", "squeeze", "flatten", "unflatten"), _view),
+    **dict.fromkeys(("view_as", "reshape_as", "_unsafe_view"), _view),
+    **dict.fromkeys(("expand", "expand_as", "broadcast_to"), _expand),
+    "permute": _permute,
+    "transpose": _transpose,
+    "t": _t,
+    "getitem": _getitem,
+    "select": _select,
+    "narrow": _narrow,
+    "chunk": _chunk,
+    "split": _split,
+    "split_with_sizes": _split,
+    "unbind": _unbind,
+    "cat": _cat,
+    "stack": _stack,
+}

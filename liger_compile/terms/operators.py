@@ -1,0 +1,293 @@
+"""The table of operators: how each of torch's operators, however it is called, becomes a term.
+
+`call` is the door: it finds the operator's one name, binds the arguments by the signature of the table's
+function, and falls back to an opaque leaf for what the table does not know. A new operator is a function
+here; a new identity between operators belongs in identities.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from liger_compile.terms import normalize
+from liger_compile.terms.call import Call, Value, const_of, negative, opaque, scalar_of, term_of
+from liger_compile.terms.layout_operators import LAYOUT_TABLE, halves
+from liger_compile.terms.term import Scalar, Space, Term
+
+
+def call(space: Space, target: Any, args: Any, kwargs: Any, out: Any, name: str) -> Value:
+    """The value of target(*args, **kwargs), whose result is `out`; opaque if the table does not know it."""
+    make = TABLE.get(_canonical_name(target) or "")
+    if make is None or not isinstance(out, (torch.Tensor, tuple, list)) or kwargs.get("out") is not None:
+        return opaque(space, out, name)
+    try:
+        value = make(Call(space, out), *args, **kwargs)
+    except (TypeError, AttributeError, IndexError, ValueError):
+        # Called in a way that the table does not know: with other arguments, or none of them a tensor.
+        value = None
+    return opaque(space, out, name) if value is None else value
+
+
+_MODULES = ("torch", "torch._C._nn", "torch.nn.functional", "torch._C", "_operator", "math", "torch._tensor")
+_ALIASES = {
+    "true_divide": "truediv", "divide": "truediv", "div": "truediv", "multiply": "mul", "subtract": "sub",
+    "negative": "neg", "iadd": "add", "isub": "sub", "imul": "mul", "itruediv": "truediv", "mm": "matmul",
+    "bmm": "matmul", "concat": "cat", "concatenate": "cat", "swapaxes": "transpose", "swapdims": "transpose",
+    "type": "to", "moveaxis": "movedim", "__getitem__": "getitem", "__pow__": "pow", "__rsub__": "rsub",
+    "__rtruediv__": "rtruediv", "__rpow__": "rpow", "__matmul__": "matmul", "t": "t", "_softmax": "softmax",
+    "__rdiv__": "rtruediv", "__rmul__": "mul", "__radd__": "add", "__truediv__": "truediv", "__mul__": "mul",
+    "__add__": "add", "__sub__": "sub", "__neg__": "neg", "__rmatmul__": "rmatmul", "unsafe_chunk": "chunk",
+    "cross_entropy_loss": "cross_entropy", "nll_loss_nd": "nll_loss",
+}  # fmt: skip
+
+
+def _canonical_name(target: Any) -> str | None:
+    """The table's name of an operator, however it was called; None for what is not torch's own."""
+    if isinstance(target, torch._ops.OpOverload):
+        name = target._schema.name.removeprefix("aten::") if target.namespace == "aten" else None
+    elif isinstance(target, str):
+        name = target
+    elif (getattr(target, "__module__", None) or "torch") in _MODULES:
+        name = getattr(target, "__name__", None)
+    else:
+        name = None
+    if name and name.endswith("_") and not name.endswith("__"):
+        name = name[:-1]  # x.mul_(y) has the value of x * y; that x changes is decide.py's business
+    return _ALIASES.get(name, name) if name else None
+
+
+# Each function takes a Call and the arguments as torch's documentation names them.
+
+
+def _mul(call, input, other):
+    terms = term_of(call, input), term_of(call, other)
+    return normalize.mul(call.space, ((term, 1) for term in terms), normalize.ONE, call.dtype, call.shape)
+
+
+def _truediv(call, input, other, *, rounding_mode=None):
+    if rounding_mode is not None:
+        return None
+    factors = (term_of(call, input), 1), (term_of(call, other), -1)
+    return normalize.mul(call.space, factors, normalize.ONE, call.dtype, call.shape)
+
+
+def _rtruediv(call, input, other):
+    return _truediv(call, other, input)
+
+
+def _power(call, input, exponent):
+    power = scalar_of(exponent)
+    if power is None or power.powers or call.dtype.is_complex:
+        return None
+    return normalize.mul(
+        call.space, ((term_of(call, input), power.value),), normalize.ONE, call.dtype, call.shape
+    )
+
+
+def _fixed_power(power: float):
+    return lambda call, input: _power(call, input, power)
+
+
+def _neg(call, input):
+    return _mul(call, input, -1)
+
+
+def _sum_of(call, input, other, alpha, sign):
+    factor = scalar_of(alpha)
+    if factor is None:
+        return None
+    factor = factor * Scalar(sign)
+    second = term_of(call, other)
+    if factor != normalize.ONE:
+        shape = second.shape
+        second = normalize.mul(call.space, ((second, 1),), factor, call.dtype, shape)
+    return normalize.add(call.space, (term_of(call, input), second), Scalar(0.0), call.dtype, call.shape)
+
+
+def _add(call, input, other, *, alpha=1):
+    return _sum_of(call, input, other, alpha, 1.0)
+
+
+def _sub(call, input, other, *, alpha=1):
+    return _sum_of(call, input, other, alpha, -1.0)
+
+
+def _rsub(call, input, other, *, alpha=1):
+    return _sum_of(call, other, input, alpha, -1.0)
+
+
+def _addcmul(call, input, tensor1, tensor2, *, value=1):
+    product = normalize.broadcast((tensor1.shape, tensor2.shape))
+    scalar = scalar_of(value)
+    if product is None or scalar is None:
+        return None
+    factors = ((tensor1, 1), (tensor2, 1))
+    term = normalize.mul(call.space, factors, scalar, call.dtype, product)
+    return normalize.add(call.space, (term_of(call, input), term), Scalar(0.0), call.dtype, call.shape)
+
+
+def _unary(op: str):
+    def make(call, input, inplace=False):
+        term = normalize.cast(call.space, term_of(call, input), call.dtype)
+        return normalize.apply(call.space, op, (term,), (), call.dtype, call.shape)
+
+    return make
+
+
+def _gelu(call, input, approximate="none"):
+    term = normalize.cast(call.space, term_of(call, input), call.dtype)
+    return normalize.apply(call.space, "gelu", (term,), (const_of(approximate),), call.dtype, call.shape)
+
+
+def _glu(call, input, dim=-1):
+    first, second = halves(call, input, dim)
+    gate = normalize.apply(call.space, "sigmoid", (second,), (), call.dtype, call.shape)
+    return normalize.mul(call.space, ((first, 1), (gate, 1)), normalize.ONE, call.dtype, call.shape)
+
+
+def _dropout(call, input, p=0.5, training=True, inplace=False):
+    return input if isinstance(p, (int, float)) and (p == 0 or training is False) else None
+
+
+def _same(call, input, *args, **kwargs):
+    return input
+
+
+def _to(call, input, *args, **kwargs):
+    return normalize.cast(call.space, input, call.dtype)
+
+
+def _reduce(op: str):
+    def make(call, input, dim=None, keepdim=False, *, dtype=None):
+        rank = len(input.shape)
+        dims = (
+            range(rank) if dim is None or dim == () else (dim if isinstance(dim, (tuple, list)) else (dim,))
+        )
+        dims = tuple(sorted(negative(d, rank) for d in dims))
+        kept = list(input.shape)
+        for d in dims:
+            kept[d] = 1
+        term = normalize.cast(call.space, input, call.dtype)
+        term = normalize.apply(call.space, op, (term,), dims, call.dtype, tuple(kept))
+        return normalize.view(call.space, term, *call.shape)
+
+    return make
+
+
+def _norm(call, input, p: Any = "fro", dim=None, keepdim=False, dtype=None):
+    if p not in (2, 2.0, "fro"):
+        return None
+    square = normalize.mul(call.space, ((input, 2),), normalize.ONE, call.dtype, input.shape)
+    total = _reduce("sum")(call, square, dim, keepdim)
+    return normalize.mul(call.space, ((total, 0.5),), normalize.ONE, call.dtype, call.shape)
+
+
+def _vector_norm(call, x, ord=2, dim=None, keepdim=False, *, dtype=None):
+    return _norm(call, x, ord, dim, keepdim, dtype)
+
+
+def _softmax(op: str):
+    def make(call, input, dim=None, _stacklevel=3, dtype=None):
+        if dim is None:
+            return None
+        term = normalize.cast(call.space, input, call.dtype)
+        return normalize.apply(
+            call.space, op, (term,), (negative(dim, len(call.shape)),), call.dtype, call.shape
+        )
+
+    return make
+
+
+def _rms_norm(call, input, normalized_shape, weight=None, eps=None):
+    """Written out as its formula, in float32 at least, as torch computes it."""
+    space, shape, dims = call.space, call.shape, tuple(range(-len(normalized_shape), 0))
+    wide = torch.promote_types(call.dtype, torch.float32)
+    x = normalize.cast(space, input, wide)
+    square = normalize.mul(space, ((x, 2),), normalize.ONE, wide, shape)
+    rows = shape[: len(shape) - len(dims)] + (1,) * len(dims)
+    mean = normalize.apply(space, "mean", (square,), dims, wide, rows)
+    # torch takes the machine epsilon of the dtype that it computes in where eps is not given
+    constant = scalar_of(torch.finfo(wide).eps if eps is None else eps)
+    if constant is None:
+        return None
+    shifted = normalize.add(space, (mean,), constant, wide, rows)
+    factors = [(x, 1), (shifted, -0.5)]
+    if isinstance(weight, Term):
+        factors.append((weight, 1))
+    return normalize.cast(space, normalize.mul(space, factors, normalize.ONE, wide, shape), call.dtype)
+
+
+def _linear(call, input, weight, bias=None):
+    space, dtype = call.space, call.dtype  # under autocast the operands are cast without a node
+    bias = normalize.cast(space, bias, dtype) if isinstance(bias, Term) else space.none
+    args = (normalize.cast(space, input, dtype), normalize.cast(space, weight, dtype), bias)
+    return normalize.apply(space, "linear", args, (), dtype, call.shape)
+
+
+def _addmm(call, input, mat1, mat2, *, beta=1, alpha=1):
+    if beta != 1 or alpha != 1:
+        return None
+    return _linear(call, mat1, normalize.permute(call.space, mat2, -1, -2), input)
+
+
+def _matmul(call, input, other):
+    args = tuple(normalize.cast(call.space, arg, call.dtype) for arg in (input, other))
+    return normalize.apply(call.space, "matmul", args, (), call.dtype, call.shape)
+
+
+def _cross_entropy(
+    call,
+    input,
+    target,
+    weight=None,
+    size_average=None,
+    ignore_index=-100,
+    reduce=None,
+    reduction="mean",
+    label_smoothing=0.0,
+):
+    if size_average is not None or reduce is not None or target.dtype.is_floating_point:
+        return None
+    logits = _classes_last(call, input)
+    consts = (const_of(ignore_index), const_of(reduction), const_of(label_smoothing))
+    weight = weight if isinstance(weight, Term) else call.space.none
+    return normalize.apply(
+        call.space, "cross_entropy", (logits, target, weight), consts, call.dtype, call.shape
+    )
+
+
+def _nll_loss(
+    call, input, target, weight=None, size_average=None, ignore_index=-100, reduce=None, reduction="mean"
+):
+    if size_average is not None or reduce is not None:
+        return None
+    scores = _classes_last(call, input)
+    weight = weight if isinstance(weight, Term) else call.space.none
+    args, consts = (scores, target, weight), (const_of(ignore_index), const_of(reduction))
+    return normalize.apply(call.space, "nll_loss", args, consts, call.dtype, call.shape)
+
+
+def _classes_last(call: Call, scores: Term) -> Term:
+    """torch has the classes in dimension 1; terms have them last."""
+    rank = len(scores.shape)
+    return scores if rank < 3 else normalize.permute(call.space, scores, -rank, *range(2 - rank, 0), 1 - rank)
+
+
+TABLE: Mapping[str, Callable[..., Any]] = {
+    "add": _add, "sub": _sub, "rsub": _rsub, "mul": _mul, "truediv": _truediv, "rtruediv": _rtruediv,
+    "neg": _neg, "pow": _power, "square": _fixed_power(2), "sqrt": _fixed_power(0.5),
+    "rsqrt": _fixed_power(-0.5), "reciprocal": _fixed_power(-1), "addcmul": _addcmul,
+    **{op: _unary(op) for op in ("silu", "sigmoid", "tanh", "relu", "exp", "log", "erf", "cos", "sin")},
+    "gelu": _gelu, "glu": _glu, "dropout": _dropout,
+    "to": _to, "float": _to, "half": _to, "bfloat16": _to, "double": _to, "type_as": _to,
+    "contiguous": _same, "alias": _same, "identity": _same,
+    "mean": _reduce("mean"), "sum": _reduce("sum"), "norm": _norm, "linalg_vector_norm": _vector_norm,
+    "vector_norm": _vector_norm, "softmax": _softmax("softmax"), "log_softmax": _softmax("log_softmax"),
+    "rms_norm": _rms_norm, "linear": _linear, "addmm": _addmm, "matmul": _matmul,
+    "cross_entropy": _cross_entropy, "nll_loss": _nll_loss,
+    **LAYOUT_TABLE,
+    "view_as_complex": _unary("view_as_complex"), "view_as_real": _unary("view_as_real"),
+}  # fmt: skip

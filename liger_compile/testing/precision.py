@@ -1,0 +1,138 @@
+"""The numerics bar: against float64, at most twice the error of eager in the same dtype. Never a bare tolerance.
+
+In: what a computation gave, what eager gives in the same dtypes, and what is exact. Out: nothing, or an
+AssertionError that says which tensor is how far off. `in_double` makes the exact one: it runs code that was written
+for other dtypes in float64, with every cast to a floating dtype in it taken for a cast to float64.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import keystr, tree_flatten_with_path, tree_map
+
+_DOUBLE = {
+    torch.float16: torch.float64,
+    torch.bfloat16: torch.float64,
+    torch.float32: torch.float64,
+    torch.complex64: torch.complex128,
+}
+_CASTS = ("float", "half", "bfloat16")
+
+
+def assert_no_worse(actual: Any, eager: Any, exact: Any, *, factor: float = 2.0) -> None:
+    """Asserts of every tensor that it is about as close to `exact` as `eager` is, in the L2 norm.
+
+    The three are tensors, or trees of one structure of them: tuples, lists, dictionaries, None. Where `exact` is
+    not finite, `actual` has to be what eager is.
+
+    `factor` times eager's error is allowed, and a floor, for eager may be right by luck: a result that is exact but
+    for its last rounding has an error of eps / sqrt(12) times its norm if it has many elements, and of up to one or
+    two eps if it has one.
+    """
+    results, expected, trues = (tree_flatten_with_path(each)[0] for each in (actual, eager, exact))
+    names = [[f"result{keystr(path)}" for path, _ in each] for each in (results, expected, trues)]
+    assert names[0] == names[1] == names[2], f"expected results {names[1]}, got {names[0]}"
+    for name, (_, got), (_, wanted), (_, true) in zip(names[0], results, expected, trues, strict=True):
+        if isinstance(wanted, Tensor):
+            _assert_tensor(name, got, wanted, true, factor)
+        else:
+            assert got is wanted or got == wanted, f"{name}: expected {wanted!r}, got {got!r}"
+
+
+def _assert_tensor(name: str, actual: Tensor | None, eager: Tensor, exact: Tensor, factor: float) -> None:
+    assert isinstance(actual, Tensor), f"{name}: expected a tensor like eager's, got {actual!r}"
+    described = [f"{tuple(each.shape)} {each.dtype}" for each in (actual, eager)]
+    assert described[0] == described[1], f"{name}: got {described[0]}, eager gives {described[1]}"
+    if not (eager.is_floating_point() or eager.is_complex()):
+        assert torch.equal(actual, eager), f"{name}: differs from eager's"
+        return
+    error, allowed = error_of(actual, eager, exact), bound(eager, exact, factor)
+    if error > allowed:
+        norm = _finite(exact, exact, exact).norm().item() or 1.0
+        eagers = error_of(eager, eager, exact)
+        raise AssertionError(
+            f"{name}: error {error / norm:.3g} relative to float64, eager's is {eagers / norm:.3g}, "
+            f"allowed were {allowed / norm:.3g} ({tuple(eager.shape)} {eager.dtype})"
+        )
+
+
+def error_of(actual: Tensor, eager: Tensor, exact: Tensor) -> float:
+    """The L2 norm of actual - exact. Infinite if actual is not eager's where exact is not finite."""
+    wide = _finite(actual, exact, exact) - _finite(exact, exact, exact)
+    rest = ~torch.isfinite(exact)
+    same = torch.equal(torch.nan_to_num(actual[rest]), torch.nan_to_num(eager[rest]))
+    error = wide.norm().item()
+    return error if same and math.isfinite(error) else math.inf
+
+
+def bound(eager: Tensor, exact: Tensor, factor: float = 2.0) -> float:
+    """The error that is allowed of a result that eager computes as `eager`."""
+    numel = max(1, int(torch.isfinite(exact).sum()))
+    rounding = torch.finfo(eager.dtype).eps * _finite(exact, exact, exact).norm().item()
+    return factor * error_of(eager, eager, exact) + rounding * (12**-0.5 + numel**-0.5)
+
+
+def _finite(tensor: Tensor, exact: Tensor, like: Tensor) -> Tensor:
+    """tensor in the dtype of `like`, with zeros where exact is not finite."""
+    return torch.where(torch.isfinite(exact), tensor.detach().to(like.dtype), 0)
+
+
+class _InDouble(TorchFunctionMode):
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        args, kwargs = tree_map(lambda each: _DOUBLE.get(each, each) if _is_dtype(each) else each, (args, kwargs or {}))
+        if getattr(func, "__name__", "") in _CASTS and isinstance(args[0], Tensor):
+            return args[0].cdouble() if args[0].is_complex() else args[0].double()
+        return func(*args, **kwargs)
+
+
+def _is_dtype(value: Any) -> bool:
+    return isinstance(value, torch.dtype)
+
+
+@contextmanager
+def in_double() -> Iterator[None]:
+    """Takes every cast to a floating dtype for one to float64. Inputs have to be float64: `as_double`."""
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with _InDouble():
+            yield
+    finally:
+        torch.set_default_dtype(default)
+
+
+def as_double(value: Any) -> Any:
+    """A copy of a tree of tensors and modules, floating ones in float64; what was one object stays one."""
+    return copied(value, double=True)
+
+
+def copied(value: Any, *, double: bool = False) -> Any:
+    """A copy of a tree of tensors and modules that shares no memory with it; tensors are leaves to autograd."""
+    copies: dict[int, Any] = {}
+
+    def copy_of(each: Any) -> Any:
+        if id(each) not in copies:
+            copies[id(each)] = _copy_of(each, double)
+        return copies[id(each)]
+
+    return tree_map(copy_of, value)
+
+
+def _copy_of(each: Any, double: bool) -> Any:
+    if isinstance(each, nn.Module):
+        module = copy.deepcopy(each)
+        for parameter in module.parameters():
+            parameter.grad = None
+        return module.double() if double else module
+    if not isinstance(each, Tensor):
+        return each
+    dtype = _DOUBLE.get(each.dtype, each.dtype) if double else each.dtype
+    return each.detach().clone().to(dtype).requires_grad_(each.requires_grad)

@@ -1,0 +1,26 @@
+"""Makes the modules beside the tests importable (pytest's importlib mode does not), and isolates the tests."""
+
+import gc
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    """Nothing compiled before is left, and no report."""
+    import liger_compile
+
+    torch._dynamo.reset()
+    liger_compile.clear_reports()
+    with warnings.catch_warnings():
+        # Said of transformers' own functions, whatever the backend.
+        warnings.filterwarnings("ignore", message="Dynamo detected a call to a `functools.lru_cache`")
+        yield
+    torch._dynamo.reset()
+    gc.collect()

@@ -1,0 +1,151 @@
+"""The models that the tests train: one line a family, with how many sites of each pattern must be replaced.
+
+All have two layers. The models of transformers are its own classes, unmodified; the other three are spelled as
+people spell theirs. A key of the counts is an op ("rms_norm": any pattern of it) or a pattern's full name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import transformers
+from meta_llama_style import MetaLlama
+from nanogpt_style import NanoGPT
+from torch import Tensor, nn
+from torchtitan_style import Titan, cross_entropy_loss
+
+VOCAB, WIDTH, INNER, LAYERS, HEADS, KV_HEADS = 128, 64, 96, 2, 4, 2
+
+
+@dataclass(frozen=True)
+class Family:
+    name: str
+    make: Callable[..., nn.Module]  # keywords are overrides of the config
+    loss: Callable[..., Tensor]  # of (model, ids, labels)
+    counts: Mapping[str, int]  # what must be replaced where only the loss is returned
+    ignore_index: int = -100
+
+    def __str__(self) -> str:
+        return self.name
+
+    def build(self, dtype: torch.dtype = torch.float32, **overrides: Any) -> nn.Module:
+        """The same weights each time, in `dtype`; buffers keep theirs."""
+        torch.manual_seed(0)
+        model = self.make(**overrides).train()
+        random = torch.Generator().manual_seed(1)
+        for parameter in model.parameters():
+            # Weights as large as in life, and no norm's weight 1 or bias 0, which would hide a mistake with it.
+            noise = torch.randn(parameter.shape, generator=random)
+            if parameter.dim() == 1:
+                parameter.data = (parameter.data + 0.1 * noise).to(dtype)
+            else:
+                parameter.data = (noise * parameter.shape[-1] ** -0.5).to(dtype)
+        return model
+
+
+def hf_loss(model: nn.Module, ids: Tensor, labels: Tensor) -> Tensor:
+    return model(input_ids=ids, labels=labels, use_cache=False).loss
+
+
+def nanogpt_loss(model: nn.Module, ids: Tensor, labels: Tensor) -> Tensor:
+    return model(ids, labels)[1]
+
+
+def meta_loss(model: nn.Module, ids: Tensor, labels: Tensor) -> Tensor:
+    logits = model(ids)
+    return F.cross_entropy(logits[:, :-1].reshape(-1, logits.shape[-1]), labels[:, 1:].reshape(-1))
+
+
+def titan_loss(model: nn.Module, ids: Tensor, labels: Tensor) -> Tensor:
+    return cross_entropy_loss(model(ids), labels)
+
+
+def titan_positions_loss(model: nn.Module, ids: Tensor, labels: Tensor) -> Tensor:
+    """Two documents packed into each row, so the rotary table is gathered."""
+    positions = torch.arange(ids.shape[1]).remainder(ids.shape[1] // 2).expand(ids.shape)
+    return cross_entropy_loss(model(ids, positions), labels)
+
+
+def _hf(name: str, config: str, counts: Mapping[str, int], **overrides: Any) -> Family:
+    def make(**more: Any) -> nn.Module:
+        sizes = dict(
+            vocab_size=VOCAB,
+            hidden_size=WIDTH,
+            intermediate_size=INNER,
+            num_hidden_layers=LAYERS,
+            num_attention_heads=HEADS,
+            num_key_value_heads=KV_HEADS,
+            max_position_embeddings=64,
+            bos_token_id=1,
+            eos_token_id=2,
+            pad_token_id=0,
+        )
+        made = getattr(transformers, config)(**{**sizes, **overrides, **more})
+        return transformers.AutoModelForCausalLM.from_config(made)
+
+    return Family(name, make, hf_loss, counts)
+
+
+def _t5(**more: Any) -> nn.Module:
+    sizes = dict(vocab_size=VOCAB, d_model=WIDTH, d_kv=16, d_ff=INNER, num_layers=LAYERS, num_heads=HEADS)
+    rest = dict(feed_forward_proj="gated-gelu", dropout_rate=0.0, decoder_start_token_id=0)
+    return transformers.T5ForConditionalGeneration(transformers.T5Config(**{**sizes, **rest, **more}))
+
+
+_SIZES = dict(vocab=VOCAB, width=WIDTH, layers=LAYERS, heads=HEADS)
+_GQA = dict(inner=INNER, kv_heads=KV_HEADS)
+
+# A layer has two norms, there is one at the end, and the first of all has no residual add before it.
+_PRE_NORM = {"add_rms_norm": 4, "rms_norm": 1}
+# Two more a layer on attention's and the MLP's outputs (Gemma 2, GLM-4), or on q and k (Qwen 3).
+_TWO_MORE = {"add_rms_norm": 4, "rms_norm": 5}
+_LOSS = {"linear_cross_entropy": 1}
+_ROTARY, _SWIGLU, _GEGLU = {"rotary": 2}, {"gated_mlp.swiglu": 2}, {"gated_mlp.geglu": 2}
+_LLAMA = {**_PRE_NORM, **_ROTARY, **_SWIGLU, **_LOSS}
+_PACKED = {"gated_mlp.swiglu_packed": 2}
+
+FAMILIES = (
+    _hf("llama", "LlamaConfig", _LLAMA),
+    _hf("mistral", "MistralConfig", _LLAMA),
+    # Every token takes every expert, so that rounding cannot send one elsewhere. Experts' down projection is
+    # a grouped product, so the gate and up are multiplied alone.
+    _hf(
+        "mixtral",
+        "MixtralConfig",
+        {**_PRE_NORM, **_ROTARY, "gated_mlp.swiglu_product": 2, **_LOSS},
+        num_local_experts=2,
+        num_experts_per_tok=2,
+    ),
+    _hf("qwen2", "Qwen2Config", _LLAMA),
+    _hf("qwen3", "Qwen3Config", {**_TWO_MORE, **_ROTARY, **_SWIGLU, **_LOSS}, head_dim=16),
+    _hf("gemma", "GemmaConfig", {**_PRE_NORM, **_ROTARY, **_GEGLU, **_LOSS}, head_dim=16),
+    # The cap is low, so that it bends these logits.
+    _hf(
+        "gemma2",
+        "Gemma2Config",
+        {**_TWO_MORE, **_ROTARY, **_GEGLU, **_LOSS},
+        head_dim=16,
+        final_logit_softcapping=3.0,
+    ),
+    # LayerNorm and an MLP without a gate.
+    _hf("phi", "PhiConfig", {**_ROTARY, **_LOSS}, num_key_value_heads=HEADS),
+    _hf("phi3", "Phi3Config", {**_PRE_NORM, **_ROTARY, **_PACKED, **_LOSS}),
+    # One norm a layer: LayerNorm without a bias, which is RMSNorm of what is left when the mean is taken off.
+    _hf("cohere", "CohereConfig", {"rms_norm": 3, **_ROTARY, **_SWIGLU, **_LOSS}),
+    # LayerNorm without weights.
+    _hf("olmo", "OlmoConfig", {**_ROTARY, **_SWIGLU, **_LOSS}),
+    _hf("glm4", "Glm4Config", {**_TWO_MORE, **_ROTARY, **_PACKED, **_LOSS}, head_dim=16),
+    _hf("stablelm", "StableLmConfig", {**_ROTARY, **_SWIGLU, **_LOSS}, num_key_value_heads=HEADS),
+    # Encoder 2 x 2 + 1 norms and decoder 2 x 3 + 1, of each the first without an add; no rotary.
+    Family("t5", _t5, hf_loss, {"add_rms_norm": 10, "rms_norm": 2, "gated_mlp.geglu": 4, **_LOSS}),
+    Family("nanogpt", lambda **more: NanoGPT(**_SIZES, **more), nanogpt_loss, _LOSS, ignore_index=-1),
+    Family("meta_llama", lambda **more: MetaLlama(**_SIZES, **_GQA, **more), meta_loss, _LLAMA),
+    Family("torchtitan", lambda **more: Titan(**_SIZES, **_GQA, **more), titan_loss, _LLAMA),
+    Family("torchtitan_packed", lambda **more: Titan(**_SIZES, **_GQA, **more), titan_positions_loss, _LLAMA),
+)
+
+BY_NAME = {family.name: family for family in FAMILIES}

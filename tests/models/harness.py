@@ -1,0 +1,90 @@
+"""What the tests of whole models share: a batch, loss and gradients of a step, how far apart two are, counts."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from families import VOCAB, Family
+from torch import Tensor, nn
+
+import liger_compile
+
+BATCH, LENGTH = 2, 24
+
+# A gradient that is far smaller than those around it is what is left of terms that cancel (a key's bias, which
+# softmax does not see): relative to itself its error says nothing. So no tensor counts as smaller than this
+# share of the root mean square of all entries of all gradients.
+SMALL = 1e-2
+
+
+class Step(NamedTuple):
+    """What one forward and backward gave."""
+
+    loss: Tensor
+    gradients: Mapping[str, Tensor]
+
+
+def batch(family: Family, length: int = LENGTH) -> tuple[Tensor, Tensor]:
+    """Token ids, and labels that are other tokens, some of them ignored."""
+    random = torch.Generator().manual_seed(2)
+    ids = torch.randint(3, VOCAB, (BATCH, length), generator=random)
+    labels = torch.randint(3, VOCAB, (BATCH, length), generator=random)
+    labels[0, :3] = labels[1, -2] = family.ignore_index
+    return ids, labels
+
+
+def compiled(function: Callable[..., Any], inner: str = "aot_eager", **kwargs: Any) -> Callable[..., Any]:
+    """`function` under backend="liger", which raises if the rewriting fails."""
+    options = {"liger.inner": inner, "liger.strict": True, **kwargs.pop("options", {})}
+    return torch.compile(function, backend="liger", options=options, **kwargs)
+
+
+def step(function: Callable[..., Tensor], model: nn.Module, *inputs: Any) -> Step:
+    """Loss and gradients of function(model, *inputs)."""
+    model.zero_grad(set_to_none=True)
+    loss = function(model, *inputs)
+    loss.backward()
+    return Step(loss.detach(), gradients(model))
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def errors(got: Step, expected: Step) -> dict[str, float]:
+    """The distance of the loss and of each gradient (L2), relative to what is expected."""
+    assert got.gradients.keys() == expected.gradients.keys()
+    entries = torch.cat([g.double().flatten() for g in expected.gradients.values()])
+    rms = entries.square().mean().sqrt()
+    found = {"loss": _relative(got.loss, expected.loss, 0.0)}
+    for name, reference in expected.gradients.items():
+        floor = SMALL * rms * reference.numel() ** 0.5
+        found[name] = _relative(got.gradients[name], reference, floor)
+    return found
+
+
+def _relative(got: Tensor, expected: Tensor, floor: Any) -> float:
+    assert got.shape == expected.shape and got.dtype is not None
+    distance = (got.double() - expected.double()).norm()
+    return (distance / expected.double().norm().clamp_min(floor)).item()
+
+
+def assert_within(got: Step, expected: Step, bound: float) -> None:
+    far = {name: error for name, error in errors(got, expected).items() if not error <= bound}
+    assert not far, f"further from eager than {bound:g}: {far}"
+
+
+def replaced(counts: Mapping[str, int]) -> dict[str, int]:
+    """How many sites were replaced since the reports were cleared, under the keys of `counts` where they fit."""
+    names = [site.pattern for r in liger_compile.reports() for site in r.sites if site.kind == "replace"]
+    keys = (name if name in counts else op if (op := name.partition(".")[0]) in counts else name for name in names)
+    return dict(Counter(keys))
+
+
+def assert_replaced(counts: Mapping[str, int]) -> None:
+    """Exactly these sites, in all graphs together."""
+    text = "\n".join(map(str, liger_compile.reports()))
+    assert replaced(counts) == dict(counts), text
