@@ -25,6 +25,7 @@ _CONTEXT_SWITCHES = (
     "_enter_inference_mode",
     "_exit_inference_mode",
 )
+_NESTING = ("_increment_nesting", "_decrement_nesting")  # a torch.func transform (vmap, grad) begins and ends
 
 
 def decide(
@@ -91,11 +92,15 @@ class _Context:
     mutations: Mutations
     is_top_level: bool
     switches: list[int] = field(default_factory=list)
+    depth: dict[Node, int] = field(default_factory=dict)  # of torch.func transforms around a node
 
     def __post_init__(self) -> None:
+        depth = 0
         for node in self.graph.nodes:
-            if node.op == "call_function" and getattr(node.target, "__name__", "") in _CONTEXT_SWITCHES:
+            name = getattr(node.target, "__name__", "") if node.op == "call_function" else ""
+            if name in _CONTEXT_SWITCHES or name.endswith(_NESTING):
                 self.switches.append(self.position(node))
+            self.depth[node] = depth = depth + name.endswith(_NESTING[0]) - name.endswith(_NESTING[1])
 
     def position(self, node: Node) -> int:
         return self.mutations.position[node]
@@ -142,6 +147,12 @@ def _refuse_several_regions(match: Match, context: _Context) -> str | None:
     first, last = context.position(match.nodes[0]), context.position(match.nodes[-1])
     if any(first < switch < max(last, context.span(match)[1]) for switch in context.switches):
         return "grad mode or autocast changes within it"
+    return None
+
+
+def _refuse_transforms(match: Match, context: _Context) -> str | None:
+    if any(context.depth[node] for node in match.nodes):
+        return "it runs under a torch.func transform (vmap, grad), for which the ops have no rule"
     return None
 
 
@@ -194,6 +205,7 @@ LEGALITY: tuple[Callable[[Match, _Context], str | None], ...] = (
     _refuse_inner_loss,
     _refuse_several_devices,
     _refuse_several_regions,
+    _refuse_transforms,
     _refuse_aliases,
     _refuse_late_captures,
     _refuse_mutation,

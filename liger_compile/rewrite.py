@@ -59,19 +59,23 @@ def _splice(
             node = replaced.get(node, node)
             arguments[name] = splicer.knows(node.meta["example_value"], node)
     fake_mode = getattr(match.result, "fake_mode", None) or nullcontext()
-    with fake_mode, torch.set_grad_enabled(grad_modes[match.outputs[0]]), splicer:
-        for name, bound in match.captures.items():
-            if isinstance(bound, Capture):
-                arguments[name] = bound.derive(arguments[name])
-            elif not isinstance(bound, Node):
-                arguments[name] = bound
-        results = match.pattern.replace(**arguments)
-        results = results if isinstance(results, tuple) else (results,)
-        originals = [output.meta["example_value"] for output in match.outputs]
-        results = tuple(map(_laid_out_like, results, originals))
+    originals = [output.meta["example_value"] for output in match.outputs]
+    try:
+        with fake_mode, torch.set_grad_enabled(grad_modes[match.outputs[0]]), splicer:
+            for name, bound in match.captures.items():
+                if isinstance(bound, Capture):
+                    arguments[name] = bound.derive(arguments[name])
+                elif not isinstance(bound, Node):
+                    arguments[name] = bound
+            results = match.pattern.replace(**arguments)
+            results = results if isinstance(results, tuple) else (results,)
+            results = tuple(map(_laid_out_like, results, originals))
+    except (ValueError, TypeError, RuntimeError) as error:  # an op that does not take these arguments says so
+        splicer.undo()
+        return f"the replacement refuses: {error}"
     nodes = [splicer.node_of.get(id(value)) for value in results]
-    for output, value, node in zip(match.outputs, results, nodes, strict=True):
-        difference = _difference(output.meta["example_value"], value)
+    for original, value, node in zip(originals, results, nodes, strict=True):
+        difference = _difference(original, value)
         if node is None or difference:
             splicer.undo()
             return difference or "the replacement returns a tensor that no torch function made"

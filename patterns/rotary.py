@@ -62,12 +62,20 @@ def check(match: Match) -> str | None:
     for name in ("cos", "sin", "freqs"):
         if name in match.captures and match[name].requires_grad:
             return f"{name} requires a gradient, which the op does not make"
-    x = match["q"]
-    if "cos" in match.captures and match["cos"].shape[-1:] != match["sin"].shape[-1:]:
-        return f"cos and sin have {match['cos'].shape[-1]} and {match['sin'].shape[-1]} channels"
-    if "cos" in match.captures and match["cos"].dim() > x.dim():
-        return f"cos has {match['cos'].dim()} dimensions, more than the tensor that it turns"
     return None
+
+
+def _check_width(is_half: bool, is_partial: bool) -> Callable[[Match], str | None]:
+    """Tables that broadcast along the channels are no tables of angles."""
+
+    def check_width(match: Match) -> str | None:
+        cos, sin, channels = match["cos"].shape[-1], match["sin"].shape[-1], match["q"].shape[-1]
+        turned = 2 * cos if is_half else cos
+        if cos != sin or turned % 2 or (turned > channels if is_partial else turned != channels):
+            return f"cos and sin have {cos} and {sin} channels, which is no angle for each pair of {channels}"
+        return check(match)
+
+    return check_width
 
 
 def _keeping_dtype(rotation: Callable) -> Callable:
@@ -106,7 +114,7 @@ def _pattern(layout: Callable, keeps_dtype: bool, is_partial: bool, is_pair: boo
         name="rotary." + "_".join([layout.__name__, *(trait for trait, has in traits.items() if has)]),
         search=search_pair if is_pair else search,
         replace=replace,
-        check=check,
+        check=_check_width("half_tables" in LAYOUTS[layout], is_partial),
         saves=lambda match: 0,
         examples={**heads, "cos": table, "sin": table},
     )

@@ -8,7 +8,7 @@ Dtypes: logits in any floating dtype, target in int64; the loss and the statisti
 logits), dlogits in the dtype of the logits. Saved for backward: logits, target, row_max, log_sum. The statistics are
 two because exp(z - row_max - log_sum) is exact to the last bits where exp(z - lse) loses as many as |lse| has.
 
-Neither pass makes an N x V temporary in float32: both go through the rows in chunks.
+Neither pass makes an N x V temporary in float32: both go through the rows in blocks.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .chunks import row_chunks
+from .blocks import row_blocks
 from .precision import accumulation_dtype
 from .registration import opaque_op
 from .softmax_loss import SoftmaxLoss, reduce
@@ -39,7 +39,7 @@ def cross_entropy(
     head = SoftmaxLoss(class_weight, ignore_index, label_smoothing, logit_scale, softcap, z_loss)
     head.check(target, logits.shape[1])
     losses, row_max, log_sum = (_row_statistic(logits) for _ in range(3))
-    for rows in row_chunks(logits.shape[0], 4 * logits.shape[1]):
+    for rows in row_blocks(*logits.shape):
         z = head.scores(logits[rows])
         logp = torch.log_softmax(z, -1)
         row_max[rows], log_sum[rows] = head.statistics(z, logp)
@@ -79,7 +79,7 @@ def cross_entropy_backward(
         dloss = dloss / head.token_weight(target, row_max.dtype).sum()
     upstream = dloss.expand(row_max.shape)
     dlogits = torch.empty_like(logits, memory_format=torch.contiguous_format)
-    for rows in row_chunks(logits.shape[0], 4 * logits.shape[1]):
+    for rows in row_blocks(*logits.shape):
         z = head.scores(logits[rows])
         logp = (z - row_max[rows].unsqueeze(-1)).sub_(log_sum[rows].unsqueeze(-1))
         lse = row_max[rows] + log_sum[rows]

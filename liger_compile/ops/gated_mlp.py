@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .chunks import row_chunks
+from .blocks import row_blocks
 from .precision import accumulation_dtype
 from .registration import opaque_op, traceable_op
 
@@ -116,8 +116,8 @@ def _rows(x: Tensor) -> Tensor:
 def gated_mlp(gate: Tensor, up: Tensor | None, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
     gate_half, up_half = (_rows(x) for x in split_packed(gate, up))
     h = torch.empty_like(gate_half, dtype=weight.dtype, memory_format=torch.contiguous_format)
-    for chunk in row_chunks(h.shape[0], 4 * h.shape[1]):
-        h[chunk] = activate(gate_half[chunk], up_half[chunk], activation)
+    for block in row_blocks(*h.shape):
+        h[block] = activate(gate_half[block], up_half[block], activation)
     return F.linear(h, weight, bias).view(*gate.shape[:-1], weight.shape[0])
 
 
@@ -146,16 +146,16 @@ def gated_mlp_backward(
     dgate_half, dup_half = _rows(dgate), _rows(dup)
     if up is None:
         dgate_half, dup_half = split_packed(dgate_half, None)
-    # One N x I buffer: first dh, and then, chunk by chunk as dh is used up, h.
+    # One N x I buffer: first dh, and then, block by block as dh is used up, h.
     h = dy @ weight if needs_dgate or needs_dup else dy.new_empty(gate_half.shape)
-    for chunk in row_chunks(h.shape[0], 4 * h.shape[1]):
-        gate_chunk, up_chunk = gate_half[chunk], up_half[chunk]
+    for block in row_blocks(*h.shape):
+        gate_block, up_block = gate_half[block], up_half[block]
         if needs_dgate:
-            dgate_half[chunk] = gate_gradient(h[chunk], gate_chunk, up_chunk, activation)
+            dgate_half[block] = gate_gradient(h[block], gate_block, up_block, activation)
         if needs_dup or (up is None and needs_dgate):
-            dup_half[chunk] = up_gradient(h[chunk], gate_chunk, up_chunk, activation)
+            dup_half[block] = up_gradient(h[block], gate_block, up_block, activation)
         if needs_dweight:
-            h[chunk] = activate(gate_chunk, up_chunk, activation)
+            h[block] = activate(gate_block, up_block, activation)
     if needs_dweight:
         torch.mm(dy.t(), h, out=dweight)
     if needs_dbias:

@@ -28,16 +28,28 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .chunks import row_chunks
+from .blocks import row_blocks, split_rows
 from .precision import accumulation_dtype
 from .registration import graph_is_retained, opaque_op, second_derivative_error
 from .softmax_loss import SoftmaxLoss, reduce
 
+# A chunk of logits is small beside any model, and long enough for its products to run at full speed.
+CHUNK_BYTES = 32 * 2**20
+LEAST_ROWS = 128
 ACCUMULATE_WIDE_ABOVE = 4
-LEAST_ROWS = 128  # below which the products of a chunk run well under the speed of larger ones
 
 
-def _empty_gradients(x: Tensor, weight: Tensor, needs: tuple[bool, bool, bool]) -> tuple[Tensor, Tensor, Tensor]:
+def _chunk_rows(x: Tensor, weight: Tensor, needs_dweight: bool) -> int:
+    rows = max(CHUNK_BYTES // (x.element_size() * weight.shape[0]), LEAST_ROWS)
+    few = -(-x.shape[0] // ACCUMULATE_WIDE_ABOVE)
+    if needs_dweight and x.element_size() == 2 and few <= 2 * x.shape[1]:
+        return max(rows, few)  # no float32 sum of dweight is needed then, and it would be larger than this chunk
+    return rows
+
+
+def _empty_gradients(
+    x: Tensor, weight: Tensor, needs: tuple[bool, bool, bool]
+) -> tuple[Tensor, Tensor, Tensor]:
     needs_dx, needs_dweight, needs_dbias = needs
     return (
         x.new_empty(x.shape if needs_dx else (0,)),
@@ -59,40 +71,40 @@ def losses_and_gradients(
     """The reference: the tokens' losses, and scale times the gradients of (losses * upstream).sum()."""
     needs_dx, needs_dweight, needs_dbias = needs
     wide = accumulation_dtype(x.dtype)
-    chunks = row_chunks(x.shape[0], x.element_size() * weight.shape[0], LEAST_ROWS)
+    chunks = split_rows(x.shape[0], _chunk_rows(x, weight, needs_dweight))
     losses = x.new_empty(x.shape[:1], dtype=wide)
     dx, dweight, dbias = _empty_gradients(x, weight, needs)
-    dweight = dweight.to(wide if len(chunks) > ACCUMULATE_WIDE_ABOVE else weight.dtype).zero_()
-    dbias = dbias.to(wide).zero_()
-
-    def one_chunk(rows: slice) -> None:  # a function, so that a chunk's buffers are gone before the next one's
-        z = head.scores(F.linear(x[rows], weight, bias))
-        logp = torch.log_softmax(z, -1)
-        row_max, log_sum = head.statistics(z, logp)
-        lse = row_max + log_sum
-        losses[rows] = head.losses(logp, lse, target[rows])
-        if not any(needs):
-            return
-        dlogits = head.gradient_(logp, z, lse, target[rows], upstream[rows])
-        if needs_dbias:
-            dbias.add_(dlogits.sum(0), alpha=scale)
-        dlogits = dlogits.to(x.dtype)
+    sum_dtype = wide if len(chunks) > ACCUMULATE_WIDE_ABOVE else weight.dtype
+    dweight_sum = torch.zeros_like(dweight, dtype=sum_dtype)
+    dbias_sum = torch.zeros_like(dbias, dtype=wide)
+    for chunk in chunks:
+        x_chunk, target_chunk = x[chunk], target[chunk]
+        logits = F.linear(x_chunk, weight, bias)
+        for block in row_blocks(*logits.shape):
+            z = head.scores(logits[block])
+            logp = torch.log_softmax(z, -1)
+            row_max, log_sum = head.statistics(z, logp)
+            losses[chunk][block] = head.losses(logp, row_max + log_sum, target_chunk[block])
+            if any(needs):
+                dlogits = head.gradient_(logp, z, row_max + log_sum, target_chunk[block], upstream[chunk][block])
+                logits[block] = dlogits
+                if needs_dbias:
+                    dbias_sum.add_(dlogits.sum(0), alpha=scale)
+        dlogits = logits  # its blocks have been overwritten, all of them
         if needs_dx:
-            torch.addmm(dx[rows], dlogits, weight, beta=0, alpha=scale, out=dx[rows])
+            torch.addmm(dx[chunk], dlogits, weight, beta=0, alpha=scale, out=dx[chunk])
         if needs_dweight:
-            add_product_(dweight, dlogits.t(), x[rows], scale)
-
-    for rows in chunks:
-        one_chunk(rows)
-    return losses, dx, dweight.to(weight.dtype), dbias.to(weight.dtype)
+            _add_product(dweight_sum, dlogits.t(), x_chunk, scale)
+        del logits, dlogits  # before the next chunk's
+    return losses, dx, dweight_sum.to(weight.dtype), dbias_sum.to(weight.dtype)
 
 
-def add_product_(total: Tensor, a: Tensor, b: Tensor, scale: float) -> None:
-    """total += scale * a @ b, in panels of rows where that takes a temporary because total is wider than a and b."""
+def _add_product(total: Tensor, a: Tensor, b: Tensor, scale: float) -> None:
+    """total += scale * a @ b, some rows at a time where total is wider than the product."""
     if total.dtype == a.dtype:
         total.addmm_(a, b, alpha=scale)
         return
-    for rows in row_chunks(total.shape[0], a.element_size() * total.shape[1]):
+    for rows in split_rows(total.shape[0], max(CHUNK_BYTES // (a.element_size() * total.shape[1]), 1)):
         total[rows] += torch.addmm(a.new_zeros(()), a[rows], b, beta=0, alpha=scale)
 
 
@@ -214,7 +226,7 @@ def _scaled(
 def _scaled_in_chunks(gradient: Tensor, dloss: Tensor) -> Tensor:
     """In place if this was the last backward: dweight is too large to have it twice for no reason."""
     out = torch.empty_like(gradient) if graph_is_retained() else gradient
-    for rows in row_chunks(gradient.shape[0], gradient[:1].numel() * dloss.element_size()):
+    for rows in row_blocks(gradient.shape[0], gradient[:1].numel()):
         out[rows] = gradient[rows].to(dloss.dtype) * dloss
     return out
 

@@ -74,28 +74,37 @@ def _gelu(space, powers, scalar, dtype):
 
 
 def _tanh_argument(space: Space, term: Term) -> Term | None:
-    """x, if term is sqrt(2 / pi) * (x + 0.044715 * x**3), multiplied out or not."""
-    c = math.sqrt(2 / math.pi)
-    inner = _times(term, c)
-    linear, cubic = 1.0, 0.044715
-    if inner is None:
-        inner, linear, cubic = term, c, c * 0.044715
-    if inner.op == "mul":  # x * (1 + 0.044715 * x**2)
-        sums = [t for t in inner.args if t.op == "add" and t.consts[0].is_number(1) and len(t.args) == 1]
-        if len(inner.args) == 2 and len(sums) == 1 and inner.consts[1:] == (1, 1) and inner.consts[0] == ONE:
-            (x,) = (t for t in inner.args if t is not sums[0])
-            square = sums[0].args[0]
-            if square.op == "mul" and square.args == (x,) and square.consts[1] == 2:
-                return x if square.consts[0].is_number(0.044715) and linear == 1.0 else None
-        return None
-    if inner.op != "add" or inner.consts[0] != ZERO or len(inner.args) != 2:
-        return None
-    for x, cube in (inner.args, inner.args[::-1]):
-        base = x if linear == 1.0 else _times(x, linear)
-        is_cube = base is not None and cube.op == "mul" and cube.args == (base,) and cube.consts[1] == 3
-        if is_cube and cube.consts[0].is_number(cubic):
-            return base
+    """x, if term is sqrt(2 / pi) * (x + 0.044715 * x**3), in one of the ways to multiply that out."""
+    c, cubic = math.sqrt(2 / math.pi), 0.044715
+    if term.op == "mul" and term.consts[0].is_number(c):
+        inner = mul(space, zip(term.args, term.consts[1:], strict=True), ONE, term.dtype, term.shape)
+        if inner.op == "mul":  # x * (1 + 0.044715 * x**2)
+            for x, factor in (inner.args, inner.args[::-1]) if len(inner.args) == 2 else ():
+                is_sum = factor.op == "add" and factor.consts[0].is_number(1) and len(factor.args) == 1
+                if is_sum and inner.consts[1:] == (1, 1) and _is_power(factor.args[0], x, 2, cubic):
+                    return x
+            return None
+        return next((x for x, cube in _addends(inner) if _is_power(cube, x, 3, cubic)), None)
+    for scaled, cube in _addends(term):  # sqrt(2 / pi) * x + ...
+        x = _times(scaled, c)
+        if x is not None and _is_power(cube, x, 3, c * cubic):
+            return x
     return None
+
+
+def _addends(term: Term) -> tuple[tuple[Term, Term], ...]:
+    """Both orders of the two addends of a sum."""
+    if term.op != "add" or term.consts[0] != ZERO or len(term.args) != 2:
+        return ()
+    first, second = term.args
+    return (first, second), (second, first)
+
+
+def _is_power(term: Term, x: Term, power: float, scale: float) -> bool:
+    """True if term is scale * x ** power."""
+    return (
+        term.op == "mul" and term.args == (x,) and term.consts[1] == power and term.consts[0].is_number(scale)
+    )
 
 
 def _times(term: Term, number: float) -> Term | None:
@@ -223,60 +232,58 @@ def _linear_with_bias(space: Space, term: Term) -> Term | None:
 def _nll_of_log_softmax(space: Space, term: Term) -> Term | None:
     """nll_loss(log_softmax(x), t) -> cross_entropy(x, t)"""
     scores, target, weight = term.args
+    if scores.op == "view" and scores.shape[-1:] == scores.args[0].shape[-1:]:
+        scores = scores.args[0]
     if scores.op != "log_softmax" or scores.consts != (-1,):
         return None
-    return apply(
-        space, "cross_entropy", (scores.args[0], target, weight), (*term.consts, 0.0), term.dtype, term.shape
-    )
+    args = (scores.args[0], target, weight)
+    return apply(space, "cross_entropy", args, (*term.consts, 0.0), term.dtype, term.shape)
 
 
 def _loss_over_tokens(space: Space, term: Term) -> Term | None:
-    """cross_entropy(view(x, (n, v)), t) -> cross_entropy(x, t): tokens come in any leading shape"""
+    """cross_entropy(view(x, (n, v)), view(t, n)) -> cross_entropy(x, t): tokens come in any leading shape"""
     logits, target, weight = term.args
-    casts = []
-    while logits.op == "cast":
-        casts.append(logits.dtype)
-        logits = logits.args[0]
-    before = logits, target
-    if logits.op == "view" and logits.shape[-1:] == logits.args[0].shape[-1:]:
-        logits = logits.args[0]
-    if target.op == "view" and term.consts[1] != "none":  # a loss for each token has the target's shape
-        target = target.args[0]
-    if (logits, target) == before:
+    better = _over_tokens(space, logits)
+    is_flat = target.op == "view" and term.consts[1] != "none"  # a loss for each token has the target's shape
+    if better is None and not is_flat:
         return None
-    for dtype in reversed(casts):
-        logits = cast(space, logits, dtype)
-    return apply(space, "cross_entropy", (logits, target, weight), term.consts, term.dtype, term.shape)
+    args = (better or logits, target.args[0] if is_flat else target, weight)
+    return apply(space, "cross_entropy", args, term.consts, term.dtype, term.shape)
 
 
-def _slice_before_head(space: Space, term: Term) -> Term | None:
-    """The logits of some tokens are the head applied to these tokens; likewise for part of a vocabulary"""
-    logits = _sliced_head(space, term.args[0])
-    if logits is None:
-        return None
-    return apply(space, "cross_entropy", (logits, *term.args[1:]), term.consts, term.dtype, term.shape)
-
-
-def _sliced_head(space: Space, term: Term) -> Term | None:
-    """term with the slices on its way to a linear taken of the linear's arguments; None if there are none."""
-    if term.op == "slice":
-        inner, (dim, *bounds) = term.args[0], term.consts
-        if inner.op == "linear":
-            x, w, b = inner.args
-            if dim != -1:
-                x = slice_(space, x, dim, *bounds)
-            else:
-                w = slice_(space, w, -2, *bounds)
-                b = b if b is space.none else slice_(space, b, -1, *bounds)
-            return apply(space, "linear", (x, w, b), (), term.dtype, term.shape)
-        if inner.op in ("mul", "tanh", "cast") and len(inner.args) == 1:
-            sliced = slice_(space, inner.args[0], *term.consts)
-            return _rebuilt(space, inner, _sliced_head(space, sliced) or sliced)
-        return None
-    if term.op in ("mul", "tanh", "cast") and len(term.args) == 1:
-        better = _sliced_head(space, term.args[0])
+def _over_tokens(space: Space, term: Term) -> Term | None:
+    """The same logits in another leading shape, or of fewer tokens by a slice of the hidden states: without the
+    views and slices on the way from the head to the loss. None where there are none.
+    """
+    inner = term.args[0] if term.args else term
+    if term.op == "view" and term.shape[-1:] == inner.shape[-1:]:
+        return _over_tokens(space, inner) or inner
+    if term.op == "linear" and inner.op == "view" and inner.shape[-1:] == inner.args[0].shape[-1:]:
+        return _linear(space, term, inner.args[0], *term.args[1:])
+    if term.op == "slice" and inner.op == "linear":
+        x, w, b = inner.args
+        dim, *bounds = term.consts
+        if dim != -1:
+            sliced = _linear(space, inner, slice_(space, x, dim, *bounds), w, b)
+        else:  # part of the vocabulary
+            b = b if b is space.none else slice_(space, b, -1, *bounds)
+            sliced = _linear(space, inner, x, slice_(space, w, -2, *bounds), b)
+        return _over_tokens(space, sliced) or sliced
+    if term.op == "slice" and inner.op in _UNARY and len(inner.args) == 1:
+        sliced = slice_(space, inner.args[0], *term.consts)
+        return _rebuilt(space, inner, _over_tokens(space, sliced) or sliced)
+    if term.op in _UNARY and len(term.args) == 1:
+        better = _over_tokens(space, inner)
         return None if better is None else _rebuilt(space, term, better)
     return None
+
+
+_UNARY = ("mul", "tanh", "cast")  # what scales, caps or upcasts logits
+
+
+def _linear(space: Space, like: Term, x: Term, w: Term, b: Term) -> Term:
+    shape = (*x.shape[:-1], w.shape[-2])
+    return apply(space, "linear", (x, w, b), (), like.dtype, shape)
 
 
 def _rebuilt(space: Space, term: Term, arg: Term) -> Term:
@@ -294,5 +301,5 @@ RULES: Mapping[str, tuple[Callable[[Space, Term], Term | None], ...]] = {
     "matmul": (_matmul_is_linear,),
     "add": (_linear_with_bias,),
     "nll_loss": (_nll_of_log_softmax,),
-    "cross_entropy": (_loss_over_tokens, _slice_before_head),
+    "cross_entropy": (_loss_over_tokens,),
 }

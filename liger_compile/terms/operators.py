@@ -31,7 +31,16 @@ def call(space: Space, target: Any, args: Any, kwargs: Any, out: Any, name: str)
     return opaque(space, out, name) if value is None else value
 
 
-_MODULES = ("torch", "torch._C._nn", "torch.nn.functional", "torch._C", "_operator", "math", "torch._tensor")
+_MODULES = (
+    "torch",
+    "torch._C._nn",
+    "torch._C._linalg",
+    "torch.nn.functional",
+    "torch._C",
+    "_operator",
+    "math",
+    "torch._tensor",
+)
 _ALIASES = {
     "true_divide": "truediv", "divide": "truediv", "div": "truediv", "multiply": "mul", "subtract": "sub",
     "negative": "neg", "iadd": "add", "isub": "sub", "imul": "mul", "itruediv": "truediv", "mm": "matmul",

@@ -59,18 +59,21 @@ def rewrite(gm: GraphModule, patterns: Iterable[Pattern] = (), *, policy: str = 
     return Rewriting(gm, decisions, near_misses)
 
 
-def capture(function: Callable[..., Any], *args: Any, **kwargs: Any) -> GraphModule:
-    """The graph that Dynamo captures of function(*args, **kwargs). Raises if it captures several."""
-    graphs: list[GraphModule] = []
+def capture(function: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[GraphModule, tuple[Any, ...]]:
+    """The graph that Dynamo captures of function(*args, **kwargs), and its inputs. Raises if it captures several."""
+    captured: list[tuple[GraphModule, tuple[Any, ...]]] = []
 
     def backend(gm: GraphModule, _: Any) -> Callable[..., Any]:
-        graphs.append(gm)
-        return gm.forward
+        def run(*inputs: Any) -> Any:
+            captured.append((gm, inputs))
+            return gm(*inputs)
+
+        return run
 
     torch._dynamo.reset()
     torch.compile(function, backend=backend, fullgraph=True, dynamic=False)(*args, **kwargs)
     torch._dynamo.reset()
-    return graphs[0]
+    return captured[0]
 
 
 class Value(Proxy):
@@ -95,6 +98,14 @@ class Value(Proxy):
 
     def dim(self) -> int:
         return self.fake.dim()
+
+    def like(self, dtype: Any) -> Value | None:
+        """An input of the graph that has this dtype."""
+        for node in self.tracer.graph.nodes:
+            example = node.meta["example_value"]
+            if node.op == "placeholder" and isinstance(example, torch.Tensor) and example.dtype == dtype:
+                return Value(node, self.tracer)
+        return None
 
     def made_by(self, name: str) -> tuple[Any, ...] | None:
         """The arguments of the call that made this value, if it was one of `name` without keyword arguments."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -136,3 +136,15 @@ def _copy_of(each: Any, double: bool) -> Any:
         return each
     dtype = _DOUBLE.get(each.dtype, each.dtype) if double else each.dtype
     return each.detach().clone().to(dtype).requires_grad_(each.requires_grad)
+
+
+def gradients(outputs: Any, leaves: Sequence[Tensor]) -> list[Tensor | None]:
+    """The gradients of the leaves for a fixed random gradient of every output that has one."""
+    tensors = [each for each in torch.utils._pytree.tree_leaves(outputs) if isinstance(each, Tensor)]
+    roots = [each for each in tensors if each.requires_grad]
+    if not roots or not leaves:
+        return [None] * len(leaves)
+    generator = torch.Generator().manual_seed(0)
+    # Rounded to bfloat16, so that they are the same numbers in every dtype.
+    drawn = [torch.randn(each.shape, generator=generator).bfloat16().to(each) for each in roots]
+    return [*torch.autograd.grad(roots, list(leaves), drawn, allow_unused=True)]

@@ -1,0 +1,275 @@
+"""The spelling fuzzer: random spellings of a pattern have to match, random mutants to be refused or to be right.
+
+Both begin with the graph that Dynamo captures of a pattern's search function, change its calls one by one, and go
+through the backend's steps. All randomness comes from the Random that is passed in: hypothesis.strategies.randoms()
+makes one whose choices shrink to what was written in search.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from random import Random
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Graph, GraphModule, Node
+from torch.utils._pytree import tree_leaves
+
+from liger_compile.pattern import Pattern
+from liger_compile.testing import graphs, precision
+from liger_compile.testing.graphs import Recorder, Rewriting, Value, again, name_of, replay
+from liger_compile.testing.mutations import MUTATIONS, WRITES, Call, NotApplicable
+from liger_compile.testing.spellings import neutral_to, spellings_of
+
+DTYPES = (torch.float32, torch.bfloat16)
+ROUNDS = 3  # how often an identity may be applied to the result of another
+Values = Mapping[str, Sequence[Any]]
+
+_samples: dict[Any, tuple[GraphModule, tuple[Any, ...]]] = {}
+
+
+def assert_respelling_matches(
+    pattern: Pattern, random: Random, *, values: Values | None = None, frozen: Collection[str] = ()
+) -> Rewriting:
+    """Asserts that a random spelling of `pattern` is replaced, and gives no worse numbers.
+
+    Args:
+        random: makes the choices.
+        values: for a capture, what to choose from instead of its example: numbers, strings, tensors (taken as they
+            are), or None. Floating examples become random numbers in float32 or bfloat16, integers indices.
+        frozen: the captures that require no gradient.
+    """
+    gm, inputs = sample(pattern, random, values or {}, frozen)
+    spelled = respelled(gm, random)
+    _assert_same_meaning(spelled, gm, inputs)
+    rewriting = graphs.rewrite(copy_of(spelled), _new(pattern))
+    expected = graphs.rewrite(copy_of(gm), _new(pattern)).replaced
+    if rewriting.replaced != expected:
+        reasons = "\n".join(rewriting.reasons) or "nothing came near"
+        raise AssertionError(
+            f"this spelling of {pattern.name!r} is replaced by {rewriting.replaced}, not by {expected}:\n"
+            f"{spelled.code}\n{reasons}"
+        )
+    _assert_right(spelled, rewriting, inputs, with_gradients=random.randrange(4) == 0)
+    return rewriting
+
+
+def assert_mutant_is_safe(
+    pattern: Pattern, random: Random, *, values: Values | None = None, frozen: Collection[str] = ()
+) -> bool:
+    """Asserts that a random mutant of `pattern` is left alone or gives no worse numbers. True if one was made.
+
+    The arguments are those of `assert_respelling_matches`.
+    """
+    gm, inputs = sample(pattern, random, values or {}, frozen)
+    spelled = respelled(gm, random)
+    mutant, inputs = mutated(spelled, inputs, random)
+    if mutant is None:
+        return False
+    rewriting = graphs.rewrite(copy_of(mutant), _new(pattern))
+    if rewriting.replaced:
+        try:
+            outcome(mutant, inputs)
+        except RuntimeError:
+            return False  # it does not run in eager either: a write that backward would have needed undone
+        _assert_right(mutant, rewriting, inputs)
+    return True
+
+
+def fuzz(
+    pattern: Pattern,
+    *,
+    respellings: int = 200,
+    mutants: int = 200,
+    seed: int = 0,
+    values: Values | None = None,
+    frozen: Collection[str] = (),
+) -> None:
+    """Asserts both of as many respellings and mutants of `pattern`. For other arguments see the two functions."""
+    for number in range(respellings):
+        assert_respelling_matches(pattern, Random(f"{seed} {number}"), values=values, frozen=frozen)
+    made = tried = 0
+    while made < mutants and tried < 20 * mutants:
+        tried += 1
+        made += assert_mutant_is_safe(pattern, Random(f"{seed} mutant {tried}"), values=values, frozen=frozen)
+    assert made == mutants, f"only {made} of {mutants} mutants of {pattern.name!r} could be made"
+
+
+# Samples: a graph and inputs
+
+
+def sample(
+    pattern: Pattern, random: Random, values: Values, frozen: Collection[str]
+) -> tuple[GraphModule, tuple[Any, ...]]:
+    """The graph of search with a random choice of dtype and values, and inputs for it."""
+    dtype = random.choice(DTYPES)
+    chosen = {name: random.randrange(len(values.get(name) or (0,))) for name in pattern.parameters}
+    absent = {name for name in _optional(pattern) if name not in values and random.randrange(2)}
+    key = (pattern, dtype, *chosen.values(), *sorted(absent), *sorted(frozen), id(values) if values else 0)
+    if key not in _samples:
+        examples = {name: values[name][at] if name in values else pattern.examples[name] for name, at in chosen.items()}
+        ints = [example for example in examples.values() if isinstance(example, int)]
+        classes = min([e.shape[-1] for e in examples.values() if _is_floating(e)], default=2)
+        generator = torch.Generator().manual_seed(0)
+        inputs = {
+            name: None if name in absent
+            else value if name in values
+            else _drawn(value, dtype, classes, ints, generator)
+            for name, value in examples.items()
+        }  # fmt: skip
+        for name, value in inputs.items():
+            if _is_floating(value) and name not in frozen:
+                value.requires_grad_()
+        _samples[key] = graphs.capture(pattern.search, **inputs)
+    return _samples[key]
+
+
+def _drawn(example: Any, dtype: torch.dtype, classes: int, ints: Sequence[int], generator: torch.Generator) -> Any:
+    """Random numbers, or indices, of the shape of `example`. A number that is captured may stand for an index."""
+    if not isinstance(example, Tensor):
+        return example
+    if example.dtype.is_floating_point:
+        kept = dtype if example.dtype == torch.float32 else example.dtype
+        return torch.randn(example.shape, generator=generator).to(kept)
+    if example.dtype.is_complex:
+        return torch.randn(example.shape, generator=generator, dtype=example.dtype)
+    drawn = torch.randint(classes, example.shape, generator=generator, dtype=example.dtype)
+    if ints and drawn.numel():
+        drawn.view(-1)[0] = ints[0]
+    return drawn
+
+
+def _is_floating(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dtype.is_floating_point
+
+
+def _optional(pattern: Pattern) -> list[str]:
+    return [name for name, one in pattern.parameters.items() if "None" in str(one.annotation)]
+
+
+def _new(pattern: Pattern) -> tuple[Pattern, ...]:
+    known = graphs.patterns_in_use()
+    return () if pattern in known else (pattern,)
+
+
+# Changes to a graph
+
+
+def respelled(gm: GraphModule, random: Random) -> GraphModule:
+    """`gm` with calls written in another way, some of them several times over."""
+    for _ in range(1 + random.randrange(ROUNDS)):
+        gm = replay(gm, lambda *call: _spelled(random, *call))
+    return gm
+
+
+def _spelled(random: Random, recorder: Recorder, node: Node, args: tuple, kwargs: dict) -> Any:
+    name = name_of(node)
+    choices = [None, *spellings_of(name, args, kwargs)]
+    chosen = random.choice(choices)
+    try:
+        result = chosen.spelled(*args, **kwargs) if chosen else again(recorder, node, args, kwargs)
+    except (RuntimeError, TypeError):  # view() of a tensor that has to be copied, a module that takes no Value
+        result = again(recorder, node, args, kwargs)
+    if isinstance(result, Value) and isinstance(result.fake, Tensor) and random.randrange(10) == 9:
+        result = random.choice([lambda x: x, *(one.spelled for one in neutral_to(result))])(result)
+    return result
+
+
+def mutated(
+    gm: GraphModule, inputs: tuple[Any, ...], random: Random
+) -> tuple[GraphModule | None, tuple[Any, ...]]:
+    """`gm` and inputs with one thing changed; None for the graph if that made no sense."""
+    calls = [node for node in gm.graph.nodes if node.op.startswith("call")]
+    chosen, mutation = random.choice(calls), random.choice((*MUTATIONS, *AROUND))
+
+    def visit(recorder: Recorder, node: Node, args: tuple, kwargs: dict) -> Any:
+        if node is not chosen:
+            return again(recorder, node, args, kwargs)
+        return mutation(Call(recorder, node, args, kwargs), random)
+
+    try:
+        return replay(gm, visit), inputs
+    except (NotApplicable, RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError, ZeroDivisionError):
+        return None, inputs
+
+
+def written(call: Call, random: Random) -> Any:
+    """Writes into a tensor of the graph before or after the call."""
+    values = [Value(node, call.recorder) for node in call.recorder.graph.nodes if _is_floating(node.meta["example_value"])]
+    write = random.choice(WRITES)
+    if random.randrange(2):
+        result = call()
+        if isinstance(result, Value) and random.randrange(2):
+            values = [result]
+        write(random.choice(values))
+        return result
+    write(random.choice(values))
+    return call()
+
+
+def without_grad(call: Call, random: Random) -> Any:
+    """Makes the call with grad mode off."""
+    call.recorder.create_proxy("call_function", torch._C._set_grad_enabled, (False,), {})
+    try:
+        result = call()
+    finally:
+        torch._C._set_grad_enabled(True)
+    call.recorder.create_proxy("call_function", torch._C._set_grad_enabled, (True,), {})
+    return result
+
+
+AROUND = (*[written] * 12, *[without_grad] * 4)
+
+
+# Numbers
+
+
+def outcome(gm: GraphModule, inputs: tuple[Any, ...], *, double: bool = False, with_gradients: bool = True) -> Any:
+    """What `gm` returns, the gradients of its inputs, and what it has written into them."""
+    inputs = precision.copied(inputs, double=double)
+    leaves = [one for one in inputs if isinstance(one, Tensor) and one.requires_grad]
+    arguments = [one.view_as(one) if isinstance(one, Tensor) and one.requires_grad else one for one in inputs]
+    torch.manual_seed(0)
+    if double:
+        with precision.in_double():
+            outputs = gm(*arguments)
+    else:
+        outputs = gm(*arguments)
+    gradients: list[Any] = []
+    if with_gradients:
+        gradients = precision.gradients(outputs, leaves)
+    return [_detached(outputs), gradients, _detached(arguments)]
+
+
+def _detached(values: Any) -> list[Any]:
+    return [value.detach() if isinstance(value, Tensor) else value for value in values]
+
+
+def _assert_same_meaning(spelled: GraphModule, gm: GraphModule, inputs: tuple[Any, ...]) -> None:
+    """That the identities hold, as far as numbers written with ten digits can."""
+    for one, other in zip(*(tree_leaves(outcome(each, inputs, double=True)) for each in (spelled, gm)), strict=True):
+        if isinstance(one, Tensor):
+            torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6, equal_nan=True)
+
+
+def _assert_right(
+    original: GraphModule, rewriting: Rewriting, inputs: tuple[Any, ...], with_gradients: bool = True
+) -> None:
+    actual, eager = (outcome(gm, inputs, with_gradients=with_gradients) for gm in (rewriting.gm, original))
+    exact = outcome(original, inputs, double=True, with_gradients=with_gradients)
+    try:
+        precision.assert_no_worse(actual, eager, exact)
+    except AssertionError as error:
+        raise AssertionError(
+            f"replacing {', '.join(rewriting.replaced)} changes the result: {error}\n{original.code}\n"
+            f"became\n{rewriting.gm.code}"
+        ) from None
+
+
+def copy_of(gm: GraphModule) -> GraphModule:
+    """A graph with nodes of its own and the same fake tensors."""
+    graph = Graph()
+    outputs = graph.graph_copy(gm.graph, {})
+    graph.output(outputs).meta.update(gm.graph.output_node().meta)
+    return GraphModule(torch.nn.Module(), graph)

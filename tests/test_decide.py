@@ -1,0 +1,265 @@
+"""Legality, then check, then profit: each refusal is a sentence, and leaves the numbers alone."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+from liger_compile.pattern import Pattern
+
+
+def norm(x, w, eps=1e-6):
+    x32 = x.float()
+    return w * (x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
+
+
+def sites(reports):
+    return [site for report in reports for site in report.sites]
+
+
+def assert_left(run_liger, function, *args, reason, pattern=None, **options):
+    """The function has a site that is left for `reason`; its result is that of eager."""
+    copies = [arg.clone() if isinstance(arg, torch.Tensor) else arg for arg in args]
+    result, reports = run_liger(function, *args, **options)
+    left = [site for site in sites(reports) if site.kind == "leave"]
+    assert any(reason in site.reason for site in left), [site.reason for site in left]
+    if pattern:
+        assert all(site.pattern.startswith(pattern) for site in left)
+    torch.testing.assert_close(result, function(*copies))
+    return reports
+
+
+PAIR = Pattern(
+    name="pair.test",
+    search=lambda x, y: (torch.tanh(x), torch.erf(y)),
+    replace=lambda x, y: (torch.tanh(x), torch.erf(y)),
+    examples={"x": torch.empty(3), "y": torch.empty(5)},
+)
+X, W = torch.randn(4, 8), torch.rand(8) + 0.5
+
+
+def test_an_accepted_site_has_no_reason(run_liger):
+    _, reports = run_liger(norm, X, W)
+    assert [(site.pattern, site.kind, site.reason) for site in sites(reports)] == [
+        ("rms_norm.llama", "replace", "")
+    ]
+
+
+def test_a_captured_tensor_written_in_place_is_left(run_liger):
+    def f(x, w):
+        x32 = x.float()
+        x.add_(1)  # the replacement would read x after this
+        return w * (x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
+
+    assert_left(run_liger, f, X.bfloat16(), W.bfloat16(), reason="is written in place while it is in use")
+
+
+def test_values_from_before_and_after_a_write_are_not_the_same(run_liger):
+    def f(x, w):
+        variance = x.pow(2).mean(-1, keepdim=True)
+        x.mul_(2)
+        return w * (x * torch.rsqrt(variance + 1e-6))
+
+    result, reports = run_liger(f, X.clone(), W)
+    assert not sites(reports)
+    torch.testing.assert_close(result, f(X.clone(), W))
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda x: x.add_(1),
+        lambda x: x.__iadd__(1),
+        lambda x: x.__setitem__(0, 1.0),
+        lambda x: x[:2].zero_(),
+        lambda x: F.relu(x, inplace=True),
+        lambda x: torch.mul(x, 2, out=x),
+        lambda x: x.view(-1).copy_(torch.ones(x.numel())),
+    ],
+    ids=["method", "operator", "setitem", "view", "inplace", "out", "copy"],
+)
+def test_every_kind_of_write_is_seen(run_liger, write):
+    def f(x, w):
+        y = x + 0.5
+        variance = y.pow(2).mean(-1, keepdim=True)
+        write(y)
+        return w * (y * torch.rsqrt(variance + 1e-6))
+
+    result, reports = run_liger(f, X.clone(), W)
+    assert not [site for site in sites(reports) if site.kind == "replace"]
+    torch.testing.assert_close(result, f(X.clone(), W))
+
+
+def test_a_write_elsewhere_does_not_matter(run_liger):
+    def f(x, w, buffer):
+        buffer.add_(1)
+        return norm(x, w) + buffer
+
+    result, reports = run_liger(f, X, W, torch.zeros(8))
+    assert [site.kind for site in sites(reports)] == ["replace"]
+    torch.testing.assert_close(result, f(X, W, torch.zeros(8)))
+
+
+def test_a_write_without_users_survives_the_rewrite(run_liger):
+    buffer = torch.zeros(8)
+
+    def f(x, w):
+        y = norm(x, w)
+        buffer.add_(1)
+        return y
+
+    run_liger(f, X, W)
+    torch.testing.assert_close(buffer, torch.ones(8))
+
+
+def test_a_change_of_grad_mode_within_is_left(run_liger):
+    def f(x, w):
+        with torch.no_grad():
+            variance = x.pow(2).mean(-1, keepdim=True)
+        return w * (x * torch.rsqrt(variance + 1e-6))
+
+    x = X.clone().requires_grad_()
+    result, reports = run_liger(f, x, W)
+    assert not [site for site in sites(reports) if site.kind == "replace"]
+    result.sum().backward()
+    expected = X.clone().requires_grad_()
+    f(expected, W).sum().backward()
+    torch.testing.assert_close(x.grad, expected.grad)
+    assert any("grad mode or autocast changes within it" in site.reason for site in sites(reports))
+
+
+def test_a_torch_func_transform_is_left(run_liger):
+    def f(x, w):
+        return torch.func.vmap(norm, in_dims=(0, None))(x, w)
+
+    assert_left(run_liger, f, X, W, reason="runs under a torch.func transform")
+
+
+def test_a_view_of_an_input_stays_one(run_liger):
+    swap = Pattern(
+        name="swap.test",
+        search=lambda x: x.transpose(0, 1),
+        replace=lambda x: x.transpose(0, 1).clone(memory_format=torch.preserve_format),
+        examples={"x": torch.empty(3, 5)},
+    )
+
+    def f(x):
+        return x.transpose(0, 1) * 2
+
+    assert_left(run_liger, f, X, reason="is a view of an input, and has to stay one", patterns=(swap,))
+
+
+def test_an_output_that_is_needed_before_the_last_input_is_left(run_liger):
+    def f(x):
+        return torch.erf(torch.tanh(x) * 2)
+
+    assert_left(run_liger, f, X, reason="before all inputs of the replacement are computed", patterns=(PAIR,))
+
+
+def test_a_loss_in_a_checkpoint_body_is_left(run_liger):
+    def loss(x, w, target):
+        return F.cross_entropy(F.linear(x, w), target)
+
+    def f(x, w, target):
+        return checkpoint(loss, x, w, target, use_reentrant=False)
+
+    args = torch.randn(4, 8, requires_grad=True), torch.randn(11, 8), torch.tensor([1, 2, 3, 4])
+    assert_left(run_liger, f, *args, reason="a loss inside a checkpoint body runs twice")
+
+
+def test_a_norm_in_a_checkpoint_body_is_replaced(run_liger):
+    def f(x, w):
+        return checkpoint(norm, x, w, use_reentrant=False).sum()
+
+    x = X.clone().requires_grad_()
+    result, reports = run_liger(f, x, W)
+    assert [site.pattern for site in sites(reports) if site.kind == "replace"] == ["rms_norm.llama"]
+    result.backward()
+    expected = X.clone().requires_grad_()
+    f(expected, W).backward()
+    torch.testing.assert_close(x.grad, expected.grad)
+
+
+def test_check_refuses_with_its_sentence(run_liger):
+    def f(x, residual, w):
+        s = x + residual
+        return norm(s, w), s
+
+    _, reports = run_liger(f, X, torch.randn(1, 8), W)
+    assert [site.pattern for site in sites(reports)] == [
+        "rms_norm.llama"
+    ]  # the add broadcasts: the norm alone
+
+
+def test_profit_refuses_with_its_sentence_unless_the_policy_is_always(run_liger):
+    def f(x, w, target):
+        logits = F.linear(x, w)
+        return F.cross_entropy(logits, target), logits
+
+    args = torch.randn(4, 8), torch.randn(11, 8), torch.tensor([1, 2, 3, 4])
+    reports = assert_left(
+        run_liger, f, *args, reason="the logits are needed elsewhere (the graph returns them)"
+    )
+    assert len(sites(reports)) == 1
+    torch._dynamo.reset()
+    result, reports = run_liger(f, *args, policy="always")
+    assert [site.pattern for site in sites(reports)] == ["linear_cross_entropy.plain"]
+    torch.testing.assert_close(result, f(*args))
+
+
+def test_policy_never_leaves_everything(run_liger):
+    assert_left(run_liger, norm, X, W, reason="liger.policy is 'never'", policy="never")
+
+
+def test_fuel_stops_after_so_many_rewrites(run_liger):
+    def f(x, w):
+        return norm(torch.tanh(norm(torch.tanh(norm(x, w)), w)), w)
+
+    reports = assert_left(run_liger, f, X, W, reason="liger.fuel=2 is used up", fuel=2)
+    assert [site.kind for site in sites(reports)].count("replace") == 2
+
+
+def test_skip_leaves_a_pattern_out(run_liger):
+    _, reports = run_liger(norm, X, W, skip=("rms_norm",))
+    assert not sites(reports)
+
+
+class _Wrapped(torch.Tensor):
+    """Stands for DTensor, Float8Tensor and their like."""
+
+    @staticmethod
+    def __new__(cls, inner):
+        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype, device=inner.device)
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    def __tensor_flatten__(self):
+        return ["inner"], None
+
+    @staticmethod
+    def __tensor_unflatten__(inner, meta, size, stride):
+        return _Wrapped(inner["inner"])
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        args, kwargs = torch.utils._pytree.tree_map_only(
+            _Wrapped, lambda each: each.inner, (args, kwargs or {})
+        )
+        out = func(*args, **kwargs)
+        return _Wrapped(out) if isinstance(out, torch.Tensor) else out
+
+
+def test_a_tensor_subclass_is_left(run_liger):
+    result, reports = run_liger(norm, _Wrapped(X), W)
+    assert any("is a _Wrapped, and only plain tensors are replaced" in site.reason for site in sites(reports))
+    torch.testing.assert_close(result.inner, norm(X, W))
+
+
+def test_tensors_on_several_devices_are_left(run_liger):
+    def f(x, y):
+        return torch.tanh(x), torch.erf(y)
+
+    _, reports = run_liger(f, X, torch.empty(5, device="meta"), patterns=(PAIR,))
+    reasons = [site.reason for site in sites(reports)]
+    assert "its tensors are on several devices: cpu, meta" in reasons

@@ -1,0 +1,105 @@
+"""Each line in its room: imports go one way, and the private parts of torch are named in one file."""
+
+import ast
+import re
+from pathlib import Path
+
+import liger_compile.patterns
+import pytest
+
+import liger_compile
+
+PACKAGE = Path(liger_compile.__file__).parent
+PATTERNS = Path(liger_compile.patterns.__file__).parent
+STEPS = ("match", "decide", "rewrite", "compile", "report")
+
+# What a room may import of ours; a prefix allows what is below it.
+ALLOWED = {
+    "pattern": (),
+    "options": ("pattern",),
+    "terms": ("terms",),
+    "ops": ("ops",),
+    "functional": ("ops",),
+    "match": ("pattern", "terms"),
+    "decide": ("pattern", "terms.mutation"),
+    "rewrite": ("pattern", "terms.term"),
+    "compile": ("pattern",),
+    "report": ("pattern",),
+    "registry": ("pattern", "terms", "patterns"),
+    "patterns": ("pattern", "patterns", "functional"),
+}
+
+
+def sources():
+    for root, prefix in ((PACKAGE, ""), (PATTERNS, "patterns.")):
+        for path in sorted(root.rglob("*.py")):
+            name = prefix + ".".join(path.relative_to(root).with_suffix("").parts)
+            yield name.removesuffix(".__init__").removesuffix("__init__") or "__init__", path
+
+
+def imports_of(path, name):
+    """The modules of ours that a file imports."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            parts = name.split(".") if path.stem == "__init__" else name.split(".")[:-1]
+            package = ["liger_compile", *parts][: len(parts) + 2 - node.level] if node.level else []
+            base = ".".join([*package, *([node.module] if node.module else [])])
+            names = [
+                f"{base}.{alias.name}"
+                if base
+                in ("liger_compile", "liger_compile.terms", "liger_compile.patterns", "liger_compile.ops")
+                else base
+                for alias in node.names
+            ]
+        else:
+            continue
+        yield from (n.removeprefix("liger_compile.") for n in names if n.startswith("liger_compile."))
+
+
+@pytest.mark.parametrize("room", ALLOWED)
+def test_imports_go_one_way(room):
+    for name, path in sources():
+        if name == room or name.startswith(room + "."):
+            for imported in imports_of(path, name):
+                assert any(imported == a or imported.startswith(a + ".") for a in ALLOWED[room]), (
+                    name,
+                    imported,
+                )
+
+
+def test_the_patterns_are_imported_as_a_subpackage():
+    for _, path in sources():
+        assert not re.search(r"^\s*(from|import) patterns\b", path.read_text(), re.MULTILINE), path
+
+
+def test_only_compile_names_inductor_functorch_and_versions():
+    for name, path in sources():
+        if name not in ("compile", "__main__"):  # doctor looks whether Inductor can run at all
+            code = ast.unparse(_without_docstrings(ast.parse(path.read_text())))
+            assert not re.search(r"_inductor|functorch|torch\.__version__", code), name
+
+
+def test_ops_have_no_triton_at_module_level():
+    for name, path in sources():
+        if name.startswith("ops") or name == "functional":
+            tree = ast.parse(path.read_text())
+            top = [node for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))]
+            assert "triton" not in " ".join(ast.unparse(node) for node in top).replace("triton_op", ""), name
+
+
+def test_every_pattern_file_has_a_test():
+    tests = Path(__file__).parent / "patterns"
+    for path in PATTERNS.glob("*.py"):
+        if path.stem != "__init__":
+            assert (tests / f"test_{path.stem}.py").exists(), path.stem
+
+
+def _without_docstrings(tree):
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        first = body[0] if isinstance(body, list) and body else None
+        if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
+            body[0] = ast.Pass()
+    return tree
