@@ -75,13 +75,21 @@ def find_matches(
 def _worth_telling(attempts: list[NearMiss], matches: list[Match], terms: Terms) -> list[NearMiss]:
     """The best attempt for each place that no match covers; a cast of what one covers is the same place."""
     covered = {terms.of[node].bare for m in matches for node in m.nodes if isinstance(terms.of[node], Term)}
-    best: dict[tuple[str, Term], NearMiss] = {}
-    for attempt in attempts:
-        place = terms.of[attempt.root].bare
-        key = (attempt.pattern.name.split(".")[0], place)
-        if place not in covered and (key not in best or attempt.score > best[key].score):
-            best[key] = attempt
-    return list(best.values())
+    told: dict[Node, NearMiss] = {}  # by every node that the attempt may have been about
+    for attempt in sorted(attempts, key=lambda attempt: -attempt.score):
+        around = _inputs(attempt.root)
+        if terms.of[attempt.root].bare not in covered and not any(node in told for node in around):
+            told.update(dict.fromkeys(around, attempt))
+    return list(dict.fromkeys(told.values()))
+
+
+def _inputs(root: Node, count: int = 12) -> list[Node]:
+    """`root` and the nodes that it is computed from, so many of them: about as many as a pattern has."""
+    found, at = [root], 0
+    while at < len(found) < count:
+        found.extend(arg for arg in found[at].all_input_nodes if arg.op != "placeholder" and arg not in found)
+        at += 1
+    return found
 
 
 # Tracing search functions

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable, Iterator, Mapping
 from importlib.metadata import entry_points
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch._subclasses import FakeTensorMode
@@ -87,10 +87,13 @@ def _refuse_taken_name(pattern: Pattern, others: Iterable[Pattern]) -> None:
 def validate(pattern: Pattern) -> None:
     """Raises ValueError, in a sentence that says what to change, for a pattern that cannot be right."""
 
-    def refuse(sentence: str) -> None:
+    def refuse(sentence: str) -> NoReturn:
         raise ValueError(f"pattern {pattern.name!r}: {sentence}")
 
-    parameters, examples = set(pattern.parameters), set(pattern.examples)
+    try:
+        parameters, examples = set(pattern.parameters), set(pattern.examples)
+    except (TypeError, ValueError):
+        refuse("search has no signature to read the captures from; write it as a Python function")
     if missing := sorted(parameters - examples):
         refuse(f"search has the parameter {missing[0]!r} and examples does not; add an example value for it")
     if surplus := sorted(examples - parameters):

@@ -1,0 +1,205 @@
+"""The backend as a user meets it: by name, with options, when something fails, and in nested graphs."""
+
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import liger_compile
+from liger_compile.pattern import Pattern
+
+
+class Norm(torch.nn.Module):
+    def __init__(self, size):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.rand(size) + 0.5)
+
+    def forward(self, x):
+        x32 = x.float()
+        x32 = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + 1e-5)
+        return self.weight * x32.to(x.dtype)
+
+
+class Block(torch.nn.Module):
+    def __init__(self, size=8):
+        super().__init__()
+        self.norm = Norm(size)
+        self.gate, self.up = torch.nn.Linear(size, 12, bias=False), torch.nn.Linear(size, 12, bias=False)
+        self.down = torch.nn.Linear(12, size)
+
+    def forward(self, x):
+        h = self.norm(x)
+        return x + self.down(F.silu(self.gate(h)) * self.up(h))
+
+
+def replaced(reports):
+    return sorted(site.pattern for report in reports for site in report.sites if site.kind == "replace")
+
+
+def test_the_name_is_enough():
+    code = (
+        "import torch\n"
+        "f = torch.compile(lambda x: torch.nn.functional.silu(x) * x, backend='liger',\n"
+        "                  options={'liger.inner': 'eager', 'liger.strict': True})\n"
+        "f(torch.ones(2, 2))\n"
+        "import liger_compile; print(len(liger_compile.reports()))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert run.stdout.strip() == "1", run.stderr
+
+
+@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+def test_a_module_gives_the_numbers_of_eager(run_liger, inner):
+    block, x = Block(), torch.randn(3, 5, 8, requires_grad=True)
+    expected = block(x)
+    expected.square().sum().backward()
+    gradients = {name: p.grad.clone() for name, p in block.named_parameters()}
+    block.zero_grad()
+    result, reports = run_liger(block, x, inner=inner)
+    result.square().sum().backward()
+    torch.testing.assert_close(result, expected)
+    for name, parameter in block.named_parameters():
+        torch.testing.assert_close(parameter.grad, gradients[name])
+    assert replaced(reports) == ["gated_mlp.swiglu", "rms_norm.llama"]
+
+
+def test_sites_say_where_they_stand(run_liger):
+    _, (report,) = run_liger(Block(), torch.randn(3, 5, 8))
+    places = {site.pattern: site.place for site in report.sites}
+    assert places["rms_norm.llama"].module.endswith("norm")
+    assert places["rms_norm.llama"].source.startswith("test_backend.py:")
+
+
+def test_inductor_is_what_compiles_by_default():
+    block, x = Block(), torch.randn(3, 5, 8)
+    compiled = torch.compile(block, backend="liger", options={"liger.strict": True})
+    torch.testing.assert_close(compiled(x), block(x))
+
+
+@pytest.fixture
+def failing(monkeypatch):
+    """A rewriter that fails after it has edited the graph."""
+    from liger_compile import backend
+
+    def rewrite_and_fail(graph, *args):
+        for node in list(graph.nodes):
+            if node.op == "call_function":
+                node.replace_all_uses_with(next(iter(graph.nodes)))
+                graph.erase_node(node)
+        raise KeyError("a bug of ours")
+
+    monkeypatch.setattr(backend, "rewrite", rewrite_and_fail)
+
+
+def test_a_failure_of_ours_warns_once_and_compiles_the_untouched_graph(failing):
+    block, x = Block(), torch.randn(3, 5, 8)
+    compiled = torch.compile(block, backend="liger", options={"liger.inner": "eager"})
+    with pytest.warns(UserWarning, match=r"rewriting it failed: KeyError: 'a bug of ours'") as caught:
+        torch.testing.assert_close(compiled(x), block(x))
+    assert len([w for w in caught if "liger_compile" in str(w.message)]) == 1
+    (report,) = liger_compile.reports()
+    assert not report.sites and "rewriting it failed" in str(report)
+
+
+def test_strict_raises_instead(failing):
+    compiled = torch.compile(Block(), backend="liger", options={"liger.inner": "eager", "liger.strict": True})
+    with pytest.raises(Exception, match="a bug of ours"):
+        compiled(torch.randn(3, 5, 8))
+
+
+def test_no_warning_where_nothing_fails(run_liger):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run_liger(Block(), torch.randn(3, 5, 8), strict=False)
+
+
+def test_a_replacement_of_another_result_is_refused(run_liger):
+    """examples cannot show everything: here replace differs for a shape that they do not have."""
+    pattern = Pattern(
+        name="flattened.test",
+        search=lambda input: torch.erf(input),
+        replace=lambda input: torch.erf(input) if input.dim() < 2 else torch.erf(input).float(),
+        examples={"input": torch.empty(3)},
+    )
+    x = torch.randn(2, 3).bfloat16()
+    result, (report,) = run_liger(lambda x: torch.erf(x) + 1, x, patterns=(pattern,))
+    (site,) = report.sites
+    assert site.reason == "the replacement's result has dtype torch.float32, the original's torch.bfloat16"
+    torch.testing.assert_close(result, torch.erf(x) + 1)
+
+
+def test_a_replacement_keeps_the_strides_of_the_original(run_liger):
+    pattern = Pattern(
+        name="contiguous.test",
+        search=lambda input: torch.erf(input),
+        replace=lambda input: torch.erf(input.contiguous()),
+        examples={"input": torch.empty(3, 5)},
+    )
+    x = torch.randn(2, 3, 4).transpose(0, 2)
+
+    def f(x):
+        return torch.erf(x).transpose(0, 2).view(-1)  # view() needs the strides of the original
+
+    result, reports = run_liger(f, x, patterns=(pattern,))
+    assert replaced(reports) == ["contiguous.test"]
+    torch.testing.assert_close(result, f(x))
+
+
+def test_dynamic_shapes_are_one_graph_for_all_lengths():
+    block = Block()
+    compiled = torch.compile(
+        block, backend="liger", dynamic=True, options={"liger.inner": "aot_eager", "liger.strict": True}
+    )
+    for length in (5, 7, 11):
+        x = torch.randn(2, length, 8)
+        torch.testing.assert_close(compiled(x), block(x))
+    assert [replaced([report]) for report in liger_compile.reports()] == [
+        ["gated_mlp.swiglu", "rms_norm.llama"]
+    ]
+
+
+def test_fullgraph_and_no_grad(run_liger):
+    block, x = Block(), torch.randn(3, 5, 8)
+    compiled = torch.compile(
+        block, backend="liger", fullgraph=True, options={"liger.inner": "aot_eager", "liger.strict": True}
+    )
+    with torch.no_grad():
+        result = compiled(x)
+    assert not result.requires_grad
+    torch.testing.assert_close(result, block(x))
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_autocast_is_seen(run_liger, inside):
+    block, x = Block(), torch.randn(3, 5, 8)
+
+    def step(x):
+        with torch.autocast("cpu", torch.bfloat16, enabled=inside):
+            return block(x)
+
+    with torch.autocast("cpu", torch.bfloat16):
+        result, reports = run_liger(step, x, inner="aot_eager")
+        expected = step(x)
+    assert result.dtype == expected.dtype
+    torch.testing.assert_close(result, expected, rtol=2e-2, atol=2e-2)
+    assert "rms_norm.llama" in replaced(reports)
+
+
+def test_an_unknown_option_is_a_sentence_with_the_known_ones():
+    compiled = torch.compile(Block(), backend="liger", options={"liger.polcy": "never"})
+    with pytest.raises(Exception, match=r"unknown option 'liger.polcy'; did you mean 'liger.policy'"):
+        compiled(torch.randn(3, 5, 8))
+
+
+def test_near_misses_name_the_step(run_liger):
+    def rounds_the_inverse(x, w):  # as Inkling does: the inverse is rounded before the product
+        inverse = torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + 1e-6).to(x.dtype)
+        return w * (x * inverse)
+
+    _, (report,) = run_liger(rounds_the_inverse, torch.randn(4, 8).bfloat16(), torch.rand(8).bfloat16())
+    assert not report.sites
+    (near,) = report.near_misses
+    assert near.pattern.startswith("rms_norm.") and "rounds elsewhere" in near.reason
