@@ -51,6 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     for field in dataclasses.fields(demo.Sizes):
         demo_parser.add_argument(f"--{field.name}", type=int, default=field.default, help=argparse.SUPPRESS)
+    demo_parser.add_argument("--compiler", default="inductor", help=argparse.SUPPRESS)
 
     explain_parser = commands.add_parser(
         "explain",
@@ -70,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not importlib.util.find_spec("transformers"):
             parser.error("the demo needs transformers; install it with: pip install 'liger-compile[demo]'")
         sizes = {field.name: getattr(chosen, field.name) for field in dataclasses.fields(demo.Sizes)}
-        return demo.main(demo.Sizes(**sizes))
+        return demo.main(demo.Sizes(**sizes), chosen.compiler)
     if chosen.command == "explain":
         try:
             model, args, kwargs = _call_of(chosen.target)

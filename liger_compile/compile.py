@@ -17,7 +17,7 @@ import hashlib
 import importlib
 import inspect
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableSet, Sequence
 from pathlib import Path
 from types import CodeType
 from typing import Any
@@ -206,5 +206,41 @@ def set_up_dynamo() -> None:
 
 
 def _ignore_logger_methods(_: object = None) -> None:
-    methods = (getattr(logging.Logger, name, None) for name in _LOGGER_METHODS)
-    torch._dynamo.config.ignore_logging_functions.update(method for method in methods if method is not None)
+    methods = [getattr(logging.Logger, name) for name in _LOGGER_METHODS if hasattr(logging.Logger, name)]
+    config = torch._dynamo.config
+    if _METRICS_SORT_SETS and type(config.ignore_logging_functions) is set and methods:
+        config.ignore_logging_functions = _FunctionSet(config.ignore_logging_functions)
+    config.ignore_logging_functions.update(methods)
+
+
+# torch 2.11 and 2.12 write Dynamo's config into their metrics at every compile: every set sorted, as JSON. With a
+# function in this one that fails, and logs an error. From 2.13 they leave it out.
+_METRICS_SORT_SETS = torch.__version__ < "2.13"
+
+
+class _FunctionSet(MutableSet[Any], dict[Any, Any]):  # pyright: ignore[reportIncompatibleMethodOverride]
+    """A set of functions that JSON takes for an empty dictionary."""
+
+    def __init__(self, functions: Iterable[Any] = ()) -> None:
+        self._functions = set(functions)
+
+    def __contains__(self, function: object) -> bool:
+        return function in self._functions
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._functions)
+
+    def __len__(self) -> int:
+        return len(self._functions)
+
+    def __deepcopy__(self, memo: object) -> _FunctionSet:
+        return _FunctionSet(self._functions)
+
+    def add(self, function: Any) -> None:
+        self._functions.add(function)
+
+    def discard(self, function: Any) -> None:
+        self._functions.discard(function)
+
+    def update(self, functions: Iterable[Any]) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        self._functions.update(functions)

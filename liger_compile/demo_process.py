@@ -29,7 +29,7 @@ class Sizes:
 
     steps: int = 36
     hidden: int = 256
-    layers: int = 4
+    layers: int = 3
     batch: int = 8
     length: int = 256
     vocabulary: int = 10_240

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 from liger_compile import functional
 from liger_compile.pattern import Match, Pattern
+from liger_compile.patterns.profit import needs_kernel
 
 
 def _loss(logits, target, weight, ignore_index, reduction, label_smoothing):
@@ -69,7 +70,7 @@ def profit(match: Match) -> str | None:
                     "the graph returns them" if others[0].op == "output" else f"{others[0].name} reads them"
                 )
                 return f"the logits are needed elsewhere ({reader}), so they stay in memory anyway"
-    return None
+    return needs_kernel(match)
 
 
 _EXAMPLES = {

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 
 from liger_compile import functional
 from liger_compile.pattern import Match, Pattern
+from liger_compile.patterns.profit import needs_kernel
 
 
 def swiglu(gate, up):
@@ -43,7 +44,7 @@ def profit(match: Match) -> str | None:
         value = node.meta.get("example_value")
         if isinstance(value, torch.Tensor) and value.dtype.is_floating_point:
             return f"{node.name} is used elsewhere too and has to be kept, so there is nothing to save"
-    return None
+    return needs_kernel(match)
 
 
 def saved_bytes(match: Match) -> int | None:

@@ -10,7 +10,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+import torch.nn.functional as F
 
+import liger_compile
 from liger_compile import options
 
 ROOT = Path(__file__).parent.parent
@@ -41,6 +44,21 @@ def printed() -> str:
 def test_the_report_is_what_the_example_prints(printed: str):
     (shown,) = blocks("text")
     assert without_figures(printed) == without_figures(shown)
+
+
+def test_other_spellings_of_the_readmes_pattern_match():
+    (block,) = (block for block in blocks("python") if "register_pattern" in block)
+    exec(block, {})
+    try:
+        x, weight = torch.ones(2, 4), torch.ones(4, 8)
+        for spelling in (
+            lambda x, weight: (x @ weight).relu() ** 2,
+            lambda x, weight: F.relu(x.matmul(weight)) * F.relu(x.matmul(weight)),
+        ):
+            (graph,) = liger_compile.explain(spelling, x, weight).graphs
+            assert [(site.pattern, site.kind) for site in graph.sites] == [("squared_relu.mine", "replace")]
+    finally:
+        liger_compile.unregister_pattern("squared_relu.mine")
 
 
 def test_set_up_is_two_lines_that_differ_in_what_they_run():

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import keystr, tree_flatten_with_path, tree_map
+from torch.utils._pytree import keystr, tree_flatten_with_path, tree_leaves, tree_map
 
 _DOUBLE = {
     torch.float16: torch.float64,
@@ -33,28 +33,29 @@ def assert_no_worse(actual: Any, eager: Any, exact: Any, *, factor: float = 2.0)
     The three are tensors, or trees of one structure of them: tuples, lists, dictionaries, None. Where `exact` is
     not finite, `actual` has to be what eager is.
 
-    `factor` times eager's error is allowed, and a floor, for eager may be right by luck: a result that is exact but
-    for its last rounding has an error of eps / sqrt(12) times its norm if it has many elements, and of up to one or
-    two eps if it has one.
+    `factor` times eager's error is allowed, and a floor: rounding an exact result leaves an error of eps / sqrt(12)
+    times its norm; and where there are few elements, eager may be right by luck, within some eps of the coarsest
+    dtype that there is among the results (a loss in float32 may come of bfloat16 logits).
     """
+    coarsest = max((_eps(each) for each in tree_leaves(eager)), default=0.0)
     results, expected, trues = (tree_flatten_with_path(each)[0] for each in (actual, eager, exact))
     names = [[f"result{keystr(path)}" for path, _ in each] for each in (results, expected, trues)]
     assert names[0] == names[1] == names[2], f"expected results {names[1]}, got {names[0]}"
     for name, (_, got), (_, wanted), (_, true) in zip(names[0], results, expected, trues, strict=True):
         if isinstance(wanted, Tensor):
-            _assert_tensor(name, got, wanted, true, factor)
+            _assert_tensor(name, got, wanted, true, factor, coarsest)
         else:
             assert got is wanted or got == wanted, f"{name}: expected {wanted!r}, got {got!r}"
 
 
-def _assert_tensor(name: str, actual: Tensor | None, eager: Tensor, exact: Tensor, factor: float) -> None:
+def _assert_tensor(name: str, actual: Tensor | None, eager: Tensor, exact: Tensor, factor: float, coarsest: float) -> None:
     assert isinstance(actual, Tensor), f"{name}: expected a tensor like eager's, got {actual!r}"
     described = [f"{tuple(each.shape)} {each.dtype}" for each in (actual, eager)]
     assert described[0] == described[1], f"{name}: got {described[0]}, eager gives {described[1]}"
     if not (eager.is_floating_point() or eager.is_complex()):
         assert torch.equal(actual, eager), f"{name}: differs from eager's"
         return
-    error, allowed = error_of(actual, eager, exact), bound(eager, exact, factor)
+    error, allowed = error_of(actual, eager, exact), bound(eager, exact, factor, coarsest)
     if error > allowed:
         norm = _finite(exact, exact, exact).norm().item() or 1.0
         eagers = error_of(eager, eager, exact)
@@ -73,11 +74,16 @@ def error_of(actual: Tensor, eager: Tensor, exact: Tensor) -> float:
     return error if same and math.isfinite(error) else math.inf
 
 
-def bound(eager: Tensor, exact: Tensor, factor: float = 2.0) -> float:
-    """The error that is allowed of a result that eager computes as `eager`."""
+def bound(eager: Tensor, exact: Tensor, factor: float = 2.0, coarsest: float = 0.0) -> float:
+    """The error that is allowed of a result that eager computes as `eager`; see assert_no_worse."""
     numel = max(1, int(torch.isfinite(exact).sum()))
-    rounding = torch.finfo(eager.dtype).eps * _finite(exact, exact, exact).norm().item()
-    return factor * error_of(eager, eager, exact) + rounding * (12**-0.5 + numel**-0.5)
+    floor = _eps(eager) * 12**-0.5 + max(_eps(eager), coarsest) * 2 * numel**-0.5
+    return factor * error_of(eager, eager, exact) + floor * _finite(exact, exact, exact).norm().item()
+
+
+def _eps(value: Any) -> float:
+    is_inexact = isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
+    return torch.finfo(value.dtype).eps if is_inexact else 0.0
 
 
 def _finite(tensor: Tensor, exact: Tensor, like: Tensor) -> Tensor:
@@ -140,7 +146,7 @@ def _copy_of(each: Any, double: bool) -> Any:
 
 def gradients(outputs: Any, leaves: Sequence[Tensor]) -> list[Tensor | None]:
     """The gradients of the leaves for a fixed random gradient of every output that has one."""
-    tensors = [each for each in torch.utils._pytree.tree_leaves(outputs) if isinstance(each, Tensor)]
+    tensors = [each for each in tree_leaves(outputs) if isinstance(each, Tensor)]
     roots = [each for each in tensors if each.requires_grad]
     if not roots or not leaves:
         return [None] * len(leaves)

@@ -420,7 +420,7 @@ def spellings_of(name: str, args: tuple, kwargs: dict) -> list[Identity]:
 
 def _holds(identity: Identity, args: tuple, kwargs: dict) -> bool:
     try:
-        return identity.when(*args, **kwargs)
+        return bool(identity.when(*args, **kwargs))
     except (TypeError, AttributeError, ValueError):  # called in another way than the identity is about
         return False
 
@@ -429,4 +429,4 @@ def neutral_to(value: Value) -> list[Identity]:
     """What may be done to this value for nothing."""
     if not value.dtype.is_floating_point:
         return []
-    return [identity for identity in NEUTRAL if identity.when(value)]
+    return [identity for identity in NEUTRAL if _holds(identity, (value,), {})]
