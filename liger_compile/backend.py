@@ -24,6 +24,7 @@ from liger_compile.registry import patterns_in_use
 from liger_compile.report import GraphReport, record
 from liger_compile.rewrite import restored_on_error, rewrite
 from liger_compile.terms.build import Terms
+from liger_compile.terms.heads import notes_on_logits
 from liger_compile.terms.mutation import Mutations
 
 # Higher-order ops whose body is a graph like any other: activation checkpoints and nested compile regions.
@@ -86,10 +87,12 @@ def _rewritten(gm: GraphModule, patterns: Sequence[Pattern], options: Options) -
     modules = list(_graphs(gm))
     decisions: list[Decision] = []
     near_misses: list[NearMiss] = []
+    notes: list[str] = []
     with restored_on_error(modules):
         for module in modules:
             mutations = Mutations(module.graph)
             terms = Terms(module.graph, mutations)
+            notes.extend(notes_on_logits(module.graph, terms) if module is gm else ())
             matches, missed = find_matches(module.graph, patterns, terms)
             decided = decide(
                 module.graph,
@@ -104,7 +107,9 @@ def _rewritten(gm: GraphModule, patterns: Sequence[Pattern], options: Options) -
             )
             decisions.extend(rewritten)
             near_misses.extend(missed)
-        report = GraphReport.of(gm, decisions, near_misses, seconds=time.perf_counter() - start)
+        report = GraphReport.of(
+            gm, decisions, near_misses, notes=tuple(notes), seconds=time.perf_counter() - start
+        )
         for module in modules:
             module.recompile()
     return report

@@ -4,6 +4,7 @@ find_matches tries larger patterns first, and of two equally large ones the earl
 liger_compile.patterns: from the repository's root `import patterns` would make a second copy.
 """
 
+from liger_compile.pattern import Pattern
 from liger_compile.patterns import (
     add_rms_norm,
     cross_entropy,
@@ -12,8 +13,6 @@ from liger_compile.patterns import (
     rms_norm,
     rotary,
 )
-
-from liger_compile.pattern import Pattern
 
 DEFAULT_PATTERNS: tuple[Pattern, ...] = (
     *add_rms_norm.PATTERNS,

@@ -6,10 +6,10 @@ Sources  every pre-norm transformer block: the add that ends one block is normed
 """
 
 import torch
-from liger_compile.patterns import rms_norm
 
 from liger_compile import functional
 from liger_compile.pattern import Match, Pattern
+from liger_compile.patterns import rms_norm
 
 
 def check(match: Match) -> str | None:

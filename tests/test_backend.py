@@ -194,6 +194,17 @@ def test_an_unknown_option_is_a_sentence_with_the_known_ones():
         compiled(torch.randn(3, 5, 8))
 
 
+def test_logits_of_a_loss_elsewhere_are_noted(run_liger):
+    head = torch.nn.Linear(8, 64, bias=False)
+    _, (report,) = run_liger(lambda x: head(torch.tanh(x)).float(), torch.randn(3, 8))
+    assert len(report.notes) == 1 and "looks like logits, 64 wide" in report.notes[0]
+    torch._dynamo.reset()
+    _, (report,) = run_liger(
+        lambda x, y: F.cross_entropy(head(torch.tanh(x)), y), torch.randn(3, 8), torch.tensor([1, 2, 3])
+    )
+    assert not report.notes
+
+
 def test_near_misses_name_the_step(run_liger):
     def rounds_the_inverse(x, w):  # as Inkling does: the inverse is rounded before the product
         inverse = torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + 1e-6).to(x.dtype)

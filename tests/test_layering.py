@@ -4,10 +4,10 @@ import ast
 import re
 from pathlib import Path
 
-import liger_compile.patterns
 import pytest
 
 import liger_compile
+import liger_compile.patterns
 
 PACKAGE = Path(liger_compile.__file__).parent
 PATTERNS = Path(liger_compile.patterns.__file__).parent

@@ -137,6 +137,13 @@ def _stack(call, tensors, dim=0):
     return _cat(call, [normalize.view(call.space, part, *size) for part in tensors], dim)
 
 
+def _repeat_interleave(call, input, repeats, dim=None, *, output_size=None):
+    if not isinstance(repeats, int) or dim is None:
+        return None
+    consts = (repeats, negative(dim, len(call.shape)))
+    return normalize.apply(call.space, "repeat_interleave", (input,), consts, call.dtype, call.shape)
+
+
 LAYOUT_TABLE: Mapping[str, Callable[..., Any]] = {
     **dict.fromkeys(("view", "reshape", "unsqueeze", "squeeze", "flatten", "unflatten"), _view),
     **dict.fromkeys(("view_as", "reshape_as", "_unsafe_view"), _view),
@@ -153,4 +160,5 @@ LAYOUT_TABLE: Mapping[str, Callable[..., Any]] = {
     "unbind": _unbind,
     "cat": _cat,
     "stack": _stack,
+    "repeat_interleave": _repeat_interleave,
 }

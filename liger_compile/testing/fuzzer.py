@@ -7,22 +7,25 @@ makes one whose choices shrink to what was written in search.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Mapping, Sequence
 from random import Random
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import Graph, GraphModule, Interpreter, Node
 from torch.utils._pytree import tree_leaves
 
 from liger_compile.pattern import Pattern
+from liger_compile.terms.mutation import storage_of, storages_of
 from liger_compile.testing import graphs, precision
 from liger_compile.testing.graphs import Recorder, Rewriting, Value, again, name_of, replay
 from liger_compile.testing.mutations import MUTATIONS, WRITES, Call, NotApplicable
 from liger_compile.testing.spellings import neutral_to, spellings_of
 
 DTYPES = (torch.float32, torch.bfloat16)
+MUTANT_FACTOR = 16  # of eager's error: a mutant may be ill-conditioned, and another meaning is no matter of rounding
 ROUNDS = 3  # how often an identity may be applied to the result of another
 Values = Mapping[str, Sequence[Any]]
 
@@ -71,9 +74,13 @@ def assert_mutant_is_safe(
     if rewriting.replaced:
         try:
             outcome(mutant, inputs)
-        except RuntimeError:
-            return False  # it does not run in eager either: a write that backward would have needed undone
-        _assert_right(mutant, rewriting, inputs)
+            outcome(rewriting.gm, inputs)
+        except RuntimeError as error:
+            # Backward needs what was written over. After a rewrite that may be so where it was not before; but
+            # AOTAutograd, which compiles the graph, makes it functional first.
+            assert "modified by an inplace" in str(error) or "leaf Variable" in str(error), error
+            return False
+        _assert_right(mutant, rewriting, inputs, factor=MUTANT_FACTOR)
     return True
 
 
@@ -188,10 +195,14 @@ def mutated(
             return again(recorder, node, args, kwargs)
         return mutation(Call(recorder, node, args, kwargs), random)
 
+    log = logging.getLogger("torch._subclasses.fake_tensor")  # would print what does not fit together
+    disabled, log.disabled = log.disabled, True
     try:
         return replay(gm, visit), inputs
     except (NotApplicable, RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError, ZeroDivisionError):
         return None, inputs
+    finally:
+        log.disabled = disabled
 
 
 def written(call: Call, random: Random) -> Any:
@@ -233,13 +244,25 @@ def outcome(gm: GraphModule, inputs: tuple[Any, ...], *, double: bool = False, w
     torch.manual_seed(0)
     if double:
         with precision.in_double():
-            outputs = gm(*arguments)
+            outputs = _InDouble(gm).run(*arguments)
     else:
         outputs = gm(*arguments)
     gradients: list[Any] = []
     if with_gradients:
         gradients = precision.gradients(outputs, leaves)
     return [_detached(outputs), gradients, _detached(arguments)]
+
+
+class _InDouble(Interpreter):
+    """A cast between floating dtypes does nothing in double, but what it made stays a copy."""
+
+    def run_node(self, n: Node) -> Any:
+        result = super().run_node(n)
+        inputs = [self.env[node] for node in n.all_input_nodes if isinstance(self.env[node], Tensor)]
+        shares = isinstance(result, Tensor) and storage_of(result) in map(storage_of, inputs)
+        if shares and not any(storages_of(n) & storages_of(node) for node in n.all_input_nodes):
+            return result.clone()
+        return result
 
 
 def _detached(values: Any) -> list[Any]:
@@ -254,12 +277,17 @@ def _assert_same_meaning(spelled: GraphModule, gm: GraphModule, inputs: tuple[An
 
 
 def _assert_right(
-    original: GraphModule, rewriting: Rewriting, inputs: tuple[Any, ...], with_gradients: bool = True
+    original: GraphModule,
+    rewriting: Rewriting,
+    inputs: tuple[Any, ...],
+    *,
+    with_gradients: bool = True,
+    factor: float = 2.0,
 ) -> None:
     actual, eager = (outcome(gm, inputs, with_gradients=with_gradients) for gm in (rewriting.gm, original))
     exact = outcome(original, inputs, double=True, with_gradients=with_gradients)
     try:
-        precision.assert_no_worse(actual, eager, exact)
+        precision.assert_no_worse(actual, eager, exact, factor=factor)
     except AssertionError as error:
         raise AssertionError(
             f"replacing {', '.join(rewriting.replaced)} changes the result: {error}\n{original.code}\n"
