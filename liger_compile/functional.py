@@ -14,11 +14,9 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from . import ops as ops  # registers them
+from .ops import validation  # and with it the ops, which register themselves
 from .ops.precision import accumulation_dtype
-from .ops.rotary import LAYOUTS
 
 __all__ = [
     "add_rms_norm",
@@ -56,7 +54,7 @@ def rms_norm(
 
     Source: Zhang and Sennrich 2019, arXiv 1910.07467.
     """
-    _check_norm("rms_norm", x, weight, offset, casting)
+    validation.check_norm("rms_norm", x, weight, offset, casting)
     if eps is None:
         eps = torch.finfo(accumulation_dtype(x.dtype)).eps
     y, _ = torch.ops.liger_compile.rms_norm.default(x, weight, eps, offset, casting)
@@ -83,12 +81,8 @@ def add_rms_norm(
     Returns:
         y and s, both (..., D).
     """
-    _check_norm("add_rms_norm", x, weight, offset, casting)
-    if _differ(x.shape, residual.shape):
-        raise ValueError(
-            f"add_rms_norm: expected x and residual of one shape, got {tuple(x.shape)} and "
-            f"{tuple(residual.shape)}; expand the smaller one"
-        )
+    validation.check_norm("add_rms_norm", x, weight, offset, casting)
+    validation.check_same_shape("add_rms_norm", "x and residual", x, residual)
     if eps is None:
         eps = torch.finfo(accumulation_dtype(torch.promote_types(x.dtype, residual.dtype))).eps
     y, s, _ = torch.ops.liger_compile.add_rms_norm.default(x, residual, weight, eps, offset, casting)
@@ -124,7 +118,7 @@ def rotary(
 
     Source: Su et al. 2021, arXiv 2104.09864.
     """
-    _check_rotary(q, k, cos, sin, layout, half_tables)
+    validation.check_rotary(q, k, cos, sin, layout, half_tables)
     q, rotated_k = torch.ops.liger_compile.rotary.default(q, k, cos, sin, layout, half_tables, out_dtype)
     return q if k is None else (q, rotated_k)
 
@@ -141,14 +135,8 @@ def rotary_complex(q: Tensor, k: Tensor | None = None, freqs: Tensor | None = No
     Returns:
         q', or (q', k') if k is given, in the dtype of q.
     """
-    if freqs is None or not freqs.is_complex():
-        raise TypeError(
-            f"rotary_complex: expected complex freqs, got {_kind(freqs)}; pass real tables to rotary as cos and sin"
-        )
-    if k is not None and k.dtype != q.dtype:
-        raise TypeError(
-            f"rotary_complex: expected q and k of one dtype, got {q.dtype} and {k.dtype}; rotate them one by one"
-        )
+    validation.check_rotary_complex(q, k, freqs)
+    assert freqs is not None
     cos, sin = torch.view_as_real(freqs).unbind(-1)
     return rotary(q, k, cos, sin, layout="interleaved", half_tables=True, out_dtype=q.dtype)
 
@@ -226,8 +214,16 @@ def cross_entropy(
     Raises:
         IndexError: a target is no class, on a CPU. Other devices assert.
     """
-    _check_loss(
-        "cross_entropy", logits, target, logits.shape[-1], weight, reduction, label_smoothing, softcap
+    validation.check_loss(
+        "cross_entropy",
+        "logits",
+        logits,
+        target,
+        weight,
+        logits.shape[-1],
+        reduction,
+        label_smoothing,
+        softcap,
     )
     rows = logits.reshape(-1, logits.shape[-1])
     loss, _, _ = torch.ops.liger_compile.cross_entropy.default(
@@ -279,16 +275,12 @@ def linear_cross_entropy(
     Source: Hsu et al. 2024, arXiv 2410.10989.
     """
     name = "linear_cross_entropy"
-    if x.dtype != weight.dtype or (bias is not None and bias.dtype != x.dtype):
-        got = " and ".join(str(t.dtype) for t in (x, weight, bias) if t is not None)
-        raise TypeError(f"{name}: expected x, weight and bias of one dtype, got {got}; cast them to one")
-    if weight.dim() != 2 or _differ(weight.shape[1:], x.shape[-1:]):
-        raise ValueError(
-            f"{name}: expected a weight of shape (V, {x.shape[-1]}), got {tuple(weight.shape)}; "
-            "pass the weight as F.linear takes it"
-        )
-    _check_vector(name, "bias", bias, weight.shape[0])
-    _check_loss(name, x, target, weight.shape[0], class_weight, reduction, label_smoothing, softcap)
+    validation.check_one_dtype(name, x, weight, bias)
+    validation.check_linear(name, "weight", weight, x.shape[-1])
+    validation.check_vector(name, "bias", bias, weight.shape[0])
+    validation.check_loss(
+        name, "x", x, target, class_weight, weight.shape[0], reduction, label_smoothing, softcap
+    )
     in_forward = torch.is_grad_enabled() and reduction != "none"
     loss, _, _, _ = torch.ops.liger_compile.linear_cross_entropy.default(
         x.reshape(-1, x.shape[-1]),
@@ -312,150 +304,7 @@ def linear_cross_entropy(
 def _gated(
     name: str, gate: Tensor, up: Tensor | None, weight: Tensor | None, bias: Tensor | None, activation: str
 ) -> Tensor:
-    if up is None and statically_known_true(gate.shape[-1] % 2 != 0):
-        raise ValueError(
-            f"{name}: expected a packed gate of even width, got {gate.shape[-1]}; pass gate and up one by one"
-        )
-    if up is not None and _differ(gate.shape, up.shape):
-        raise ValueError(
-            f"{name}: expected gate and up of one shape, got {tuple(gate.shape)} and {tuple(up.shape)}; "
-            "expand the smaller one"
-        )
+    validation.check_gated(name, gate, up, weight, bias)
     if weight is None:
-        if bias is not None:
-            raise ValueError(
-                f"{name}: expected down_bias with a down_weight, got it alone; pass both or neither"
-            )
         return torch.ops.liger_compile.gated_activation.default(gate, up, activation)
-    dtype = gate.dtype if up is None else torch.promote_types(gate.dtype, up.dtype)
-    if weight.dtype != dtype or (bias is not None and bias.dtype != dtype):
-        got = " and ".join(str(t.dtype) for t in (weight, bias) if t is not None)
-        raise TypeError(
-            f"{name}: expected down_weight and down_bias in {dtype}, the dtype of gate and up, got {got}; cast them"
-        )
-    inner = gate.shape[-1] // 2 if up is None else gate.shape[-1]
-    if weight.dim() != 2 or _differ(weight.shape[1:], (inner,)):
-        raise ValueError(
-            f"{name}: expected a down_weight of shape (O, {inner}), got {tuple(weight.shape)}; "
-            "pass the weight as F.linear takes it"
-        )
-    _check_vector(name, "down_bias", bias, weight.shape[0])
     return torch.ops.liger_compile.gated_mlp.default(gate, up, weight, bias, activation)
-
-
-def _check_norm(name: str, x: Tensor, weight: Tensor | None, offset: float, casting: str) -> None:
-    _check_floating(name, "x", x)
-    _check_vector(name, "weight", weight, x.shape[-1])
-    if casting not in ("llama", "gemma"):
-        raise ValueError(f"{name}: expected casting 'llama' or 'gemma', got {casting!r}; pass one of the two")
-    if offset != 0 and (casting != "gemma" or weight is None):
-        given = "no weight" if weight is None else f"casting {casting!r}"
-        raise ValueError(
-            f"{name}: expected offset 0 with {given}, got {offset}; an offset goes with a weight and casting 'gemma'"
-        )
-
-
-def _check_rotary(
-    q: Tensor, k: Tensor | None, cos: Tensor | None, sin: Tensor | None, layout: str, half_tables: bool
-) -> None:
-    _check_floating("rotary", "q", q)
-    if layout not in LAYOUTS:
-        raise ValueError(
-            f"rotary: expected layout to be one of {', '.join(LAYOUTS)}, got {layout!r}; pass one of them"
-        )
-    if cos is None or sin is None or not cos.is_floating_point() or not sin.is_floating_point():
-        raise TypeError(
-            f"rotary: expected real tables cos and sin, got {_kind(cos)} and {_kind(sin)}; "
-            "pass both, or complex ones to rotary_complex"
-        )
-    if _differ(cos.shape, sin.shape):
-        raise ValueError(
-            f"rotary: expected cos and sin of one shape, got {tuple(cos.shape)} and {tuple(sin.shape)}; "
-            "pass the tables of the same positions"
-        )
-    width = 2 * cos.shape[-1] if half_tables else cos.shape[-1]
-    for label, x in (("q", q), ("k", k)):
-        if x is None:
-            continue
-        if statically_known_true(width > x.shape[-1]) or statically_known_true(width % 2 != 0):
-            raise ValueError(
-                f"rotary: expected tables for an even number of channels, {x.shape[-1]} at most, got tables "
-                f"for {width}; slice them, or set half_tables if they hold one number for each pair"
-            )
-        if _enlarges(cos.shape[:-1], x.shape[:-1]):
-            raise ValueError(
-                f"rotary: expected tables that broadcast against {label} of shape {tuple(x.shape)}, got "
-                f"{tuple(cos.shape)}; unsqueeze them at the heads"
-            )
-
-
-def _check_loss(
-    name: str,
-    rows: Tensor,
-    target: Tensor,
-    classes: int,
-    class_weight: Tensor | None,
-    reduction: str,
-    label_smoothing: float,
-    softcap: float | None,
-) -> None:
-    label = "logits" if name == "cross_entropy" else "x"
-    _check_floating(name, label, rows)
-    if target.dtype != torch.int64:
-        raise TypeError(
-            f"{name}: expected class indices in int64 as target, got {target.dtype}; cast them with .long()"
-        )
-    flat = target.dim() == 1 and not _differ(target.shape, (rows.shape[:-1].numel(),))
-    if not flat and _differ(target.shape, rows.shape[:-1]):
-        raise ValueError(
-            f"{name}: expected one target for each row of {label}, shape {tuple(rows.shape[:-1])}, got "
-            f"{tuple(target.shape)}; drop or pad what has no counterpart"
-        )
-    if reduction not in ("mean", "sum", "none"):
-        raise ValueError(
-            f"{name}: expected reduction 'mean', 'sum' or 'none', got {reduction!r}; pass one of the three"
-        )
-    if not 0 <= label_smoothing <= 1:
-        raise ValueError(f"{name}: expected label_smoothing from 0 to 1, got {label_smoothing}; pass a share")
-    if softcap is not None and softcap <= 0:
-        raise ValueError(f"{name}: expected softcap above 0, got {softcap}; pass None for no cap")
-    weight_label = "weight" if name == "cross_entropy" else "class_weight"
-    _check_vector(name, weight_label, class_weight, classes)
-    if class_weight is not None and class_weight.requires_grad:
-        raise ValueError(
-            f"{name}: expected a {weight_label} that needs no gradient, got one that requires it; detach it"
-        )
-
-
-def _check_floating(name: str, label: str, x: Tensor) -> None:
-    if not x.is_floating_point():
-        raise TypeError(f"{name}: expected {label} in a floating dtype, got {x.dtype}; cast it")
-
-
-def _check_vector(name: str, label: str, vector: Tensor | None, length: int) -> None:
-    if vector is None:
-        return
-    if vector.dim() != 1 or _differ(vector.shape, (length,)):
-        raise ValueError(
-            f"{name}: expected a {label} of shape ({length},), got {tuple(vector.shape)}; "
-            f"pass one number for each of the {length}"
-        )
-
-
-def _differ(left: Any, right: Any) -> bool:
-    """Whether two shapes are known to differ. A symbolic size gets the benefit of the doubt: no guard is added."""
-    if len(left) != len(right):
-        return True
-    return any(statically_known_true(a != b) for a, b in zip(left, right, strict=True))
-
-
-def _enlarges(shape: Any, other: Any) -> bool:
-    """Whether broadcasting against `shape` is known to change `other`, or to be impossible."""
-    if len(shape) > len(other):
-        return True
-    pairs = zip(reversed(shape), reversed(other), strict=False)
-    return any(statically_known_true(a != 1) and statically_known_true(a != b) for a, b in pairs)
-
-
-def _kind(x: Tensor | None) -> str:
-    return "None" if x is None else str(x.dtype)

@@ -181,6 +181,7 @@ def test_heads_and_losses_take_their_tokens_in_any_shape():
         return (
             F.cross_entropy(logits.view(-1, 5), target.view(-1)),
             F.cross_entropy((x.view(-1, 8) @ w.t()), target.flatten()),
+            F.cross_entropy(torch.matmul(x, w.T).flatten(0, 1).clone(), target.flatten()),
             F.cross_entropy(logits.transpose(1, 2), target),
             torch.nn.CrossEntropyLoss()(logits.flatten(0, 1), target.reshape(12)),
             F.nll_loss(F.log_softmax(logits, dim=-1).view(-1, 5), target.view(-1)),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-BLOCK_BYTES = 1 * 2**20  # of float32; read at each call
+BLOCK_BYTES = 2 * 2**20  # of float32; read at each call
 
 
 def split_rows(rows: int, most: int) -> list[slice]:

@@ -113,7 +113,9 @@ def _rows(x: Tensor) -> Tensor:
 
 
 @opaque_op
-def gated_mlp(gate: Tensor, up: Tensor | None, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+def gated_mlp(
+    gate: Tensor, up: Tensor | None, weight: Tensor, bias: Tensor | None, activation: str
+) -> Tensor:
     gate_half, up_half = (_rows(x) for x in split_packed(gate, up))
     h = torch.empty_like(gate_half, dtype=weight.dtype, memory_format=torch.contiguous_format)
     for block in row_blocks(*h.shape):

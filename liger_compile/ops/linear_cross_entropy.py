@@ -43,7 +43,9 @@ def _chunk_rows(x: Tensor, weight: Tensor, needs_dweight: bool) -> int:
     rows = max(CHUNK_BYTES // (x.element_size() * weight.shape[0]), LEAST_ROWS)
     few = -(-x.shape[0] // ACCUMULATE_WIDE_ABOVE)
     if needs_dweight and x.element_size() == 2 and few <= 2 * x.shape[1]:
-        return max(rows, few)  # no float32 sum of dweight is needed then, and it would be larger than this chunk
+        return max(
+            rows, few
+        )  # no float32 sum of dweight is needed then, and it would be larger than this chunk
     return rows
 
 
@@ -86,7 +88,9 @@ def losses_and_gradients(
             row_max, log_sum = head.statistics(z, logp)
             losses[chunk][block] = head.losses(logp, row_max + log_sum, target_chunk[block])
             if any(needs):
-                dlogits = head.gradient_(logp, z, row_max + log_sum, target_chunk[block], upstream[chunk][block])
+                dlogits = head.gradient_(
+                    logp, z, row_max + log_sum, target_chunk[block], upstream[chunk][block]
+                )
                 logits[block] = dlogits
                 if needs_dbias:
                     dbias_sum.add_(dlogits.sum(0), alpha=scale)
@@ -143,7 +147,14 @@ def linear_cross_entropy(
 
 @linear_cross_entropy.register_fake
 def _(
-    x: Tensor, weight: Tensor, target: Tensor, bias: Any, class_weight: Any, ignore_index: int, reduction: str, *rest: Any
+    x: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Any,
+    class_weight: Any,
+    ignore_index: int,
+    reduction: str,
+    *rest: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     needs = rest[-3:]
     loss = x.new_empty(x.shape[:1] if reduction == "none" else (), dtype=accumulation_dtype(x.dtype))

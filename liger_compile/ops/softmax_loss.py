@@ -110,7 +110,7 @@ class SoftmaxLoss:
 
 
 def reduce(losses: Tensor, weight: Tensor, reduction: str) -> Tensor:
-    """"mean" divides by the sum of the tokens' weights: NaN if every token is ignored, as F.cross_entropy."""
+    """ "mean" divides by the sum of the tokens' weights: NaN if every token is ignored, as F.cross_entropy."""
     if reduction == "none":
         return losses
     return losses.sum() / weight.sum() if reduction == "mean" else losses.sum()

@@ -137,6 +137,10 @@ def _stack(call, tensors, dim=0):
     return _cat(call, [normalize.view(call.space, part, *size) for part in tensors], dim)
 
 
+def _attribute(call, input, name):
+    return _transpose(call, input, -1, -2) if name in ("T", "mT") and len(input.shape) == 2 else None
+
+
 def _repeat_interleave(call, input, repeats, dim=None, *, output_size=None):
     if not isinstance(repeats, int) or dim is None:
         return None
@@ -160,5 +164,6 @@ LAYOUT_TABLE: Mapping[str, Callable[..., Any]] = {
     "unbind": _unbind,
     "cat": _cat,
     "stack": _stack,
+    "getattr": _attribute,
     "repeat_interleave": _repeat_interleave,
 }

@@ -59,7 +59,7 @@ def _canonical_name(target: Any) -> str | None:
         name = target._schema.name.removeprefix("aten::") if target.namespace == "aten" else None
     elif isinstance(target, str):
         name = target
-    elif (getattr(target, "__module__", None) or "torch") in _MODULES:
+    elif target is getattr or (getattr(target, "__module__", None) or "torch") in _MODULES:
         name = getattr(target, "__name__", None)
     else:
         name = None
@@ -292,7 +292,7 @@ TABLE: Mapping[str, Callable[..., Any]] = {
     **{op: _unary(op) for op in ("silu", "sigmoid", "tanh", "relu", "exp", "log", "erf", "cos", "sin")},
     "gelu": _gelu, "glu": _glu, "dropout": _dropout,
     "to": _to, "float": _to, "half": _to, "bfloat16": _to, "double": _to, "type_as": _to,
-    "contiguous": _same, "alias": _same, "identity": _same,
+    "contiguous": _same, "clone": _same, "alias": _same, "identity": _same,
     "mean": _reduce("mean"), "sum": _reduce("sum"), "norm": _norm, "linalg_vector_norm": _vector_norm,
     "vector_norm": _vector_norm, "softmax": _softmax("softmax"), "log_softmax": _softmax("log_softmax"),
     "rms_norm": _rms_norm, "linear": _linear, "addmm": _addmm, "matmul": _matmul,

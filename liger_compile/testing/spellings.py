@@ -391,7 +391,7 @@ NEUTRAL: tuple[Identity, ...] = (
     Identity("all columns", lambda x: x[..., :], lambda x: x.dim() > 0),
     Identity("all columns by number", lambda x: x[..., : x.shape[-1]], lambda x: x.dim() > 0),
     Identity("same view", lambda x: x.view(x.shape)),
-    Identity("same view by sizes", lambda x: x.view(*x.size())),
+    Identity("same view by sizes", lambda x: x.view(*x.size()), lambda x: x.dim() > 0),
     Identity("same shape", lambda x: x.reshape(x.shape)),
     Identity("same expanse", lambda x: x.expand(x.shape), lambda x: x.dim() > 0),
     Identity("flat and back", lambda x: x.flatten().view(x.shape)),

@@ -1,0 +1,193 @@
+"""What the functions of liger_compile.functional refuse, each in a sentence: what was expected, what came, what to do.
+
+Sizes and numbers may be symbolic. They are compared only as far as they are known, for a comparison would add a guard.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from .rotary import LAYOUTS
+
+
+def check_norm(name: str, x: Tensor, weight: Tensor | None, offset: float, casting: str) -> None:
+    check_floating(name, "x", x)
+    check_vector(name, "weight", weight, x.shape[-1])
+    if casting not in ("llama", "gemma"):
+        raise ValueError(f"{name}: expected casting 'llama' or 'gemma', got {casting!r}; pass one of the two")
+    if statically_known_true(offset != 0) and (casting != "gemma" or weight is None):
+        given = "no weight" if weight is None else f"casting {casting!r}"
+        raise ValueError(
+            f"{name}: expected offset 0 with {given}, got {offset}; "
+            "an offset goes with a weight and casting 'gemma'"
+        )
+
+
+def check_same_shape(name: str, labels: str, left: Tensor, right: Tensor) -> None:
+    if differ(left.shape, right.shape):
+        raise ValueError(
+            f"{name}: expected {labels} of one shape, got {tuple(left.shape)} and {tuple(right.shape)}; "
+            "expand the smaller one"
+        )
+
+
+def check_rotary(
+    q: Tensor, k: Tensor | None, cos: Tensor | None, sin: Tensor | None, layout: str, half_tables: bool
+) -> None:
+    check_floating("rotary", "q", q)
+    if layout not in LAYOUTS:
+        raise ValueError(
+            f"rotary: expected layout to be one of {', '.join(LAYOUTS)}, got {layout!r}; pass one of them"
+        )
+    if cos is None or sin is None or not cos.is_floating_point() or not sin.is_floating_point():
+        raise TypeError(
+            f"rotary: expected real tables cos and sin, got {_kind(cos)} and {_kind(sin)}; "
+            "pass both, or complex ones to rotary_complex"
+        )
+    if differ(cos.shape, sin.shape):
+        raise ValueError(
+            f"rotary: expected cos and sin of one shape, got {tuple(cos.shape)} and {tuple(sin.shape)}; "
+            "pass the tables of the same positions"
+        )
+    width = 2 * cos.shape[-1] if half_tables else cos.shape[-1]
+    for label, x in (("q", q), ("k", k)):
+        if x is None:
+            continue
+        if statically_known_true(width > x.shape[-1]) or statically_known_true(width % 2 != 0):
+            raise ValueError(
+                f"rotary: expected tables for an even number of channels, {x.shape[-1]} at most, got tables "
+                f"for {width}; slice them, or set half_tables if they hold one number for each pair"
+            )
+        if _enlarges(cos.shape[:-1], x.shape[:-1]):
+            raise ValueError(
+                f"rotary: expected tables that broadcast against {label} of shape {tuple(x.shape)}, got "
+                f"{tuple(cos.shape)}; unsqueeze them at the heads"
+            )
+
+
+def check_rotary_complex(q: Tensor, k: Tensor | None, freqs: Tensor | None) -> None:
+    if freqs is None or not freqs.is_complex():
+        raise TypeError(
+            f"rotary_complex: expected complex freqs, got {_kind(freqs)}; "
+            "pass real tables to rotary as cos and sin"
+        )
+    if k is not None and k.dtype != q.dtype:
+        raise TypeError(
+            f"rotary_complex: expected q and k of one dtype, got {q.dtype} and {k.dtype}; rotate them one by one"
+        )
+
+
+def check_gated(
+    name: str, gate: Tensor, up: Tensor | None, weight: Tensor | None, bias: Tensor | None
+) -> None:
+    check_floating(name, "gate", gate)
+    if up is None and statically_known_true(gate.shape[-1] % 2 != 0):
+        raise ValueError(
+            f"{name}: expected a packed gate of even width, got {gate.shape[-1]}; pass gate and up one by one"
+        )
+    if up is not None:
+        check_same_shape(name, "gate and up", gate, up)
+    if weight is None and bias is not None:
+        raise ValueError(f"{name}: expected down_bias with a down_weight, got it alone; pass both or neither")
+    if weight is None:
+        return
+    dtype = gate.dtype if up is None else torch.promote_types(gate.dtype, up.dtype)
+    if weight.dtype != dtype or (bias is not None and bias.dtype != dtype):
+        raise TypeError(
+            f"{name}: expected down_weight and down_bias in {dtype}, the dtype of gate and up, "
+            f"got {_dtypes(weight, bias)}; cast them"
+        )
+    check_linear(name, "down_weight", weight, gate.shape[-1] // 2 if up is None else gate.shape[-1])
+    check_vector(name, "down_bias", bias, weight.shape[0])
+
+
+def check_one_dtype(name: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    if x.dtype != weight.dtype or (bias is not None and bias.dtype != x.dtype):
+        raise TypeError(
+            f"{name}: expected x, weight and bias of one dtype, got {_dtypes(x, weight, bias)}; cast them to one"
+        )
+
+
+def check_linear(name: str, label: str, weight: Tensor, width: int) -> None:
+    if weight.dim() != 2 or differ(weight.shape[1:], (width,)):
+        raise ValueError(
+            f"{name}: expected a {label} of shape (outputs, {width}), got {tuple(weight.shape)}; "
+            "pass it as F.linear takes it"
+        )
+
+
+def check_loss(
+    name: str,
+    label: str,
+    rows: Tensor,
+    target: Tensor,
+    class_weight: Tensor | None,
+    classes: int,
+    reduction: str,
+    label_smoothing: float,
+    softcap: float | None,
+) -> None:
+    check_floating(name, label, rows)
+    if target.dtype != torch.int64:
+        raise TypeError(
+            f"{name}: expected class indices in int64 as target, got {target.dtype}; cast them with .long()"
+        )
+    is_flat = target.dim() == 1 and not differ(target.shape, (rows.shape[:-1].numel(),))
+    if not is_flat and differ(target.shape, rows.shape[:-1]):
+        raise ValueError(
+            f"{name}: expected one target for each row of {label}, shape {tuple(rows.shape[:-1])}, got "
+            f"{tuple(target.shape)}; drop or pad what has no counterpart"
+        )
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(
+            f"{name}: expected reduction 'mean', 'sum' or 'none', got {reduction!r}; pass one of the three"
+        )
+    if statically_known_true(label_smoothing < 0) or statically_known_true(label_smoothing > 1):
+        raise ValueError(f"{name}: expected label_smoothing from 0 to 1, got {label_smoothing}; pass a share")
+    if softcap is not None and statically_known_true(softcap <= 0):
+        raise ValueError(f"{name}: expected softcap above 0, got {softcap}; pass None for no cap")
+    check_vector(name, "class weight", class_weight, classes)
+    if class_weight is not None and class_weight.requires_grad:
+        raise ValueError(
+            f"{name}: expected class weights that need no gradient, got some that require it; detach them"
+        )
+
+
+def check_floating(name: str, label: str, x: Tensor) -> None:
+    if not x.is_floating_point():
+        raise TypeError(f"{name}: expected {label} in a floating dtype, got {x.dtype}; cast it")
+
+
+def check_vector(name: str, label: str, vector: Tensor | None, length: int) -> None:
+    if vector is not None and (vector.dim() != 1 or differ(vector.shape, (length,))):
+        raise ValueError(
+            f"{name}: expected a {label} of shape ({length},), got {tuple(vector.shape)}; "
+            f"pass one number for each of the {length}"
+        )
+
+
+def differ(left: Any, right: Any) -> bool:
+    """Whether two shapes are known to differ."""
+    if len(left) != len(right):
+        return True
+    return any(statically_known_true(a != b) for a, b in zip(left, right, strict=True))
+
+
+def _enlarges(shape: Any, other: Any) -> bool:
+    """Whether broadcasting against `shape` is known to change `other`, or to be impossible."""
+    if len(shape) > len(other):
+        return True
+    pairs = zip(reversed(shape), reversed(other), strict=False)
+    return any(statically_known_true(a != 1) and statically_known_true(a != b) for a, b in pairs)
+
+
+def _kind(x: Tensor | None) -> str:
+    return "None" if x is None else str(x.dtype)
+
+
+def _dtypes(*tensors: Tensor | None) -> str:
+    return " and ".join(str(t.dtype) for t in tensors if t is not None)
