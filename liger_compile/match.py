@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import logging
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -128,8 +129,14 @@ def _traced(pattern: Pattern, tensors: Mapping[str, Any]) -> tuple[Term, ...]:
     captures = dict(pattern.examples)
     for name, described in tensors.items():
         captures[name] = None if described is None else torch.empty(described[0], dtype=described[1])
-    with torch.no_grad():
-        return trace(pattern.search, captures)
+    # Shapes that search cannot take are found out by trying; fake tensors log every such error with its trace.
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    disabled, log.disabled = log.disabled, True
+    try:
+        with torch.no_grad():
+            return trace(pattern.search, captures)
+    finally:
+        log.disabled = disabled
 
 
 # Attempts
@@ -186,7 +193,10 @@ class _Attempt:
                 if key in tried:
                     continue
                 tried.add(key)
-                wanted = self._exact_terms(tensors)
+                try:
+                    wanted = self._exact_terms(tensors)
+                except (RuntimeError, ValueError, TypeError, IndexError):
+                    continue  # search does not take tensors of these shapes
                 exact = next(self._outputs(self._exact, wanted), None)
                 if exact is not None:
                     self.size = sum(len(output.operations()) for output in wanted)
@@ -221,7 +231,8 @@ class _Attempt:
     def _can_bind_exact(self, want: Term, have: Term) -> bool:
         if have.op == "none":
             return want.consts[0] in self.skeleton.optional
-        return want.dtype == have.dtype and self.index.terms.derive(have) is not None
+        is_like = want.dtype == have.dtype and want.shape == have.shape  # search was traced for just these
+        return is_like and self.index.terms.derive(have) is not None
 
     def _assignments(self, env: Bindings) -> Iterator[dict[str, Any]]:
         """The shapes and dtypes that the captures of a skeleton match may have."""

@@ -108,7 +108,7 @@ class GraphReport:
         )
 
     def count(self, kind: str) -> int:
-        """How many sites were "replace"d, "annotate"d, or "leave"ft alone."""
+        """The number of sites of a kind: "replace", "annotate" or "leave"."""
         return sum(site.kind == kind for site in self.sites)
 
     @property

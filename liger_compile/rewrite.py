@@ -158,8 +158,8 @@ class _Splicer(TorchFunctionMode):
         return out
 
     def _insert(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
-        args, kwargs = tree_map(self._argument, (tuple(args), dict(kwargs)))
         with self.graph.inserting_before(self.before):
+            args, kwargs = tree_map(self._argument, (tuple(args), dict(kwargs)))
             node = self._made(func, args, kwargs)
             self._remember(node, out)
             if isinstance(out, (tuple, list)):

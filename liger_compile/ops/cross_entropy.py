@@ -83,7 +83,7 @@ def cross_entropy_backward(
         z = head.scores(logits[rows])
         logp = (z - row_max[rows].unsqueeze(-1)).sub_(log_sum[rows].unsqueeze(-1))
         lse = row_max[rows] + log_sum[rows]
-        dlogits[rows] = head.gradient_(logp, z, lse, target[rows], upstream[rows])
+        dlogits[rows] = head.gradient_(logp, logits[rows], lse, target[rows], upstream[rows])
     return dlogits
 
 

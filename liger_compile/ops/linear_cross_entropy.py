@@ -80,26 +80,23 @@ def losses_and_gradients(
     dweight_sum = torch.zeros_like(dweight, dtype=sum_dtype)
     dbias_sum = torch.zeros_like(dbias, dtype=wide)
     for chunk in chunks:
-        x_chunk, target_chunk = x[chunk], target[chunk]
-        logits = F.linear(x_chunk, weight, bias)
+        logits = F.linear(x[chunk], weight, bias)
         for block in row_blocks(*logits.shape):
+            rows = slice(chunk.start + block.start, chunk.start + block.stop)
             z = head.scores(logits[block])
             logp = torch.log_softmax(z, -1)
-            row_max, log_sum = head.statistics(z, logp)
-            losses[chunk][block] = head.losses(logp, row_max + log_sum, target_chunk[block])
+            lse = sum(head.statistics(z, logp))
+            losses[rows] = head.losses(logp, lse, target[rows])
             if any(needs):
-                dlogits = head.gradient_(
-                    logp, z, row_max + log_sum, target_chunk[block], upstream[chunk][block]
-                )
+                dlogits = head.gradient_(logp, logits[block], lse, target[rows], upstream[rows])
                 logits[block] = dlogits
-                if needs_dbias:
-                    dbias_sum.add_(dlogits.sum(0), alpha=scale)
-        dlogits = logits  # its blocks have been overwritten, all of them
-        if needs_dx:
-            torch.addmm(dx[chunk], dlogits, weight, beta=0, alpha=scale, out=dx[chunk])
+            if needs_dbias:
+                dbias_sum.add_(dlogits.sum(0), alpha=scale)
+        if needs_dx:  # block by block, logits have become their gradient
+            torch.addmm(dx[chunk], logits, weight, beta=0, alpha=scale, out=dx[chunk])
         if needs_dweight:
-            _add_product(dweight_sum, dlogits.t(), x_chunk, scale)
-        del logits, dlogits  # before the next chunk's
+            _add_product(dweight_sum, logits.t(), x[chunk], scale)
+        del logits  # before the next chunk's
     return losses, dx, dweight_sum.to(weight.dtype), dbias_sum.to(weight.dtype)
 
 

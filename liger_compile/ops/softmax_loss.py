@@ -41,6 +41,13 @@ class SoftmaxLoss:
             z = torch.tanh(z / self.softcap) * self.softcap
         return z
 
+    def slope(self, logits: Tensor) -> Tensor | float:
+        """dz / dlogits. From a tanh of its own: z / softcap has lost what is left of 1 - tanh^2 near the bound."""
+        if self.softcap is None:
+            return self.logit_scale
+        scaled = logits.to(accumulation_dtype(logits.dtype)) * self.logit_scale
+        return (1 - torch.tanh(scaled / self.softcap).square()) * self.logit_scale
+
     def check(self, target: Tensor, classes: int) -> None:
         """Raises what F.cross_entropy raises for a target that is no class. Other devices assert on the device."""
         if target.device.type != "cpu":
@@ -81,9 +88,9 @@ class SoftmaxLoss:
         return loss.masked_fill(~self.counted(target), 0)
 
     def gradient_(
-        self, logp: Tensor, z: Tensor | None, lse: Tensor, target: Tensor, upstream: Tensor
+        self, logp: Tensor, logits: Tensor, lse: Tensor, target: Tensor, upstream: Tensor
     ) -> Tensor:
-        """The gradient of (losses * upstream).sum() to the logits. Overwrites logp; needs z only for a softcap."""
+        """The gradient of (losses * upstream).sum() to the logits. Overwrites logp."""
         classes = logp.shape[-1]
         upstream = upstream.masked_fill(~self.counted(target), 0)
         weight = self.token_weight(target, logp.dtype) * upstream
@@ -101,12 +108,8 @@ class SoftmaxLoss:
         elif self.label_smoothing and self.class_weight is not None:
             grad.addcmul_(spread.unsqueeze(-1), self.class_weight.to(logp.dtype), value=-1)
         grad.scatter_add_(-1, self.index(target), -onehot.unsqueeze(-1))
-        if self.softcap is not None:
-            assert z is not None
-            grad.mul_(1 - (z / self.softcap).square())
-        if self.logit_scale != 1.0:
-            grad.mul_(self.logit_scale)
-        return grad
+        slope = self.slope(logits)
+        return grad if isinstance(slope, float) and slope == 1.0 else grad.mul_(slope)
 
 
 def reduce(losses: Tensor, weight: Tensor, reduction: str) -> Tensor:

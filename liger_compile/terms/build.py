@@ -85,9 +85,13 @@ def _step(term: Term) -> Step | None:
     if term.op == "mul" and len(term.args) == 1 and term.consts[1] == 1 and term.args[0].shape == term.shape:
         value = term.consts[0].value
         return lambda tensor: tensor * value
-    if term.op == "slice" and all(isinstance(bound, int) for bound in term.consts):
+    if term.op == "slice":
         dim, start, stop, step = term.consts
-        index = (Ellipsis, slice(start, stop, step), *[slice(None)] * (-1 - dim))
+        before_end = stop - term.args[0].shape[dim]  # a plain number also where the size is symbolic
+        if not isinstance(start, int) or not (isinstance(stop, int) or before_end.is_Integer):
+            return None
+        bound = stop if isinstance(stop, int) else int(before_end) or None
+        index = (Ellipsis, slice(start, bound, step), *[slice(None)] * (-1 - dim))
         return lambda tensor: tensor[index]
     if term.op == "view" and sum(not isinstance(size, int) for size in term.shape) <= 1:
         shape = tuple(size if isinstance(size, int) else -1 for size in term.shape)

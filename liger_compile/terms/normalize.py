@@ -93,7 +93,7 @@ def mul(
                 powers[inner] = powers.get(inner, 0) + exponent * power
         else:
             powers[term] = powers.get(term, 0) + power
-    powers = _strip_broadcasts(powers, shape)
+    powers = _strip_broadcasts(space, powers, shape)
     changed = True
     while changed:
         changed = False
@@ -144,30 +144,31 @@ def add(
         return space.number(constant)
     if constant == ZERO and len(addends) == 1 and addends[0].shape == shape:
         return addends[0]
-    addends = list(_strip_broadcasts(dict.fromkeys(addends, 1), shape)) if len(set(addends)) > 1 else addends
+    addends = (
+        list(_strip_broadcasts(space, dict.fromkeys(addends, 1), shape)) if len(set(addends)) > 1 else addends
+    )
     return apply(space, "add", tuple(sorted(addends, key=lambda t: t.serial)), (constant,), dtype, shape)
 
 
-def _strip_broadcasts(powers: Mapping[Term, float], shape: tuple[Size, ...]) -> dict[Term, float]:
+def _strip_broadcasts(
+    space: Space, powers: Mapping[Term, float], shape: tuple[Size, ...]
+) -> dict[Term, float]:
     """Operands without the expand and the leading ones that broadcasting supplies anyway."""
     stripped: dict[Term, float] = {}
     for term, power in powers.items():
-        term = _unbroadcast(term)
+        term = _unbroadcast(space, term)
         stripped[term] = stripped.get(term, 0) + power
     if broadcast(term.shape for term in stripped) == shape:
         return stripped
     return dict(powers)
 
 
-def _unbroadcast(term: Term) -> Term:
-    while True:
-        if term.op == "expand" or (
-            term.op == "view"
-            and term.shape == (1,) * (len(term.shape) - len(term.args[0].shape)) + (term.args[0].shape)
-        ):
-            term = term.args[0]
-        else:
-            return term
+def _unbroadcast(space: Space, term: Term) -> Term:
+    if term.op == "cast":
+        return cast(space, _unbroadcast(space, term.args[0]), term.dtype)
+    inner = term.args[0] if term.args else term
+    adds_ones = term.op == "view" and term.shape == (1,) * (len(term.shape) - len(inner.shape)) + inner.shape
+    return _unbroadcast(space, inner) if term.op == "expand" or adds_ones else term
 
 
 # Layout: what only moves elements

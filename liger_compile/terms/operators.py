@@ -260,7 +260,7 @@ def _cross_entropy(
 ):
     if size_average is not None or reduce is not None or target.dtype.is_floating_point:
         return None
-    logits = _classes_last(call, input)
+    logits = normalize.cast(call.space, _classes_last(call, input), call.dtype)  # autocast upcasts losses
     consts = (const_of(ignore_index), const_of(reduction), const_of(label_smoothing))
     weight = weight if isinstance(weight, Term) else call.space.none
     return normalize.apply(
@@ -273,7 +273,7 @@ def _nll_loss(
 ):
     if size_average is not None or reduce is not None:
         return None
-    scores = _classes_last(call, input)
+    scores = normalize.cast(call.space, _classes_last(call, input), call.dtype)
     weight = weight if isinstance(weight, Term) else call.space.none
     args, consts = (scores, target, weight), (const_of(ignore_index), const_of(reduction))
     return normalize.apply(call.space, "nll_loss", args, consts, call.dtype, call.shape)

@@ -127,6 +127,7 @@ class Space:
         self._table: dict[tuple, Term] = {}
         self._make_bare = make_bare
         self.same_bare: dict[Term, list[Term]] = {}  # bare -> the terms that round it in different ways
+        self.parts: dict[Term, list[Term]] = {}  # term -> its views and slices
         self.none = self.intern("none", (), (), None, ())
 
     def intern(
@@ -147,6 +148,8 @@ class Space:
             self._table[key] = term
             term.bare = term if dtype is None else self._make_bare(self, term)
             self.same_bare.setdefault(term.bare, []).append(term)
+            if op in ("view", "slice"):
+                self.parts.setdefault(args[0], []).append(term)
         return term
 
     def number(self, scalar: Scalar) -> Term:

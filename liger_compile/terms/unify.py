@@ -20,6 +20,7 @@ Bindings = Mapping[str, Any]  # capture -> Term, number or string
 Goal = tuple[Term, Term]  # what the pattern has, what the graph has
 Operand = tuple[Term, float]  # a factor and its power; an addend and 1
 
+PARTS = 16  # how many views or slices of one tensor are tried for a capture
 STEPS = 4000  # one attempt takes a few dozen; more means that it is lost among symmetric operands
 
 
@@ -57,6 +58,8 @@ class Unifier:
         (want, have), rest = goals[0], goals[1:]
         if want.op == "var":
             yield from self._bind(want, have, rest, env, done)
+        elif want.op in ("view", "slice") and want.args[0].op == "var" and have.op == want.op:
+            yield from self._part(want, have, rest, env, done)
         elif want.op in ("mul", "add"):
             yield from self._multiset(want, have, rest, env, done)
         elif want.op == "number":
@@ -83,6 +86,30 @@ class Unifier:
         elif bound is None and self.can_bind(want, have):
             yield from self._solve(rest, {**env, name: have}, done)
         else:
+            self._fail(want, have, done)
+
+    def _part(
+        self, want: Term, have: Term, rest: list[Goal], env: Bindings, done: float
+    ) -> Iterator[Bindings]:
+        """A view of a capture: views of views and slices of slices are one term, so the capture may be what the
+        graph's term is made of, or another part of that.
+        """
+        (var,), (base,) = want.args, have.args
+        bound = env.get(var.consts[0])
+        parts = [part for part in self.space.parts.get(base, ()) if part.op == want.op][:PARTS]
+        found = False
+        for whole in (base, *parts) if bound is None else (bound,):
+            if bound is None and not self.can_bind(var, whole):
+                continue
+            if self.is_exact:
+                is_part = normalize.LAYOUT[want.op](self.space, whole, *want.consts) is have
+            else:  # bounds and sizes are the exact pass's business, the dimension of a slice is not
+                is_part = want.op == "view" or want.consts[0] == have.consts[0]
+                is_part = is_part and (whole is base or whole in parts)
+            if is_part:
+                found = True
+                yield from self._solve(rest, {**env, var.consts[0]: whole}, done + self.weight(want.op))
+        if not found:
             self._fail(want, have, done)
 
     def _same_head(self, want: Term, have: Term, env: Bindings) -> Bindings | None:
@@ -126,8 +153,8 @@ class Unifier:
             expected = normalize.ONE if is_product else normalize.ZERO
         inner = [operand for operand in wanted if operand[0].op != "var"]
         captures = [operand for operand in wanted if operand[0].op == "var"]
-        found = done + self.weight(want.op)
-        for goals, left in self._assigned(want, have, inner, operands, done):
+        found = done + self.weight(want.op) * (have.op == want.op)
+        for goals, left in self._assigned(want, have, inner, operands, found):
             # What the inner operands bind decides which captures are known when their turn comes.
             for extended in self._solve(goals, env, found):
                 more = None
@@ -213,7 +240,7 @@ class Unifier:
                 for goals, still_left in self._assigned(want, have, others, left, done):
                     yield [(term, operand), *goals], still_left
         if not found:
-            self._fail(term, operands[0][0] if len(operands) == 1 else have, done + self.weight(want.op))
+            self._fail(term, operands[0][0] if len(operands) == 1 else have, done)
 
     def _captured(
         self,

@@ -72,18 +72,18 @@ def titan_positions_loss(model: nn.Module, ids: Tensor, labels: Tensor) -> Tenso
 
 def _hf(name: str, config: str, counts: Mapping[str, int], **overrides: Any) -> Family:
     def make(**more: Any) -> nn.Module:
-        sizes = dict(
-            vocab_size=VOCAB,
-            hidden_size=WIDTH,
-            intermediate_size=INNER,
-            num_hidden_layers=LAYERS,
-            num_attention_heads=HEADS,
-            num_key_value_heads=KV_HEADS,
-            max_position_embeddings=64,
-            bos_token_id=1,
-            eos_token_id=2,
-            pad_token_id=0,
-        )
+        sizes = {
+            "vocab_size": VOCAB,
+            "hidden_size": WIDTH,
+            "intermediate_size": INNER,
+            "num_hidden_layers": LAYERS,
+            "num_attention_heads": HEADS,
+            "num_key_value_heads": KV_HEADS,
+            "max_position_embeddings": 64,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "pad_token_id": 0,
+        }
         made = getattr(transformers, config)(**{**sizes, **overrides, **more})
         return transformers.AutoModelForCausalLM.from_config(made)
 
@@ -91,13 +91,20 @@ def _hf(name: str, config: str, counts: Mapping[str, int], **overrides: Any) -> 
 
 
 def _t5(**more: Any) -> nn.Module:
-    sizes = dict(vocab_size=VOCAB, d_model=WIDTH, d_kv=16, d_ff=INNER, num_layers=LAYERS, num_heads=HEADS)
-    rest = dict(feed_forward_proj="gated-gelu", dropout_rate=0.0, decoder_start_token_id=0)
+    sizes = {
+        "vocab_size": VOCAB,
+        "d_model": WIDTH,
+        "d_kv": 16,
+        "d_ff": INNER,
+        "num_layers": LAYERS,
+        "num_heads": HEADS,
+    }
+    rest = {"feed_forward_proj": "gated-gelu", "dropout_rate": 0.0, "decoder_start_token_id": 0}
     return transformers.T5ForConditionalGeneration(transformers.T5Config(**{**sizes, **rest, **more}))
 
 
-_SIZES = dict(vocab=VOCAB, width=WIDTH, layers=LAYERS, heads=HEADS)
-_GQA = dict(inner=INNER, kv_heads=KV_HEADS)
+_SIZES = {"vocab": VOCAB, "width": WIDTH, "layers": LAYERS, "heads": HEADS}
+_GQA = {"inner": INNER, "kv_heads": KV_HEADS}
 
 # A layer has two norms, there is one at the end, and the first of all has no residual add before it.
 _PRE_NORM = {"add_rms_norm": 4, "rms_norm": 1}

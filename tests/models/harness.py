@@ -80,7 +80,9 @@ def assert_within(got: Step, expected: Step, bound: float) -> None:
 def replaced(counts: Mapping[str, int]) -> dict[str, int]:
     """How many sites were replaced since the reports were cleared, under the keys of `counts` where they fit."""
     names = [site.pattern for r in liger_compile.reports() for site in r.sites if site.kind == "replace"]
-    keys = (name if name in counts else op if (op := name.partition(".")[0]) in counts else name for name in names)
+    keys = (
+        name if name in counts else op if (op := name.partition(".")[0]) in counts else name for name in names
+    )
     return dict(Counter(keys))
 
 

@@ -83,7 +83,9 @@ def norms() -> Iterator[Case]:
     yield Case(
         "add_rms_norm.llama", lambda x, r, w: L.add_rms_norm(x, r, w, EPS), add_then(llama), x_residual_weight
     )
-    yield Case("add_rms_norm.no_weight", lambda x, r: L.add_rms_norm(x, r, None, EPS), add_then(llama), x_residual)
+    yield Case(
+        "add_rms_norm.no_weight", lambda x, r: L.add_rms_norm(x, r, None, EPS), add_then(llama), x_residual
+    )
     yield Case(
         "add_rms_norm.gemma",
         lambda x, r, w: L.add_rms_norm(x, r, w, EPS, **gemma_mode),
@@ -227,7 +229,9 @@ def eager_loss(logits: Tensor, target: Tensor, weight: Tensor | None = None, **a
     loss = F.cross_entropy(rows, flat, weight, **arguments)
     reduction = arguments.get("reduction", "mean")
     if z_loss:
-        counts = torch.ones_like(rows[:, 0]) if weight is None else weight[flat.masked_fill(flat == ignore, 0)]
+        counts = (
+            torch.ones_like(rows[:, 0]) if weight is None else weight[flat.masked_fill(flat == ignore, 0)]
+        )
         counts = counts.masked_fill(flat == ignore, 0)
         extra = z_loss * torch.logsumexp(rows, -1).square() * counts
         extra = extra if reduction == "none" else extra.sum()

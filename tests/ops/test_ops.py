@@ -27,11 +27,13 @@ def assert_no_worse_than_eager(case, inputs):
     with precision.in_double():
         exact = case.eager(*doubles)
     ours, eager = case.ours(*inputs), case.eager(*inputs)
-    precision.assert_no_worse(ours, eager, exact)
-    grads = [
-        precision.gradients(out, leaves(of)) for out, of in ((ours, inputs), (eager, inputs), (exact, doubles))
-    ]
-    precision.assert_no_worse(*grads)
+    # Together, for a loss in float32 that comes of logits in half precision has the error of those.
+    precision.assert_no_worse(
+        *(
+            (out, precision.gradients(out, leaves(of)))
+            for out, of in ((ours, inputs), (eager, inputs), (exact, doubles))
+        )
+    )
 
 
 @by_name
@@ -56,7 +58,9 @@ def test_one_row_and_none(case, batch, tokens):
 def scattered(tensor):
     """The same numbers with gaps between them, in memory of the opposite order of dimensions."""
     order = list(reversed(range(tensor.dim())))
-    spread = torch.empty([2 * size for size in tensor.permute(order).shape], dtype=tensor.dtype).permute(order)
+    spread = torch.empty([2 * size for size in tensor.permute(order).shape], dtype=tensor.dtype).permute(
+        order
+    )
     spread = spread[tuple(slice(None, None, 2) for _ in order)]
     return spread.copy_(tensor.detach()).requires_grad_(tensor.requires_grad)
 
@@ -72,7 +76,9 @@ def test_inputs_of_any_strides(case):
 def test_incoming_gradients_of_stride_zero_and_absent_ones(case):
     for only in range(len(outputs_of(case.ours(*case.made(torch.float32))))):
         inputs = case.made(torch.float32)
-        found = torch.autograd.grad(outputs_of(case.ours(*inputs))[only].sum(), leaves(inputs), allow_unused=True)
+        found = torch.autograd.grad(
+            outputs_of(case.ours(*inputs))[only].sum(), leaves(inputs), allow_unused=True
+        )
         expected = torch.autograd.grad(
             outputs_of(case.eager(*inputs))[only].sum(), leaves(inputs), allow_unused=True
         )
@@ -161,7 +167,9 @@ class Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.namespace == "liger_compile":
             self.calls[func] = tree_map(
-                lambda t: t.detach().clone().requires_grad_(t.requires_grad) if isinstance(t, torch.Tensor) else t,
+                lambda t: (
+                    t.detach().clone().requires_grad_(t.requires_grad) if isinstance(t, torch.Tensor) else t
+                ),
                 args,
             )
         return func(*args, **(kwargs or {}))
@@ -185,7 +193,9 @@ def everything(x, weight, residual, q, k, cos, sin, gate, up, down, head, target
     y = L.rms_norm(y, weight, 1e-5, offset=1.0, casting="gemma")
     q, k = L.rotary(q, k, cos, sin)
     h = L.swiglu(gate, up, down).square().sum() + L.geglu(gate, up).square().sum()
-    loss = L.linear_cross_entropy(y, head, target) + L.cross_entropy(s @ head.t(), target, label_smoothing=0.1)
+    loss = L.linear_cross_entropy(y, head, target) + L.cross_entropy(
+        s @ head.t(), target, label_smoothing=0.1
+    )
     tokens = L.linear_cross_entropy(s, head, target.flatten(), reduction="none")
     return loss + tokens.mean(), q.sum() + k.square().sum() + h
 
@@ -220,13 +230,21 @@ def test_compiled_in_one_graph_for_any_size(backend):
         inputs = everything_inputs(tokens)
         result, expected = compiled(*inputs), everything(*inputs)
         torch.testing.assert_close(result, expected)
-        found = torch.autograd.grad(sum(result), leaves(inputs), retain_graph=True)
-        again = torch.autograd.grad(sum(result), leaves(inputs))
-        torch.testing.assert_close(found, torch.autograd.grad(sum(expected), leaves(inputs)))
-        assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
-        with torch.no_grad():
-            torch.testing.assert_close(everything(*inputs), expected)
+        grads = [torch.autograd.grad(sum(out), leaves(inputs)) for out in (result, expected)]
+        torch.testing.assert_close(*grads)
     assert len(graphs) == 1
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(*inputs), expected)
+
+
+def test_compiled_backward_of_a_retained_graph():
+    """AOTAutograd allows it where it donates no buffers; it is no different for code without our ops."""
+    torch._dynamo.reset()
+    with torch._functorch.config.patch(donated_buffer=False):
+        inputs = everything_inputs(5)
+        root = sum(torch.compile(everything, backend="aot_eager")(*inputs))
+        first, second = (torch.autograd.grad(root, leaves(inputs), retain_graph=True) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 class Norm(torch.nn.Module):
@@ -269,9 +287,7 @@ def test_only_inputs_and_statistics_are_saved(case):
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         outputs = outputs_of(case.ours(*inputs))
-    names = [name for name in SAVED[case.name]]
-    assert len(saved) == len(names)
-    for name, tensor in zip(names, saved, strict=True):
+    for name, tensor in zip(SAVED[case.name], saved, strict=True):
         if name in ("rstd", "row_max", "log_sum"):
             assert tensor.dtype == torch.float32 and tensor.numel() == 15
         elif name == "s":
