@@ -187,9 +187,11 @@ class _Attempt:
 
     def match(self) -> Match | None:
         tried: set[tuple] = set()
-        for _, env in self._outputs(self._bare, [output.bare for output in self.skeleton.outputs]):
+        of = self.index.terms.of
+        for nodes, env in self._outputs(self._bare, [output.bare for output in self.skeleton.outputs]):
+            places = [of[node].bare for node in nodes]
             for tensors in self._assignments(env):
-                key = tuple(tensors.items())
+                key = (*places, *tensors.items())
                 if key in tried:
                     continue
                 tried.add(key)
@@ -197,16 +199,19 @@ class _Attempt:
                     wanted = self._exact_terms(tensors)
                 except (RuntimeError, ValueError, TypeError, IndexError):
                     continue  # search does not take tensors of these shapes
-                exact = next(self._outputs(self._exact, wanted), None)
+                exact = next(self._outputs(self._exact, wanted, places), None)
                 if exact is not None:
                     self.size = sum(len(output.operations()) for output in wanted)
                     return self._made(*exact)
         return None
 
     def _outputs(
-        self, unifier: Unifier, outputs: Sequence[Term]
+        self, unifier: Unifier, outputs: Sequence[Term], places: Sequence[Term] | None = None
     ) -> Iterator[tuple[tuple[Node, ...], Bindings]]:
-        """Every way to bind the outputs, one after another, beginning with the root."""
+        """Every way to bind the outputs, one after another, beginning with the root.
+
+        `places` are the bare terms of the outputs where a skeleton match has found them.
+        """
 
         def extend(nodes: tuple[Node, ...], env: Bindings) -> Iterator[tuple[tuple[Node, ...], Bindings]]:
             if len(nodes) == len(outputs):
@@ -214,8 +219,8 @@ class _Attempt:
                 return
             wanted = outputs[len(nodes)]
             for node in self.index.nearby(wanted.bare.op, self.root) if nodes else (self.root,):
-                if node not in nodes:
-                    term = self.index.terms.of[node]
+                term = self.index.terms.of[node]
+                if node not in nodes and (places is None or term.bare is places[len(nodes)]):
                     have = term if unifier.is_exact else term.bare
                     for extended in unifier.unify(wanted, have, env):
                         yield from extend((*nodes, node), extended)

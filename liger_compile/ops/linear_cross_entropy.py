@@ -8,14 +8,14 @@
 
 Tokens go through in chunks: logits of a chunk, their loss, the gradient of that in place, and two products with it,
 the chunk's rows of dx and its share of dweight. No more than a chunk of logits ever exists. For "mean" and "sum" the
-gradients are therefore made in forward, for an incoming gradient of 1, and saved; backward only scales them. For
+gradients are therefore made in forward, as for an incoming gradient of 1, and saved; backward only scales them. For
 "none" every token has an incoming gradient of its own, so backward computes the logits again.
 
 Dtypes: x, weight and bias in one dtype; the loss and everything between logits and their gradient in float32 (float64
-for float64). dweight is summed in the dtype of weight, in float32 if that is a half precision and there are more than
-ACCUMULATE_WIDE_ABOVE chunks. On a CPU 1 / sum(w[t]) of a "mean" goes into the products as their alpha: the gradient
-of the logits is rounded as p - onehot, in which the 1 is exact and nothing underflows, and scaled before the result
-is rounded. Other devices scale it before, as eager code does, rather than wait for the number.
+for float64). dweight is summed over chunks in the dtype of weight; in float32 if that is a half precision and there
+are more than ACCUMULATE_WIDE_ABOVE chunks. On a CPU 1 / sum(w[t]) of a "mean" goes into the products as their alpha:
+the gradient of the logits is rounded as p - onehot, in which the 1 is exact, and divided before the result is
+rounded. Other devices divide it before, as eager code does, rather than wait for the number.
 
 Source: Hsu et al., Liger Kernel, 2024 (arXiv 2410.10989), for gradients in forward. The algorithm is our own.
 """
@@ -41,12 +41,15 @@ ACCUMULATE_WIDE_ABOVE = 4
 
 def _chunk_rows(x: Tensor, weight: Tensor, needs_dweight: bool) -> int:
     rows = max(CHUNK_BYTES // (x.element_size() * weight.shape[0]), LEAST_ROWS)
+    # Chunks so long that dweight needs no float32 sum, where they are smaller than that sum would be.
     few = -(-x.shape[0] // ACCUMULATE_WIDE_ABOVE)
-    if needs_dweight and x.element_size() == 2 and few <= 2 * x.shape[1]:
-        return max(
-            rows, few
-        )  # no float32 sum of dweight is needed then, and it would be larger than this chunk
-    return rows
+    return max(rows, few) if needs_dweight and x.element_size() == 2 and few <= 2 * x.shape[1] else rows
+
+
+def _made_for(dtype: torch.dtype, reduction: str) -> float:
+    """The incoming gradient that forward makes gradients for. 1 / count takes them below the normal numbers of
+    float16, from where no GradScaler, which multiplies the incoming gradient, would bring them back."""
+    return 256.0 if dtype == torch.float16 and reduction == "mean" else 1.0
 
 
 def _empty_gradients(
@@ -85,7 +88,8 @@ def losses_and_gradients(
             rows = slice(chunk.start + block.start, chunk.start + block.stop)
             z = head.scores(logits[block])
             logp = torch.log_softmax(z, -1)
-            lse = sum(head.statistics(z, logp))
+            row_max, log_sum = head.statistics(z, logp)
+            lse = row_max + log_sum
             losses[rows] = head.losses(logp, lse, target[rows])
             if any(needs):
                 dlogits = head.gradient_(logp, logits[block], lse, target[rows], upstream[rows])
@@ -129,11 +133,11 @@ def linear_cross_entropy(
     head = SoftmaxLoss(class_weight, ignore_index, label_smoothing, logit_scale, softcap, z_loss)
     head.check(target, weight.shape[0])
     token_weight = head.token_weight(target, accumulation_dtype(x.dtype))
-    upstream, scale = torch.ones_like(token_weight), 1.0
+    upstream, scale = torch.ones_like(token_weight), _made_for(x.dtype, reduction)
     if reduction == "mean" and x.device.type == "cpu":
         total = token_weight.sum().item()
         # Nothing to divide by: F.cross_entropy has gradients of 0 if all tokens are ignored, else NaN.
-        scale = 1 / total if total else float("nan") if head.counted(target).any() else 0.0
+        scale *= 1 / total if total else float("nan") if head.counted(target).any() else 0.0
     elif reduction == "mean":
         upstream = upstream / token_weight.sum()
     losses, dx, dweight, dbias = losses_and_gradients(
@@ -193,6 +197,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.mark_non_differentiable(*gradients)
     ctx.reduction = reduction
     ctx.terms, ctx.made = (ignore_index, *terms[:-3]), terms[-3:]
+    ctx.made_for = _made_for(x.dtype, reduction)
     if reduction == "none":
         ctx.save_for_backward(x, weight, target, bias, class_weight)
     else:
@@ -209,7 +214,7 @@ def _backward(ctx: Any, dloss: Tensor | None, *_: None) -> tuple[Tensor | None, 
             dloss, *ctx.saved_tensors, *ctx.terms, *needs
         )
     else:
-        gradients = _scaled(dloss, ctx.saved_tensors, ctx.made, needs)
+        gradients = _scaled(dloss / ctx.made_for, ctx.saved_tensors, ctx.made, needs)
     dx, dweight, dbias = (grad if needed else None for grad, needed in zip(gradients, needs, strict=True))
     return dx, dweight, None, dbias, *(None,) * 10
 

@@ -146,6 +146,11 @@ def _unary(op: str):
     return make
 
 
+def _reinterpreted(op: str):
+    """The same numbers seen as others: nothing is cast."""
+    return lambda call, input: normalize.apply(call.space, op, (input,), (), call.dtype, call.shape)
+
+
 def _gelu(call, input, approximate="none"):
     term = normalize.cast(call.space, term_of(call, input), call.dtype)
     return normalize.apply(call.space, "gelu", (term,), (const_of(approximate),), call.dtype, call.shape)
@@ -298,5 +303,5 @@ TABLE: Mapping[str, Callable[..., Any]] = {
     "rms_norm": _rms_norm, "linear": _linear, "addmm": _addmm, "matmul": _matmul,
     "cross_entropy": _cross_entropy, "nll_loss": _nll_loss,
     **LAYOUT_TABLE,
-    "view_as_complex": _unary("view_as_complex"), "view_as_real": _unary("view_as_real"),
+    "view_as_complex": _reinterpreted("view_as_complex"), "view_as_real": _reinterpreted("view_as_real"),
 }  # fmt: skip

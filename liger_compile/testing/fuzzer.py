@@ -25,7 +25,9 @@ from liger_compile.testing.mutations import MUTATIONS, WRITES, Call, NotApplicab
 from liger_compile.testing.spellings import neutral_to, spellings_of
 
 DTYPES = (torch.float32, torch.bfloat16)
-MUTANT_FACTOR = 16  # of eager's error: a mutant may be ill-conditioned, and another meaning is no matter of rounding
+MUTANT_FACTOR = (
+    16  # of eager's error: a mutant may be ill-conditioned, and another meaning is no matter of rounding
+)
 ROUNDS = 3  # how often an identity may be applied to the result of another
 Values = Mapping[str, Sequence[Any]]
 
@@ -80,7 +82,11 @@ def assert_mutant_is_safe(
         try:
             outcome(rewriting.gm, inputs)
         except RuntimeError as error:
-            if "modified by an inplace" in str(error) or "leaf Variable" in str(error) or "modified inplace" in str(error):
+            if (
+                "modified by an inplace" in str(error)
+                or "leaf Variable" in str(error)
+                or "modified inplace" in str(error)
+            ):
                 return False  # backward reads what is written over; AOTAutograd makes graphs functional before that
             raise
         _assert_right(mutant, rewriting, inputs, factor=MUTANT_FACTOR)
@@ -118,7 +124,10 @@ def sample(
     absent = {name for name in _optional(pattern) if name not in values and random.randrange(2)}
     key = (pattern, dtype, *chosen.values(), *sorted(absent), *sorted(frozen), id(values) if values else 0)
     if key not in _samples:
-        examples = {name: values[name][at] if name in values else pattern.examples[name] for name, at in chosen.items()}
+        examples = {
+            name: values[name][at] if name in values else pattern.examples[name]
+            for name, at in chosen.items()
+        }
         ints = [example for example in examples.values() if isinstance(example, int)]
         classes = min([e.shape[-1] for e in examples.values() if _is_floating(e)], default=2)
         generator = torch.Generator().manual_seed(0)
@@ -135,7 +144,9 @@ def sample(
     return _samples[key]
 
 
-def _drawn(example: Any, dtype: torch.dtype, classes: int, ints: Sequence[int], generator: torch.Generator) -> Any:
+def _drawn(
+    example: Any, dtype: torch.dtype, classes: int, ints: Sequence[int], generator: torch.Generator
+) -> Any:
     """Random numbers, or indices, of the shape of `example`. A number that is captured may stand for an index."""
     if not isinstance(example, Tensor):
         return example
@@ -179,7 +190,10 @@ def _spelled(random: Random, recorder: Recorder, node: Node, args: tuple, kwargs
     chosen = random.choice(choices)
     try:
         result = chosen.spelled(*args, **kwargs) if chosen else again(recorder, node, args, kwargs)
-    except (RuntimeError, TypeError):  # view() of a tensor that has to be copied, a module that takes no Value
+    except (
+        RuntimeError,
+        TypeError,
+    ):  # view() of a tensor that has to be copied, a module that takes no Value
         result = again(recorder, node, args, kwargs)
     if isinstance(result, Value) and isinstance(result.fake, Tensor) and random.randrange(10) == 9:
         result = random.choice([lambda x: x, *(one.spelled for one in neutral_to(result))])(result)
@@ -202,7 +216,17 @@ def mutated(
     disabled, log.disabled = log.disabled, True
     try:
         return replay(gm, visit), inputs
-    except (NotApplicable, AssertionError, RuntimeError, TypeError, ValueError, IndexError, KeyError, AttributeError, ZeroDivisionError):
+    except (
+        NotApplicable,
+        AssertionError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+        IndexError,
+        KeyError,
+        AttributeError,
+        ZeroDivisionError,
+    ):
         return None, inputs
     finally:
         log.disabled = disabled
@@ -210,7 +234,11 @@ def mutated(
 
 def written(call: Call, random: Random) -> Any:
     """Writes into a tensor of the graph before or after the call."""
-    values = [Value(node, call.recorder) for node in call.recorder.graph.nodes if _is_floating(node.meta["example_value"])]
+    values = [
+        Value(node, call.recorder)
+        for node in call.recorder.graph.nodes
+        if _is_floating(node.meta["example_value"])
+    ]
     write = random.choice(WRITES)
     if random.randrange(2):
         result = call()
@@ -239,7 +267,9 @@ AROUND = (*[written] * 12, *[without_grad] * 4)
 # Numbers
 
 
-def outcome(gm: GraphModule, inputs: tuple[Any, ...], *, double: bool = False, with_gradients: bool = True) -> Any:
+def outcome(
+    gm: GraphModule, inputs: tuple[Any, ...], *, double: bool = False, with_gradients: bool = True
+) -> Any:
     """What `gm` returns, the gradients of its inputs, and what it has written into them."""
     inputs = precision.copied(inputs, double=double)
     leaves = [one for one in inputs if isinstance(one, Tensor) and one.requires_grad]
@@ -274,7 +304,9 @@ def _detached(values: Any) -> list[Any]:
 
 def _assert_same_meaning(spelled: GraphModule, gm: GraphModule, inputs: tuple[Any, ...]) -> None:
     """That the identities hold, as far as numbers written with ten digits can."""
-    for one, other in zip(*(tree_leaves(outcome(each, inputs, double=True)) for each in (spelled, gm)), strict=True):
+    for one, other in zip(
+        *(tree_leaves(outcome(each, inputs, double=True)) for each in (spelled, gm)), strict=True
+    ):
         if isinstance(one, Tensor):
             torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6, equal_nan=True)
 

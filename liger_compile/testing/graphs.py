@@ -191,7 +191,11 @@ def replay(gm: GraphModule, visit: Visit, inputs: Mapping[str, Any] | None = Non
             args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
             if node.op == "placeholder":
                 given = (inputs or {}).get(node.name, node.meta["example_value"])
-                other = {n.name: value for n, value in values.items()}.get(given) if isinstance(given, str) else None
+                other = (
+                    {n.name: value for n, value in values.items()}.get(given)
+                    if isinstance(given, str)
+                    else None
+                )
                 values[node] = other if other is not None else recorder.placeholder(str(node.target), given)
             elif node.op == "output":
                 outputs = args[0]

@@ -61,7 +61,11 @@ def on_argument(change: Callable[[Any], Any]) -> Mutation:
     """Does something to one tensor argument."""
 
     def mutation(call: Call, random: Random) -> Any:
-        at = [i for i, arg in enumerate(call.args) if isinstance(arg, Value) and isinstance(arg.fake, torch.Tensor)]
+        at = [
+            i
+            for i, arg in enumerate(call.args)
+            if isinstance(arg, Value) and isinstance(arg.fake, torch.Tensor)
+        ]
         chosen = random.choice(at or [None])
         if chosen is None:
             raise NotApplicable
@@ -101,7 +105,9 @@ def swapped(call: Call, random: Random) -> Any:
 def other_number(call: Call, random: Random) -> Any:
     """One number in its arguments by another."""
     at = [i for i, arg in enumerate(call.args) if isinstance(arg, (int, float)) and not isinstance(arg, bool)]
-    named = [key for key, arg in call.kwargs.items() if isinstance(arg, (int, float)) and not isinstance(arg, bool)]
+    named = [
+        key for key, arg in call.kwargs.items() if isinstance(arg, (int, float)) and not isinstance(arg, bool)
+    ]
     chosen = random.choice([*at, *named] or [None])
     if chosen is None:
         raise NotApplicable
@@ -171,7 +177,9 @@ def other_slice(call: Call, random: Random) -> Any:
     size = x.shape[-1]
     start, stop, step = last.indices(size)
     shift = random.choice((size // 2 if step == 1 else 1, 1))
-    moved = slice((start + shift) % size, None if (start + shift) % size + stop - start >= size else stop + shift, step)
+    moved = slice(
+        (start + shift) % size, None if (start + shift) % size + stop - start >= size else stop + shift, step
+    )
     return x[(*first, moved)]
 
 

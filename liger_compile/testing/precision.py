@@ -48,7 +48,9 @@ def assert_no_worse(actual: Any, eager: Any, exact: Any, *, factor: float = 2.0)
             assert got is wanted or got == wanted, f"{name}: expected {wanted!r}, got {got!r}"
 
 
-def _assert_tensor(name: str, actual: Tensor | None, eager: Tensor, exact: Tensor, factor: float, coarsest: float) -> None:
+def _assert_tensor(
+    name: str, actual: Tensor | None, eager: Tensor, exact: Tensor, factor: float, coarsest: float
+) -> None:
     assert isinstance(actual, Tensor), f"{name}: expected a tensor like eager's, got {actual!r}"
     described = [f"{tuple(each.shape)} {each.dtype}" for each in (actual, eager)]
     assert described[0] == described[1], f"{name}: got {described[0]}, eager gives {described[1]}"
@@ -93,7 +95,9 @@ def _finite(tensor: Tensor, exact: Tensor, like: Tensor) -> Tensor:
 
 class _InDouble(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        args, kwargs = tree_map(lambda each: _DOUBLE.get(each, each) if _is_dtype(each) else each, (args, kwargs or {}))
+        args, kwargs = tree_map(
+            lambda each: _DOUBLE.get(each, each) if _is_dtype(each) else each, (args, kwargs or {})
+        )
         if getattr(func, "__name__", "") in _CASTS and isinstance(args[0], Tensor):
             return args[0].cdouble() if args[0].is_complex() else args[0].double()
         return func(*args, **kwargs)

@@ -77,8 +77,11 @@ def _half(x: Value) -> int:
 
 def _ellipsis(x: Any, index: Any) -> bool:
     """x[..., one slice], of a tensor."""
-    return isinstance(x, Value) and isinstance(index, tuple) and len(index) == 2 and (
-        index[0] is Ellipsis and isinstance(index[1], slice)
+    return (
+        isinstance(x, Value)
+        and isinstance(index, tuple)
+        and len(index) == 2
+        and (index[0] is Ellipsis and isinstance(index[1], slice))
     )
 
 
@@ -96,7 +99,9 @@ def _unit_step(x: Any, index: Any) -> bool:
 
 
 def _of_pairs(x: Any, index: Any) -> bool:
-    return _ellipsis(x, index) and index[1].step == 2 and index[1].start in (None, 0, 1) and x.shape[-1] % 2 == 0
+    return (
+        _ellipsis(x, index) and index[1].step == 2 and index[1].start in (None, 0, 1) and x.shape[-1] % 2 == 0
+    )
 
 
 def _pairs(x: Value) -> Value:
