@@ -7,7 +7,7 @@ aliases an input. liger_compile.functional is the way to call them; a graph hold
 
 Two kinds (registration.py). AOTAutograd traces through rms_norm, add_rms_norm, rotary and gated_activation, so
 that Inductor fuses them with their neighbours. gated_mlp, cross_entropy and linear_cross_entropy stay opaque: their
-bodies loop over chunks of rows (chunks.py).
+bodies loop over blocks of rows (blocks.py).
 
 No Triton is imported here.
 """

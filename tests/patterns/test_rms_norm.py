@@ -1,0 +1,108 @@
+"""Every spelling of RMSNorm is one site; other norms are none; the rounding decides which."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+X, W = torch.randn(3, 5, 16), torch.rand(16) + 0.5
+
+
+def inverse(x):
+    return torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + 1e-5)
+
+
+SPELLINGS = {
+    "hugging face": (lambda x, w: w * (x.float() * inverse(x)).to(x.dtype), "llama"),
+    "meta": (lambda x, w: (x.float() * inverse(x)).type_as(x) * w, "llama"),
+    "t5, which multiplies x as it is": (lambda x, w: w * (x * inverse(x)).to(w.dtype), "llama"),
+    "divided by the root": (
+        lambda x, w: w * (x.float() / torch.sqrt(x.float().square().mean(-1, True) + 1e-5)).to(x.dtype),
+        "llama",
+    ),
+    "sum over n": (
+        lambda x, w: (
+            (x.float() * ((x.float() ** 2).sum(-1, keepdim=True) / 16 + 1e-5) ** -0.5).to(x.dtype) * w
+        ),
+        "llama",
+    ),
+    "gpt-oss": (lambda x, w: (w * (x.float() * inverse(x))).to(x.dtype), "upcast_weight"),
+    "torch": (lambda x, w: F.rms_norm(x, (16,), w, 1e-5), "upcast_weight"),
+    "gemma": (lambda x, w: (x.float() * inverse(x) * (1.0 + w.float())).type_as(x), "gemma"),
+    "gemma 3n": (
+        lambda x, w: (
+            x.float() * torch.pow(x.float().pow(2).mean(-1, keepdim=True) + 1e-5, -0.5) * w.float()
+        ).type_as(x),
+        "upcast_weight",
+    ),
+    "no weight": (lambda x, w: (x.float() * inverse(x)).type_as(x), "no_weight"),
+    "torch without a weight": (lambda x, w: F.rms_norm(x, (16,), eps=1e-5), "no_weight"),
+}
+
+
+@pytest.mark.parametrize("name", SPELLINGS)
+def test_spellings_are_rewritten_once(run_liger, name):
+    function, mode = SPELLINGS[name]
+    _, (report,) = run_liger(function, X.bfloat16(), W.bfloat16())
+    assert [(site.pattern, site.kind) for site in report.sites] == [(f"rms_norm.{mode}", "replace")]
+
+
+@pytest.mark.parametrize("name", SPELLINGS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_numbers(liger_is_as_right_as_eager, name, dtype):
+    liger_is_as_right_as_eager(SPELLINGS[name][0], X.to(dtype), W.to(dtype))
+
+
+OTHERS = {
+    "l2 norm: a sum": lambda x, w: w * x * torch.rsqrt((x * x).sum(-1, keepdim=True) + 1e-5),
+    "another dimension": lambda x, w: x * torch.rsqrt(x.pow(2).mean(-2, keepdim=True) + 1e-5) * w,
+    "of another tensor": lambda x, w: w * (x * torch.rsqrt(x.abs().pow(2).mean(-1, keepdim=True) + 1e-5)),
+    "half a root": lambda x, w: w * (x * (x.pow(2).mean(-1, keepdim=True) + 1e-5) ** -0.25),
+    "cubes": lambda x, w: w * (x * torch.rsqrt(x.pow(3).mean(-1, keepdim=True).abs() + 1e-5)),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_norms_are_left(run_liger, name):
+    result, (report,) = run_liger(OTHERS[name], X, W)
+    assert not [site for site in report.sites if site.kind == "replace"]
+    torch.testing.assert_close(result, OTHERS[name](X, W))
+
+
+def test_a_rounding_without_a_kernel_is_a_near_miss(run_liger):
+    def f(x, w):
+        return w * (x * inverse(x).to(x.dtype))
+
+    _, (report,) = run_liger(f, X.bfloat16(), W.bfloat16())
+    assert not report.sites
+    assert [near.pattern.split(".")[0] for near in report.near_misses] in (["rms_norm"], ["add_rms_norm"])
+    assert "rounds elsewhere" in report.near_misses[0].reason
+
+
+def test_a_weight_of_another_shape_is_left_with_the_reason(run_liger):
+    def f(x, w):
+        return w * (x * inverse(x))
+
+    result, (report,) = run_liger(f, X, torch.rand(3, 5, 16))
+    weighted = [site for site in report.sites if site.pattern == "rms_norm.llama"]
+    assert not [site for site in weighted if site.kind == "replace"]
+    assert report.sites[0].pattern == "rms_norm.no_weight" or "weight has the shape" in weighted[0].reason
+
+
+def test_head_wise_norms_on_strided_tensors(run_liger):
+    def f(x, w):
+        heads = x.view(3, 5, 2, 8).transpose(1, 2)
+        return (w * (heads * inverse(heads))).transpose(1, 2).reshape(3, 5, 16)
+
+    result, (report,) = run_liger(f, X, W[:8])
+    assert [site.pattern for site in report.sites] == ["rms_norm.llama"]
+    torch.testing.assert_close(result, f(X, W[:8]))
+
+
+def test_a_dynamic_batch(run_liger):
+    function = SPELLINGS["hugging face"][0]
+    compiled = torch.compile(
+        function, backend="liger", dynamic=True, options={"liger.inner": "aot_eager", "liger.strict": True}
+    )
+    for rows in (3, 4, 7):
+        x = torch.randn(rows, 16)
+        torch.testing.assert_close(compiled(x, W), function(x, W))
