@@ -167,6 +167,14 @@ class _Index:
         """What finding this op says about a place: more, the rarer it is in the graph."""
         return 1 / (1 + len(self.by_op.get(op, ())))
 
+    def described(self, bare: Term) -> set[tuple[Any, torch.dtype]]:
+        """The (shape, dtype) of every value in the graph, or a cheap step from one, that is `bare` but for casts."""
+        same = (term for term in self.terms.space.same_bare.get(bare, ()) if term.dtype is not None)
+        found = {(term.shape, term.dtype) for term in same if self.terms.derive(term)}
+        if not found and bare.op == "mul" and len(bare.args) == 1 and bare.consts[1] == 1:
+            return self.described(bare.args[0])  # scaled by a number, as -sin is
+        return found
+
     def nearby(self, op: str, node: Node) -> Iterable[Node]:
         """Nodes of this op, the nearest to `node` first."""
         nodes = self.by_op.get(op, [])
@@ -230,8 +238,7 @@ class _Attempt:
     def _can_bind_bare(self, want: Term, have: Term) -> bool:
         if have.op == "none":
             return want.consts[0] in self.skeleton.optional
-        same = self.index.terms.space.same_bare.get(have, ())
-        return any(term.dtype is not None and self.index.terms.derive(term) for term in same)
+        return bool(self.index.described(have))
 
     def _can_bind_exact(self, want: Term, have: Term) -> bool:
         if have.op == "none":
@@ -247,11 +254,7 @@ class _Attempt:
             if bare is None or bare.op == "none":
                 choices.append([(name, None)])
                 continue
-            same = self.index.terms.space.same_bare[bare]
-            described = {
-                (t.shape, t.dtype) for t in same if self.index.terms.derive(t) and t.dtype is not None
-            }
-            choices.append([(name, each) for each in sorted(described, key=str)])
+            choices.append([(name, each) for each in sorted(self.index.described(bare), key=str)])
         yield from (dict(choice) for choice in itertools.islice(itertools.product(*choices), ASSIGNMENTS))
 
     def _exact_terms(self, tensors: dict[str, Any]) -> tuple[Term, ...]:

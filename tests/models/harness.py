@@ -27,9 +27,9 @@ class Step(NamedTuple):
     gradients: Mapping[str, Tensor]
 
 
-def batch(family: Family, length: int = LENGTH) -> tuple[Tensor, Tensor]:
+def batch(family: Family, length: int = LENGTH, seed: int = 2) -> tuple[Tensor, Tensor]:
     """Token ids, and labels that are other tokens, some of them ignored."""
-    random = torch.Generator().manual_seed(2)
+    random = torch.Generator().manual_seed(seed)
     ids = torch.randint(3, VOCAB, (BATCH, length), generator=random)
     labels = torch.randint(3, VOCAB, (BATCH, length), generator=random)
     labels[0, :3] = labels[1, -2] = family.ignore_index

@@ -1,0 +1,67 @@
+"""Every family trains as it does in eager mode, and has every site of it replaced, in float32 and in bfloat16."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from families import BY_NAME, FAMILIES, Family
+from harness import assert_replaced, assert_within, batch, compiled, errors, step
+from torch import Tensor, nn
+
+EXACT = 1e-5  # float32: what another order of the same sums may cost
+NUM_LOSSES = 24
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=str)
+def test_float32(family: Family) -> None:
+    model, inputs = family.build(), batch(family)
+    expected = step(family.loss, model, *inputs)
+    assert_within(step(compiled(family.loss), model, *inputs), expected, EXACT)
+    assert_replaced(family.counts)
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=str)
+def test_bfloat16_is_as_exact_as_eager(family: Family) -> None:
+    model, exact, inputs = family.build(torch.bfloat16), float64(family), batch(family)
+    function = compiled(family.loss)
+    truth = step(family.loss, exact, *inputs)
+    ours = errors(step(function, model, *inputs), truth)
+    eager = errors(step(family.loss, model, *inputs), truth)
+    assert_replaced(family.counts)
+    far = {
+        name: (ours[name], eager[name])
+        for name in eager.keys() - {"loss"}
+        if not ours[name] <= 2 * eager[name]
+    }
+    assert not far, f"(ours, eager's): {far}"
+
+    # One loss is one number, which eager may by luck get right to the last bit. So the losses of many batches
+    # are taken for a tensor, as the many entries of a gradient are.
+    batches = [batch(family, seed=3 + seed) for seed in range(NUM_LOSSES)]
+    true_losses = losses(family.loss, exact, batches)
+    our_error = (losses(function, model, batches) - true_losses).norm()
+    assert our_error <= 2 * (losses(family.loss, model, batches) - true_losses).norm()
+
+
+@pytest.mark.parametrize("family", [BY_NAME["llama"], BY_NAME["gemma2"]], ids=str)
+def test_inductor(family: Family) -> None:
+    model, inputs = family.build(), batch(family)
+    expected = step(family.loss, model, *inputs)
+    assert_within(step(compiled(family.loss, "inductor"), model, *inputs), expected, EXACT)
+    assert_replaced(family.counts)
+
+
+def float64(family: Family) -> nn.Module:
+    """The model with the very weights of the bfloat16 one, in float64."""
+    model = family.build(torch.bfloat16)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.double()
+    if family.name == "mixtral":
+        model.set_experts_implementation("eager")  # the grouped product has no float64
+    return model
+
+
+def losses(function: Callable[..., Tensor], model: nn.Module, batches: list[tuple[Tensor, Tensor]]) -> Tensor:
+    return torch.stack([function(model, *inputs).detach().double() for inputs in batches])
