@@ -167,7 +167,7 @@ class _Index:
         """What finding this op says about a place: more, the rarer it is in the graph."""
         return 1 / (1 + len(self.by_op.get(op, ())))
 
-    def described(self, bare: Term) -> set[tuple[Any, torch.dtype]]:
+    def described(self, bare: Term) -> set[tuple[Any, Any]]:
         """The (shape, dtype) of every value in the graph, or a cheap step from one, that is `bare` but for casts."""
         same = (term for term in self.terms.space.same_bare.get(bare, ()) if term.dtype is not None)
         found = {(term.shape, term.dtype) for term in same if self.terms.derive(term)}

@@ -44,8 +44,8 @@ def run_liger():
 def liger_is_as_right_as_eager():
     """check(function, *args, frozen=()): results and gradients of backend="liger" against a float64 run.
 
-    The error (L2) may be twice that of eager code in the same dtype, plus a unit of rounding for each of the few
-    operations that may be ordered differently.
+    The error (L2) may be twice that of eager code in the same dtype, plus a unit of rounding, for operations that may
+    be ordered differently; four units for a single number, such as a loss, where eager code may be right by luck.
     """
 
     def check(function, *args, frozen=()):
@@ -56,7 +56,7 @@ def liger_is_as_right_as_eager():
         assert any(site.kind == "replace" for report in liger_compile.reports() for site in report.sites)
         for wanted, plain, ours in zip(exact, eager, liger, strict=True):
             assert ours.dtype == plain.dtype and ours.shape == plain.shape
-            unit = torch.finfo(ours.dtype).eps * wanted.norm()
+            unit = torch.finfo(ours.dtype).eps * wanted.norm() * (1 if wanted.dim() else 4)
             allowed = 2 * (plain.double() - wanted).norm() + unit
             assert (ours.double() - wanted).norm() <= allowed
 

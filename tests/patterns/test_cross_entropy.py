@@ -1,0 +1,66 @@
+"""Losses over logits that exist already."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+LOGITS = torch.randn(3, 5, 32)
+LABELS = torch.randint(0, 32, (3, 5))
+LABELS[0, :2] = -100
+
+
+def hugging_face(logits, labels):
+    return F.cross_entropy(logits.float().view(-1, 32), labels.view(-1), ignore_index=-100, reduction="mean")
+
+
+SPELLINGS = {
+    "hugging face": (hugging_face, "upcast"),
+    "module": (lambda x, y: torch.nn.CrossEntropyLoss()(x.view(-1, 32), y.view(-1)), "as_is"),
+    "classes second": (lambda x, y: F.cross_entropy(x.transpose(1, 2), y), "as_is"),
+    "log softmax": (lambda x, y: F.nll_loss(F.log_softmax(x.float(), -1).view(-1, 32), y.view(-1)), "upcast"),
+    "sum": (lambda x, y: F.cross_entropy(x.flatten(0, 1).float(), y.flatten(), reduction="sum"), "upcast"),
+    "none": (lambda x, y: F.cross_entropy(x.flatten(0, 1).float(), y.flatten(), reduction="none"), "upcast"),
+    "smoothing": (lambda x, y: F.cross_entropy(x.view(-1, 32), y.view(-1), label_smoothing=0.1), "as_is"),
+}
+
+
+@pytest.mark.parametrize("name", SPELLINGS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_spellings_are_one_site_with_the_numbers(run_liger, liger_is_as_right_as_eager, name, dtype):
+    function, pattern = SPELLINGS[name]
+    _, (report,) = run_liger(function, LOGITS.to(dtype), LABELS)
+    (site,) = report.sites
+    assert site.kind == "replace" and site.pattern in (f"cross_entropy.{pattern}", "cross_entropy.upcast")
+    torch._dynamo.reset()
+    liger_is_as_right_as_eager(function, LOGITS.to(dtype), LABELS)
+
+
+def test_class_weights(run_liger, liger_is_as_right_as_eager):
+    def f(logits, labels, weight):
+        return F.cross_entropy(logits.view(-1, 32), labels.view(-1), weight)
+
+    _, (report,) = run_liger(f, LOGITS, LABELS, torch.rand(32))
+    assert [site.kind for site in report.sites] == ["replace"]
+    torch._dynamo.reset()
+    liger_is_as_right_as_eager(f, LOGITS, LABELS, torch.rand(32), frozen=(2,))
+
+
+def test_logits_that_are_needed_elsewhere_stay(run_liger):
+    def f(x, labels):
+        logits = torch.tanh(x)
+        return hugging_face(logits, labels), logits
+
+    result, (report,) = run_liger(f, LOGITS, LABELS)
+    (site,) = report.sites
+    assert site.kind == "leave" and "the graph returns them" in site.reason
+    torch.testing.assert_close(result, f(LOGITS, LABELS))
+
+
+def test_probabilities_as_targets_are_left(run_liger):
+    def f(logits, target):
+        return F.cross_entropy(logits.view(-1, 32), target.view(-1, 32))
+
+    target = torch.rand(3, 5, 32).softmax(-1)
+    result, (report,) = run_liger(f, LOGITS, target)
+    assert not report.sites
+    torch.testing.assert_close(result, f(LOGITS, target))

@@ -1,0 +1,160 @@
+"""Head and loss as they occur: shifted, sliced, scaled, capped, padded, divided by a count of tokens."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+H, V = 8, 32
+X, W, B = torch.randn(3, 6, H), torch.randn(V, H), torch.randn(V)
+LABELS = torch.randint(0, V, (3, 6))
+LABELS[1, 3:] = -100
+
+
+def hugging_face(x, w, labels):
+    logits = F.linear(x[:, 0:, :], w).float()
+    labels = F.pad(labels, (0, 1), value=-100)[..., 1:].contiguous()
+    return F.cross_entropy(logits.view(-1, V), labels.view(-1), ignore_index=-100, reduction="mean")
+
+
+def num_items(x, w, labels):
+    logits = F.linear(x, w).float()
+    loss = F.cross_entropy(logits.view(-1, V), labels.view(-1), reduction="sum")
+    return loss / torch.tensor(11)
+
+
+def nanogpt(x, w, labels):
+    logits = F.linear(x, w)
+    return F.cross_entropy(logits.view(-1, logits.size(-1)), labels.view(-1), ignore_index=-1)
+
+
+def shifted_logits(x, w, labels):
+    logits = F.linear(x, w)
+    return F.cross_entropy(logits[..., :-1, :].contiguous().view(-1, V).float(), labels[..., 1:].reshape(-1))
+
+
+def torchtitan(x, w, labels):
+    return F.cross_entropy(F.linear(x, w).flatten(0, 1).float(), labels.flatten(0, 1), reduction="sum")
+
+
+def cohere(x, w, labels):
+    logits = F.linear(x, w) * 0.0625
+    return F.cross_entropy(logits.float().view(-1, V), labels.view(-1))
+
+
+def granite(x, w, labels):
+    logits = F.linear(x, w) / 8.0
+    return F.cross_entropy(logits.float().view(-1, V), labels.view(-1))
+
+
+def gemma2(x, w, labels):
+    logits = torch.tanh(F.linear(x, w) / 30.0) * 30.0
+    return F.cross_entropy(logits.float().view(-1, V), labels.view(-1))
+
+
+def padded_head(x, w, labels):  # nanochat: the vocabulary is padded, and capped after the upcast
+    logits = F.linear(x, w)[..., :27].float()
+    logits = 15 * torch.tanh(logits / 15)
+    return F.cross_entropy(logits.view(-1, 27), labels.clamp(max=26).view(-1))
+
+
+def classes_second(x, w, labels):
+    return F.cross_entropy(F.linear(x, w).transpose(1, 2), labels)
+
+
+def smoothed(x, w, labels):
+    return F.cross_entropy(F.linear(x, w).view(-1, V), labels.view(-1), label_smoothing=0.1)
+
+
+def weighted_tokens(x, w, labels):
+    losses = F.cross_entropy(F.linear(x, w).view(-1, V).float(), labels.view(-1), reduction="none")
+    return (losses * torch.arange(18)).sum() / 7
+
+
+ALL = (hugging_face, num_items, nanogpt, shifted_logits, torchtitan, cohere, granite, gemma2, padded_head,
+       classes_second, smoothed, weighted_tokens)  # fmt: skip
+
+
+@pytest.mark.parametrize("function", ALL, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_spellings_are_one_site_with_the_numbers(run_liger, liger_is_as_right_as_eager, function, dtype):
+    labels = LABELS.clamp(min=-1) if function is nanogpt else LABELS
+    labels = labels.clamp(min=0) if function is padded_head else labels
+    args = X.to(dtype), W.to(dtype), labels
+    _, (report,) = run_liger(function, *args)
+    (site,) = report.sites
+    assert site.pattern.startswith("linear_cross_entropy.") and site.kind == "replace"
+    torch._dynamo.reset()
+    liger_is_as_right_as_eager(function, *args)
+
+
+def test_the_bias_of_the_head(run_liger, liger_is_as_right_as_eager):
+    def linear(x, w, b, labels):
+        return F.cross_entropy(F.linear(x, w, b).view(-1, V), labels.view(-1))
+
+    def added(x, w, b, labels):
+        return F.cross_entropy((F.linear(x, w) + b).view(-1, V), labels.view(-1))
+
+    for function in (linear, added):
+        torch._dynamo.reset()
+        _, (report,) = run_liger(function, X, W, B, LABELS)
+        assert [site.kind for site in report.sites] == ["replace"]
+        torch._dynamo.reset()
+        liger_is_as_right_as_eager(function, X, W, B, LABELS)
+
+
+@pytest.mark.parametrize("frozen", [(0,), (1,)])
+def test_frozen_input_or_head(liger_is_as_right_as_eager, frozen):
+    liger_is_as_right_as_eager(hugging_face, X, W, LABELS, frozen=frozen)
+
+
+def test_the_report_says_what_it_saves(run_liger):
+    _, (report,) = run_liger(hugging_face, X, W, LABELS)
+    assert report.saved_bytes == 3 * 6 * V * 4
+
+
+def test_logits_that_are_returned_prevent_it_and_the_report_says_so(run_liger):
+    def f(x, w, labels):
+        logits = F.linear(x, w)
+        return F.cross_entropy(logits.float().view(-1, V), labels.view(-1)), logits
+
+    result, (report,) = run_liger(f, X, W, LABELS)
+    (site,) = report.sites
+    assert site.kind == "leave" and site.pattern.startswith("linear_cross_entropy.")
+    assert "the logits are needed elsewhere (the graph returns them)" in site.reason
+    torch.testing.assert_close(result, f(X, W, LABELS))
+
+
+def test_a_second_loss_on_the_logits_prevents_it(run_liger):
+    def f(x, w, labels):
+        logits = F.linear(x, w)
+        return F.cross_entropy(logits.view(-1, V), labels.view(-1)) + logits.logsumexp(-1).square().mean()
+
+    result, (report,) = run_liger(f, X, W, LABELS)
+    (site,) = report.sites
+    assert site.kind == "leave" and "reads them" in site.reason
+    torch.testing.assert_close(result, f(X, W, LABELS))
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_autocast(run_liger, inside):
+    def f(x, w, labels):
+        with torch.autocast("cpu", torch.bfloat16, enabled=inside):
+            return hugging_face(x, w, labels)
+
+    with torch.autocast("cpu", torch.bfloat16, enabled=not inside):
+        result, (report,) = run_liger(f, X, W, LABELS, inner="aot_eager")
+        expected = f(X, W, LABELS)
+    assert [site.kind for site in report.sites] == ["replace"]
+    torch.testing.assert_close(result, expected, rtol=1e-2, atol=1e-2)
+
+
+def test_dynamic_lengths():
+    compiled = torch.compile(
+        shifted_logits,
+        backend="liger",
+        dynamic=True,
+        options={"liger.inner": "aot_eager", "liger.strict": True},
+    )
+    for length in (5, 7, 9):
+        x, labels = torch.randn(2, length, H), torch.randint(0, V, (2, length))
+        torch.testing.assert_close(compiled(x, W, labels), shifted_logits(x, W, labels))
