@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import ctypes
 import json
-import os
 import re
 import subprocess
 import sys
@@ -30,21 +29,24 @@ DTYPES = ("float32", "bfloat16")
 VOCABULARIES = (8192, 32_000, 128_256)
 WARMUP, STEPS = 1, 2
 
-# What is freed goes back to the system at once, so that resident memory is memory in use; the same for all variants.
-_ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+# mallopt's numbers for these. Freed blocks of more than this go back to the system at once, so that resident memory
+# is memory in use; the same for all variants.
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
+_RETURN_ABOVE = 64 * 2**10
 
 
 def measure(variant: str, dtype: str, vocabulary: int) -> int:
     """The peak in bytes, measured in a process of its own."""
     command = [sys.executable, "-m", "bench.loss_memory", "one", variant, dtype, str(vocabulary)]
-    environment = {**os.environ, **_ALLOCATOR}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr}")
     return json.loads(done.stdout.splitlines()[-1])["peak_bytes"]
 
 
 def one(variant: str, dtype: str, vocabulary: int) -> dict[str, Any]:
+    for threshold in (_TRIM_THRESHOLD, _MMAP_THRESHOLD):
+        ctypes.CDLL(None).mallopt(threshold, _RETURN_ABOVE)
     torch.manual_seed(0)
     kind = getattr(torch, dtype)
     x = torch.randn(TOKENS, HIDDEN, dtype=kind, requires_grad=True)

@@ -34,9 +34,9 @@ from .registration import graph_is_retained, opaque_op, second_derivative_error
 from .softmax_loss import SoftmaxLoss, reduce
 
 # A chunk of logits is small beside any model, and long enough for its products to run at full speed.
-CHUNK_BYTES = 16 * 2**20
+CHUNK_BYTES = 8 * 2**20
 LEAST_ROWS = 128
-ACCUMULATE_WIDE_ABOVE = 4
+ACCUMULATE_WIDE_ABOVE = 16
 
 
 def _chunk_rows(x: Tensor, weight: Tensor, needs_dweight: bool) -> int:

@@ -1,0 +1,28 @@
+"""The loss on the CPU needs at most a quarter of the memory that it needs under stock torch.compile."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+VOCABULARY = 32_000
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_peak_memory(dtype: str) -> None:
+    assert peak("liger", dtype) <= 0.25 * peak("inductor", dtype)
+
+
+def peak(variant: str, dtype: str) -> int:
+    """Bytes that head + cross-entropy, forward and backward, add at 2048 x 256 x VOCABULARY. The bench measures
+    in a process of its own; its module is in the repository, not in the package."""
+    command = [sys.executable, "-m", "bench.loss_memory", "one", variant, dtype, str(VOCABULARY)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])["peak_bytes"]

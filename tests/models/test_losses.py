@@ -1,0 +1,73 @@
+"""Ways to get a loss out of a Llama: its own with a count of items, one of the user's, the whole model compiled."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from families import BY_NAME
+from harness import Step, assert_replaced, assert_within, batch, compiled, gradients, step
+from torch import Tensor, nn
+
+import liger_compile
+
+EXACT = 1e-5
+LLAMA = BY_NAME["llama"]
+UNFUSED = {op: count for op, count in LLAMA.counts.items() if op != "linear_cross_entropy"}
+
+
+def assert_all_replaced(function: Any, *inputs: Any) -> None:
+    model = LLAMA.build()
+    expected = step(function, model, *inputs)
+    assert_within(step(compiled(function), model, *inputs), expected, EXACT)
+    assert_replaced(LLAMA.counts)
+
+
+@pytest.mark.parametrize("items", [torch.tensor(37), 37], ids=["tensor", "int"])
+def test_num_items_in_batch(items: Any) -> None:
+    def loss(model: nn.Module, ids: Tensor, labels: Tensor, items: Any) -> Tensor:
+        return model(input_ids=ids, labels=labels, use_cache=False, num_items_in_batch=items).loss
+
+    assert_all_replaced(loss, *batch(LLAMA), items)
+
+
+def test_label_smoothing() -> None:
+    def loss(model: nn.Module, ids: Tensor, labels: Tensor) -> Tensor:
+        logits = model(input_ids=ids, use_cache=False).logits[..., :-1, :]
+        labels = labels[..., 1:].reshape(-1)
+        return F.cross_entropy(logits.reshape(-1, logits.size(-1)), labels, label_smoothing=0.1)
+
+    assert_all_replaced(loss, *batch(LLAMA))
+
+
+def test_class_dimension_in_the_middle() -> None:
+    def loss(model: nn.Module, ids: Tensor, labels: Tensor) -> Tensor:
+        logits = model(input_ids=ids, use_cache=False).logits
+        return F.cross_entropy(logits.float().transpose(1, 2), labels)
+
+    assert_all_replaced(loss, *batch(LLAMA))
+
+
+def test_weights_of_tokens() -> None:
+    def loss(model: nn.Module, ids: Tensor, labels: Tensor) -> Tensor:
+        logits = model(input_ids=ids, use_cache=False).logits.float()
+        losses = F.cross_entropy(logits.view(-1, logits.size(-1)), labels.view(-1), reduction="none")
+        weights = torch.linspace(0, 1, labels.shape[1])
+        return (losses.view(labels.shape) * weights).sum() / weights.sum()
+
+    assert_all_replaced(loss, *batch(LLAMA))
+
+
+def test_whole_model_says_why_its_loss_is_not_fused() -> None:
+    model, inputs = LLAMA.build(), batch(LLAMA)
+    expected = step(LLAMA.loss, model, *inputs)
+    model.zero_grad()
+    loss = LLAMA.loss(compiled(model), *inputs)
+    loss.backward()
+    assert_within(Step(loss.detach(), gradients(model)), expected, EXACT)
+    assert_replaced(UNFUSED)
+    left = [site for report in liger_compile.reports() for site in report.sites if site.kind == "leave"]
+    assert [site.pattern for site in left] == ["linear_cross_entropy.plain"]
+    assert "the graph returns them" in left[0].reason

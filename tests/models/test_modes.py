@@ -1,0 +1,219 @@
+"""The same numbers, and the same sites, in every way that people train and evaluate a model."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from families import BY_NAME
+from harness import Step, assert_replaced, assert_within, batch, compiled, errors, gradients, step
+from torch import Tensor, nn
+
+import liger_compile
+from liger_compile.compile import cache_counts
+
+EXACT = 1e-5
+LENGTHS = (24, 40, 17)
+LLAMA = BY_NAME["llama"]
+# The first norm of a checkpointed layer is inside, and the add before it outside: a norm alone.
+CHECKPOINTED = {**LLAMA.counts, "add_rms_norm": 2, "rms_norm": 3}
+
+
+def check(
+    function: Callable[..., Tensor], model: nn.Module, *inputs: Any, counts: Any = None, **kwargs: Any
+) -> None:
+    """A step of `function` is as in eager mode, with all sites of Llama (or `counts`) replaced in one graph."""
+    expected = step(function, model, *inputs)
+    assert_within(step(compiled(function, **kwargs), model, *inputs), expected, EXACT)
+    assert_replaced(LLAMA.counts if counts is None else counts)
+    assert len(liger_compile.reports()) == 1
+
+
+@pytest.mark.parametrize("inner", ["aot_eager", "inductor"])
+def test_gradient_checkpointing(inner: str) -> None:
+    model, inputs = LLAMA.build(), batch(LLAMA)
+    expected = step(LLAMA.loss, model, *inputs)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    assert_within(step(compiled(LLAMA.loss, inner), model, *inputs), expected, EXACT)
+    assert_replaced(CHECKPOINTED)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_dynamic(name: str) -> None:
+    family = BY_NAME[name]
+    model, function = family.build(), compiled(family.loss, dynamic=True)
+    for length in LENGTHS:
+        inputs = batch(family, length)
+        assert_within(step(function, model, *inputs), step(family.loss, model, *inputs), EXACT)
+    assert_replaced(family.counts)  # and so compiled once
+
+
+def test_dynamic_where_not_all_sites_are_found() -> None:
+    family = BY_NAME["t5"]
+    model, function = family.build(), compiled(family.loss, dynamic=True)
+    for length in LENGTHS:
+        inputs = batch(family, length)
+        assert_within(step(function, model, *inputs), step(family.loss, model, *inputs), EXACT)
+
+
+@pytest.mark.parametrize("name", ["llama", "torchtitan"])
+def test_automatic_dynamic(name: str) -> None:
+    family = BY_NAME[name]
+    model, function = family.build(), compiled(family.loss)
+    for length, recompiles in zip(LENGTHS, (True, True, False), strict=True):
+        liger_compile.clear_reports()
+        inputs = batch(family, length)
+        assert_within(step(function, model, *inputs), step(family.loss, model, *inputs), EXACT)
+        assert_replaced(family.counts if recompiles else {})
+
+
+@pytest.mark.parametrize("place", ["ambient", "inside"])
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_autocast(name: str, place: str) -> None:
+    family = BY_NAME[name]
+    model, inputs = family.build(), batch(family)
+    truth = step(family.loss, model, *inputs)
+
+    def casted(*args: Any) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return family.loss(*args)
+
+    eager = errors(step(casted, model, *inputs), truth)
+    with torch.autocast("cpu", torch.bfloat16) if place == "ambient" else contextlib.nullcontext():
+        got = step(compiled(family.loss if place == "ambient" else casted), model, *inputs)
+    ours = errors(got, truth)
+    # The loss is one number, see test_families.py: it counts with an error that an average gradient has.
+    typical = sum(eager.values()) / len(eager)
+    assert ours.pop("loss") <= max(2 * eager.pop("loss"), 0.1 * typical)
+    far = {name: (ours[name], eager[name]) for name in ours if not ours[name] <= 2 * eager[name]}
+    assert not far, f"(ours, eager's): {far}"
+    assert_replaced(family.counts)
+
+
+def test_retain_graph() -> None:
+    model, inputs = LLAMA.build(), batch(LLAMA)
+
+    def run(function: Callable[..., Tensor]) -> Step:
+        model.zero_grad()
+        loss = function(model, *inputs)
+        loss.backward(retain_graph=True)
+        loss.backward(torch.tensor(0.5))
+        return Step(loss.detach(), gradients(model))
+
+    assert_within(run(compiled(LLAMA.loss)), run(LLAMA.loss), EXACT)
+    assert_replaced(LLAMA.counts)
+
+
+def test_frozen_head() -> None:
+    model = LLAMA.build()
+    model.lm_head.weight.requires_grad_(False)
+    check(LLAMA.loss, model, *batch(LLAMA))
+
+
+def test_only_head_trained() -> None:
+    model = LLAMA.build().requires_grad_(False)
+    model.lm_head.weight.requires_grad_(True)
+    check(LLAMA.loss, model, *batch(LLAMA))
+
+
+def test_tied_embeddings() -> None:
+    model = LLAMA.build(tie_word_embeddings=True)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    check(LLAMA.loss, model, *batch(LLAMA))
+
+
+def test_all_labels_ignored() -> None:
+    model, (ids, labels) = LLAMA.build(), batch(LLAMA)
+    labels = torch.full_like(labels, LLAMA.ignore_index)
+    expected = step(LLAMA.loss, model, ids, labels)
+    got = step(compiled(LLAMA.loss), model, ids, labels)
+    torch.testing.assert_close(got, expected, rtol=0, atol=0, equal_nan=True)
+    assert_replaced(LLAMA.counts)
+
+
+@pytest.mark.parametrize("no_gradients", [torch.no_grad, torch.inference_mode])
+def test_evaluation(no_gradients: Any) -> None:
+    model, inputs = LLAMA.build().eval(), batch(LLAMA)
+    with no_gradients():
+        expected, got = LLAMA.loss(model, *inputs), compiled(LLAMA.loss)(model, *inputs)
+    torch.testing.assert_close(got, expected, rtol=EXACT, atol=0)
+    assert_replaced(LLAMA.counts)
+
+
+def test_twice_with_warm_caches() -> None:
+    model, inputs = LLAMA.build(), batch(LLAMA)
+    expected = step(LLAMA.loss, model, *inputs)
+    for _ in range(2):
+        torch._dynamo.reset()
+        liger_compile.clear_reports()
+        hits = cache_counts()["hit"]
+        assert_within(step(compiled(LLAMA.loss, "inductor"), model, *inputs), expected, EXACT)
+        assert_replaced(LLAMA.counts)
+    assert cache_counts()["hit"] == hits + 1
+
+
+def test_gradient_accumulation() -> None:
+    model = LLAMA.build()
+
+    def run(function: Callable[..., Tensor]) -> Step:
+        model.zero_grad()
+        total = torch.zeros(())
+        for seed in range(3):
+            loss = function(model, *batch(LLAMA, seed=seed)) / 3
+            loss.backward()
+            total += loss.detach()
+        return Step(total, gradients(model))
+
+    assert_within(run(compiled(LLAMA.loss)), run(LLAMA.loss), EXACT)
+    assert_replaced(LLAMA.counts)
+
+
+def test_default_use_cache() -> None:
+    model, (ids, _) = LLAMA.build(), batch(LLAMA)
+    check(lambda model, ids: model(input_ids=ids, labels=ids).loss, model, ids)
+
+
+def test_fullgraph() -> None:
+    check(LLAMA.loss, LLAMA.build(), *batch(LLAMA), fullgraph=True)
+
+
+def test_reduce_overhead() -> None:
+    model, inputs = LLAMA.build(), batch(LLAMA)
+    function = torch.compile(LLAMA.loss, backend="liger", mode="reduce-overhead")
+    expected = step(LLAMA.loss, model, *inputs)
+    for _ in range(3):
+        assert_within(step(function, model, *inputs), expected, EXACT)
+    assert_replaced(LLAMA.counts)
+
+
+def test_regional_compile() -> None:
+    model, inputs = LLAMA.build(), batch(LLAMA)
+    expected = step(LLAMA.loss, model, *inputs)
+    for layer in model.model.layers:
+        layer.compile(backend="liger", options={"liger.inner": "aot_eager", "liger.strict": True})
+    assert_within(step(LLAMA.loss, model, *inputs), expected, EXACT)
+    # Both layers run the same graph.
+    assert_replaced({"rms_norm": 1, "add_rms_norm": 1, "rotary": 1, "gated_mlp.swiglu": 1})
+
+
+_SIZES = {"vocab_size": 128, "bos_token_id": 1, "eos_token_id": 2}
+_GPT2 = {"n_layer": 2, "n_head": 4, "n_embd": 64, "n_positions": 64}
+_BERT = {"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 64, "intermediate_size": 96}
+_NO_DROPOUT_GPT2 = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+_NO_DROPOUT_BERT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+
+
+@pytest.mark.parametrize("name", ["gpt2", "bert"])
+def test_a_warning_between_logits_and_loss_does_not_break_the_graph(name: str) -> None:
+    torch.manual_seed(0)
+    if name == "gpt2":
+        config = transformers.GPT2Config(**_SIZES, **_GPT2, **_NO_DROPOUT_GPT2)
+        model = transformers.GPT2LMHeadModel(config)
+    else:
+        config = transformers.BertConfig(**_SIZES, **_BERT, **_NO_DROPOUT_BERT, is_decoder=True)
+        model = transformers.BertLMHeadModel(config)
+    check(LLAMA.loss, model.train(), *batch(LLAMA), counts=BY_NAME["nanogpt"].counts)
