@@ -21,6 +21,7 @@ from liger_compile.match import find_matches
 from liger_compile.options import Options, parse
 from liger_compile.pattern import Decision, NearMiss, Pattern
 from liger_compile.registry import patterns_in_use
+from liger_compile.remat import mark_for_recompute
 from liger_compile.report import GraphReport, record
 from liger_compile.rewrite import restored_on_error, rewrite
 from liger_compile.terms.build import Terms
@@ -105,6 +106,7 @@ def _rewritten(gm: GraphModule, patterns: Sequence[Pattern], options: Options) -
             rewritten = rewrite(
                 module.graph, decided, lambda m, at=mutations.position: insertion_point(m, at.__getitem__)
             )
+            mark_for_recompute(rewritten)
             decisions.extend(rewritten)
             near_misses.extend(missed)
         report = GraphReport.of(
@@ -116,7 +118,7 @@ def _rewritten(gm: GraphModule, patterns: Sequence[Pattern], options: Options) -
 
 
 def _left(fuel: int | None, decisions: Sequence[Decision]) -> int | None:
-    return None if fuel is None else max(0, fuel - sum(d.kind == "replace" for d in decisions))
+    return None if fuel is None else max(0, fuel - sum(d.kind != "leave" for d in decisions))
 
 
 def _graphs(gm: GraphModule) -> Iterator[GraphModule]:

@@ -47,11 +47,12 @@ def decide(
     """
     context = _Context(graph, mutations, is_top_level)
     consumed: set[Node] = set()
+    replaced: set[Node] = set()
     decisions: list[Decision] = []
     for match in matches:
-        if consumed & set(match.outputs):
-            continue
-        kind, reason = "replace", ""
+        if consumed & set(match.outputs) or replaced & set(match.nodes):
+            continue  # part of a larger match, or around a smaller one
+        kind, reason = "replace" if match.pattern.replace else "annotate", ""
         for refuses in LEGALITY:
             reason = reason or refuses(match, context) or ""
         if not reason and match.pattern.check:
@@ -60,14 +61,15 @@ def decide(
             reason = "liger.policy is 'never'"
         if not reason and policy == "auto" and match.pattern.profit:
             reason = match.pattern.profit(match) or ""
-        if not reason and fuel is not None and fuel <= sum(d.kind == "replace" for d in decisions):
+        if not reason and fuel is not None and fuel <= sum(d.kind != "leave" for d in decisions):
             reason = f"liger.fuel={fuel} is used up"
         if reason:
             kind = "leave"
         else:
+            replaced.update(match.outputs)
             consumed.update(match.outputs)
             consumed.update(set(match.nodes) - set(match.escaping()))
-        saved = match.pattern.saves(match) if match.pattern.saves and kind == "replace" else None
+        saved = match.pattern.saves(match) if match.pattern.saves and kind != "leave" else None
         decisions.append(Decision(match, kind, reason, saved))
     return _without_covered(decisions, consumed)
 
@@ -80,7 +82,7 @@ def _without_covered(decisions: list[Decision], consumed: set[Node]) -> list[Dec
     kept = []
     for decision in decisions:
         root = decision.match.outputs[0]
-        if decision.kind == "replace" or (root not in consumed and root not in told):
+        if decision.kind != "leave" or (root not in consumed and root not in told):
             kept.append(decision)
             told.add(root)
     return kept
@@ -194,6 +196,12 @@ def _refuse_aliases(match: Match, context: _Context) -> str | None:
     return None
 
 
+def _refuse_inner_mark(match: Match, context: _Context) -> str | None:
+    if match.pattern.replace is None and not context.is_top_level:
+        return "what a checkpoint body recomputes has been decided already"
+    return None
+
+
 def _refuse_inner_loss(match: Match, context: _Context) -> str | None:
     if match.pattern.is_loss and not context.is_top_level:
         return "a loss inside a checkpoint body runs twice, and its gradients are made in forward"
@@ -203,6 +211,7 @@ def _refuse_inner_loss(match: Match, context: _Context) -> str | None:
 LEGALITY: tuple[Callable[[Match, _Context], str | None], ...] = (
     _refuse_wrapped_tensors,
     _refuse_inner_loss,
+    _refuse_inner_mark,
     _refuse_several_devices,
     _refuse_several_regions,
     _refuse_transforms,

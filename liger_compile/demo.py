@@ -98,6 +98,8 @@ def _run(variant: str, folder: Path, show: Callable[[str, int, str], None]) -> R
         # glibc keeps freed blocks of some MiB, in holes that depend on the order of allocation, which made the
         # peak of liger 237 MiB where its tensors take 151. With this the two agree within 1 MiB (torch 2.13).
         "MALLOC_MMAP_THRESHOLD_": "65536",
+        # Threads that spin while they wait make a step several times slower where other programs run as well.
+        "OMP_WAIT_POLICY": "PASSIVE",
     }
     errors = folder / "stderr"
     with (

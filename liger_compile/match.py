@@ -68,7 +68,14 @@ def find_matches(
             elif attempt.score >= NEAR_MISS:
                 attempts.append(attempt.near_miss())
     order = {pattern: rank for rank, pattern in enumerate(patterns)}
-    found.sort(key=lambda item: (-item[0], order[item[1].pattern], index.position[item[1].outputs[0]]))
+    found.sort(  # of two as large, the one that takes in more of the graph: a bias that is added separately
+        key=lambda item: (
+            -item[0],
+            -len(item[1].nodes),
+            order[item[1].pattern],
+            index.position[item[1].outputs[0]],
+        )
+    )
     matches = [match for _, match in found]
     return matches, _worth_telling(attempts, matches, terms)
 
@@ -362,5 +369,9 @@ def describe(term: Term, depth: int = 2) -> str:
         return " * ".join([f"{scalar.value:g}", *(f"{n}**{p:g}" for n, p in scalar.powers)])
     if not depth:
         return f"{term.op}(...){dtype}"
-    inner = ", ".join(describe(arg, depth - 1).split(" in ")[0] for arg in term.args)
+    parts = [describe(arg, depth - 1).split(" in ")[0] for arg in term.args]
+    if term.op == "mul":
+        powers = ("" if power == 1 else f"**{power:g}" for power in term.consts[1:])
+        parts = [part + power for part, power in zip(parts, powers, strict=True)]
+    inner = ", ".join(parts)
     return f"{term.op}({inner}){dtype}"

@@ -27,7 +27,8 @@ class Pattern:
             `eps: float`, `n: int` and `reduction: str` bind constants; `bias: torch.Tensor | None`
             binds a tensor or its absence. It returns one tensor or a tuple of tensors.
         replace: called with the captures by name; returns as many tensors as search, of the same
-            shapes and dtypes.
+            shapes and dtypes. None leaves the computation to Inductor and marks it as cheap: its values are
+            computed again in backward instead of kept.
         examples: one value per parameter of search, to trace it with: a small tensor (its sizes stand
             for sizes in general, equal numbers for equal sizes; torch.float32 stands for any floating
             dtype) or a number or string of the annotated type.
@@ -41,7 +42,7 @@ class Pattern:
 
     name: str
     search: Callable[..., Any]
-    replace: Callable[..., Any]
+    replace: Callable[..., Any] | None
     examples: Mapping[str, Any]
     check: Callable[[Match], str | None] | None = None
     profit: Callable[[Match], str | None] | None = None

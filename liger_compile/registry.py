@@ -113,11 +113,13 @@ def validate(pattern: Pattern) -> None:
             if unused := sorted(parameters - set().union(*(_used(term) for term in terms))):
                 refuse(
                     f"search never uses its parameter {unused[0]!r}, so nothing would bind it; "
-                    "remove it, or pass it to a torch function"
+                    "remove it, or pass it to a torch function (an int or str as an option, such as "
+                    "ignore_index: sizes and dimensions are read from the tensors)"
                 )
             if any(not term.args for term in terms):
                 refuse("search returns one of its parameters, which every graph contains; return a result")
-            _refuse_other_result(pattern, captures, dtype)
+            if pattern.replace is not None:
+                _refuse_other_result(pattern, captures, dtype)
 
 
 def _refuse_annotation(pattern: Pattern, name: str, example: Any) -> None:
@@ -142,6 +144,7 @@ def _as(dtype: torch.dtype, example: Any) -> Any:
 
 
 def _refuse_other_result(pattern: Pattern, captures: Mapping[str, Any], dtype: torch.dtype) -> None:
+    assert pattern.replace is not None
     expected, got = pattern.search(**captures), pattern.replace(**captures)
     expected = expected if isinstance(expected, tuple) else (expected,)
     got = got if isinstance(got, tuple) else (got,)

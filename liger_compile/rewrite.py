@@ -67,6 +67,7 @@ def _splice(
                     arguments[name] = bound.derive(arguments[name])
                 elif not isinstance(bound, Node):
                     arguments[name] = bound
+            assert match.pattern.replace is not None, "decide.py annotates a match without a replacement"
             results = match.pattern.replace(**arguments)
             results = results if isinstance(results, tuple) else (results,)
             results = tuple(map(_laid_out_like, results, originals))

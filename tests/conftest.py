@@ -45,7 +45,8 @@ def liger_is_as_right_as_eager():
     """check(function, *args, frozen=()): results and gradients of backend="liger" against a float64 run.
 
     The error (L2) may be twice that of eager code in the same dtype, plus a unit of rounding, for operations that may
-    be ordered differently; four units for a single number, such as a loss, where eager code may be right by luck.
+    be ordered differently. A single number, such as a loss, eager code may get right by luck: four units, or a
+    quarter of a unit of the dtype of the inputs, about what the rounding of the logits does to the mean of some.
     """
 
     def check(function, *args, frozen=()):
@@ -56,8 +57,10 @@ def liger_is_as_right_as_eager():
         assert any(site.kind == "replace" for report in liger_compile.reports() for site in report.sites)
         for wanted, plain, ours in zip(exact, eager, liger, strict=True):
             assert ours.dtype == plain.dtype and ours.shape == plain.shape
-            unit = torch.finfo(ours.dtype).eps * wanted.norm() * (1 if wanted.dim() else 4)
-            allowed = 2 * (plain.double() - wanted).norm() + unit
+            unit = torch.finfo(ours.dtype).eps
+            if not wanted.dim():
+                unit = max(4 * unit, torch.finfo(args[0].dtype).eps / 4)
+            allowed = 2 * (plain.double() - wanted).norm() + unit * wanted.norm()
             assert (ours.double() - wanted).norm() <= allowed
 
     return check

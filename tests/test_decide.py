@@ -5,7 +5,10 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+import liger_compile
 from liger_compile.pattern import Pattern
+
+torch.manual_seed(0)
 
 
 def norm(x, w, eps=1e-6):
@@ -263,3 +266,55 @@ def test_tensors_on_several_devices_are_left(run_liger):
     _, reports = run_liger(f, X, torch.empty(5, device="meta"), patterns=(PAIR,))
     reasons = [site.reason for site in sites(reports)]
     assert "its tensors are on several devices: cpu, meta" in reasons
+
+
+SQUARED_RELU = Pattern(
+    name="squared_relu.recompute",
+    search=lambda x: torch.relu(x).square(),
+    replace=None,
+    examples={"x": torch.empty(3, 5)},
+    saves=lambda match: match.result.numel() * match.result.dtype.itemsize,
+)
+
+
+def squared_relu_mlp(x, w, down):
+    return F.linear(torch.relu(F.linear(x, w)).square(), down)
+
+
+def bytes_kept(function, *args):
+    """What autograd keeps between forward and backward, the arguments left out; and the gradients."""
+    kept, known = {}, {arg.untyped_storage().data_ptr() for arg in args}
+
+    def pack(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    leaves = [arg.detach().requires_grad_() for arg in args]
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = function(*leaves)
+    gradients = torch.autograd.grad(result.square().sum(), leaves)
+    return sum(size for storage, size in kept.items() if storage not in known), gradients
+
+
+def test_a_pattern_without_a_replacement_marks_what_is_cheap_to_recompute():
+    args = torch.randn(64, 8), torch.randn(32, 8), torch.randn(8, 32)
+    options = {"liger.inner": "aot_eager", "liger.strict": True}
+    plain = torch.compile(squared_relu_mlp, backend="liger", options=options)
+    before, expected = bytes_kept(plain, *args)
+    torch._dynamo.reset()
+    marked = torch.compile(
+        squared_relu_mlp, backend="liger", options={**options, "liger.patterns": (SQUARED_RELU,)}
+    )
+    after, gradients = bytes_kept(marked, *args)
+    (site,) = liger_compile.reports()[-1].sites
+    assert (site.kind, site.saved_bytes) == ("annotate", 64 * 32 * 4)
+    assert before - after == site.saved_bytes
+    torch.testing.assert_close(gradients, expected)
+
+
+def test_marks_are_left_to_the_user_in_a_checkpoint_body(run_liger):
+    def f(x, w, down):
+        return checkpoint(squared_relu_mlp, x, w, down, use_reentrant=False)
+
+    args = torch.randn(4, 8, requires_grad=True), torch.randn(32, 8), torch.randn(8, 32)
+    assert_left(run_liger, f, *args, reason="recomputes has been decided already", patterns=(SQUARED_RELU,))

@@ -23,6 +23,7 @@ ALLOWED = {
     "match": ("pattern", "terms"),
     "decide": ("pattern", "terms.mutation"),
     "rewrite": ("pattern", "terms.term"),
+    "remat": ("pattern",),
     "compile": ("pattern",),
     "report": ("pattern",),
     "registry": ("pattern", "terms", "patterns"),

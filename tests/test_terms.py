@@ -10,6 +10,8 @@ from liger_compile.terms.build import Terms
 from liger_compile.terms.mutation import Mutations
 from liger_compile.terms.term import Term
 
+torch.manual_seed(0)
+
 
 def terms_of(function, *args, dynamic=None):
     """The terms of what `function` returns, from the graph that Dynamo captures."""

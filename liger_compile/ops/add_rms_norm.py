@@ -60,7 +60,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.offset = offset
 
 
-def _backward(ctx: Any, dy: Tensor | None, ds: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, dy: Tensor | None, ds: Tensor | None, drstd: None) -> tuple[Tensor | None, ...]:
     needs_dx, needs_dresidual, needs_dweight, *_ = ctx.needs_input_grad
     dsum, dweight = ds, None
     if dy is not None:

@@ -94,8 +94,8 @@ def losses_and_gradients(
             if any(needs):
                 dlogits = head.gradient_(logp, logits[block], lse, target[rows], upstream[rows])
                 logits[block] = dlogits
-            if needs_dbias:
-                dbias_sum.add_(dlogits.sum(0), alpha=scale)
+                if needs_dbias:
+                    dbias_sum.add_(dlogits.sum(0), alpha=scale)
         if needs_dx:  # block by block, logits have become their gradient
             torch.addmm(dx[chunk], logits, weight, beta=0, alpha=scale, out=dx[chunk])
         if needs_dweight:
@@ -204,7 +204,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
         ctx.save_for_backward(*gradients)
 
 
-def _backward(ctx: Any, dloss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, dloss: Tensor | None, *others: None) -> tuple[Tensor | None, ...]:
     if dloss is None:
         return (None,) * 14
     needs_dx, needs_dweight, _, needs_dbias, *_ = ctx.needs_input_grad

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
-from torch.library import CustomOpDef
+from torch._library.custom_ops import CustomOpDef
 
 from .precision import outside_autocast
 
@@ -26,7 +26,9 @@ def traceable_op(fn: Callable[..., Any]) -> CustomOpDef:
     log = logging.getLogger("torch._library.triton")
     disabled, log.disabled = log.disabled, True
     try:
-        op = torch.library.triton_op(f"liger_compile::{fn.__name__}", outside_autocast(fn), mutates_args=())
+        op: Any = torch.library.triton_op(
+            f"liger_compile::{fn.__name__}", outside_autocast(fn), mutates_args=()
+        )
     finally:
         log.disabled = disabled
     return _first_derivative_only(op, fn.__name__)
@@ -55,4 +57,4 @@ def _first_derivative_only(op: CustomOpDef, name: str) -> CustomOpDef:
 
 def graph_is_retained() -> bool:
     """Whether the backward that is running may be run again, so that what was saved for it must stay as it is."""
-    return torch._C._autograd._get_current_graph_task_keep_graph()
+    return torch._C._autograd._get_current_graph_task_keep_graph()  # pyright: ignore[reportAttributeAccessIssue]

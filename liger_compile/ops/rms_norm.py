@@ -93,7 +93,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.offset = offset
 
 
-def _backward(ctx: Any, dy: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, dy: Tensor | None, drstd: None) -> tuple[Tensor | None, ...]:
     if dy is None:
         return (None,) * 5
     x, weight, rstd = ctx.saved_tensors

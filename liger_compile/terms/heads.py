@@ -9,7 +9,7 @@ from torch.fx import Graph, Node
 from liger_compile.terms.build import Terms
 from liger_compile.terms.term import Term
 
-WIDER = 4  # a head is at least so many times wider than the model
+WIDER = 8  # a head is so many times wider than the model, an MLP is not
 
 
 def notes_on_logits(graph: Graph, terms: Terms) -> Iterator[str]:

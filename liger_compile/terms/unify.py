@@ -240,7 +240,8 @@ class Unifier:
                 for goals, still_left in self._assigned(want, have, others, left, done):
                     yield [(term, operand), *goals], still_left
         if not found:
-            self._fail(term, operands[0][0] if len(operands) == 1 else have, done)
+            is_alone = len(operands) == 1 and operands[0][0].op != term.op
+            self._fail(*((term, operands[0][0]) if is_alone else (want, have)), done)
 
     def _captured(
         self,

@@ -1,12 +1,13 @@
 """The spelling fuzzer: random spellings of a pattern have to match, random mutants to be refused or to be right.
 
 Both begin with the graph that Dynamo captures of a pattern's search function, change its calls one by one, and go
-through the backend's steps. All randomness comes from the Random that is passed in: hypothesis.strategies.randoms()
-makes one whose choices shrink to what was written in search.
+through the backend's steps. All randomness comes from the Random that is passed in. With a seed it is any; `Choices`
+is one that a property-based test can shrink.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Collection, Mapping, Sequence
 from random import Random
@@ -21,7 +22,7 @@ from liger_compile.pattern import Pattern
 from liger_compile.terms.mutation import storage_of, storages_of
 from liger_compile.testing import graphs, precision
 from liger_compile.testing.graphs import Recorder, Rewriting, Value, again, name_of, replay
-from liger_compile.testing.mutations import MUTATIONS, WRITES, Call, NotApplicable
+from liger_compile.testing.mutations import MUTATIONS, WRITES, Call, Mutation, NotApplicable
 from liger_compile.testing.spellings import neutral_to, spellings_of
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -29,6 +30,7 @@ MUTANT_FACTOR = (
     16  # of eager's error: a mutant may be ill-conditioned, and another meaning is no matter of rounding
 )
 ROUNDS = 3  # how often an identity may be applied to the result of another
+TRIES = 8  # mutations, until one goes with a call
 Values = Mapping[str, Sequence[Any]]
 
 _samples: dict[Any, tuple[GraphModule, tuple[Any, ...]]] = {}
@@ -69,7 +71,7 @@ def assert_mutant_is_safe(
     """
     gm, inputs = sample(pattern, random, values or {}, frozen)
     spelled = respelled(gm, random)
-    mutant, inputs = mutated(spelled, inputs, random)
+    mutant = mutated(spelled, random)
     if mutant is None:
         return False
     rewriting = graphs.rewrite(copy_of(mutant), _new(pattern))
@@ -110,6 +112,21 @@ def fuzz(
         tried += 1
         made += assert_mutant_is_safe(pattern, Random(f"{seed} mutant {tried}"), values=values, frozen=frozen)
     assert made == mutants, f"only {made} of {mutants} mutants of {pattern.name!r} could be made"
+
+
+class Choices(Random):
+    """A Random that reads its choices off bytes, two for each, and chooses the first where they are 0 or used up.
+
+    The first is always what was written, so whoever shrinks the bytes shrinks the graph:
+    `hypothesis.strategies.binary(min_size=1024, max_size=1024).map(Choices)`.
+    """
+
+    def __init__(self, tape: bytes) -> None:
+        super().__init__(0)
+        self._tape = iter(tape)
+
+    def _randbelow(self, n: int) -> int:
+        return (256 * next(self._tape, 0) + next(self._tape, 0)) % n
 
 
 # Samples: a graph and inputs
@@ -200,36 +217,27 @@ def _spelled(random: Random, recorder: Recorder, node: Node, args: tuple, kwargs
     return result
 
 
-def mutated(
-    gm: GraphModule, inputs: tuple[Any, ...], random: Random
-) -> tuple[GraphModule | None, tuple[Any, ...]]:
-    """`gm` and inputs with one thing changed; None for the graph if that made no sense."""
-    calls = [node for node in gm.graph.nodes if node.op.startswith("call")]
-    chosen, mutation = random.choice(calls), random.choice((*MUTATIONS, *AROUND))
+def mutated(gm: GraphModule, random: Random) -> GraphModule | None:
+    """`gm` with one thing changed; None if none of some mutations went with the call that was chosen."""
+    chosen = random.choice([node for node in gm.graph.nodes if node.op.startswith("call")])
+    mutation: Mutation
 
     def visit(recorder: Recorder, node: Node, args: tuple, kwargs: dict) -> Any:
         if node is not chosen:
             return again(recorder, node, args, kwargs)
         return mutation(Call(recorder, node, args, kwargs), random)
 
-    log = logging.getLogger("torch._subclasses.fake_tensor")  # would print what does not fit together
+    log = logging.getLogger("torch._subclasses.fake_tensor")  # it would print what does not fit together
     disabled, log.disabled = log.disabled, True
     try:
-        return replay(gm, visit), inputs
-    except (
-        NotApplicable,
-        AssertionError,
-        RuntimeError,
-        TypeError,
-        ValueError,
-        IndexError,
-        KeyError,
-        AttributeError,
-        ZeroDivisionError,
-    ):
-        return None, inputs
+        for _ in range(TRIES):
+            mutation = random.choice((*MUTATIONS, *AROUND))
+            with contextlib.suppress(NotApplicable, AssertionError, ArithmeticError, AttributeError):
+                with contextlib.suppress(LookupError, RuntimeError, TypeError, ValueError):
+                    return replay(gm, visit)
     finally:
         log.disabled = disabled
+    return None
 
 
 def written(call: Call, random: Random) -> Any:

@@ -39,7 +39,7 @@ def assert_no_worse(actual: Any, eager: Any, exact: Any, *, factor: float = 2.0)
     """
     coarsest = max((_eps(each) for each in tree_leaves(eager)), default=0.0)
     results, expected, trues = (tree_flatten_with_path(each)[0] for each in (actual, eager, exact))
-    names = [[f"result{keystr(path)}" for path, _ in each] for each in (results, expected, trues)]
+    names = [[f"value{keystr(path)}" for path, _ in each] for each in (results, expected, trues)]
     assert names[0] == names[1] == names[2], f"expected results {names[1]}, got {names[0]}"
     for name, (_, got), (_, wanted), (_, true) in zip(names[0], results, expected, trues, strict=True):
         if isinstance(wanted, Tensor):

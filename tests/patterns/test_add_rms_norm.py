@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+torch.manual_seed(0)
+
 X, R, W = torch.randn(3, 5, 16), torch.randn(3, 5, 16), torch.rand(16) + 0.5
 
 

@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+torch.manual_seed(0)
+
 B, H, K, S, D = 2, 4, 2, 6, 16
 Q, KEY = torch.randn(B, H, S, D), torch.randn(B, K, S, D)
 ANGLES = torch.rand(S, D // 2) * 6

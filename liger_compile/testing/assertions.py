@@ -1,0 +1,159 @@
+"""What a test of a pattern says: these are replaced, that is refused, and the numbers are as right as eager's.
+
+All three compile with torch.compile(backend="liger") from a fresh Dynamo, and raise what goes wrong in the rewriter.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from liger_compile.pattern import Pattern
+from liger_compile.report import GraphReport, Site, reports
+from liger_compile.testing import precision
+
+
+def assert_rewrites(
+    function: Callable[..., Any],
+    *args: Any,
+    expect: Mapping[str, int],
+    patterns: Iterable[Pattern] = (),
+    policy: str = "always",
+    dynamic: bool | None = None,
+    **kwargs: Any,
+) -> tuple[GraphReport, ...]:
+    """Asserts how many places function(*args, **kwargs) has that are replaced, and returns the reports.
+
+    Args:
+        expect: a count for each pattern, `{"rms_norm.llama": 2}`, or op, `{"rms_norm": 2}`. Nothing else is replaced.
+        patterns: patterns to use besides those known.
+        policy: "always" leaves profit out, so that a test does not depend on the device; "auto" asks it.
+    """
+    compiled = _compiled(function, patterns, policy, dynamic)
+    made, _ = _with_reports(lambda: compiled(*args, **kwargs))
+    left, found = Counter(site.pattern for site in _sites(made, "replace")), {}
+    for name in sorted(expect, key=lambda name: "." not in name):  # a pattern's own name before its op's
+        names = [each for each in left if each == name or each.split(".")[0] == name]
+        found[name] = sum(left.pop(each) for each in names)
+    assert found == dict(expect) and not left, (
+        f"expected {dict(expect)} to be replaced, got {found | left}\n" + "\n".join(map(str, made))
+    )
+    return made
+
+
+def assert_refuses(
+    function: Callable[..., Any],
+    *args: Any,
+    pattern: str,
+    reason: str = "",
+    patterns: Iterable[Pattern] = (),
+    policy: str = "always",
+    dynamic: bool | None = None,
+    **kwargs: Any,
+) -> tuple[GraphReport, ...]:
+    """Asserts that function(*args, **kwargs) has no place where `pattern` is replaced, and returns the reports.
+
+    Args:
+        pattern: the name of a pattern, `"rms_norm.llama"`, or of an op, `"rms_norm"`.
+        reason: a regular expression that is found in what a report says of such a place: of one that is left, or
+            of a near miss. Empty: there need not be one.
+        patterns, policy: as in `assert_rewrites`.
+    """
+    compiled = _compiled(function, patterns, policy, dynamic)
+    made, _ = _with_reports(lambda: compiled(*args, **kwargs))
+    text = "\n".join(map(str, made))
+
+    def is_meant(name: str) -> bool:
+        return pattern in (name, name.split(".")[0])
+
+    replaced = [site.pattern for site in _sites(made, "replace") if is_meant(site.pattern)]
+    assert not replaced, f"expected no {pattern} to be replaced, got {replaced}\n{text}"
+    told = [*_sites(made, "leave"), *(near for report in made for near in report.near_misses)]
+    reasons = [each.reason for each in told if is_meant(each.pattern)]
+    assert not reason or any(re.search(reason, each) for each in reasons), (
+        f"expected {pattern} to be refused because of {reason!r}, got {reasons or 'no such place'}\n{text}"
+    )
+    return made
+
+
+def assert_close_to_eager(
+    function: Callable[..., Any],
+    *args: Any,
+    patterns: Iterable[Pattern] = (),
+    inner: str = "aot_eager",
+    policy: str = "always",
+    dynamic: bool | None = None,
+    factor: float = 2.0,
+    **kwargs: Any,
+) -> tuple[GraphReport, ...]:
+    """Asserts that results and gradients have an error of at most `factor` times eager's, and returns the reports.
+
+    The error is that against a run in float64; see `precision.assert_no_worse`. Gradients are those of every argument
+    that requires one and of every parameter of `function` or of an argument, for a random gradient of the results.
+
+    Args:
+        function: a module, or a function that reads tensors and modules from its arguments only.
+        inner: what compiles the rewritten graph: "aot_eager", "inductor" or "eager".
+    """
+    exact = precision.as_double((function, args, kwargs))
+    with precision.in_double():
+        true = _outcome(*exact)
+    eager = _outcome(*precision.copied((function, args, kwargs)))
+    ours, arguments, named = precision.copied((function, args, kwargs))
+    leaves = _leaves((ours, arguments, named))
+    compiled = _compiled(ours, patterns, policy, dynamic, inner)
+    made, outcome = _with_reports(lambda: _outcome(compiled, arguments, named, leaves))
+    try:
+        precision.assert_no_worse(outcome, eager, true, factor=factor)
+    except AssertionError as error:
+        raise AssertionError("\n".join([str(error), *map(str, made)])) from None
+    return made
+
+
+def _compiled(
+    function: Callable[..., Any],
+    patterns: Iterable[Pattern],
+    policy: str,
+    dynamic: bool | None,
+    inner: str = "eager",
+) -> Callable[..., Any]:
+    options: dict[str, Any] = {"inner": inner, "strict": True, "policy": policy, "patterns": tuple(patterns)}
+    options = {f"liger.{name}": value for name, value in options.items()}
+    torch._dynamo.reset()
+    return torch.compile(function, backend="liger", dynamic=dynamic, options=options)
+
+
+def _with_reports(run: Callable[[], Any]) -> tuple[tuple[GraphReport, ...], Any]:
+    earlier = reports()
+    result = run()
+    return tuple(report for report in reports() if report not in earlier), result
+
+
+def _sites(made: Iterable[GraphReport], kind: str) -> list[Site]:
+    return [site for report in made for site in report.sites if site.kind == kind]
+
+
+def _outcome(function: Any, args: Any, kwargs: Any, leaves: list[Tensor] | None = None) -> Any:
+    """The results, detached, and the gradients."""
+    leaves = _leaves((function, args, kwargs)) if leaves is None else leaves
+    torch.manual_seed(0)
+    results = function(*args, **kwargs)
+    gradients = precision.gradients(results, leaves)
+    detached = tree_map(lambda each: each.detach() if isinstance(each, Tensor) else each, results)
+    return {"result": detached, "gradients": gradients}
+
+
+def _leaves(tree: Any) -> list[Tensor]:
+    """The tensors and parameters in a tree that require a gradient, each once."""
+    found: dict[int, Tensor] = {}
+    for each in tree_leaves(tree):
+        for tensor in each.parameters() if isinstance(each, nn.Module) else [each]:
+            if isinstance(tensor, Tensor) and tensor.requires_grad:
+                found[id(tensor)] = tensor
+    return list(found.values())
