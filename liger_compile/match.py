@@ -140,7 +140,8 @@ def _traced(pattern: Pattern, tensors: Mapping[str, Any]) -> tuple[Term, ...]:
     log = logging.getLogger("torch._subclasses.fake_tensor")
     disabled, log.disabled = log.disabled, True
     try:
-        with torch.no_grad():
+        # An autocast around the model has put its casts into the graph; search says its own.
+        with torch.no_grad(), torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
             return trace(pattern.search, captures)
     finally:
         log.disabled = disabled

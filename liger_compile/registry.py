@@ -101,7 +101,7 @@ def validate(pattern: Pattern) -> None:
     for name, example in pattern.examples.items():
         _refuse_annotation(pattern, name, example)
     for dtype in (torch.float32, torch.bfloat16):
-        with FakeTensorMode(), torch.no_grad():
+        with FakeTensorMode(), torch.no_grad(), torch.autocast("cpu", enabled=False):
             captures = {name: _as(dtype, example) for name, example in pattern.examples.items()}
             try:
                 terms = trace(pattern.search, captures)
