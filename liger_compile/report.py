@@ -149,6 +149,7 @@ class GraphReport:
         for kind, heading in headings.items():
             sites = [site for site in self.sites if site.kind == kind]
             groups = _grouped(sites, key=lambda site: (site.pattern, site.reason))
+            groups.sort(key=lambda group: (-sum(site.saved_bytes or 0 for site in group), group[0].pattern))
             lines += _section(heading, [_site_row(group) for group in groups])
         nearest_first = sorted(self.near_misses, key=lambda near: -near.score)
         groups = _grouped(nearest_first, key=lambda near: (near.pattern, near.reason, near.place.source))

@@ -12,5 +12,7 @@ def needs_kernel(match: Match) -> str | None:
     """
     device = match.result.device.type
     if device != "cpu":
-        return f"the op has no kernel for {device} yet, and its reference would be slower than Inductor's code"
+        return (
+            f"the op has no kernel for {device} yet, and its reference would be slower than Inductor's code"
+        )
     return None

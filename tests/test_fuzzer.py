@@ -5,19 +5,15 @@ The choices are hypothesis's, the same in every run. A failure shows the smalles
 
 import collections
 import math
-from random import Random
 
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from liger_compile import Pattern
 from liger_compile.registry import default_patterns
-from liger_compile.testing import assert_mutant_is_safe, assert_respelling_matches, fuzz
-from liger_compile.testing.fuzzer import Choices, outcome, respelled, sample
-from liger_compile.testing.graphs import capture, replay, rewrite
+from liger_compile.testing import assert_mutant_is_safe, assert_respelling_matches
+from liger_compile.testing.fuzzer import Choices
 
 EACH_OP, EACH_PATTERN = 200, 15  # examples, of respellings and of mutants
 
@@ -28,14 +24,20 @@ NUM_OF_OP = collections.Counter(name.split(".")[0] for name in PATTERNS)
 
 # What the fuzzer cannot guess: what the ops make no gradient for, and class weights, which are positive and have the
 # dtype of the logits at the loss.
-FROZEN = {"rotary": ("cos", "sin", "freqs"), "linear_cross_entropy": ("class_weight",), "cross_entropy": ("weight",)}
+FROZEN = {
+    "rotary": ("cos", "sin", "freqs"),
+    "linear_cross_entropy": ("class_weight",),
+    "cross_entropy": ("weight",),
+}
 CLASS_WEIGHT = {"linear_cross_entropy": "class_weight", "cross_entropy": "weight"}
 
 
 def settings_of(name):
     op = name.split(".")[0]
     weight = torch.linspace(0.5, 2, 11) if "upcast" in name else None
-    values = {CLASS_WEIGHT[op]: (None, weight), "reduction": ("mean", "sum", "none")} if op in CLASS_WEIGHT else {}
+    values = (
+        {CLASS_WEIGHT[op]: (None, weight), "reduction": ("mean", "sum", "none")} if op in CLASS_WEIGHT else {}
+    )
     if "ignore_index" in PATTERNS[name].parameters:
         values |= {"label_smoothing": (0.0, 0.1)}
     if name.startswith("gated_mlp.geglu"):

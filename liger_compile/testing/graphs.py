@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch._subclasses import FakeTensor
 from torch.fx import Graph, GraphModule, Node, Proxy
+from torch.fx.node import map_arg
 from torch.fx.proxy import GraphAppendingTracer
 
 from liger_compile.decide import decide, insertion_point
@@ -111,10 +112,10 @@ class Value(Proxy):
         """The arguments of the call that made this value, if it was one of `name` without keyword arguments."""
         if name_of(self.node) != name or self.node.kwargs:
             return None
-        return torch.fx.node.map_arg(self.node.args, lambda node: Value(node, self.tracer))
+        return map_arg(self.node.args, lambda node: Value(node, self.tracer))  # pyright: ignore[reportArgumentType]
 
     def __iter__(self) -> Any:
-        return (self[index] for index in range(len(self.fake)))
+        return (self[index] for index in range(len(self.fake)))  # pyright: ignore[reportIndexIssue]
 
     def __len__(self) -> int:
         return len(self.fake)
@@ -135,7 +136,7 @@ class Recorder(GraphAppendingTracer):
         return Value(node, self)
 
     def create_node(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **named: Any) -> Node:
-        examples = torch.fx.node.map_arg((args, kwargs), lambda node: node.meta["example_value"])
+        examples = map_arg((args, kwargs), lambda node: node.meta["example_value"])
         example = _called(kind, target, *examples)
         node = super().create_node(kind, target, args, kwargs, *rest, **named)
         node.meta["example_value"] = example
@@ -188,7 +189,7 @@ def replay(gm: GraphModule, visit: Visit, inputs: Mapping[str, Any] | None = Non
     outputs: Sequence[Value] = ()
     with _fake_mode_of(gm):
         for node in gm.graph.nodes:
-            args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
+            args, kwargs = map_arg((node.args, node.kwargs), values.__getitem__)
             if node.op == "placeholder":
                 given = (inputs or {}).get(node.name, node.meta["example_value"])
                 other = (
