@@ -162,8 +162,11 @@ def _refuse_mutation(match: Match, context: _Context) -> str | None:
     first, last = context.span(match)
     last = max(last, context.position(match.nodes[-1]))
     inner = set(match.nodes) - set(match.outputs)
-    for node in dict.fromkeys((*match.operands, *captured_nodes(match), *inner)):
-        at = context.mutations.write_between(node, first - 1, last + 1)
+    captured = set(captured_nodes(match))
+    for node in dict.fromkeys((*match.operands, *captured, *inner)):
+        # What is captured is read where the replacement stands, and has to be by then what it was when it was made.
+        since = context.position(node) if node in captured else first - 1
+        at = context.mutations.write_between(node, since, last + 1)
         if at is not None:
             return f"{node.name} is written in place while it is in use{_source(context, at)}"
     return None
@@ -179,10 +182,14 @@ def _source(context: _Context, position: int) -> str:
 def _refuse_late_captures(match: Match, context: _Context) -> str | None:
     """The replacement stands after all its captures, so nothing may read an output before that."""
     at = context.position(insertion_point(match, context.position))
-    inner = set(match.nodes)
+    alive = set(match.escaping())
+    for node in reversed(match.nodes):
+        if any(user in alive for user in node.users):
+            alive.add(node)
+    dead = set(match.nodes) - alive
     for output in match.outputs:
         for user in output.users:
-            if user not in inner and context.position(user) < at:
+            if user not in dead and context.position(user) < at:
                 return f"{user.name} reads {output.name} before all inputs of the replacement are computed"
     return None
 

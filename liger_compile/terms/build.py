@@ -35,16 +35,17 @@ class Terms:
         self.nodes: dict[Term, list[Node]] = {}  # in graph order
         self.passes_through: set[Node] = set()  # nodes that compute nothing: their value is an argument's
         self.mutations = mutations
-        self._has_gradients = (
-            torch.is_grad_enabled()
-        )  # Dynamo restores the mode of the frame around the backend
+        # Dynamo restores the mode of the frame around the backend.
+        self._has_gradients, self._no_grad = torch.is_grad_enabled(), False
         for node in graph.nodes:
             self._visit(node)
 
     def _visit(self, node: Node) -> None:
         example = node.meta.get("example_value")
+        if getattr(node.target, "__name__", "") == "_set_grad_enabled":
+            self._no_grad = self._has_gradients and not node.args[0]
         is_call = node.op in ("call_function", "call_method")
-        if is_call and not _moves_device(node) and not (self._has_gradients and _cuts_gradient(node)):
+        if is_call and not _moves_device(node) and not (self._no_grad and _reads_gradient(node)):
             args, kwargs = map_arg((node.args, node.kwargs), lambda arg: self._read(arg, node))
             value = call(self.space, node.target, args, kwargs, example, node.name)
         else:
@@ -103,11 +104,8 @@ def _step(term: Term) -> Step | None:
     return None
 
 
-def _cuts_gradient(node: Node) -> bool:
-    """A value made under no_grad has the value of its term, and none of its gradient: it is another value."""
-    example = node.meta.get("example_value")
-    if not isinstance(example, torch.Tensor) or example.requires_grad or not example.is_floating_point():
-        return False
+def _reads_gradient(node: Node) -> bool:
+    """Under no_grad this makes a value that has the numbers of its term and not its gradient: another value."""
     inputs = (arg.meta.get("example_value") for arg in node.all_input_nodes)
     return any(isinstance(arg, torch.Tensor) and arg.requires_grad for arg in inputs)
 

@@ -34,6 +34,8 @@ def call(space: Space, target: Any, args: Any, kwargs: Any, out: Any, name: str)
 _MODULES = (
     "torch",
     "torch._C._nn",
+    "torch._C._special",
+    "torch.functional",
     "torch._C._linalg",
     "torch.nn.functional",
     "torch._C",
@@ -49,6 +51,7 @@ _ALIASES = {
     "__rtruediv__": "rtruediv", "__rpow__": "rpow", "__matmul__": "matmul", "t": "t", "_softmax": "softmax",
     "__rdiv__": "rtruediv", "__rmul__": "mul", "__radd__": "add", "__truediv__": "truediv", "__mul__": "mul",
     "__add__": "add", "__sub__": "sub", "__neg__": "neg", "__rmatmul__": "rmatmul", "unsafe_chunk": "chunk",
+    "special_expit": "sigmoid", "expit": "sigmoid", "tensor_split": "split",
     "cross_entropy_loss": "cross_entropy", "nll_loss_nd": "nll_loss",
 }  # fmt: skip
 
