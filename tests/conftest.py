@@ -8,7 +8,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 import torch
 
+# Before anything imports Triton, which reads it then: without a GPU, kernels run on the tensors of a CPU.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 import liger_compile
+from liger_compile.ops import dispatch
 
 
 def pytest_collection_modifyitems(items):
@@ -24,6 +29,13 @@ def _clean():
     torch._dynamo.reset()
     liger_compile.clear_reports()
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    """Ops run their kernels on tensors of a CPU too. Where there is a GPU, kernels are compiled: on its tensors only."""
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        monkeypatch.setattr(dispatch, "INTERPRET", True)
 
 
 @pytest.fixture

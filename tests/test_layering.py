@@ -18,7 +18,8 @@ ALLOWED = {
     "pattern": (),
     "options": ("pattern",),
     "terms": ("terms",),
-    "ops": ("ops",),
+    "kernels": ("kernels",),
+    "ops": ("ops", "kernels"),
     "functional": ("ops",),
     "match": ("pattern", "terms"),
     "decide": ("pattern", "terms.mutation"),
@@ -87,7 +88,14 @@ def test_ops_have_no_triton_at_module_level():
         if name.startswith("ops") or name == "functional":
             tree = ast.parse(path.read_text())
             top = [node for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))]
-            assert "triton" not in " ".join(ast.unparse(node) for node in top).replace("triton_op", ""), name
+            imported = " ".join(ast.unparse(node) for node in top)
+            assert "triton" not in imported and "kernels" not in imported, name
+
+
+def test_only_kernels_are_written_in_triton():
+    for name, path in sources():
+        if not name.startswith("kernels"):
+            assert not re.search(r"\btl\.|\bBLOCK\b|num_warps|num_stages", path.read_text()), name
 
 
 def test_every_pattern_file_has_a_test():
