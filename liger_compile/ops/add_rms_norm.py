@@ -17,13 +17,17 @@ import torch
 from torch import Tensor
 
 from .registration import traceable_op
-from .rms_norm import input_gradient, normalize, weight_gradient
+from .rms_norm import input_gradient, is_normed_by_kernel, normalize, weight_gradient
 
 
 @traceable_op
 def add_rms_norm(
     x: Tensor, residual: Tensor, weight: Tensor | None, eps: float, offset: float, casting: str
 ) -> tuple[Tensor, Tensor, Tensor]:
+    if is_normed_by_kernel(x, residual, weight, numbers=(eps, offset)):
+        from ..kernels import rms_norm as kernels
+
+        return kernels.forward(x, residual, weight, eps, offset, casting)
     s = x + residual
     y, rstd = normalize(s, weight, eps, offset, casting)
     return y, s, rstd
@@ -41,6 +45,10 @@ def add_rms_norm_backward(
     needs_dweight: bool,
 ) -> tuple[Tensor, Tensor]:
     """(gradient of the sum, dweight), empty where not needed."""
+    if is_normed_by_kernel(s, dy, ds, weight, numbers=(offset,)):
+        from ..kernels import rms_norm as kernels
+
+        return kernels.backward(dy, ds, s, weight, rstd, offset, needs_dsum, needs_dweight)
     dsum = s.new_empty(0)
     if needs_dsum:
         dsum = input_gradient(dy, s, weight, rstd, offset)

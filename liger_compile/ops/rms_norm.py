@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .dispatch import has_kernel
 from .precision import accumulation_dtype
 from .registration import traceable_op
 
@@ -60,10 +61,29 @@ def weight_gradient(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> Tens
     return dweight.to(weight.dtype)
 
 
+MAX_WIDTH = 16384  # of the kernels, which hold a row in registers
+
+
+def is_normed_by_kernel(x: Tensor, *others: Tensor | None, numbers: tuple[Any, ...]) -> bool:
+    """Whether the kernels take it. They are compiled for one width and for the numbers: none of it may be symbolic."""
+    width = x.shape[-1]
+    return (
+        has_kernel(x, *others)
+        and isinstance(width, int)
+        and 0 < width <= MAX_WIDTH
+        and all(isinstance(number, float) for number in numbers)
+    )
+
+
 @traceable_op
 def rms_norm(
     x: Tensor, weight: Tensor | None, eps: float, offset: float, casting: str
 ) -> tuple[Tensor, Tensor]:
+    if is_normed_by_kernel(x, weight, numbers=(eps, offset)):
+        from ..kernels import rms_norm as kernels
+
+        y, _, rstd = kernels.forward(x, None, weight, eps, offset, casting)
+        return y, rstd
     return normalize(x, weight, eps, offset, casting)
 
 
@@ -78,6 +98,10 @@ def rms_norm_backward(
     needs_dweight: bool,
 ) -> tuple[Tensor, Tensor]:
     """(dx, dweight), empty where not needed."""
+    if is_normed_by_kernel(x, dy, weight, numbers=(offset,)):
+        from ..kernels import rms_norm as kernels
+
+        return kernels.backward(dy, None, x, weight, rstd, offset, needs_dx, needs_dweight)
     dx = input_gradient(dy, x, weight, rstd, offset).to(x.dtype) if needs_dx else x.new_empty(0)
     if weight is None or not needs_dweight:
         return dx, x.new_empty(0)

@@ -1,0 +1,328 @@
+"""RMSNorm, alone and after a residual addition: the kernels of ops/rms_norm.py and ops/add_rms_norm.py.
+
+A row stays in registers between its two passes, so that forward moves 4 bytes an element in half precision (8 with
+the residual) and backward 6 (8). Wide rows have a program each; of narrow ones, such as the heads of a query norm,
+a program takes several. A width that is no power of two is covered by a power of two and a smaller one.
+
+Backward is one pass for both gradients. Its programs are a fixed number, walk over the rows, and each keep a sum of
+dweight in float32; a second kernel adds up the sums in a fixed order, so that the result is deterministic.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import launch, num_multiprocessors
+
+SUM_PROGRAMS, SUM_COLUMNS = 256, 16  # the tile of the kernel that adds up dweight
+
+
+class Config(NamedTuple):
+    rows: int  # of a tile
+    main: int  # its columns, a power of two,
+    tail: int  # and another power of two of them, or none
+    num_warps: int
+    programs: int  # of backward, on each multiprocessor
+    num_stages: int  # of its loop: the tiles in flight, and the one that is computed
+
+
+def config(width: int, itemsize: int) -> Config:
+    """The launch for rows of `width` elements, the widest of them of `itemsize` bytes."""
+    whole = triton.next_power_of_2(width)
+    main, tail = whole // 2, triton.next_power_of_2(width - whole // 2)
+    # A tail pays where it is less than what it saves, and wide enough to be read 16 bytes at a time by every thread
+    # that reads main so: of two layouts, one would have to be converted.
+    if main + tail < whole and tail >= max(512, main // 4):
+        num_warps = tail // 256
+    else:
+        main, tail, num_warps = whole, 0, min(16, max(4, whole // 512))
+    rows = max(1, 2048 // whole)
+    tile = rows * (main + tail)
+    return Config(
+        rows,
+        main,
+        tail,
+        num_warps,
+        programs=max(1, min(4, 12288 // tile)),  # backward takes about 6 registers an element, of 65536
+        num_stages=min(3, 1 + 2**15 // (tile * itemsize)),  # at most 96 KiB of dy, x and ds in shared memory
+    )
+
+
+def rows_of(x: Tensor) -> Tensor:
+    """x as (N, D) with the elements of a row side by side: a view if the rows are evenly spaced, else a copy."""
+    x = x.reshape(x.shape[:-1].numel(), x.shape[-1])
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+def forward(
+    x: Tensor, residual: Tensor | None, weight: Tensor | None, eps: float, offset: float, casting: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(y, s, rstd), where s is the sum x + residual, and x itself if there is no residual."""
+    shape = x.shape
+    s = x if residual is None else x.new_empty(shape, dtype=torch.promote_types(x.dtype, residual.dtype))
+    widens = weight is not None and casting == "llama"
+    y = x.new_empty(shape, dtype=torch.promote_types(s.dtype, weight.dtype) if widens else s.dtype)
+    rstd = x.new_empty(shape[:-1], dtype=torch.float32)
+    x = rows_of(x)
+    residual = None if residual is None else rows_of(residual)
+    num_rows, width = x.shape
+    launched = config(width, x.itemsize)
+    launch(_forward_kernel)[(triton.cdiv(num_rows, launched.rows),)](
+        x,
+        residual,
+        None if weight is None else weight.contiguous(),
+        y,
+        None if residual is None else s,
+        rstd,
+        num_rows,
+        x.stride(0),
+        0 if residual is None else residual.stride(0),
+        WIDTH=width,
+        EPS=eps,
+        OFFSET=offset,
+        ROUNDS_FIRST=casting == "llama",
+        ROWS=launched.rows,
+        MAIN=launched.main,
+        TAIL=launched.tail,
+        num_warps=launched.num_warps,
+    )
+    return y, s, rstd
+
+
+def backward(
+    dy: Tensor,
+    ds: Tensor | None,
+    x: Tensor,
+    weight: Tensor | None,
+    rstd: Tensor,
+    offset: float,
+    needs_dx: bool,
+    needs_dweight: bool,
+) -> tuple[Tensor, Tensor]:
+    """(dx, dweight), empty where not needed. ds, if given, is added to dx; x is then the sum s."""
+    needs_dweight = needs_dweight and weight is not None
+    dx = x.new_empty(x.shape if needs_dx else 0)
+    x, dy = rows_of(x), rows_of(dy)
+    ds = rows_of(ds) if ds is not None and needs_dx else None
+    num_rows, width = x.shape
+    launched = config(width, max(x.itemsize, dy.itemsize))
+    num_programs = torch.sym_min(
+        num_multiprocessors(x.device) * launched.programs, triton.cdiv(num_rows, launched.rows)
+    )
+    sums = x.new_empty((num_programs, width), dtype=torch.float32) if needs_dweight else None
+    launch(_backward_kernel)[(num_programs,)](
+        dy,
+        ds,
+        x,
+        None if weight is None else weight.contiguous(),
+        rstd.contiguous(),
+        dx if needs_dx else None,
+        sums,
+        num_rows,
+        dy.stride(0),
+        0 if ds is None else ds.stride(0),
+        x.stride(0),
+        WIDTH=width,
+        OFFSET=offset,
+        ROWS=launched.rows,
+        MAIN=launched.main,
+        TAIL=launched.tail,
+        STAGES=launched.num_stages,
+        num_warps=launched.num_warps,
+    )
+    if sums is None or weight is None:
+        return dx, x.new_empty(0)
+    return dx, sum_of_programs(sums, weight.dtype)
+
+
+def sum_of_programs(sums: Tensor, dtype: torch.dtype) -> Tensor:
+    """The sum of (P, D) over P, in a fixed order."""
+    num_programs, width = sums.shape
+    total = sums.new_empty(width, dtype=dtype)
+    launch(_sum_kernel)[(triton.cdiv(width, SUM_COLUMNS),)](
+        sums,
+        total,
+        num_programs,
+        WIDTH=width,
+        PROGRAMS=SUM_PROGRAMS,
+        COLUMNS=SUM_COLUMNS,
+        num_warps=8,
+    )
+    return total
+
+
+@triton.jit
+def _forward_kernel(
+    x_ptr,  # (N, D), as are residual, y and s; residual and s None if there is none
+    residual_ptr,
+    weight_ptr,  # (D) or None
+    y_ptr,
+    s_ptr,
+    rstd_ptr,  # (N)
+    num_rows,
+    x_stride,
+    residual_stride,
+    WIDTH: tl.constexpr,
+    EPS: tl.constexpr,
+    OFFSET: tl.constexpr,
+    ROUNDS_FIRST: tl.constexpr,  # before the weight, to the dtype of s
+    ROWS: tl.constexpr,
+    MAIN: tl.constexpr,
+    TAIL: tl.constexpr,
+):
+    rows = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
+    is_row = rows < num_rows
+    main = tl.arange(0, MAIN)[None, :]
+    main_mask = is_row & (main < WIDTH)
+    s_main = _read(x_ptr, residual_ptr, s_ptr, rows, main, main_mask, x_stride, residual_stride, WIDTH)
+    squares = tl.sum(s_main * s_main, 1, keep_dims=True)
+    if TAIL:
+        tail = MAIN + tl.arange(0, TAIL)[None, :]
+        tail_mask = is_row & (tail < WIDTH)
+        s_tail = _read(x_ptr, residual_ptr, s_ptr, rows, tail, tail_mask, x_stride, residual_stride, WIDTH)
+        squares += tl.sum(s_tail * s_tail, 1, keep_dims=True)
+    rstd = tl.rsqrt(squares / WIDTH + EPS)
+    tl.store(rstd_ptr + rows, rstd, is_row)
+    if s_ptr is None:
+        dtype: tl.constexpr = x_ptr.dtype.element_ty
+    else:
+        dtype: tl.constexpr = s_ptr.dtype.element_ty
+    y_main = _weighted(s_main * rstd, weight_ptr, main, dtype, WIDTH, OFFSET, ROUNDS_FIRST)
+    tl.store(y_ptr + rows * WIDTH + main, y_main, main_mask)
+    if TAIL:
+        y_tail = _weighted(s_tail * rstd, weight_ptr, tail, dtype, WIDTH, OFFSET, ROUNDS_FIRST)
+        tl.store(y_ptr + rows * WIDTH + tail, y_tail, tail_mask)
+
+
+@triton.jit
+def _read(x_ptr, residual_ptr, s_ptr, rows, columns, mask, x_stride, residual_stride, WIDTH: tl.constexpr):
+    """A tile of s, which is written if it is a sum."""
+    s = tl.load(x_ptr + rows * x_stride + columns, mask, other=0.0).to(tl.float32)
+    if residual_ptr is not None:
+        s += tl.load(residual_ptr + rows * residual_stride + columns, mask, other=0.0).to(tl.float32)
+        rounded = s.to(s_ptr.dtype.element_ty)
+        tl.store(s_ptr + rows * WIDTH + columns, rounded, mask)
+        s = rounded.to(tl.float32)
+    return s
+
+
+@triton.jit
+def _weighted(
+    normed,
+    weight_ptr,
+    columns,
+    dtype: tl.constexpr,
+    WIDTH: tl.constexpr,
+    OFFSET: tl.constexpr,
+    ROUNDS_FIRST: tl.constexpr,
+):
+    if ROUNDS_FIRST:
+        normed = normed.to(dtype).to(tl.float32)
+    if weight_ptr is not None:
+        normed *= _gain(weight_ptr, tl.broadcast_to(columns, normed.shape), WIDTH, OFFSET)
+    return normed
+
+
+@triton.jit
+def _backward_kernel(
+    dy_ptr,  # (N, D), as are ds, x and dx; ds and dx may be None
+    ds_ptr,
+    x_ptr,
+    weight_ptr,  # (D) or None
+    rstd_ptr,  # (N)
+    dx_ptr,
+    sums_ptr,  # (P, D) in float32, for P programs: what each adds to dweight; or None
+    num_rows,
+    dy_stride,
+    ds_stride,
+    x_stride,
+    WIDTH: tl.constexpr,
+    OFFSET: tl.constexpr,
+    ROWS: tl.constexpr,
+    MAIN: tl.constexpr,
+    TAIL: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    program = tl.program_id(0)
+    main = tl.arange(0, MAIN)[None, :]
+    is_main = main < WIDTH
+    main_gain = _gain(weight_ptr, tl.broadcast_to(main, [ROWS, MAIN]), WIDTH, OFFSET)
+    main_sum = tl.zeros([ROWS, MAIN], tl.float32)
+    if TAIL:
+        tail = MAIN + tl.arange(0, TAIL)[None, :]
+        is_tail = tail < WIDTH
+        tail_gain = _gain(weight_ptr, tl.broadcast_to(tail, [ROWS, TAIL]), WIDTH, OFFSET)
+        tail_sum = tl.zeros([ROWS, TAIL], tl.float32)
+
+    for block in tl.range(program, tl.cdiv(num_rows, ROWS), tl.num_programs(0), num_stages=STAGES):
+        rows = (block * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+        is_row = rows < num_rows
+        rstd = tl.load(rstd_ptr + rows, is_row, other=0.0)
+        x_at, dy_at = x_ptr + rows * x_stride, dy_ptr + rows * dy_stride
+        main_normed = tl.load(x_at + main, is_row & is_main, other=0.0).to(tl.float32) * rstd
+        main_g = tl.load(dy_at + main, is_row & is_main, other=0.0).to(tl.float32)
+        if TAIL:
+            tail_normed = tl.load(x_at + tail, is_row & is_tail, other=0.0).to(tl.float32) * rstd
+            tail_g = tl.load(dy_at + tail, is_row & is_tail, other=0.0).to(tl.float32)
+        if sums_ptr is not None:
+            main_sum += main_g * main_normed
+            if TAIL:
+                tail_sum += tail_g * tail_normed
+        if dx_ptr is not None:
+            main_g *= main_gain
+            product = tl.sum(main_g * main_normed, 1, keep_dims=True)
+            if TAIL:
+                tail_g *= tail_gain
+                product += tl.sum(tail_g * tail_normed, 1, keep_dims=True)
+            mean = product / WIDTH
+            main_dx = rstd * (main_g - main_normed * mean)
+            _write_dx(dx_ptr, ds_ptr, main_dx, rows, main, is_row & is_main, ds_stride, WIDTH)
+            if TAIL:
+                tail_dx = rstd * (tail_g - tail_normed * mean)
+                _write_dx(dx_ptr, ds_ptr, tail_dx, rows, tail, is_row & is_tail, ds_stride, WIDTH)
+
+    if sums_ptr is not None:
+        sums_at = sums_ptr + program.to(tl.int64) * WIDTH
+        tl.store(sums_at + main, tl.sum(main_sum, 0, keep_dims=True), is_main)
+        if TAIL:
+            tl.store(sums_at + tail, tl.sum(tail_sum, 0, keep_dims=True), is_tail)
+
+
+@triton.jit
+def _gain(weight_ptr, columns, WIDTH: tl.constexpr, OFFSET: tl.constexpr):
+    """What the elements of a tile are multiplied by. Read by the tile: a row of them would have to be moved between
+    threads."""
+    if weight_ptr is None:
+        return tl.full(columns.shape, 1.0, tl.float32)
+    else:
+        return tl.load(weight_ptr + columns, columns < WIDTH, other=0.0).to(tl.float32) + OFFSET
+
+
+@triton.jit
+def _write_dx(dx_ptr, ds_ptr, dx, rows, columns, mask, ds_stride, WIDTH: tl.constexpr):
+    if ds_ptr is not None:
+        dx += tl.load(ds_ptr + rows * ds_stride + columns, mask, other=0.0).to(tl.float32)
+    tl.store(dx_ptr + rows * WIDTH + columns, dx, mask)
+
+
+@triton.jit
+def _sum_kernel(
+    sums_ptr,  # (P, D) in float32
+    total_ptr,  # (D)
+    num_programs,
+    WIDTH: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    total = tl.zeros([PROGRAMS, COLUMNS], tl.float32)
+    for first in tl.range(0, num_programs, PROGRAMS):
+        programs = (first + tl.arange(0, PROGRAMS)).to(tl.int64)[:, None]
+        mask = (programs < num_programs) & (columns < WIDTH)
+        total += tl.load(sums_ptr + programs * WIDTH + columns, mask, other=0.0)
+    tl.store(total_ptr + columns, tl.sum(total, 0, keep_dims=True), columns < WIDTH)
