@@ -1,0 +1,248 @@
+"""How a bench measures: interleaved rounds, CUDA graphs or events or a clock, and memory at its highest.
+
+A `Contender` is one way of doing something, in stages that run one after the other ("forward", then "backward").
+`interleave` runs a round of all contenders again and again, so that whatever changes on the machine meanwhile
+changes for all of them, and returns milliseconds a call. How a stage is timed:
+
+    graph     replays of a CUDA graph that holds a call for each set of buffers: GPU time, no launch overhead
+    events    between two CUDA events: for what takes so long that launches do not show
+    profiler  the sum of its kernels' durations: for what waits for the GPU halfway and cannot be captured
+    wall      a clock on the CPU
+"""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Stages = Mapping[str, Callable[[], Any]]
+Samples = dict[str, dict[str, list[float]]]
+
+# Enough for the buffers of a graph to be in no cache (the L2 of an H200 holds 60 MB), and for a replay to last long
+# beside the microseconds that starting it takes.
+ROTATED_BYTES, MAX_SETS = 2 * 2**30, 64
+_PROFILED_ROUNDS = 5  # a profile costs a second and its figures scatter little
+
+
+@dataclass(frozen=True)
+class Contender:
+    """Something to be timed. `calls`: how often a stage does its work. `prepare` runs before each round, untimed."""
+
+    name: str
+    stages: Stages
+    timed_by: str
+    calls: int = 1
+    prepare: Callable[[], Any] = lambda: None
+
+
+def interleave(contenders: Sequence[Contender], rounds: int, seconds: float) -> Samples:
+    """Milliseconds a call: of each contender, of each stage, one for each round.
+
+    Stops after `rounds`, or earlier when `seconds` have passed, but not before the third round.
+    """
+    found: Samples = {each.name: {stage: [] for stage in each.stages} for each in contenders}
+    begin = time.perf_counter()
+    for done in range(rounds):
+        if done >= 3 and time.perf_counter() - begin > seconds:
+            break
+        first = done % len(contenders)  # each comes after each other one
+        for each in itertools.chain(contenders[first:], contenders[:first]):
+            if each.timed_by == "profiler" and done >= _PROFILED_ROUNDS:
+                continue
+            each.prepare()
+            for stage, milliseconds in _TIMERS[each.timed_by](each.stages).items():
+                found[each.name][stage].append(milliseconds / each.calls)
+    return found
+
+
+def spread(samples: Sequence[float]) -> tuple[float, float, float]:
+    """Median and quartiles: (median, low, high)."""
+    if len(samples) < 2:
+        return samples[0], samples[0], samples[0]
+    low, median, high = statistics.quantiles(samples, n=4, method="inclusive")
+    return median, low, high
+
+
+def captured(
+    name: str, function: Callable[..., Any], sets: Sequence[Sequence[Any]], refill: Callable[[], Any]
+) -> Contender:
+    """Forward and backward of `function` as CUDA graphs; by the profiler where it waits for the GPU.
+
+    `sets` are the arguments of each call of a graph. Everything that requires a gradient gets one. `refill` writes
+    new values into arguments that a contender may have overwritten.
+    """
+    # Capture needs a stream aside, and autograd runs backward on that of forward.
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        outputs = [_tuple(function(*args)) for args in sets]
+        upstream = [upstream_of(out) for out in outputs]
+        wanted = [differentiated(args) for args in sets]
+
+        def forward() -> list[tuple[Tensor, ...]]:
+            return [_tuple(function(*args)) for args in sets]
+
+        def backward(outputs: Sequence[tuple[Tensor, ...]]) -> list[tuple[Tensor, ...]]:
+            return [
+                torch.autograd.grad(_floats(out), inputs, up)
+                for out, inputs, up in zip(outputs, wanted, upstream, strict=True)
+            ]
+
+        def prepare() -> None:
+            with torch.no_grad():
+                refill()
+                for each in itertools.chain.from_iterable(upstream):
+                    if each.dim():
+                        each.normal_()
+
+        backward(outputs)  # compiles what is compiled
+        del outputs
+        is_waiting = _waits(lambda: backward(forward()))
+    torch.cuda.synchronize()
+    if is_waiting:
+        kept: list[Any] = []
+
+        def forward_kept() -> None:
+            kept[:] = forward()
+
+        stages = {"forward": forward_kept, "backward": lambda: backward(kept)}
+        return Contender(name, stages, "profiler", len(sets), prepare)
+
+    graphs = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graphs[0], stream=stream):
+        outputs = forward()
+    # In the pool of the first, where the tensors saved for backward are: one is to be replayed after the other.
+    with torch.cuda.graph(graphs[1], pool=graphs[0].pool(), stream=stream):
+        gradients = backward(outputs)
+    del outputs, gradients  # their memory stays with the graphs
+    stages = {"forward": graphs[0].replay, "backward": graphs[1].replay}
+    return Contender(name, stages, "graph", len(sets), prepare)
+
+
+def replayed(name: str, stages: Stages, calls: int = 1) -> Contender:
+    """Work without gradients as CUDA graphs, one for each stage."""
+    graphs = {}
+    for stage, run in stages.items():
+        run()
+        torch.cuda.synchronize()
+        graphs[stage] = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graphs[stage]):
+            run()
+    return Contender(name, {stage: graph.replay for stage, graph in graphs.items()}, "graph", calls)
+
+
+def differentiated(args: Sequence[Any]) -> tuple[Tensor, ...]:
+    """The arguments that get a gradient."""
+    return tuple(arg for arg in args if isinstance(arg, Tensor) and arg.requires_grad)
+
+
+def step(
+    function: Callable[..., Any], args: Sequence[Any], upstream: Sequence[Tensor] | None = None
+) -> tuple[Tensor, ...]:
+    """Results and gradients of one forward and backward, by default for the upstream gradients of `upstream_of`."""
+    out = _tuple(function(*args))
+    upstream = upstream_of(out) if upstream is None else upstream
+    return (*out, *torch.autograd.grad(_floats(out), differentiated(args), upstream))
+
+
+def upstream_of(out: Any) -> list[Tensor]:
+    """A gradient for each result that has one, laid out as it is: random, the same in each call; 1 for a loss."""
+    out = _tuple(out)
+    generator = torch.Generator(out[0].device).manual_seed(1)
+
+    def random(shape: torch.Size) -> Tensor:
+        return torch.randn(shape, generator=generator, device=generator.device)
+
+    with torch.no_grad():
+        return [
+            torch.empty_like(each).copy_(random(each.shape)) if each.dim() else torch.ones_like(each)
+            for each in _floats(out)
+        ]
+
+
+def peak_bytes(run: Callable[[], Any]) -> int:
+    """The most CUDA memory that is allocated while `run` runs and was not before."""
+    gc.collect()
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def _by_events(stages: Stages) -> dict[str, float]:
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(len(stages) + 1)]
+    marks[0].record()
+    for mark, run in zip(marks[1:], stages.values(), strict=True):
+        run()
+        mark.record()
+    marks[-1].synchronize()
+    return {stage: a.elapsed_time(b) for stage, (a, b) in zip(stages, itertools.pairwise(marks), strict=True)}
+
+
+def _by_profiler(stages: Stages) -> dict[str, float]:
+    found = {}
+    for stage, run in stages.items():
+        torch.cuda.synchronize()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            run()
+            torch.cuda.synchronize()
+        microseconds = sum(
+            event.self_device_time_total
+            for event in profile.events() or ()
+            if event.device_type.name == "CUDA" and not event.is_user_annotation
+        )
+        if not microseconds:
+            raise RuntimeError("the profiler saw no kernel; is CUPTI there, and no other profiler running?")
+        found[stage] = microseconds / 1000
+    return found
+
+
+def _by_wall(stages: Stages) -> dict[str, float]:
+    found = {}
+    for stage, run in stages.items():
+        begin = time.perf_counter()
+        run()
+        found[stage] = 1000 * (time.perf_counter() - begin)
+    return found
+
+
+_TIMERS: Mapping[str, Callable[[Stages], dict[str, float]]] = {
+    "graph": _by_events,
+    "events": _by_events,
+    "profiler": _by_profiler,
+    "wall": _by_wall,
+}
+
+
+def _waits(run: Callable[[], Any]) -> bool:
+    """Whether the CPU waits for the GPU in there, as `.item()` does; a capture that meets that is lost."""
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run()
+    except RuntimeError as error:
+        if "synchronizing CUDA operation" not in str(error):
+            raise
+        return True
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+    return False
+
+
+def _floats(out: Sequence[Tensor]) -> list[Tensor]:
+    return [each for each in out if each.requires_grad]
+
+
+def _tuple(out: Any) -> tuple[Tensor, ...]:
+    return tuple(out) if isinstance(out, (tuple, list)) else (out,)
