@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .blocks import row_blocks
+from .dispatch import has_kernel
 from .precision import accumulation_dtype
 from .registration import opaque_op, traceable_op
 
@@ -67,8 +68,18 @@ def up_gradient(dh: Tensor, gate: Tensor, up: Tensor, activation: str) -> Tensor
     return (dh.to(wide) * act(gate.to(wide), activation)).to(up.dtype)
 
 
+def is_gated_by_kernel(gate: Tensor, *others: Tensor | None) -> bool:
+    """Whether the kernels take it. They are compiled for one width."""
+    width = gate.shape[-1]
+    return has_kernel(gate, *others) and isinstance(width, int) and width > 0
+
+
 @traceable_op
 def gated_activation(gate: Tensor, up: Tensor | None, activation: str) -> Tensor:
+    if is_gated_by_kernel(gate, up):
+        from ..kernels import gated_mlp as kernels
+
+        return kernels.forward(*split_packed(gate, up), activation)
     return activate(*split_packed(gate, up), activation)
 
 
@@ -78,6 +89,16 @@ def gated_activation_backward(
 ) -> tuple[Tensor, Tensor]:
     """(dgate, dup), empty where not needed; dup is empty as well if dgate is packed."""
     gate_half, up_half = split_packed(gate, up)
+    if is_gated_by_kernel(gate, up, dh):
+        from ..kernels import gated_mlp as kernels
+
+        dgate, dup = (
+            x.new_empty(x.shape) if x is not None and is_needed else None
+            for x, is_needed in ((gate, needs_dgate), (up, needs_dup))
+        )
+        kernels.backward(dh, gate_half, up_half, dgate, dup, None, activation)
+        nothing = gate.new_empty(0)
+        return nothing if dgate is None else dgate, nothing if dup is None else dup
     dgate = gate_gradient(dh, gate_half, up_half, activation) if needs_dgate else gate.new_empty(0)
     dup = gate.new_empty(0)
     if needs_dup or (up is None and needs_dgate):
@@ -117,9 +138,14 @@ def gated_mlp(
     gate: Tensor, up: Tensor | None, weight: Tensor, bias: Tensor | None, activation: str
 ) -> Tensor:
     gate_half, up_half = (_rows(x) for x in split_packed(gate, up))
-    h = torch.empty_like(gate_half, dtype=weight.dtype, memory_format=torch.contiguous_format)
-    for block in row_blocks(*h.shape):
-        h[block] = activate(gate_half[block], up_half[block], activation)
+    if is_gated_by_kernel(gate, up):
+        from ..kernels import gated_mlp as kernels
+
+        h = kernels.forward(gate_half, up_half, activation)
+    else:
+        h = torch.empty_like(gate_half, dtype=weight.dtype, memory_format=torch.contiguous_format)
+        for block in row_blocks(*h.shape):
+            h[block] = activate(gate_half[block], up_half[block], activation)
     return F.linear(h, weight, bias).view(*gate.shape[:-1], weight.shape[0])
 
 
@@ -145,19 +171,25 @@ def gated_mlp_backward(
     dgate, dup, dweight, dbias = _empty_gradients(gate, up, weight, *needs)
     dy = _rows(dy)
     gate_half, up_half = (_rows(x) for x in split_packed(gate, up))
-    dgate_half, dup_half = _rows(dgate), _rows(dup)
-    if up is None:
-        dgate_half, dup_half = split_packed(dgate_half, None)
-    # One N x I buffer: first dh, and then, block by block as dh is used up, h.
+    # One N x I buffer: first dh, and then, as dh is used up, h.
     h = dy @ weight if needs_dgate or needs_dup else dy.new_empty(gate_half.shape)
-    for block in row_blocks(*h.shape):
-        gate_block, up_block = gate_half[block], up_half[block]
-        if needs_dgate:
-            dgate_half[block] = gate_gradient(h[block], gate_block, up_block, activation)
-        if needs_dup or (up is None and needs_dgate):
-            dup_half[block] = up_gradient(h[block], gate_block, up_block, activation)
-        if needs_dweight:
-            h[block] = activate(gate_block, up_block, activation)
+    if is_gated_by_kernel(gate, up, dy):
+        from ..kernels import gated_mlp as kernels
+
+        wanted = dgate if needs_dgate else None, dup if needs_dup else None, h if needs_dweight else None
+        kernels.backward(h, gate_half, up_half, *wanted, activation)
+    else:
+        dgate_half, dup_half = _rows(dgate), _rows(dup)
+        if up is None:
+            dgate_half, dup_half = split_packed(dgate_half, None)
+        for block in row_blocks(*h.shape):
+            gate_block, up_block = gate_half[block], up_half[block]
+            if needs_dgate:
+                dgate_half[block] = gate_gradient(h[block], gate_block, up_block, activation)
+            if needs_dup or (up is None and needs_dgate):
+                dup_half[block] = up_gradient(h[block], gate_block, up_block, activation)
+            if needs_dweight:
+                h[block] = activate(gate_block, up_block, activation)
     if needs_dweight:
         torch.mm(dy.t(), h, out=dweight)
     if needs_dbias:
