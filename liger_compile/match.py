@@ -2,11 +2,9 @@
 
 Matching has two passes, because a search function is traced for one set of dtypes and shapes at a time:
 
-1. The *skeleton*: search, traced with its examples, against the graph's bare terms. Casts and sizes do not
-count,
+1. The *skeleton*: search, traced with its examples, against the graph's bare terms. Casts and sizes do not count,
    so this finds every place that is the same mathematics, and which values its captures would be.
-2. The *exact* match: search, traced again with the dtypes and shapes of these values, against the graph's
-terms as
+2. The *exact* match: search, traced again with the dtypes and shapes of these values, against the graph's terms as
    they are. Now casts count: a place with another rounding is a near miss.
 
 Products and sums match as multisets. A capture in a product takes the factors that are left over, as long as
@@ -117,7 +115,7 @@ class _Skeleton:
 
 
 _skeletons: dict[Pattern, _Skeleton] = {}
-_exact: dict[tuple, tuple[Term, ...]] = {}
+_exact: dict[tuple, tuple[Term, ...] | None] = {}
 
 
 def _skeleton(pattern: Pattern) -> _Skeleton:
@@ -164,7 +162,9 @@ class _Index:
             ),
             None,
         )
-        self.exact: dict[tuple, tuple[Term, ...]] = {}  # searches traced with this graph's symbolic sizes
+        self.exact: dict[
+            tuple, tuple[Term, ...] | None
+        ] = {}  # searches traced with this graph's symbolic sizes
         self.by_op: dict[str, list[Node]] = {}
         for node in graph.nodes:
             term = terms.of[node]
@@ -211,10 +211,9 @@ class _Attempt:
                 if key in tried:
                     continue
                 tried.add(key)
-                try:
-                    wanted = self._exact_terms(tensors)
-                except (RuntimeError, ValueError, TypeError, IndexError):
-                    continue  # search does not take tensors of these shapes
+                wanted = self._exact_terms(tensors)
+                if wanted is None:
+                    continue
                 exact = next(self._outputs(self._exact, wanted, places), None)
                 if exact is not None:
                     self.size = sum(len(output.operations()) for output in wanted)
@@ -265,7 +264,8 @@ class _Attempt:
             choices.append([(name, each) for each in sorted(self.index.described(bare), key=str)])
         yield from (dict(choice) for choice in itertools.islice(itertools.product(*choices), ASSIGNMENTS))
 
-    def _exact_terms(self, tensors: dict[str, Any]) -> tuple[Term, ...]:
+    def _exact_terms(self, tensors: dict[str, Any]) -> tuple[Term, ...] | None:
+        """The terms of search for these; None if it does not take tensors of these shapes."""
         is_static = all(d is None or all(isinstance(size, int) for size in d[0]) for d in tensors.values())
         key = (self.pattern, tuple(tensors.items()))
         traced = _exact if is_static else self.index.exact
@@ -276,7 +276,10 @@ class _Attempt:
                 for name, d in tensors.items()
             }
             with mode:
-                traced[key] = _traced(self.pattern, real)
+                try:
+                    traced[key] = _traced(self.pattern, real)
+                except (RuntimeError, ValueError, TypeError, IndexError):
+                    traced[key] = None
         return traced[key]
 
     def _real_size(self, size: Any) -> Any:

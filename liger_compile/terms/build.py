@@ -24,6 +24,7 @@ from liger_compile.terms.operators import call
 from liger_compile.terms.term import ConstVar, Scalar, Space, Term, sizes_of
 
 Step = Callable[[Any], Any]
+ROUND_TRIP = 8  # nodes on the way of a value to another form and back
 
 
 class Terms:
@@ -33,7 +34,7 @@ class Terms:
         self.space = identities.new_space()
         self.of: dict[Node, Value] = {}
         self.nodes: dict[Term, list[Node]] = {}  # in graph order
-        self.passes_through: set[Node] = set()  # nodes that compute nothing: their value is an argument's
+        self.passes_through: set[Node] = set()  # nodes that only give back a value that they come from
         self.mutations = mutations
         # Dynamo restores the mode of the frame around the backend.
         self._has_gradients, self._no_grad = torch.is_grad_enabled(), False
@@ -52,7 +53,7 @@ class Terms:
             value = opaque(self.space, example, node.name)
         self.of[node] = value
         if isinstance(value, Term):
-            if any(value is self.of.get(arg) for arg in node.all_input_nodes):
+            if value in self.nodes and self._comes_from(node, self.nodes[value]):
                 self.passes_through.add(node)
             self.nodes.setdefault(value, []).append(node)
 
@@ -69,6 +70,18 @@ class Terms:
             if epoch != self.mutations.epoch(node, position[node] + 1):
                 return opaque(self.space, example, f"{node.name} after write {epoch}")
         return self.of[node]
+
+    def _comes_from(self, node: Node, same: list[Node]) -> bool:
+        """Whether `node` has the value of one of `same` because it is computed from it, there and back again."""
+        seen, queue = {node}, [node]
+        while queue and len(seen) < ROUND_TRIP:
+            for arg in queue.pop(0).all_input_nodes:
+                if arg in same:
+                    return True
+                if arg not in seen:
+                    seen.add(arg)
+                    queue.append(arg)
+        return False
 
     def derive(self, term: Term) -> tuple[Node, tuple[Step, ...]] | None:
         """A node that has the value of `term` once the steps are taken; None if there is none."""

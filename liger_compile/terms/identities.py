@@ -8,21 +8,23 @@ to a table.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from liger_compile.terms.normalize import (
     MINUS_ONE,
     ONE,
     ZERO,
+    add,
     apply,
     cast,
+    cat,
     make_bare,
     mul,
     permute,
     slice_,
     view,
 )
-from liger_compile.terms.term import Scalar, Space, Term, close
+from liger_compile.terms.term import Scalar, Size, Space, Term, close
 
 
 def new_space() -> Space:
@@ -115,17 +117,23 @@ def _times(term: Term, number: float) -> Term | None:
 
 
 def _mean(space, powers, scalar, dtype):
-    """sum(x, dims) / n -> mean(x, dims), under any power: sqrt(sum) / sqrt(n) too"""
+    """sum(x, dims) / n -> mean(x, dims), under any power: sqrt(sum) / sqrt(n) too; with or without keepdim"""
     for term, power in powers.items():
-        if term.op != "sum" or scalar.powers or not scalar.value > 0:
+        total = term.args[0] if term.op == "view" else term
+        if total.op != "sum" or scalar.powers or not scalar.value > 0:
             continue
-        count = 1
-        for dim in term.consts:
-            count = count * term.args[0].shape[dim]
+        count = _product(total.args[0].shape[dim] for dim in total.consts)
         if isinstance(count, int) and count > 1 and close(scalar.value, float(count) ** -power):
-            mean = apply(space, "mean", term.args, term.consts, term.dtype, term.shape)
-            return _replaced(powers, {term: power}, mean, power), ONE
+            mean = apply(space, "mean", total.args, total.consts, total.dtype, total.shape)
+            return _replaced(powers, {term: power}, view(space, mean, *term.shape), power), ONE
     return None
+
+
+def _product(sizes: Iterable[Size]) -> Size:
+    count: Size = 1
+    for size in sizes:
+        count = count * size
+    return count
 
 
 def _replaced(powers: Mapping[Term, float], used: Mapping[Term, float], by: Term, power: float = 1):
@@ -164,14 +172,40 @@ def _rotate_pairs(space: Space, term: Term) -> Term | None:
         return None
     odd, even = _negated(pair.args[0]), _unstacked(pair.args[1])
     odd = None if odd is None else _unstacked(odd)
-    if odd is None or even is None or not _same_source(odd, even):
+    x = None if odd is None or even is None else _interleaved(space, even, odd)
+    if x is None or term.shape != x.shape:
+        return None
+    return space.intern("rotate_pairs", (x,), (), x.dtype, x.shape)
+
+
+def _complex_of_pairs(space: Space, term: Term) -> Term | None:
+    """complex(x[..., ::2], x[..., 1::2]) -> view_as_complex of the pairs of x"""
+    x = _interleaved(space, *term.args)
+    if x is None:
+        return None
+    pairs = view(space, x, *term.shape, 2)
+    return apply(space, "view_as_complex", (pairs,), (), term.dtype, term.shape)
+
+
+def _pairs_of_complex(space: Space, term: Term) -> Term | None:
+    """stack((z.real, z.imag), -1) -> view_as_real(z)"""
+    if len(term.args) != 2 or term.consts != (-1,):
+        return None
+    real, imag = map(_unstacked, term.args)
+    if real is None or imag is None or (real.op, imag.op) != ("real", "imag") or real.args != imag.args:
+        return None
+    return apply(space, "view_as_real", real.args, (), term.dtype, term.shape)
+
+
+def _interleaved(space: Space, even: Term, odd: Term) -> Term | None:
+    """x, if even and odd are x[..., ::2] and x[..., 1::2]."""
+    if even.op == odd.op == "cast":
+        x = _interleaved(space, even.args[0], odd.args[0])
+        return None if x is None else cast(space, x, even.dtype)
+    if not _same_source(even, odd) or not even.consts[3] == odd.consts[3] == 2:
         return None
     (x,), (start, stop) = even.args, even.consts[1:3]
-    if even.consts[3] == odd.consts[3] == 2 and odd.consts[1:3] == (start + 1, stop):
-        x = slice_(space, x, -1, start, stop, 1)
-        if term.shape == x.shape:
-            return space.intern("rotate_pairs", (x,), (), x.dtype, x.shape)
-    return None
+    return slice_(space, x, -1, start, stop, 1) if odd.consts[1:3] == (start + 1, stop) else None
 
 
 def _same_source(a: Term, b: Term) -> bool:
@@ -192,23 +226,65 @@ def _negated(term: Term) -> Term | None:
     return None
 
 
-def _negated_view(space: Space, term: Term) -> Term | None:
-    """view(-x) -> -view(x): a sign commutes with what moves elements"""
-    x = _negated(term.args[0])
-    if x is None:
+def _view_of_elementwise(space: Space, term: Term) -> Term | None:
+    """view(f(x)) -> f(view(x)) for what acts on each element of one tensor: -x, x**2, x + 1, relu(x)"""
+    inner = term.args[0]
+    if inner.op not in ELEMENTWISE or len(inner.args) != 1 or inner.args[0].shape != inner.shape:
         return None
-    return mul(space, ((view(space, x, *term.consts), 1),), MINUS_ONE, term.dtype, term.shape)
+    return _rebuilt(space, inner, view(space, inner.args[0], *term.shape))
 
 
 def _linear_of_rows(space: Space, term: Term) -> Term | None:
     """view(linear(view(x, (n, h)), w), (..., o)) -> linear(x, w): flattening tokens changes no value"""
     inner = term.args[0]
-    if inner.op != "linear" or inner.args[0].op != "view" or term.shape[-1:] != inner.shape[-1:]:
+    if inner.op != "linear" or term.shape[-1:] != inner.shape[-1:]:
         return None
-    x = inner.args[0].args[0]
-    if x.shape[:-1] != term.shape[:-1] or x.shape[-1:] != inner.args[0].shape[-1:]:
-        return None
+    rows = inner.args[0]
+    x = view(space, rows, *term.shape[:-1], rows.shape[-1])
+    if x.op == "view" or (rows.op != "view" and not _views(rows)):
+        return None  # the view was not there to flatten tokens
     return apply(space, "linear", (x, *inner.args[1:]), (), inner.dtype, term.shape)
+
+
+def _views(term: Term) -> bool:
+    """Whether an elementwise function was applied to a view."""
+    while term.op in ELEMENTWISE and len(term.args) == 1:
+        term = term.args[0]
+    return term.op == "view"
+
+
+def _slice_of_groups(space: Space, term: Term) -> Term | None:
+    """Of view(x, (..., n, h)): [..., i:j, :] -> x[..., i * h : j * h], and [..., i] -> x[..., i::h]"""
+    grouped, (dim, start, stop, step) = term.args[0], term.consts
+    if grouped.op != "view" or step != 1 or len(grouped.shape) < 2:
+        return None
+    of_each = dim == -1 and stop - start == 1
+    if not of_each and dim == -1:
+        return None
+    at = -2 if of_each else dim
+    channels, width = _product(grouped.shape[at:]), grouped.args[0].shape[-1:]
+    if not (width and isinstance(channels, int) and isinstance(width[0], int)) or width[0] % channels:
+        return None  # the groups are not of channels
+    x = view(space, grouped, *grouped.shape[:at], channels)
+    if of_each:
+        part = slice_(space, x, -1, start, channels, grouped.shape[-1])
+    else:
+        inner = _product(grouped.shape[dim + 1 :])
+        part = slice_(space, x, -1, start * inner, stop * inner, 1)
+    return view(space, part, *term.shape)
+
+
+def _cat_of_groups(space: Space, term: Term) -> Term | None:
+    """stack((a, b), -2) flattened -> cat((a, b), -1)"""
+    joined = term.args[0]
+    if joined.op != "cat" or joined.consts == (-1,):
+        return None
+    (dim,) = joined.consts
+    inner = _product(joined.shape[dim + 1 :])
+    if term.shape != (*joined.shape[:dim], joined.shape[dim] * inner):
+        return None
+    parts = (view(space, part, *part.shape[:dim], part.shape[dim] * inner) for part in joined.args)
+    return cat(space, *parts, -1, shape=term.shape)
 
 
 def _matmul_is_linear(space: Space, term: Term) -> Term | None:
@@ -269,16 +345,18 @@ def _over_tokens(space: Space, term: Term) -> Term | None:
             b = b if b is space.none else slice_(space, b, -1, *bounds)
             sliced = _linear(space, inner, x, slice_(space, w, -2, *bounds), b)
         return _over_tokens(space, sliced) or sliced
-    if term.op == "slice" and inner.op in _UNARY and len(inner.args) == 1:
+    if term.op == "slice" and _scales(inner):
         sliced = slice_(space, inner.args[0], *term.consts)
         return _rebuilt(space, inner, _over_tokens(space, sliced) or sliced)
-    if term.op in _UNARY and len(term.args) == 1:
+    if _scales(term):
         better = _over_tokens(space, inner)
         return None if better is None else _rebuilt(space, term, better)
     return None
 
 
-_UNARY = ("mul", "tanh", "cast")  # what scales, caps or upcasts logits
+def _scales(term: Term) -> bool:
+    """What scales, caps or upcasts logits."""
+    return term.op in ("mul", "tanh", "cast") and len(term.args) == 1
 
 
 def _linear(space: Space, like: Term, x: Term, w: Term, b: Term) -> Term:
@@ -292,12 +370,20 @@ def _rebuilt(space: Space, term: Term, arg: Term) -> Term:
         return cast(space, arg, term.dtype)
     if term.op == "mul":
         return mul(space, ((arg, term.consts[1]),), term.consts[0], term.dtype, arg.shape)
+    if term.op == "add":
+        return add(space, (arg,), term.consts[0], term.dtype, arg.shape)
     return apply(space, term.op, (arg,), term.consts, term.dtype, arg.shape)
 
 
+ELEMENTWISE = frozenset(
+    ("mul", "add", "exp", "log", "erf", "cos", "sin", "tanh", "relu", "sigmoid", "silu", "gelu")
+)
+
 RULES: Mapping[str, tuple[Callable[[Space, Term], Term | None], ...]] = {
-    "cat": (_rotate_half,),
-    "view": (_negated_view, _rotate_pairs, _linear_of_rows),
+    "cat": (_rotate_half, _pairs_of_complex),
+    "complex": (_complex_of_pairs,),
+    "slice": (_slice_of_groups,),
+    "view": (_view_of_elementwise, _cat_of_groups, _rotate_pairs, _linear_of_rows),
     "matmul": (_matmul_is_linear,),
     "add": (_linear_with_bias,),
     "nll_loss": (_nll_of_log_softmax,),

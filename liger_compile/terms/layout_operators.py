@@ -138,6 +138,8 @@ def _stack(call, tensors, dim=0):
 
 
 def _attribute(call, input, name):
+    if name in ("real", "imag") and input.dtype.is_complex:
+        return normalize.apply(call.space, name, (input,), (), call.dtype, call.shape)
     return _transpose(call, input, -1, -2) if name in ("T", "mT") and len(input.shape) == 2 else None
 
 

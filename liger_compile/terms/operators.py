@@ -250,9 +250,34 @@ def _addmm(call, input, mat1, mat2, *, beta=1, alpha=1):
     return _linear(call, mat1, normalize.permute(call.space, mat2, -1, -2), input)
 
 
+def _complex(call, real, imag):
+    return normalize.apply(call.space, "complex", (real, imag), (), call.dtype, call.shape)
+
+
 def _matmul(call, input, other):
     args = tuple(normalize.cast(call.space, arg, call.dtype) for arg in (input, other))
     return normalize.apply(call.space, "matmul", args, (), call.dtype, call.shape)
+
+
+def _einsum(call, equation, *operands):
+    """Two operands: a linear layer, "...i,oi->...o", or a sum of products, "btd,btd->bt"."""
+    x, y = operands[0] if len(operands) == 1 else operands
+    names, out = equation.replace(" ", "").replace("...", "*").split("->")
+    first, second = names.split(",")
+    if "*" in first[1:] or len(set(first)) != len(first):
+        return None
+    if first == second and x.shape == y.shape:
+        summed = [name for name in first if name not in out]
+        if "*" in summed or out != "".join(name for name in first if name in out):
+            return None
+        product = normalize.mul(call.space, ((x, 1), (y, 1)), normalize.ONE, call.dtype, x.shape)
+        return _reduce("sum")(call, product, [first.index(name) - len(first) for name in summed])
+    rows, channel = first[:-1], first[-1]
+    features = second.replace(channel, "")
+    if len(second) != 2 or len(features) != 1 or out != rows + features or features in rows:
+        return None
+    weight = y if second[1] == channel else normalize.permute(call.space, y, -1, -2)
+    return _linear(call, x, weight)
 
 
 def _cross_entropy(
@@ -304,6 +329,7 @@ TABLE: Mapping[str, Callable[..., Any]] = {
     "mean": _reduce("mean"), "sum": _reduce("sum"), "norm": _norm, "linalg_vector_norm": _vector_norm,
     "vector_norm": _vector_norm, "softmax": _softmax("softmax"), "log_softmax": _softmax("log_softmax"),
     "rms_norm": _rms_norm, "linear": _linear, "addmm": _addmm, "matmul": _matmul,
+    "einsum": _einsum, "complex": _complex,
     "cross_entropy": _cross_entropy, "nll_loss": _nll_loss,
     **LAYOUT_TABLE,
     "view_as_complex": _reinterpreted("view_as_complex"), "view_as_real": _reinterpreted("view_as_real"),

@@ -245,8 +245,6 @@ SPELLINGS: tuple[Identity, ...] = (
     Identity("relu", lambda x, inplace=False: torch.relu(x)),
     Identity("relu", lambda x, inplace=False: x.relu()),
     Identity("relu", lambda x, inplace=False: nn.ReLU()(x)),
-    Identity("relu", lambda x, inplace=False: x.clamp(min=0)),
-    Identity("relu", lambda x, inplace=False: torch.clamp_min(x, 0)),
     # Projections
     Identity("linear", lambda x, w, b=None: F.linear(x, w, b)),
     Identity("linear", lambda x, w, b=None: F.linear(x, w, bias=b)),
