@@ -28,7 +28,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from .dispatch import DTYPES, has_kernel
 from .precision import accumulation_dtype
 from .registration import traceable_op
 
@@ -68,6 +70,53 @@ def rotate(
     return torch.cat((rotated, x[..., width:].to(dtype)), -1)
 
 
+MAX_CHANNELS = 4096  # of the kernel, which holds a head in registers
+
+
+def heads_axis_of_kernel(
+    tensors: tuple[Tensor, ...], cos: Tensor, sin: Tensor, dtypes: tuple[torch.dtype, ...]
+) -> int | None:
+    """Which of four axes the kernel is to take for that of the heads; None if it does not take it at all.
+
+    It takes tables that are the same for all heads, heads being the axis before the tokens or the one after them.
+    """
+    if not has_kernel(*tensors, cos, sin) or not all(dtype in DTYPES for dtype in dtypes):
+        return None
+    channels = [x.shape[-1] for x in (*tensors, cos)]
+    if not all(isinstance(count, int) and 0 < count <= MAX_CHANNELS for count in channels):
+        return None
+    # The tables are at most of the rank of each tensor: they do not enlarge it.
+    if len(set(channels[:-1])) > 1 or max(x.dim() for x in tensors) > 4:
+        return None
+    sizes = (1,) * (4 - cos.dim()) + tuple(cos.shape)
+    return next((axis for axis in (1, 2) if statically_known_true(sizes[axis] == 1)), None)
+
+
+def rotate_each(
+    tensors: tuple[Tensor | None, Tensor | None],
+    dtypes: tuple[torch.dtype, torch.dtype],
+    cos: Tensor,
+    sin: Tensor,
+    layout: str,
+    half_tables: bool,
+    transpose: bool,
+) -> tuple[Tensor, Tensor]:
+    """Each of two tensors rotated, empty for None."""
+    given = tuple(x for x in tensors if x is not None)
+    heads_axis = heads_axis_of_kernel(given, cos, sin, dtypes)
+    if heads_axis is None:
+        results = [
+            None if x is None else rotate(x, cos, sin, layout, half_tables, dtype, transpose)
+            for x, dtype in zip(tensors, dtypes, strict=True)
+        ]
+    else:
+        from ..kernels import rotary as kernels
+
+        results = kernels.rotate(tensors, dtypes, cos, sin, heads_axis, *LAYOUTS[layout], half_tables, transpose)
+    first, second = (cos.new_empty(0) if result is None else result for result in results)
+    return first, second
+
+
 @traceable_op
 def rotary(
     q: Tensor,
@@ -79,14 +128,9 @@ def rotary(
     out_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor]:
     """(q', k'), k' empty if k is None."""
-
-    def rotated(x: Tensor | None) -> Tensor:
-        if x is None:
-            return cos.new_empty(0)
-        dtype = out_dtype or torch.promote_types(x.dtype, cos.dtype)
-        return rotate(x, cos, sin, layout, half_tables, dtype, transpose=False)
-
-    return rotated(q), rotated(k)
+    q_dtype = out_dtype or torch.promote_types(q.dtype, cos.dtype)
+    k_dtype = q_dtype if k is None else out_dtype or torch.promote_types(k.dtype, cos.dtype)
+    return rotate_each((q, k), (q_dtype, k_dtype), cos, sin, layout, half_tables, transpose=False)
 
 
 @traceable_op
@@ -101,13 +145,7 @@ def rotary_backward(
     k_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """The gradients of q and k from those of q' and k', empty where those are None."""
-
-    def rotated(dy: Tensor | None, dtype: torch.dtype) -> Tensor:
-        if dy is None:
-            return cos.new_empty(0)
-        return rotate(dy, cos, sin, layout, half_tables, dtype, transpose=True)
-
-    return rotated(dq, q_dtype), rotated(dk, k_dtype)
+    return rotate_each((dq, dk), (q_dtype, k_dtype), cos, sin, layout, half_tables, transpose=True)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

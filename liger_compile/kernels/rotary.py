@@ -1,0 +1,281 @@
+"""Rotary position embedding: the kernel of ops/rotary.py, for both directions.
+
+q and k go in one launch. A program takes some tokens and a few heads of q or of k, keeps the tables of its tokens in
+registers, and reads and writes every channel once: 4 bytes an element in half precision. Inputs have any strides, such
+as those of slices of one projection; results have their order of dimensions, without gaps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from . import launch
+
+
+class Config(NamedTuple):
+    tokens: int  # of a program
+    pairs: int  # half of the rotated channels, to the next power of two
+    rest: int  # the other channels, to the next power of two, at least 1
+    heads: int  # that a program goes through
+    num_warps: int
+
+
+def config(channels: int, width: int) -> Config:
+    """The tile of a program, for heads of `channels` channels of which `width` are rotated."""
+    pairs = triton.next_power_of_2(width // 2)
+    rest = triton.next_power_of_2(max(1, channels - width))
+    return Config(max(1, min(1024 // pairs, 4096 // rest)), pairs, rest, heads=8, num_warps=4)
+
+
+class Heads(NamedTuple):
+    """Some heads to rotate: a tensor, the result, and what the axes are."""
+
+    x: Tensor
+    rotated: Tensor
+    heads_axis: int
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """Batch, tokens and heads."""
+        return _by_axis((1,) * (4 - self.x.dim()) + tuple(self.x.shape), self.heads_axis)
+
+
+def rotate(
+    tensors: Sequence[Tensor | None],
+    dtypes: Sequence[torch.dtype],
+    cos: Tensor,
+    sin: Tensor,
+    heads_axis: int,
+    reads_interleaved: bool,
+    writes_interleaved: bool,
+    half_tables: bool,
+    transpose: bool,
+) -> list[Tensor | None]:
+    """Each tensor rotated, in its dtype; None for None.
+
+    Of the four axes that a tensor has or would have in front (batch, heads or tokens, tokens or heads, channels),
+    heads_axis is that of the heads, along which the tables are the same: 1 or 2.
+    """
+    given = []
+    results: list[Tensor | None] = []
+    for x, dtype in zip(tensors, dtypes, strict=True):
+        if x is not None:
+            x = x if x.stride(-1) == 1 else x.contiguous()
+            given.append(Heads(x, torch.empty_like(x, dtype=dtype), heads_axis))
+        results.append(None if x is None else given[-1].rotated)
+    tables = cos, sin, reads_interleaved, writes_interleaved, half_tables, transpose
+    if len(given) == 2 and all(
+        statically_known_true(a == b) for a, b in zip(given[0].sizes[:2], given[1].sizes[:2], strict=True)
+    ):
+        _launch(given[0], given[1], *tables)
+    else:
+        for heads in given:
+            _launch(heads, None, *tables)
+    return results
+
+
+def _by_axis(values: Sequence[int], heads_axis: int) -> tuple[int, int, int]:
+    return values[0], values[3 - heads_axis], values[heads_axis]
+
+
+def _strides(x: Tensor, heads_axis: int) -> tuple[int, int, int]:
+    """Those of batch, tokens and heads, 0 along axes of one element: tables are broadcast along them."""
+    strides = [
+        0 if statically_known_true(size == 1) else stride
+        for size, stride in zip(x.shape, x.stride(), strict=True)
+    ]
+    return _by_axis([0] * (4 - x.dim()) + strides, heads_axis)
+
+
+def _launch(
+    q: Heads,
+    k: Heads | None,
+    cos: Tensor,
+    sin: Tensor,
+    reads_interleaved: bool,
+    writes_interleaved: bool,
+    half_tables: bool,
+    transpose: bool,
+) -> None:
+    batch, num_tokens, num_q_heads = q.sizes
+    num_k_heads = 0 if k is None else k.sizes[2]
+    no_strides = 0, 0, 0
+    width = 2 * cos.shape[-1] if half_tables else cos.shape[-1]
+    channels = q.x.shape[-1]
+    tokens, pairs, rest, heads, num_warps = config(channels, width)
+    num_groups = triton.cdiv(num_q_heads, heads) + triton.cdiv(num_k_heads, heads)
+    launch(_rotary_kernel)[(batch * triton.cdiv(num_tokens, tokens) * num_groups,)](
+        q.x,
+        q.rotated,
+        None if k is None else k.x,
+        None if k is None else k.rotated,
+        cos,
+        sin,
+        num_tokens,
+        num_q_heads,
+        num_k_heads,
+        *_strides(q.x, q.heads_axis),
+        *_strides(q.rotated, q.heads_axis),
+        *(no_strides if k is None else _strides(k.x, k.heads_axis)),
+        *(no_strides if k is None else _strides(k.rotated, k.heads_axis)),
+        *_strides(cos, q.heads_axis)[:2],
+        cos.stride(-1),
+        *_strides(sin, q.heads_axis)[:2],
+        sin.stride(-1),
+        WIDTH=width,
+        CHANNELS=channels,
+        READS_INTERLEAVED=reads_interleaved,
+        WRITES_INTERLEAVED=writes_interleaved,
+        HALF_TABLES=half_tables,
+        TRANSPOSE=transpose,
+        TOKENS=tokens,
+        PAIRS=pairs,
+        REST=rest,
+        HEADS=heads,
+        num_warps=num_warps,
+    )
+
+
+@triton.jit
+def _rotary_kernel(
+    q_ptr,  # (B, T, heads, D) in any order of memory, channels side by side; as q_out, k, k_out, of which k may be None
+    q_out_ptr,
+    k_ptr,
+    k_out_ptr,
+    cos_ptr,  # (B, T, R) or (B, T, R/2)
+    sin_ptr,
+    num_tokens,
+    num_q_heads,
+    num_k_heads,
+    q_batch_stride,
+    q_token_stride,
+    q_head_stride,
+    q_out_batch_stride,
+    q_out_token_stride,
+    q_out_head_stride,
+    k_batch_stride,
+    k_token_stride,
+    k_head_stride,
+    k_out_batch_stride,
+    k_out_token_stride,
+    k_out_head_stride,
+    cos_batch_stride,
+    cos_token_stride,
+    cos_channel_stride,
+    sin_batch_stride,
+    sin_token_stride,
+    sin_channel_stride,
+    WIDTH: tl.constexpr,  # R, of CHANNELS
+    CHANNELS: tl.constexpr,
+    READS_INTERLEAVED: tl.constexpr,
+    WRITES_INTERLEAVED: tl.constexpr,
+    HALF_TABLES: tl.constexpr,
+    TRANSPOSE: tl.constexpr,  # takes what was written to what was read
+    TOKENS: tl.constexpr,
+    PAIRS: tl.constexpr,
+    REST: tl.constexpr,
+    HEADS: tl.constexpr,
+):
+    num_q_groups = tl.cdiv(num_q_heads, HEADS)
+    num_groups = num_q_groups + tl.cdiv(num_k_heads, HEADS)
+    num_tiles = tl.cdiv(num_tokens, TOKENS)
+    program = tl.program_id(0)
+    group = program % num_groups
+    tile = program // num_groups
+    batch = (tile // num_tiles).to(tl.int64)
+    tokens = ((tile % num_tiles) * TOKENS + tl.arange(0, TOKENS)).to(tl.int64)[:, None]
+    is_token = tokens < num_tokens
+
+    cos_at = cos_ptr + batch * cos_batch_stride + tokens * cos_token_stride
+    sin_at = sin_ptr + batch * sin_batch_stride + tokens * sin_token_stride
+    if HALF_TABLES:
+        pair = tl.arange(0, PAIRS)[None, :]
+        mask = is_token & (pair < WIDTH // 2)
+        cos_a = tl.load(cos_at + pair * cos_channel_stride, mask, other=0.0).to(tl.float32)
+        sin_a = tl.load(sin_at + pair * sin_channel_stride, mask, other=0.0).to(tl.float32)
+        cos_b = cos_a
+        sin_b = sin_a
+    else:
+        cos_a, cos_b = _read(cos_at, cos_channel_stride, is_token, WIDTH, WRITES_INTERLEAVED, TOKENS, PAIRS)
+        sin_a, sin_b = _read(sin_at, sin_channel_stride, is_token, WIDTH, WRITES_INTERLEAVED, TOKENS, PAIRS)
+    if TRANSPOSE:
+        # a' cos_a + b' sin_b and b' cos_b - a' sin_a: the same, of tables that trade places.
+        sin_a, sin_b = -sin_b, -sin_a
+        reads: tl.constexpr = WRITES_INTERLEAVED
+        writes: tl.constexpr = READS_INTERLEAVED
+    else:
+        reads: tl.constexpr = READS_INTERLEAVED
+        writes: tl.constexpr = WRITES_INTERLEAVED
+
+    if group < num_q_groups:
+        x_at = q_ptr + batch * q_batch_stride + tokens * q_token_stride
+        y_at = q_out_ptr + batch * q_out_batch_stride + tokens * q_out_token_stride
+        for head in tl.range(group * HEADS, tl.minimum((group + 1) * HEADS, num_q_heads)):
+            head_x_at = x_at + tl.cast(head, tl.int64) * q_head_stride
+            head_y_at = y_at + tl.cast(head, tl.int64) * q_out_head_stride
+            a, b = _read(head_x_at, 1, is_token, WIDTH, reads, TOKENS, PAIRS)
+            _write(head_y_at, a * cos_a - b * sin_a, b * cos_b + a * sin_b, is_token, WIDTH, writes, PAIRS)
+            _copy_rest(head_x_at, head_y_at, is_token, WIDTH, CHANNELS, REST)
+    else:
+        if k_ptr is not None:
+            x_at = k_ptr + batch * k_batch_stride + tokens * k_token_stride
+            y_at = k_out_ptr + batch * k_out_batch_stride + tokens * k_out_token_stride
+            group -= num_q_groups
+            for head in tl.range(group * HEADS, tl.minimum((group + 1) * HEADS, num_k_heads)):
+                head_x_at = x_at + tl.cast(head, tl.int64) * k_head_stride
+                head_y_at = y_at + tl.cast(head, tl.int64) * k_out_head_stride
+                a, b = _read(head_x_at, 1, is_token, WIDTH, reads, TOKENS, PAIRS)
+                _write(head_y_at, a * cos_a - b * sin_a, b * cos_b + a * sin_b, is_token, WIDTH, writes, PAIRS)
+                _copy_rest(head_x_at, head_y_at, is_token, WIDTH, CHANNELS, REST)
+
+
+@triton.jit
+def _read(
+    at,  # where the rows begin
+    channel_stride,
+    is_row,
+    WIDTH: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    ROWS: tl.constexpr,
+    PAIRS: tl.constexpr,
+):
+    """(a, b) of every pair."""
+    half: tl.constexpr = WIDTH // 2
+    if INTERLEAVED:
+        channel = tl.arange(0, 2 * PAIRS)[None, :]
+        x = tl.load(at + channel * channel_stride, is_row & (channel < WIDTH), other=0.0).to(tl.float32)
+        a, b = tl.split(tl.reshape(x, [ROWS, PAIRS, 2]))
+    else:
+        pair = tl.arange(0, PAIRS)[None, :]
+        mask = is_row & (pair < half)
+        a = tl.load(at + pair * channel_stride, mask, other=0.0).to(tl.float32)
+        b = tl.load(at + (half + pair) * channel_stride, mask, other=0.0).to(tl.float32)
+    return a, b
+
+
+@triton.jit
+def _write(at, a, b, is_row, WIDTH: tl.constexpr, INTERLEAVED: tl.constexpr, PAIRS: tl.constexpr):
+    half: tl.constexpr = WIDTH // 2
+    if INTERLEAVED:
+        channel = tl.arange(0, 2 * PAIRS)[None, :]
+        tl.store(at + channel, tl.interleave(a, b), is_row & (channel < WIDTH))
+    else:
+        pair = tl.arange(0, PAIRS)[None, :]
+        tl.store(at + pair, a, is_row & (pair < half))
+        tl.store(at + half + pair, b, is_row & (pair < half))
+
+
+@triton.jit
+def _copy_rest(x_at, y_at, is_row, WIDTH: tl.constexpr, CHANNELS: tl.constexpr, REST: tl.constexpr):
+    """The channels that pass through."""
+    if CHANNELS > WIDTH:
+        channel = WIDTH + tl.arange(0, REST)[None, :]
+        mask = is_row & (channel < CHANNELS)
+        tl.store(y_at + channel, tl.load(x_at + channel, mask, other=0.0).to(tl.float32), mask)
