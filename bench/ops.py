@@ -31,7 +31,7 @@ from liger_compile import functional
 OURS, INDUCTOR = "liger-compile", "inductor"
 LOW_MEMORY_MIB = 128
 PACKAGES = ("triton", "liger-kernel", "cut-cross-entropy")
-KEYS = ("device", "op", "shape", "dtype", "variant", "pass", "torch")
+KEYS = ("device", "torch", "op", "shape", "dtype", "variant")
 WIDTHS = {
     "op": 20,
     "shape": 17,

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._functorch.config as functorch_config
 
 from bench.common import RESULTS, ROOT, Row, file_name, machine, merge_csv, print_row
 from bench.models import MODELS
@@ -127,10 +128,8 @@ class Step:
             peer = importlib.import_module("liger_kernel.transformers")
             getattr(peer, f"apply_liger_kernel_to_{model.family}")()
         if variant.memory_budget is not None:
-            importlib.import_module(
-                "torch._functorch.config"
-            ).activation_memory_budget = variant.memory_budget
-        self.model = model.build(self._device, case.dtype, case.layers)
+            functorch_config.activation_memory_budget = variant.memory_budget
+        self.model: Any = model.build(self._device, case.dtype, case.layers)
 
         random = torch.Generator().manual_seed(1)
         batch, length = map(int, case.tokens.split("x"))

@@ -1,0 +1,130 @@
+"""Draws the figures of docs/ from the CSVs of bench/results.
+
+    python -m bench.plot                    of every ops_*.csv and train_step_*.csv there
+    python -m bench.plot ops_nvidia_h200    of this one
+
+One figure for each op, docs/<file>_<op>.svg, and one for the training steps, docs/<file>.svg.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+import pandas as pd
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+
+from bench.common import RESULTS, ROOT
+
+DOCS = ROOT / "docs"
+COLORS = {
+    "eager": "#9e9e9e",
+    "inductor": "#1f77b4",
+    "inductor loss": "#7fb2d9",
+    "liger-kernel": "#ff9e2c",
+    "cut-cross-entropy": "#b07cc6",
+    "liger-compile": "#2a9d4a",
+    "liger-compile 128 MiB": "#93d1a3",
+}
+
+
+def main(names: Sequence[str] = (), results: Path = RESULTS, docs: Path = DOCS) -> None:
+    # The same figures give the same files.
+    matplotlib.use("svg")
+    plt.rcParams.update({"svg.hashsalt": "liger-compile", "svg.fonttype": "none", "font.size": 9})
+    for path in sorted(results.glob("*.csv")):
+        if names and path.stem not in names:
+            continue
+        rows = pd.read_csv(path)
+        if path.stem.startswith("ops_"):
+            for op, of_op in rows.groupby("op", sort=False):
+                _draw_op(str(op), of_op, docs / f"{path.stem}_{op}.svg")
+        elif path.stem.startswith("train_step_"):
+            _draw_steps(rows, docs / f"{path.stem}.svg")
+
+
+def _draw_op(op: str, rows: pd.DataFrame, path: Path) -> None:
+    """Time over the floor of each pass, and the memory of the whole."""
+    rows = rows[rows["median_ms"].notna()]
+    passes = [each for each in ("forward", "backward", "both") if each in set(rows["pass"])]
+    has_memory = rows["extra_mib"].notna().any()
+    if not passes:
+        return
+    figure, axes = _panels(len(passes) + has_memory)
+    for ax, pass_name in zip(axes, passes, strict=False):
+        of_pass = rows[rows["pass"] == pass_name]
+        _bars(ax, of_pass, "shape", "median_ms", f"{pass_name}, times the floor", over="floor_ms")
+        ax.axhline(1, color="black", linewidth=0.8)
+    if has_memory:
+        both = rows[rows["pass"] == "both"]
+        _bars(axes[-1], both, "shape", "extra_mib", "MiB beside inputs and gradients")
+    figure.suptitle(f"{op}, {rows['dtype'].iloc[0]}, {rows['device'].iloc[0]}, torch {rows['torch'].iloc[0]}")
+    _save(figure, axes, path)
+
+
+def _draw_steps(rows: pd.DataFrame, path: Path) -> None:
+    """Time and peak memory of the variants that COLORS knows, for each case."""
+    rows = rows[rows["step_ms"].notna() & rows["variant"].isin(list(COLORS))].copy()
+    if rows.empty:
+        return
+    rows["case"] = rows["model"] + "\n" + rows["tokens"]
+    for column, usual in (("returns", "model"), ("use_cache", "off"), ("attention_mask", "none")):
+        odd = (rows[column] != usual) & (rows["variant"] != "inductor loss")
+        rows.loc[odd, "case"] += "\n" + column + "=" + rows.loc[odd, column]
+    figure, axes = _panels(2)
+    _bars(axes[0], rows, "case", "step_ms", "ms a step", low="low_ms", high="high_ms")
+    _bars(axes[1], rows, "case", "peak_gib", "GiB above the weights, at the peak")
+    figure.suptitle(f"forward + backward, {rows['device'].iloc[0]}, torch {rows['torch'].iloc[0]}")
+    _save(figure, axes, path)
+
+
+def _panels(number: int) -> tuple[plt.Figure, list[Axes]]:
+    figure, axes = plt.subplots(1, number, figsize=(4.6 * number, 3.4), squeeze=False)
+    return figure, list(axes[0])
+
+
+def _bars(
+    ax: Axes,
+    rows: pd.DataFrame,
+    group: str,
+    value: str,
+    title: str,
+    over: str | None = None,
+    low: str = "low_ms",
+    high: str = "high_ms",
+) -> None:
+    """A group of bars for each value of `group`, a bar for each variant; quartiles as whiskers on times."""
+    groups = list(dict.fromkeys(rows[group]))
+    variants = [name for name in COLORS if name in set(rows["variant"])]
+    width = 0.8 / max(len(variants), 1)
+    for place, variant in enumerate(variants):
+        of_variant = rows[rows["variant"] == variant].drop_duplicates(group, keep="last").set_index(group)
+        of_variant = of_variant.reindex(groups)
+        unit = of_variant[over] if over else 1
+        heights = of_variant[value] / unit
+        whiskers = None
+        if value.endswith("_ms"):
+            whiskers = [heights - of_variant[low] / unit, of_variant[high] / unit - heights]
+        x = [index + (place - (len(variants) - 1) / 2) * width for index in range(len(groups))]
+        ax.bar(x, heights, width, yerr=whiskers, label=variant, color=COLORS[variant], error_kw={"lw": 0.8})
+    ax.set_xticks(range(len(groups)), [str(each).replace("x", "×") for each in groups], fontsize=7)
+    ax.tick_params(axis="x", rotation=20 if any(len(str(g)) > 9 for g in groups) else 0)
+    ax.set_title(title, fontsize=9)
+    ax.spines[["top", "right"]].set_visible(False)
+
+
+def _save(figure: plt.Figure, axes: Sequence[Axes], path: Path) -> None:
+    figure.legend(
+        *axes[0].get_legend_handles_labels(), loc="lower center", ncols=7, frameon=False, fontsize=8
+    )
+    figure.tight_layout(rect=(0, 0.07, 1, 1))
+    figure.savefig(path, metadata={"Date": None})
+    plt.close(figure)
+    print(f"drawn: {path.relative_to(ROOT) if path.is_relative_to(ROOT) else path}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

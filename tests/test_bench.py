@@ -1,0 +1,109 @@
+"""The benches run, tell what is the same from what is not, and keep what they measured before."""
+
+from __future__ import annotations
+
+import csv
+import importlib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def module(monkeypatch):
+    """module(name) imports one of the benches, which are in the repository and not in the package."""
+    monkeypatch.syspath_prepend(str(ROOT))
+    return lambda name: importlib.import_module(f"bench.{name}")
+
+
+def rows_of(folder, pattern):
+    (path,) = folder.glob(pattern)
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_every_op_is_what_eager_code_is(module, tmp_path):
+    ops = module("ops")
+    ops.main(
+        ["--device", "cpu", "--variants", "eager,liger-compile", "--rounds", "3", "--out", str(tmp_path)]
+    )
+    rows = rows_of(tmp_path, "ops_cpu.csv")
+    assert {(row["op"], row["variant"]) for row in rows} == {
+        (op, variant) for op in ops.OPS for variant in ("eager", "liger-compile")
+    }
+    for row in rows:
+        assert float(row["median_ms"]) > 0 and row["timed_by"] == "wall" and not row["error"], row
+        # Rounding in bfloat16; a wrong sign or factor differs by about 1.
+        assert row["pass"] != "both" or float(row["difference"]) < 2e-2, row
+
+
+def test_a_variant_that_fails_has_a_row_and_the_others_go_on(module, tmp_path, monkeypatch):
+    ops = module("ops")
+
+    def fails(x, weight):
+        raise ValueError("not today")
+
+    monkeypatch.setitem(ops.OPS["rms_norm"].variants, "eagerly", fails)
+    arguments = ["rms_norm", "--device", "cpu", "--variants", "eagerly,liger-compile", "--rounds", "3"]
+    ops.main([*arguments, "--out", str(tmp_path)])
+    failed, measured = rows_of(tmp_path, "ops_cpu.csv")
+    assert failed["variant"] == "eagerly" and failed["error"] == "ValueError: not today"
+    assert measured["variant"] == "liger-compile" and float(measured["median_ms"]) > 0
+
+
+def test_a_floor_is_the_bytes_at_the_rate_of_the_copy_and_the_gemms(module):
+    ops = module("ops")
+    took = {"copy": 0.5, "product": 3.0, "dx": 5.0, "dweight": 7.0}
+    floors = ops._floors(ops.OPS["gated_mlp"], (2, 10, 1), took)
+    assert floors == {"forward": 3 * 20 * 0.5 + 3, "backward": 6 * 20 * 0.5 + 12, "both": 9 * 20 * 0.5 + 15}
+    floors = ops._floors(ops.OPS["cross_entropy"], (2, 10), took)
+    assert floors == {"forward": 10, "backward": 20, "both": 20}
+
+
+def test_rows_replace_those_of_the_same_key(module, tmp_path):
+    common = module("common")
+    for rows in ([{"op": "a", "ms": 1}, {"op": "b", "ms": 2}], [{"op": "a", "ms": 3, "new": "x"}]):
+        common.merge_csv("some.csv", rows, ("op",), tmp_path)
+    assert rows_of(tmp_path, "some.csv") == [
+        {"op": "b", "ms": "2", "new": ""},
+        {"op": "a", "ms": "3", "new": "x"},
+    ]
+
+
+def test_contenders_take_turns(module):
+    timing = module("timing")
+    calls = []
+    contenders = [
+        timing.Contender(name, {"both": lambda name=name: calls.append(name)}, "wall") for name in "abc"
+    ]
+    found = timing.interleave(contenders, rounds=3, seconds=60)
+    assert "".join(calls) == "abcbcacab"
+    assert all(len(found[name]["both"]) == 3 for name in "abc")
+    assert timing.spread([4.0, 1.0, 2.0, 3.0, 5.0]) == (3.0, 2.0, 4.0)
+
+
+def test_training_steps_agree(module, tmp_path):
+    train_step = module("train_step")
+    arguments = ["--model", "tiny", "--tokens", "2x16", "--layers", "1", "--device", "cpu", "--rounds", "2"]
+    options = ["--variants", "eager,only rotary", "--options", '{"liger.inner": "aot_eager"}']
+    train_step.main([*arguments, *options, "--out", str(tmp_path)])
+    eager, rotary = rows_of(tmp_path, "train_step_cpu.csv")
+    assert (eager["variant"], rotary["variant"]) == ("eager", "only rotary")
+    assert (eager["replaced"], rotary["replaced"]) == ("0", "1")  # its one site, and no others
+    for column in ("loss", "grad_norm"):
+        assert float(rotary[column]) == pytest.approx(float(eager[column]), rel=1e-4)
+    assert all(0 < float(row["forward_ms"]) < float(row["step_ms"]) for row in (eager, rotary))
+
+
+@pytest.mark.gpu
+def test_a_graph_is_not_faster_than_the_memory(module, tmp_path):
+    """A pass over buffers that are in no cache; what took less than the copy of its bytes was not measured."""
+    module("ops").main(["rms_norm", "--quick", "--variants", "eager,liger-compile", "--out", str(tmp_path)])
+    rows = rows_of(tmp_path, "ops_*.csv")
+    measured = {(row["variant"], row["pass"]): row for row in rows}
+    for variant in ("eager", "liger-compile"):
+        for pass_name in ("forward", "backward"):
+            row = measured[variant, pass_name]
+            assert row["timed_by"] == "graph" and float(row["of_floor"]) > 0.9, row
