@@ -212,7 +212,8 @@ def cross_entropy(
         over no tokens is NaN, with gradients of 0.
 
     Raises:
-        IndexError: a target is no class, on a CPU. Other devices assert.
+        IndexError: a target is no class, on a CPU. Elsewhere the loss and the gradient of that token are NaN, or a
+            device that has no kernel asserts.
     """
     validation.check_loss(
         "cross_entropy",
@@ -253,6 +254,7 @@ def linear_cross_entropy(
     logit_scale: float = 1.0,
     softcap: float | None = None,
     z_loss: float = 0.0,
+    memory: int | None = None,
 ) -> Tensor:
     """`cross_entropy(F.linear(x, weight, bias), target, ...)`, with no more than a chunk of the logits at a time.
 
@@ -264,12 +266,15 @@ def linear_cross_entropy(
         target: (...) or (N): class indices, int64, one for each row of x.
         bias: (V), in the dtype of x, or None.
         class_weight: (V), or None, as weight in `cross_entropy`, whose other arguments mean the same here.
+        memory: bytes for a chunk of the logits, or None for a default: 512 MiB on a GPU. A chunk has 128 tokens at the
+            least, and in half precision more rather than have a sum of weight's gradient in float32 that is larger.
 
     Returns:
         The loss, as that of `cross_entropy`. Logits are rounded to the dtype of x, as `F.linear` rounds them.
 
     Raises:
-        IndexError: a target is no class, on a CPU. Other devices assert.
+        IndexError: a target is no class, on a CPU. Elsewhere the loss and the gradient of that token are NaN, or a
+            device that has no kernel asserts.
         RuntimeError: in a backward with create_graph=True.
 
     Source: Hsu et al. 2024, arXiv 2410.10989.
@@ -281,6 +286,7 @@ def linear_cross_entropy(
     validation.check_loss(
         name, "x", x, target, class_weight, weight.shape[0], reduction, label_smoothing, softcap
     )
+    validation.check_memory(name, memory)
     in_forward = torch.is_grad_enabled() and reduction != "none"
     loss, _, _, _ = torch.ops.liger_compile.linear_cross_entropy.default(
         x.reshape(-1, x.shape[-1]),
@@ -297,6 +303,7 @@ def linear_cross_entropy(
         in_forward and x.requires_grad,
         in_forward and weight.requires_grad,
         in_forward and bias is not None and bias.requires_grad,
+        memory or 0,
     )
     return loss.reshape(target.shape) if reduction == "none" else loss
 

@@ -33,9 +33,22 @@ def _clean():
 
 @pytest.fixture
 def interpreted(monkeypatch):
-    """Ops run their kernels on tensors of a CPU too. Where there is a GPU, kernels are compiled: on its tensors only."""
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        monkeypatch.setattr(dispatch, "INTERPRET", True)
+    """Ops run their kernels on tensors of a CPU too; not where there is a GPU, for which they are compiled."""
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        return
+    from triton.runtime import interpreter
+
+    convert = interpreter._convert_float
+
+    def rounding(data, source, target, mode):
+        """A GPU rounds float32 to bfloat16; the interpreter would cut it off."""
+        if str(source) != "fp32" or str(target) != "bf16":
+            return convert(data, source, target, mode)
+        rounded = torch.from_numpy(data.reshape(-1).copy()).bfloat16()
+        return rounded.view(torch.int16).numpy().view("uint16").reshape(data.shape)
+
+    monkeypatch.setattr(interpreter, "_convert_float", rounding)
+    monkeypatch.setattr(dispatch, "INTERPRET", True)
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ Dtypes: logits in any floating dtype, target in int64; the loss and the statisti
 logits), dlogits in the dtype of the logits. Saved for backward: logits, target, row_max, log_sum. The statistics are
 two because exp(z - row_max - log_sum) is exact to the last bits where exp(z - lse) loses as many as |lse| has.
 
-Neither pass makes an N x V temporary in float32: both go through the rows in blocks.
+Neither pass makes an N x V temporary in float32: the references go through the rows in blocks.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from .blocks import row_blocks
+from .dispatch import has_kernel
 from .precision import accumulation_dtype
 from .registration import opaque_op
 from .softmax_loss import SoftmaxLoss, reduce
@@ -38,13 +39,23 @@ def cross_entropy(
 ) -> tuple[Tensor, Tensor, Tensor]:
     head = SoftmaxLoss(class_weight, ignore_index, label_smoothing, logit_scale, softcap, z_loss)
     head.check(target, logits.shape[1])
+    if has_kernel(logits, class_weight):
+        from ..kernels import softmax_loss as kernels
+
+        losses, row_max, log_sum = kernels.losses_and_statistics(logits, target, head.terms)
+    else:
+        losses, row_max, log_sum = _reference(head, logits, target)
+    return reduce(losses, head.token_weight(target, losses.dtype), reduction), row_max, log_sum
+
+
+def _reference(head: SoftmaxLoss, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     losses, row_max, log_sum = (_row_statistic(logits) for _ in range(3))
     for rows in row_blocks(*logits.shape):
         z = head.scores(logits[rows])
         logp = torch.log_softmax(z, -1)
         row_max[rows], log_sum[rows] = head.statistics(z, logp)
         losses[rows] = head.losses(logp, row_max[rows] + log_sum[rows], target[rows])
-    return reduce(losses, head.token_weight(target, losses.dtype), reduction), row_max, log_sum
+    return losses, row_max, log_sum
 
 
 def _row_statistic(logits: Tensor) -> Tensor:
@@ -78,6 +89,10 @@ def cross_entropy_backward(
     if reduction == "mean":
         dloss = dloss / head.token_weight(target, row_max.dtype).sum()
     upstream = dloss.expand(row_max.shape)
+    if has_kernel(logits, class_weight):
+        from ..kernels import softmax_loss as kernels
+
+        return kernels.gradient(logits, target, head.terms, upstream, row_max, log_sum)
     dlogits = torch.empty_like(logits, memory_format=torch.contiguous_format)
     for rows in row_blocks(*logits.shape):
         z = head.scores(logits[rows])

@@ -32,6 +32,17 @@ class SoftmaxLoss:
     softcap: float | None
     z_loss: float
 
+    @property
+    def terms(self) -> tuple[Tensor | None, int, float, float, float | None, float]:
+        return (
+            self.class_weight,
+            self.ignore_index,
+            self.label_smoothing,
+            self.logit_scale,
+            self.softcap,
+            self.z_loss,
+        )
+
     def scores(self, logits: Tensor) -> Tensor:
         """z, in the accumulation dtype; `logits` themselves where that changes nothing."""
         z = logits.to(accumulation_dtype(logits.dtype))
@@ -49,7 +60,7 @@ class SoftmaxLoss:
         return (1 - torch.tanh(scaled / self.softcap).square()) * self.logit_scale
 
     def check(self, target: Tensor, classes: int) -> None:
-        """Raises what F.cross_entropy raises for a target that is no class. Other devices assert on the device."""
+        """Raises what F.cross_entropy raises for a target that is no class. Elsewhere, that would be to wait for it."""
         if target.device.type != "cpu":
             return
         wrong = target[(target != self.ignore_index) & ((target < 0) | (target >= classes))]
@@ -64,10 +75,14 @@ class SoftmaxLoss:
         return target.masked_fill(target == self.ignore_index, 0).unsqueeze(-1)
 
     def token_weight(self, target: Tensor, dtype: torch.dtype) -> Tensor:
-        """w[t], 0 where the target is ignored. Its sum is what reduction="mean" divides by. (C)"""
+        """w[t], 0 where the target is ignored. Its sum is what reduction="mean" divides by. (C)
+
+        Something or other where a target is no class: the loss of that is NaN.
+        """
         if self.class_weight is None:
             return self.counted(target).to(dtype)
-        weight = self.class_weight.to(dtype)[self.index(target).squeeze(-1)]
+        index = self.index(target).squeeze(-1).clamp(0, len(self.class_weight) - 1)
+        weight = self.class_weight.to(dtype)[index]
         return weight.masked_fill(~self.counted(target), 0)
 
     def statistics(self, z: Tensor, logp: Tensor) -> tuple[Tensor, Tensor]:

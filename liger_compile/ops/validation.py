@@ -157,6 +157,13 @@ def check_loss(
         )
 
 
+def check_memory(name: str, memory: int | None) -> None:
+    if memory is not None and (type(memory) is not int or memory < 1):
+        raise ValueError(
+            f"{name}: expected memory as a whole number of bytes above 0, got {memory!r}; pass None for a default"
+        )
+
+
 def check_floating(name: str, label: str, x: Tensor) -> None:
     if not x.is_floating_point():
         raise TypeError(f"{name}: expected {label} in a floating dtype, got {x.dtype}; cast it")

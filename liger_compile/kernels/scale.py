@@ -1,0 +1,45 @@
+"""A gradient times a number that is on the device, which in training is nearly always exactly 1.
+
+    out = gradient * factor        in float32, rounded once;  gradient, out of one dtype and shape, factor ()
+
+In place where out is gradient: then the programs return at once if factor is 1, having read nothing else. Otherwise
+4 bytes an element in half precision, 8 in single. Compare `ops/linear_cross_entropy.py`, which makes gradients in
+forward.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import launch, num_multiprocessors
+
+PROGRAMS_PER_MULTIPROCESSOR = 8
+BLOCK = 4096
+
+
+@triton.jit
+def _scale_kernel(gradient_ptr, out_ptr, factor_ptr, numel, IN_PLACE: tl.constexpr, BLOCK: tl.constexpr):
+    factor = tl.load(factor_ptr).to(tl.float32)
+    if not IN_PLACE or factor != 1.0:
+        first = tl.program_id(0).to(tl.int64) * BLOCK
+        for start in range(first, numel, tl.num_programs(0) * BLOCK):
+            offsets = start + tl.arange(0, BLOCK)
+            mask = offsets < numel
+            gradient = tl.load(gradient_ptr + offsets, mask=mask).to(tl.float32)
+            tl.store(out_ptr + offsets, (gradient * factor).to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def scale(gradient: Tensor, factor: Tensor, out: Tensor) -> Tensor:
+    """out, which is gradient or as large. Both are contiguous."""
+    numel = gradient.numel()
+    if numel:
+        programs = PROGRAMS_PER_MULTIPROCESSOR * num_multiprocessors(gradient.device)
+        grid = (min(triton.cdiv(numel, BLOCK), programs),)
+        with torch.cuda.device_of(gradient):
+            launch(_scale_kernel)[grid](
+                gradient, out, factor, numel, IN_PLACE=out is gradient, BLOCK=BLOCK, num_warps=8
+            )
+    return out

@@ -1,0 +1,317 @@
+"""The loss of rows of logits and its gradient: the kernel of both cross-entropy ops.
+
+What is computed is in ops/softmax_loss.py; here is how. A program takes a row, reads it once for the maximum and the
+sum of exponentials, and again to write the gradient, which may be over the logits:
+
+    row_max = max(z)    sum = sum(exp(z - row_max))    log_sum = log(sum)    d = softcap's derivative, or 1
+    dlogits = (exp(z - row_max) * through_p - share * w - [column == target] * onehot) * d
+
+    logits (N, V), target (N), class_weight (V) or None, upstream (N) -> losses (N), dlogits (N, V)
+
+Dtypes: logits bfloat16, float16 or float32; everything between them and the rounded gradient is in float32.
+
+Bytes: so few programs run at a time that their rows stay in the L2 cache from the first pass to the second (ROWS_IN_L2
+a multiprocessor). The device's memory is then read and written once: 4 bytes a logit in half precision with the
+gradient, 2 without. Within a pass no thread waits for another: each has a maximum and a sum of its own, and they meet
+at the end of the row.
+
+A row whose target is ignored is not read. A row whose target is no class is NaN, and nothing is read by that target.
+"""
+
+# A kernel's arguments are Triton's: what may be None is known when it is compiled.
+# pyright: reportOptionalOperand=false, reportOperatorIssue=false
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import launch, num_multiprocessors
+
+ROWS_IN_L2 = 256 * 2**10  # bytes of rows that a multiprocessor works on: 34 MB on an H100, of 50
+WARPS_PER_MULTIPROCESSOR = 32  # half of what it holds, so that a thread may have 64 registers
+VECTOR_BYTES = 16  # what a thread reads at a time
+VECTORS_PER_THREAD = 2
+
+
+# class_weight, ignore_index, label_smoothing, logit_scale, softcap, z_loss: the fields of ops.softmax_loss.SoftmaxLoss
+Terms = tuple[Tensor | None, int, float, float, float | None, float]
+
+
+class Config(NamedTuple):
+    programs: int  # that a multiprocessor works on
+    num_warps: int
+    lanes: int  # vectors that a program reads at a time: a power of two
+    vector: int  # elements
+
+
+def config(classes: int, itemsize: int) -> Config:
+    programs = 1
+    while programs < 8 and 2 * programs * classes * itemsize <= ROWS_IN_L2:
+        programs *= 2
+    num_warps, vector = WARPS_PER_MULTIPROCESSOR // programs, VECTOR_BYTES // itemsize
+    most = 32 * num_warps * VECTORS_PER_THREAD
+    return Config(
+        programs, num_warps, min(most, triton.next_power_of_2(triton.cdiv(classes, vector))), vector
+    )
+
+
+@triton.jit
+def _tanh(x):
+    """tanh and its derivative, each without cancellation: 1 - tanh^2 would have no digits left near the bound."""
+    size = tl.abs(x)
+    small = tl.exp(-2.0 * size)
+    inverse = 1.0 / (1.0 + small)
+    far = tl.where(x < 0, -1.0, 1.0) * (1.0 - small) * inverse
+    u = x * x  # Taylor's series, to x^11
+    near = -0.05396825396825397 + u * (0.021869488536155203 + u * -0.008863235529902197)
+    near = x + x * u * (-0.3333333333333333 + u * (0.13333333333333333 + u * near))
+    tanh = tl.where(size < 0.35, near, far)
+    return tanh, tl.where(size < 0.6, 1.0 - tanh * tanh, 4.0 * small * inverse * inverse)
+
+
+@triton.jit
+def _scores(logits, inner_scale, softcap, HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr):
+    z = logits.to(tl.float32)
+    if HAS_SCALE:
+        z = z * inner_scale
+    slope = 1.0
+    if HAS_SOFTCAP:
+        z, slope = _tanh(z)
+        z = z * softcap
+    return z, slope
+
+
+@triton.jit
+def _softmax_loss_kernel(
+    logits_ptr,  # (rows, classes)
+    logits_stride,
+    dlogits_ptr,  # (rows, classes), may be logits_ptr; None: no gradient
+    dlogits_stride,
+    target_ptr,  # (rows)
+    class_weight_ptr,  # (classes) or None
+    mass_ptr,  # (), the sum of class_weight, where it is needed
+    upstream_ptr,  # (rows), or () with a stride of 0
+    upstream_stride,
+    losses_ptr,  # (rows); None: row_max and log_sum are given
+    row_max_ptr,  # (rows); None with losses: nobody needs them
+    log_sum_ptr,
+    rows,
+    classes,
+    readable,  # columns of a row that may be read and written: at least `classes`
+    ignore_index,
+    label_smoothing,
+    share,  # label_smoothing / classes
+    inner_scale,  # of the logits: logit_scale, or logit_scale / softcap
+    logit_scale,
+    softcap,
+    z_loss,
+    HAS_SMOOTHING: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_Z_LOSS: tl.constexpr,
+    LANES: tl.constexpr,
+    VECTOR: tl.constexpr,
+):
+    lanes = tl.arange(0, LANES)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
+    # From a 64-bit start, the row is a 64-bit number.
+    for row in range(tl.program_id(0).to(tl.int64), rows, tl.num_programs(0)):
+        logits_row = logits_ptr + row * logits_stride
+        target = tl.load(target_ptr + row)
+        if target == ignore_index:
+            if losses_ptr is not None:
+                tl.store(losses_ptr + row, 0.0)
+                if row_max_ptr is not None:
+                    tl.store(row_max_ptr + row, 0.0)
+                    tl.store(log_sum_ptr + row, 0.0)
+            if dlogits_ptr is not None:
+                zeros = tl.zeros([LANES, VECTOR], dlogits_ptr.dtype.element_ty)
+                for start in range(0, classes, LANES * VECTOR):
+                    columns = start + lanes
+                    tl.store(dlogits_ptr + row * dlogits_stride + columns, zeros, mask=columns < readable)
+        else:
+            is_class = (target >= 0) & (target < classes)
+            label = tl.where(is_class, target, 0).to(tl.int32)
+            weight = tl.where(is_class, 1.0, float("nan"))
+            if class_weight_ptr is not None:
+                weight = weight * tl.load(class_weight_ptr + label).to(tl.float32)
+
+            if losses_ptr is None:
+                row_max = tl.load(row_max_ptr + row)
+                log_sum = tl.load(log_sum_ptr + row)
+                inverse_sum = tl.exp(-log_sum)
+            else:
+                z_label = _scores(tl.load(logits_row + label), inner_scale, softcap, HAS_SCALE, HAS_SOFTCAP)[
+                    0
+                ]
+                # Smoothing sums z: from somewhere near all of them, for they may be large beside their differences.
+                origin = tl.where(tl.abs(z_label) < float("inf"), z_label, 0.0)
+                highs = tl.full([LANES], float("-inf"), tl.float32)
+                sums = tl.zeros([LANES], tl.float32)
+                tilts = tl.zeros([LANES, VECTOR], tl.float32)
+                for start in range(0, classes, LANES * VECTOR):
+                    columns = start + lanes
+                    logits = tl.load(
+                        logits_row + columns, mask=columns < readable, eviction_policy="evict_last"
+                    )
+                    z = _scores(logits, inner_scale, softcap, HAS_SCALE, HAS_SOFTCAP)[0]
+                    z = tl.where(columns < classes, z, float("-inf"))
+                    new_highs = tl.maximum(highs, tl.max(z, 1))
+                    # All of a vector may be -inf: 0 is as good a reference for that, and -inf would make NaN.
+                    reference = tl.where(new_highs == float("-inf"), 0.0, new_highs)
+                    sums = sums * tl.exp(highs - reference) + tl.sum(tl.exp(z - reference[:, None]), 1)
+                    highs = new_highs
+                    if HAS_SMOOTHING:
+                        tilt = z - origin
+                        if class_weight_ptr is not None:
+                            w = tl.load(class_weight_ptr + columns, mask=columns < classes, other=0.0)
+                            tilt = tilt * w.to(tl.float32)
+                        tilts += tl.where(columns < classes, tilt, 0.0)
+
+                row_max = tl.max(highs, 0)
+                reference = tl.where(row_max == float("-inf"), 0.0, row_max)
+                total = tl.sum(sums * tl.exp(highs - reference), 0)
+                log_sum = tl.log(total)
+                inverse_sum = 1.0 / total
+                # Not log_sum + row_max first: where logits are large, that would lose log_sum.
+                loss = (1.0 - label_smoothing) * (log_sum - (z_label - row_max))
+                if HAS_Z_LOSS:
+                    lse = row_max + log_sum
+                    loss += z_loss * lse * lse
+                loss = loss * weight
+                if HAS_SMOOTHING:
+                    away = log_sum - (origin - row_max)
+                    spread_loss = label_smoothing * away
+                    if class_weight_ptr is not None:
+                        spread_loss = share * tl.load(mass_ptr) * away
+                    loss += spread_loss - share * tl.sum(tl.sum(tilts, 1), 0)
+                tl.store(losses_ptr + row, loss)
+                if row_max_ptr is not None:
+                    tl.store(row_max_ptr + row, row_max)
+                    tl.store(log_sum_ptr + row, log_sum)
+
+            if dlogits_ptr is not None:
+                # A row's numbers carry logit_scale, so that no element has to.
+                upstream = tl.load(upstream_ptr + row * upstream_stride).to(tl.float32) * logit_scale
+                onehot = weight * upstream * (1.0 - label_smoothing)
+                through_p = onehot
+                if HAS_Z_LOSS:
+                    through_p += 2.0 * z_loss * (row_max + log_sum) * weight * upstream
+                spread = upstream * share
+                if HAS_SMOOTHING:
+                    if class_weight_ptr is not None:
+                        through_p += spread * tl.load(mass_ptr)
+                    else:
+                        through_p += upstream * label_smoothing
+                through_p = through_p * inverse_sum
+                for start in range(0, classes, LANES * VECTOR):
+                    columns = start + lanes
+                    mask = columns < readable
+                    logits = tl.load(logits_row + columns, mask=mask, eviction_policy="evict_first")
+                    z, slope = _scores(logits, inner_scale, softcap, HAS_SCALE, HAS_SOFTCAP)
+                    dlogits = tl.exp(z - row_max) * through_p
+                    if HAS_SMOOTHING:
+                        if class_weight_ptr is not None:
+                            w = tl.load(class_weight_ptr + columns, mask=columns < classes, other=0.0)
+                            dlogits -= spread * w.to(tl.float32)
+                        else:
+                            dlogits -= spread
+                    dlogits -= tl.where(columns == label, onehot, 0.0)
+                    if HAS_SOFTCAP:
+                        dlogits = dlogits * slope
+                    tl.store(
+                        dlogits_ptr + row * dlogits_stride + columns,
+                        dlogits.to(dlogits_ptr.dtype.element_ty),
+                        mask=mask,
+                        eviction_policy="evict_first",
+                    )
+
+
+def losses(logits: Tensor, target: Tensor, terms: Terms, upstream: Tensor | None) -> Tensor:
+    """The rows' losses (N). With upstream, (N), the logits become the gradient of (losses * upstream).sum() to them.
+
+    The logits are a buffer of the caller's, and what lies between its rows, up to their stride, is padding.
+    """
+    losses = logits.new_empty(logits.shape[:1], dtype=torch.float32)
+    dlogits = None if upstream is None else logits
+    _launch(logits, target, terms, upstream, dlogits, losses, None, None, logits.stride(0))
+    return losses
+
+
+def losses_and_statistics(logits: Tensor, target: Tensor, terms: Terms) -> tuple[Tensor, Tensor, Tensor]:
+    """The rows' losses, row_max and log_sum, (N) each; the two are 0 where the target is ignored."""
+    logits = _with_dense_rows(logits)
+    losses, row_max, log_sum = (logits.new_empty(logits.shape[:1], dtype=torch.float32) for _ in range(3))
+    _launch(logits, target, terms, None, None, losses, row_max, log_sum, logits.shape[1])
+    return losses, row_max, log_sum
+
+
+def gradient(
+    logits: Tensor, target: Tensor, terms: Terms, upstream: Tensor, row_max: Tensor, log_sum: Tensor
+) -> Tensor:
+    """The gradient of (losses * upstream).sum() to the logits, (N, V) and contiguous."""
+    logits = _with_dense_rows(logits)
+    dlogits = torch.empty_like(logits, memory_format=torch.contiguous_format)
+    _launch(logits, target, terms, upstream, dlogits, None, row_max, log_sum, logits.shape[1])
+    return dlogits
+
+
+def _with_dense_rows(logits: Tensor) -> Tensor:
+    return logits if logits.stride(1) == 1 else logits.contiguous()
+
+
+def _launch(
+    logits: Tensor,
+    target: Tensor,
+    terms: Terms,
+    upstream: Tensor | None,
+    dlogits: Tensor | None,
+    losses: Tensor | None,
+    row_max: Tensor | None,
+    log_sum: Tensor | None,
+    readable: int,
+) -> None:
+    class_weight, ignore_index, label_smoothing, logit_scale, softcap, z_loss = terms
+    rows, classes = logits.shape
+    if not rows:
+        return
+    mass = class_weight.sum(dtype=torch.float32) if class_weight is not None and label_smoothing else None
+    inner_scale = logit_scale if softcap is None else logit_scale / softcap
+    programs, num_warps, lanes, vector = config(classes, logits.element_size())
+    grid = (min(rows, programs * num_multiprocessors(logits.device)),)
+    with torch.cuda.device_of(logits):
+        launch(_softmax_loss_kernel)[grid](
+            logits,
+            logits.stride(0),
+            dlogits,
+            0 if dlogits is None else dlogits.stride(0),
+            target.contiguous(),
+            None if class_weight is None else class_weight.contiguous(),
+            mass,
+            upstream,
+            0 if upstream is None else upstream.stride(0),
+            losses,
+            row_max,
+            log_sum,
+            rows,
+            classes,
+            readable,
+            ignore_index,
+            label_smoothing,
+            label_smoothing / classes,
+            inner_scale,
+            logit_scale,
+            1.0 if softcap is None else softcap,
+            z_loss,
+            HAS_SMOOTHING=label_smoothing != 0,
+            HAS_SCALE=inner_scale != 1,
+            HAS_SOFTCAP=softcap is not None,
+            HAS_Z_LOSS=z_loss != 0,
+            LANES=lanes,
+            VECTOR=vector,
+            num_warps=num_warps,
+        )
