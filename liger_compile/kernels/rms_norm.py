@@ -55,7 +55,7 @@ def config(width: int, itemsize: int) -> Config:
 
 def rows_of(x: Tensor) -> Tensor:
     """x as (N, D) with the elements of a row side by side: a view if the rows are evenly spaced, else a copy."""
-    x = x.reshape(x.shape[:-1].numel(), x.shape[-1])
+    x = x.reshape(-1, x.shape[-1])
     return x if x.stride(1) == 1 else x.contiguous()
 
 
