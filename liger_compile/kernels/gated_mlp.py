@@ -153,18 +153,17 @@ def _tile(num_rows, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constex
 
 @triton.jit
 def _activate(gate, ACTIVATION: tl.constexpr):
-    """The activation of gate, and its derivative."""
+    """The activation of gate, which is a share of it, and its derivative."""
     if ACTIVATION == "gelu":
-        cdf = 0.5 + 0.5 * tl.erf(gate * 0.7071067811865476)
-        density = 0.3989422804014327 * tl.exp(-0.5 * gate * gate)
-        return gate * cdf, cdf + gate * density
+        share = 0.5 + 0.5 * tl.erf(gate * 0.7071067811865476)
+        slope = 0.3989422804014327 * tl.exp(-0.5 * gate * gate)
     elif ACTIVATION == "gelu_tanh":
         # (1 + tanh(u)) / 2 is sigmoid(2u), which overflows nowhere and cancels nothing.
         square = gate * gate
         share = tl.sigmoid(1.5957691216057308 * gate * (1.0 + 0.044715 * square))
-        slope = 1.5957691216057308 * (1.0 + 0.134145 * square)
-        return gate * share, share + gate * share * (1.0 - share) * slope
+        slope = share * (1.0 - share) * (1.5957691216057308 * (1.0 + 0.134145 * square))
     else:
         tl.static_assert(ACTIVATION == "silu")
         share = tl.sigmoid(gate)
-        return gate * share, share + gate * share * (1.0 - share)
+        slope = share * (1.0 - share)
+    return gate * share, share + gate * slope

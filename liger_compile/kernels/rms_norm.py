@@ -298,9 +298,10 @@ def _gain(weight_ptr, columns, WIDTH: tl.constexpr, OFFSET: tl.constexpr):
     """What the elements of a tile are multiplied by. Read by the tile: a row of them would have to be moved between
     threads."""
     if weight_ptr is None:
-        return tl.full(columns.shape, 1.0, tl.float32)
+        gain = tl.full(columns.shape, 1.0, tl.float32)
     else:
-        return tl.load(weight_ptr + columns, columns < WIDTH, other=0.0).to(tl.float32) + OFFSET
+        gain = tl.load(weight_ptr + columns, columns < WIDTH, other=0.0).to(tl.float32) + OFFSET
+    return gain
 
 
 @triton.jit

@@ -232,7 +232,9 @@ def _rotary_kernel(
                 head_x_at = x_at + tl.cast(head, tl.int64) * k_head_stride
                 head_y_at = y_at + tl.cast(head, tl.int64) * k_out_head_stride
                 a, b = _read(head_x_at, 1, is_token, WIDTH, reads, TOKENS, PAIRS)
-                _write(head_y_at, a * cos_a - b * sin_a, b * cos_b + a * sin_b, is_token, WIDTH, writes, PAIRS)
+                _write(
+                    head_y_at, a * cos_a - b * sin_a, b * cos_b + a * sin_b, is_token, WIDTH, writes, PAIRS
+                )
                 _copy_rest(head_x_at, head_y_at, is_token, WIDTH, CHANNELS, REST)
 
 

@@ -92,13 +92,12 @@ def gated_activation_backward(
     if is_gated_by_kernel(gate, up, dh):
         from ..kernels import gated_mlp as kernels
 
-        dgate, dup = (
-            x.new_empty(x.shape) if x is not None and is_needed else None
-            for x, is_needed in ((gate, needs_dgate), (up, needs_dup))
-        )
-        kernels.backward(dh, gate_half, up_half, dgate, dup, None, activation)
-        nothing = gate.new_empty(0)
-        return nothing if dgate is None else dgate, nothing if dup is None else dup
+        needs_dup = needs_dup and up is not None
+        dgate = gate.new_empty(gate.shape if needs_dgate else 0)
+        dup = up_half.new_empty(up_half.shape if needs_dup else 0)
+        wanted = dgate if needs_dgate else None, dup if needs_dup else None
+        kernels.backward(dh, gate_half, up_half, *wanted, h=None, activation=activation)
+        return dgate, dup
     dgate = gate_gradient(dh, gate_half, up_half, activation) if needs_dgate else gate.new_empty(0)
     dup = gate.new_empty(0)
     if needs_dup or (up is None and needs_dgate):
@@ -176,8 +175,15 @@ def gated_mlp_backward(
     if is_gated_by_kernel(gate, up, dy):
         from ..kernels import gated_mlp as kernels
 
-        wanted = dgate if needs_dgate else None, dup if needs_dup else None, h if needs_dweight else None
-        kernels.backward(h, gate_half, up_half, *wanted, activation)
+        kernels.backward(
+            h,
+            gate_half,
+            up_half,
+            dgate if needs_dgate else None,
+            dup if needs_dup and up is not None else None,
+            h if needs_dweight else None,
+            activation,
+        )
     else:
         dgate_half, dup_half = _rows(dgate), _rows(dup)
         if up is None:

@@ -112,7 +112,9 @@ def rotate_each(
     else:
         from ..kernels import rotary as kernels
 
-        results = kernels.rotate(tensors, dtypes, cos, sin, heads_axis, *LAYOUTS[layout], half_tables, transpose)
+        results = kernels.rotate(
+            tensors, dtypes, cos, sin, heads_axis, *LAYOUTS[layout], half_tables, transpose
+        )
     first, second = (cos.new_empty(0) if result is None else result for result in results)
     return first, second
 

@@ -1,0 +1,198 @@
+"""The kernels of rms_norm and add_rms_norm, against eager and float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from liger_compile import functional as L
+from liger_compile.ops.rms_norm import MAX_WIDTH
+
+from ..ops.cases import EPS, add_then, gemma, llama
+
+pytest.importorskip("triton")
+from liger_compile.kernels import rms_norm as kernels
+
+from .bar import (
+    DTYPES,
+    assert_compiled_alike,
+    assert_no_worse_than_eager,
+    assert_reference,
+    leaf,
+    randn,
+)
+
+SPELLINGS = {"llama": (llama, {}), "gemma": (gemma, {"offset": 1.0, "casting": "gemma"})}
+WIDTHS = [1, 3, 40, 96, 128, 1000, 1500]
+by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+by_spelling = pytest.mark.parametrize("spelling", SPELLINGS)
+
+
+def assert_right(spelling, x, weight=None, residual=None):
+    eager, options = SPELLINGS[spelling]
+    if residual is None:
+        inputs = [leaf(t) for t in (x, weight) if t is not None]
+        ours = lambda x, weight=None: L.rms_norm(x, weight, EPS, **options)  # noqa: E731
+        plain = eager if weight is not None else lambda x: llama(x, None)
+    else:
+        inputs = [leaf(t) for t in (x, residual, weight) if t is not None]
+        ours = lambda x, residual, weight=None: L.add_rms_norm(x, residual, weight, EPS, **options)  # noqa: E731
+        plain = add_then(eager)
+    assert_no_worse_than_eager(kernels, ours, plain, inputs)
+
+
+@by_spelling
+@by_dtype
+@pytest.mark.parametrize("width", WIDTHS)
+def test_no_worse_than_eager(device, width, dtype, spelling):
+    rows = 4 if width > 1000 else 19
+    x, residual = (randn(2, rows, width, device=device, dtype=dtype) for _ in range(2))
+    weight = randn(width, device=device, dtype=dtype)
+    assert_right(spelling, x, weight)
+    assert_right(spelling, x, weight, residual)
+
+
+@by_dtype
+def test_without_a_weight(device, dtype):
+    x, residual = (randn(5, 96, device=device, dtype=dtype) for _ in range(2))
+    assert_right("llama", x)
+    assert_right("llama", x, residual=residual)
+
+
+@by_spelling
+@pytest.mark.parametrize(
+    "shape", [(1, 1), (1, 1500), (7, 1), (0, 64), (2, 0, 64), (3, 2, 5, 64), (64,)], ids=str
+)
+def test_shapes(device, shape, spelling):
+    # As small as eps: in rows of one column the gradient of x is nothing but what eps does.
+    x, residual = (EPS**0.5 * randn(*shape, device=device) for _ in range(2))
+    weight = randn(shape[-1], device=device)
+    assert_right(spelling, x, weight)
+    assert_right(spelling, x, weight, residual)
+
+
+@by_spelling
+@pytest.mark.parametrize(
+    "x_dtype, residual_dtype, weight_dtype",
+    [
+        (torch.bfloat16, torch.bfloat16, torch.float32),
+        (torch.float16, torch.float32, torch.bfloat16),
+        (torch.bfloat16, torch.float16, torch.float16),
+        (torch.float32, torch.bfloat16, torch.bfloat16),
+    ],
+    ids=str,
+)
+def test_dtypes_that_differ(device, spelling, x_dtype, residual_dtype, weight_dtype):
+    x, residual = (randn(9, 96, device=device, dtype=dtype) for dtype in (x_dtype, residual_dtype))
+    weight = randn(96, device=device, dtype=weight_dtype)
+    assert_right(spelling, x, weight)
+    assert_right(spelling, x, weight, residual)
+
+
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda t: t[:, :, :48],  # rows evenly spaced, as in a slice of a projection
+        lambda t: t.transpose(0, 1)[..., :48],
+        lambda t: t[..., ::2],
+        lambda t: t[:, 1:3, 8:56],
+        lambda t: t[:1, :, :48].expand(4, -1, -1),
+    ],
+    ids=["packed", "transposed", "gaps", "offset", "expanded"],
+)
+def test_inputs_of_any_strides(device, view):
+    x, residual = (view(randn(4, 5, 96, device=device)) for _ in range(2))
+    weight = randn(96, device=device)[::2]
+    assert_right("llama", x, weight)
+    assert_right("gemma", x, weight, residual)
+
+
+def test_incoming_gradients_of_any_strides_and_absent_ones(device):
+    x, residual, weight = (leaf(randn(*shape, device=device)) for shape in ((9, 96), (9, 96), (96,)))
+
+    def only(take, op):
+        return lambda *inputs: take(op(*inputs)).sum(0).sum(0).expand(3, 3) * 2
+
+    ours = lambda *inputs: L.add_rms_norm(*inputs, EPS)  # noqa: E731
+    for take in (lambda out: out[0], lambda out: out[0] + out[1].t().contiguous().t()):
+        assert_no_worse_than_eager(
+            kernels, only(take, ours), only(take, add_then(llama)), [x, residual, weight]
+        )
+
+
+@pytest.mark.parametrize("width", [40, 1500])
+def test_only_what_is_needed_is_made(device, width):
+    dy, ds, x = (randn(9, width, device=device) for _ in range(3))
+    weight = randn(width, device=device)
+    rstd = torch.rsqrt(x.square().mean(-1) + EPS)
+    dx, dweight = kernels.backward(dy, ds, x, weight, rstd, 1.0, True, True)
+    for needs_dx, needs_dweight in ((True, False), (False, True), (False, False)):
+        some = kernels.backward(dy, ds, x, weight, rstd, 1.0, needs_dx, needs_dweight)
+        for needed, full, found in zip((needs_dx, needs_dweight), (dx, dweight), some, strict=True):
+            assert torch.equal(found, full) if needed else found.numel() == 0
+    assert kernels.backward(dy, None, x, None, rstd, 0.0, True, True)[1].numel() == 0
+
+
+def test_the_same_numbers_every_time(device):
+    dy, x = (randn(300, 96, device=device, dtype=torch.bfloat16) for _ in range(2))
+    weight, rstd = randn(96, device=device, dtype=torch.bfloat16), torch.rand(300, device=device)
+    first, second = (kernels.backward(dy, None, x, weight, rstd, 0.0, True, True) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_what_the_kernels_do_not_take(device):
+    wide = [leaf(randn(2, MAX_WIDTH + 1, device=device)), leaf(randn(MAX_WIDTH + 1, device=device))]
+    assert_reference(kernels, lambda x, weight: L.rms_norm(x, weight), wide)
+    double = [leaf(randn(2, 8, device=device, dtype=torch.float64)) for _ in range(2)]
+    assert_reference(kernels, lambda x, residual: L.add_rms_norm(x, residual), double)
+
+
+@pytest.mark.parametrize("itemsize", [2, 4])
+def test_every_width_is_covered_and_fits(itemsize):
+    for width in range(1, MAX_WIDTH + 1):
+        launched = kernels.config(width, itemsize)
+        assert launched.main + launched.tail >= width > launched.main - launched.main // 2 or width == 1
+        # Buffers of dy, x and ds, one less than there are stages. A multiprocessor has 227 KiB, older ones 163.
+        tile = launched.rows * (launched.main + launched.tail)
+        assert 3 * (launched.num_stages - 1) * tile * itemsize <= 160 * 1024
+        for size in (launched.rows, launched.main, launched.tail or 1, launched.num_warps):
+            assert size & (size - 1) == 0
+
+
+@pytest.mark.gpu
+@by_spelling
+@by_dtype
+@pytest.mark.parametrize(
+    "width", [64, 128, 1536, 2048, 2560, 3072, 3584, 4096, 5120, 6144, 7168, 8192, 16384]
+)
+def test_widths_of_models(device, width, dtype, spelling):
+    x, residual = (randn(1000, width, device=device, dtype=dtype) for _ in range(2))
+    weight = randn(width, device=device, dtype=dtype)
+    assert_right(spelling, x, weight)
+    assert_right(spelling, x, weight, residual)
+
+
+@pytest.mark.gpu
+def test_more_elements_than_32_bits_count(device):
+    rows = 2**31 // 8192 + 300
+    x = torch.zeros(rows, 8192, dtype=torch.bfloat16, device=device)
+    x[-300:] = randn(300, 8192, device=device)
+    weight = randn(8192, device=device, dtype=torch.bfloat16)
+    y, _, rstd = kernels.forward(x, None, weight, EPS, 0.0, "llama")
+    dx, _ = kernels.backward(x, None, x, weight, rstd, 0.0, True, True)
+    last = x[-300:].clone()
+    last_y, _, last_rstd = kernels.forward(last, None, weight, EPS, 0.0, "llama")
+    last_dx, _ = kernels.backward(last, None, last, weight, last_rstd, 0.0, True, True)
+    assert torch.equal(y[-300:], last_y) and torch.equal(dx[-300:], last_dx)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_compiled_it_gives_the_same_numbers(device, mode):
+    def both(x, residual, weight):
+        y, s = L.add_rms_norm(x, residual, weight, EPS)
+        return L.rms_norm(y, weight, EPS, offset=1.0, casting="gemma"), s
+
+    x, residual = (leaf(randn(300, 2560, device=device, dtype=torch.bfloat16)) for _ in range(2))
+    weight = leaf(randn(2560, device=device, dtype=torch.bfloat16))
+    assert_compiled_alike(both, [x, residual, weight], mode)
