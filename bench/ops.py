@@ -5,7 +5,7 @@
     python -m bench.ops --quick               the first shape of each, few rounds
     python -m bench.ops --device cpu          tiny shapes by the clock: shows that it runs, measures nothing
 
-docs/benchmarks.md says what the columns mean. `OPS` is the table of what is measured.
+docs/benchmarks.md says what the columns mean, op_table.py what is measured.
 """
 
 from __future__ import annotations
@@ -13,23 +13,19 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gc
-import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench import timing
 from bench.common import RESULTS, Row, file_name, machine, merge_csv, print_row
+from bench.op_table import OPS, Op
 from bench.timing import Contender, captured, interleave, peak_bytes, replayed, spread
-from liger_compile import functional
 
-OURS, INDUCTOR = "liger-compile", "inductor"
-LOW_MEMORY_MIB = 128
+INDUCTOR = "inductor"
 PACKAGES = ("triton", "liger-kernel", "cut-cross-entropy")
 KEYS = ("device", "torch", "op", "shape", "dtype", "variant")
 WIDTHS = {
@@ -44,249 +40,6 @@ WIDTHS = {
     "extra_mib": 9,
     "difference": 10,
     "error": 0,
-}
-
-Make = Callable[..., tuple[Any, ...]]
-
-
-@dataclass(frozen=True)
-class Op:
-    """What is measured of an op, and where.
-
-    shapes: of the measurement; `tiny`: of the try on a CPU.
-    make: shape -> arguments. Activations and weights require gradients; weights are Parameters.
-    variants: function of these arguments, by name. "inductor" is added, from "eager".
-    elements: shape -> the elements that a pass must read and write at least.
-    gemms: shape -> (N, I, O) of the linear layer in the op, if it has one.
-    is_long: takes so many milliseconds that launches do not show; makes its gradients in forward or in backward.
-    """
-
-    shapes: tuple[tuple[int, ...], ...]
-    tiny: tuple[int, ...]
-    make: Make
-    variants: Mapping[str, Callable[..., Any]]
-    elements: Callable[..., dict[str, int]] | None = None
-    gemms: Callable[..., tuple[int, int, int]] | None = None
-    is_long: bool = False
-
-
-def activation(*shape: int) -> Tensor:
-    return torch.randn(shape, requires_grad=True)
-
-
-def weight(*shape: int) -> nn.Parameter:
-    """As large as trained ones: about 1 for a norm, and such that a linear layer's results are about 1."""
-    noise = torch.randn(shape)
-    return nn.Parameter(1 + 0.1 * noise if len(shape) == 1 else noise * shape[-1] ** -0.5)
-
-
-# Norms
-
-
-def eager_rms_norm(x: Tensor, weight: Tensor) -> Tensor:
-    """As in transformers' LlamaRMSNorm."""
-    x32 = x.float()
-    x32 = x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + 1e-6)
-    return weight * x32.to(x.dtype)
-
-
-def liger_rms_norm(x: Tensor, weight: Tensor) -> Tensor:
-    from liger_kernel.transformers.functional import liger_rms_norm
-
-    return liger_rms_norm(x, weight, 1e-6)
-
-
-def eager_add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    s = residual + x
-    return eager_rms_norm(s, weight), s
-
-
-def liger_add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    from liger_kernel.transformers.functional import liger_fused_add_rms_norm
-
-    return liger_fused_add_rms_norm(x, residual, weight, 1e-6)
-
-
-# Rotary embedding
-
-
-def make_rotary(batch: int, length: int, heads: int, kv_heads: int, width: int) -> tuple[Any, ...]:
-    """q and k as they come from their projections, and tables as transformers makes them."""
-    q, k = (torch.randn(batch, length, n, width).transpose(1, 2) for n in (heads, kv_heads))
-    frequencies = 10_000.0 ** -(torch.arange(0, width, 2, dtype=torch.float32) / width)
-    angles = torch.outer(torch.arange(length, dtype=torch.float32), frequencies).repeat(1, 2)[None]
-    return q.requires_grad_(), k.requires_grad_(), angles.cos().to(q.dtype), angles.sin().to(q.dtype)
-
-
-def _rotate_half(x: Tensor) -> Tensor:
-    low, high = x.chunk(2, dim=-1)
-    return torch.cat((-high, low), dim=-1)
-
-
-def eager_rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
-    return q * cos + _rotate_half(q) * sin, k * cos + _rotate_half(k) * sin
-
-
-def liger_rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    from liger_kernel.transformers.functional import liger_rope
-
-    return liger_rope(q, k, cos, sin)
-
-
-def our_rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    return functional.rotary(q, k, cos.unsqueeze(1), sin.unsqueeze(1))
-
-
-# Gated MLP
-
-
-def eager_gated_activation(gate: Tensor, up: Tensor) -> Tensor:
-    return F.silu(gate) * up
-
-
-def liger_gated_activation(gate: Tensor, up: Tensor) -> Tensor:
-    from liger_kernel.transformers.functional import liger_swiglu
-
-    return liger_swiglu(gate, up)
-
-
-def eager_gated_mlp(gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
-    return F.linear(eager_gated_activation(gate, up), down)
-
-
-def liger_gated_mlp(gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
-    return F.linear(liger_gated_activation(gate, up), down)
-
-
-# Losses
-
-
-def make_target(num_tokens: int, num_classes: int) -> Tensor:
-    return torch.randint(num_classes, (num_tokens,))
-
-
-def eager_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
-    """As transformers spells it: logits in the dtype of the model, the loss in float32."""
-    return F.cross_entropy(logits.float(), target)
-
-
-def liger_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
-    from liger_kernel.transformers.functional import liger_cross_entropy
-
-    return liger_cross_entropy(logits, target)
-
-
-def eager_linear_cross_entropy(x: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-    return eager_cross_entropy(F.linear(x, weight), target)
-
-
-def liger_linear_cross_entropy(x: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
-
-    return liger_fused_linear_cross_entropy(x, weight, target)
-
-
-def cut_linear_cross_entropy(x: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-    from cut_cross_entropy import linear_cross_entropy
-
-    return linear_cross_entropy(x, weight, target)
-
-
-def low_memory_linear_cross_entropy(x: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-    return functional.linear_cross_entropy(x, weight, target, memory=LOW_MEMORY_MIB * 2**20)
-
-
-def _linear_cross_entropy() -> dict[str, Callable[..., Any]]:
-    ours: dict[str, Callable[..., Any]] = {OURS: functional.linear_cross_entropy}
-    if "memory" in inspect.signature(functional.linear_cross_entropy).parameters:
-        ours[f"{OURS} {LOW_MEMORY_MIB} MiB"] = low_memory_linear_cross_entropy
-    return {
-        "eager": eager_linear_cross_entropy,
-        "liger-kernel": liger_linear_cross_entropy,
-        "cut-cross-entropy": cut_linear_cross_entropy,
-        **ours,
-    }
-
-
-_NORM_SHAPES = (
-    (8192, 4096),
-    (8192, 2048),
-    (8192, 3584),
-    (8192, 5120),
-    (8192, 8192),
-    (16384, 4096),
-    (2048, 4096),
-)
-
-OPS: Mapping[str, Op] = {
-    "linear_cross_entropy": Op(  # tokens, hidden, vocabulary
-        shapes=((8192, 4096, 128256), (16384, 4096, 32000), (8192, 2048, 128256), (8192, 1024, 151936)),
-        tiny=(32, 16, 48),
-        make=lambda n, h, v: (activation(n, h), weight(v, h), make_target(n, v)),
-        variants=_linear_cross_entropy(),
-        gemms=lambda n, h, v: (n, h, v),
-        is_long=True,
-    ),
-    "cross_entropy": Op(  # tokens, vocabulary
-        shapes=((8192, 128256), (16384, 32000)),
-        tiny=(32, 48),
-        make=lambda n, v: (activation(n, v), make_target(n, v)),
-        variants={
-            "eager": eager_cross_entropy,
-            "liger-kernel": liger_cross_entropy,
-            OURS: functional.cross_entropy,
-        },
-        # Logits are read once and their gradients written once, if that is done in one pass over each row.
-        elements=lambda n, v: {"forward": n * v, "backward": 2 * n * v, "both": 2 * n * v},
-    ),
-    "rms_norm": Op(  # rows, hidden; the last is one for each head
-        shapes=(*_NORM_SHAPES, (131072, 128)),
-        tiny=(8, 32),
-        make=lambda n, h: (activation(n, h), weight(h)),
-        variants={"eager": eager_rms_norm, "liger-kernel": liger_rms_norm, OURS: functional.rms_norm},
-        elements=lambda n, h: {"forward": 2 * n * h, "backward": 3 * n * h},
-    ),
-    "add_rms_norm": Op(  # rows, hidden
-        shapes=_NORM_SHAPES,
-        tiny=(8, 32),
-        make=lambda n, h: (activation(n, h), activation(n, h), weight(h)),
-        variants={
-            "eager": eager_add_rms_norm,
-            "liger-kernel": liger_add_rms_norm,
-            OURS: functional.add_rms_norm,
-        },
-        elements=lambda n, h: {"forward": 4 * n * h, "backward": 4 * n * h},
-    ),
-    "rotary": Op(  # batch, length, heads, heads of k, width of a head
-        shapes=((4, 2048, 32, 8, 64), (2, 4096, 32, 8, 128), (8, 1024, 16, 8, 128)),
-        tiny=(1, 8, 4, 2, 16),
-        make=make_rotary,
-        variants={"eager": eager_rotary, "liger-kernel": liger_rotary, OURS: our_rotary},
-        elements=lambda b, t, h, k, d: dict.fromkeys(
-            ("forward", "backward"), 2 * b * t * (h + k) * d + 2 * t * d
-        ),
-    ),
-    "gated_activation": Op(  # tokens, inner width
-        shapes=((8192, 8192), (8192, 14336)),
-        tiny=(8, 32),
-        make=lambda n, i: (activation(n, i), activation(n, i)),
-        variants={
-            "eager": eager_gated_activation,
-            "liger-kernel": liger_gated_activation,
-            OURS: functional.swiglu,
-        },
-        elements=lambda n, i: {"forward": 3 * n * i, "backward": 5 * n * i},
-    ),
-    "gated_mlp": Op(  # tokens, inner width, hidden
-        shapes=((8192, 8192, 2048), (8192, 14336, 4096)),
-        tiny=(8, 32, 16),
-        make=lambda n, i, o: (activation(n, i), activation(n, i), weight(o, i)),
-        variants={"eager": eager_gated_mlp, "liger-kernel": liger_gated_mlp, OURS: functional.swiglu},
-        # Backward writes the product again, for the gradient of the weight: it is not kept.
-        elements=lambda n, i, o: {"forward": 3 * n * i, "backward": 6 * n * i},
-        gemms=lambda n, i, o: (n, i, o),
-    ),
 }
 
 

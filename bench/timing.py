@@ -206,7 +206,7 @@ def _by_profiler(stages: Stages) -> dict[str, float]:
             run()
             torch.cuda.synchronize()
         microseconds = sum(
-            event.self_device_time_total
+            event.time_range.elapsed_us()
             for event in profile.events() or ()
             if event.device_type.name == "CUDA" and not event.is_user_annotation
         )

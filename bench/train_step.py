@@ -27,13 +27,14 @@ from typing import Any
 
 import torch
 import torch._functorch.config as functorch_config
+import torch.nn.functional as F
 
 from bench.common import RESULTS, ROOT, Row, file_name, machine, merge_csv, print_row
 from bench.models import MODELS
 from bench.timing import peak_bytes, spread
 from liger_compile.registry import default_patterns
 
-OURS, LIGER_KERNEL, INDUCTOR = "liger-compile", "liger-kernel", "inductor"
+OURS, LIGER_KERNEL, INDUCTOR, FLOOR = "liger-compile", "liger-kernel", "inductor", "floor"
 PATTERN_OPS = tuple(dict.fromkeys(pattern.name.partition(".")[0] for pattern in default_patterns()))
 BUDGET = 0.8  # of what would be kept for backward; 0.5 was slower and larger (Llama-3.2-1B, 4x2048, H100, 2026-11-22)
 WARMUP = 2  # steps that are not measured: after the first, which compiles, and in each turn
@@ -54,6 +55,7 @@ WIDTHS = {
     "grad_norm": 10,
     "replaced": 8,
     "marked": 6,
+    "of_floor": 8,
     "time_of_inductor": 16,
     "peak_of_inductor": 16,
     "time_of_liger_kernel": 20,
@@ -77,6 +79,7 @@ def _ours(*skip: str) -> Variant:
 
 
 VARIANTS: Mapping[str, Variant] = {
+    FLOOR: Variant(),
     "eager": Variant(),
     INDUCTOR: Variant({}),
     "inductor loss": Variant({}, returns="loss"),
@@ -89,7 +92,7 @@ VARIANTS: Mapping[str, Variant] = {
     **{f"without {op}": _ours(op) for op in PATTERN_OPS},
 }
 GROUPS: Mapping[str, tuple[str, ...]] = {
-    "core": ("eager", INDUCTOR, "inductor loss", LIGER_KERNEL, OURS),
+    "core": (FLOOR, "eager", INDUCTOR, "inductor loss", LIGER_KERNEL, OURS),
     "peers": tuple(name for name in VARIANTS if not name.startswith(("only ", "without "))),
     "each": (
         INDUCTOR,
@@ -193,7 +196,7 @@ class Step:
         """Forward and backward from no gradients on; returns the loss."""
         return self._run(mark).item()
 
-    def _run(self, mark: Callable[[], Any]) -> torch.Tensor:
+    def _run(self, mark: Callable[[], Any]) -> Any:
         self.model.zero_grad(set_to_none=True)
         mark()
         outputs = self._loss(**self._inputs)
@@ -230,9 +233,55 @@ class Step:
             torch.cuda.empty_cache()
 
 
+class Floor(Step):
+    """The GEMMs of all linear layers and causal attention, with nothing around them; loss and memory mean nothing."""
+
+    def __init__(self, case: Case) -> None:
+        super().__init__(case, VARIANTS[FLOOR])
+        batch, length = map(int, case.tokens.split("x"))
+        config, num_tokens = self.model.config, batch * length
+
+        def random(*shape: int) -> torch.Tensor:
+            return torch.randn(shape, device=self._device, dtype=case.dtype)
+
+        self._weights = [m.weight for m in self.model.modules() if isinstance(m, torch.nn.Linear)]
+        widths = {width for weight in self._weights for width in weight.shape}
+        self._rows = {width: random(num_tokens, width) for width in widths}
+        self._products = {width: torch.empty_like(rows) for width, rows in self._rows.items()}
+        self._gradients = {weight.shape: torch.empty_like(weight) for weight in self._weights}
+        heads = (config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads)
+        self._qkv = [random(batch, n, length, config.head_dim).requires_grad_() for n in heads]
+        self._upstream = torch.randn_like(self._qkv[0])
+
+    def first(self) -> Row:
+        for _ in range(1 + WARMUP):
+            self._run(lambda: None)
+        return {}
+
+    def _run(self, mark: Callable[[], Any]) -> None:
+        q, k, v = self._qkv
+        mark()
+        attended = [
+            F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+            for _ in range(self.model.config.num_hidden_layers)
+        ]
+        with torch.no_grad():
+            for weight in self._weights:
+                outer, inner = weight.shape
+                torch.mm(self._rows[inner], weight.t(), out=self._products[outer])
+            mark()
+            for weight in self._weights:
+                outer, inner = weight.shape
+                torch.mm(self._rows[outer], weight, out=self._products[inner])
+                torch.mm(self._rows[outer].t(), self._rows[inner], out=self._gradients[weight.shape])
+        for each in attended:
+            torch.autograd.grad(each, self._qkv, self._upstream)
+        mark()
+
+
 def serve(case: Case, variant: str) -> None:
     """A variant's process: says what `Step.first` found, then a line for each number of steps that it reads."""
-    step = Step(case, VARIANTS[variant])
+    step = Floor(case) if variant == FLOOR else Step(case, VARIANTS[variant])
     print(json.dumps(step.first()), flush=True)
     for line in sys.stdin:
         print(json.dumps(step.turn(int(line))), flush=True)
@@ -312,6 +361,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--steps", type=int, default=3, help="measured in a turn")
     parser.add_argument("--warm", action="store_true", help="also compile again from the caches")
+    parser.add_argument(
+        "--at-once", action="store_true", help="start all at the same time: quicker, for a look"
+    )
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the CSV")
     chosen = parser.parse_args(arguments)
@@ -321,7 +373,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error(f"expected variants of {', '.join(VARIANTS)}, got {', '.join(unknown)}")
 
     print(f"{case.model}, {case.tokens} tokens, returns {case.returns}", flush=True)
-    facts = measure(case, list(dict.fromkeys(names)), chosen.rounds, chosen.steps, chosen.warm)
+    facts = measure(
+        case, list(dict.fromkeys(names)), chosen.rounds, chosen.steps, chosen.warm, chosen.at_once
+    )
     rows = [
         {**_described(case, name), **fact, **_ratios(fact, facts), **machine(case.device, PACKAGES)}
         for name, fact in facts.items()
@@ -331,38 +385,49 @@ def main(arguments: Sequence[str] | None = None) -> None:
     merge_csv(file_name("train_step", case.device), rows, KEYS, chosen.out)
 
 
-def measure(case: Case, names: Sequence[str], rounds: int, steps: int, warm: bool) -> dict[str, Row]:
+def measure(
+    case: Case, names: Sequence[str], rounds: int, steps: int, warm: bool, at_once: bool
+) -> dict[str, Row]:
     """What was found of each variant, in the columns of the CSV."""
     facts: dict[str, Row] = {}
     samples: dict[str, Row] = {name: {"step_ms": [], "forward_ms": []} for name in names}
     with tempfile.TemporaryDirectory() as name_of_folder, contextlib.ExitStack() as opened:
         folder = Path(name_of_folder)
 
-        def start(name: str) -> tuple[Process, Row]:
+        def started(name: str) -> Process:
             process = Process(case, name, folder / name.replace(" ", "_"))
             opened.callback(process.close)
+            return process
+
+        def ready(name: str, process: Process) -> Row:
             begin = time.perf_counter()
             found = process.answer()
             print(f"  {name}: ready after {time.perf_counter() - begin:.0f} s, {found}", flush=True)
-            return process, found
+            return found
 
-        processes: dict[str, Process] = {}
+        processes = {name: started(name) for name in names} if at_once else {}
         for name in names:
             with _failing_into(facts, name):
-                processes[name], facts[name] = start(name)
+                if not at_once:
+                    processes[name] = started(name)
+                facts[name] = ready(name, processes[name])
+                if at_once:
+                    facts[name].pop("compile_s", None)  # with others on the same cores
+            if "error" in facts[name]:
+                processes.pop(name, None)
         for round_ in range(rounds):
             for name in _rotated(list(processes), round_):
                 with _failing_into(facts, name):
                     for key, values in processes[name].turn(steps).items():
                         samples[name][key] += values
                 if "error" in facts[name]:
-                    del processes[name]
+                    processes.pop(name, None)
         opened.close()  # their memory
         for name in list(processes) if warm else ():
             if VARIANTS[name].compile is not None:
                 with _failing_into(facts, name):
-                    process, again = start(name)
-                    facts[name]["compile_warm_s"] = again["compile_s"]
+                    process = started(name)
+                    facts[name]["compile_warm_s"] = ready(name, process)["compile_s"]
                     process.close()
     for name, fact in facts.items():
         if "error" not in fact:
@@ -404,8 +469,9 @@ def _described(case: Case, name: str) -> Row:
 
 
 def _ratios(fact: Row, facts: Mapping[str, Row]) -> Row:
-    """Time and peak memory as shares of those of two peers in the same run."""
-    shares: Row = {}
+    """Time and peak memory as shares of those of two peers in the same run, and times the floor."""
+    floor = facts.get(FLOOR, {}).get("step_ms")
+    shares: Row = {"of_floor": round(fact["step_ms"] / floor, 3) if floor and "step_ms" in fact else ""}
     for peer in (INDUCTOR, LIGER_KERNEL):
         other = facts.get(peer, {})
         for column, key in (("time", "step_ms"), ("peak", "peak_gib")):

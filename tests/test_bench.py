@@ -7,6 +7,8 @@ import importlib
 from pathlib import Path
 
 import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).parents[1]
 
@@ -95,6 +97,19 @@ def test_training_steps_agree(module, tmp_path):
     for column in ("loss", "grad_norm"):
         assert float(rotary[column]) == pytest.approx(float(eager[column]), rel=1e-4)
     assert all(0 < float(row["forward_ms"]) < float(row["step_ms"]) for row in (eager, rotary))
+
+
+def test_the_floor_of_a_step_is_all_its_gemms(module):
+    train_step = module("train_step")
+    flops = FlopCounterMode(display=False)
+    floor = train_step.Floor(train_step.Case("tiny", "2x16", device="cpu"))
+    with flops:
+        floor._run(lambda: None)
+    # Two layers: q and o 64 x 64, k and v 64 x 32, three of 64 x 96; and the head.
+    weights = 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 96) + 64 * 128
+    assert flops.get_flop_counts()["Global"][torch.ops.aten.mm] == 3 * 2 * 32 * weights
+    (forward,), (step,) = floor.turn(1).values()
+    assert 0 < forward < step
 
 
 @pytest.mark.gpu
