@@ -18,9 +18,9 @@ INTERPRETED_MULTIPROCESSORS = 2  # so that a program has several rows to go thro
 
 
 def launch(kernel: Any) -> Any:
-    """The kernel, to be launched as `launch(kernel)[grid](...)`: inside a traceable op, AOTAutograd sees it.
+    """The kernel, to be launched as `launch(kernel)[grid](...)` in a traceable op, so that AOTAutograd sees it.
 
-    Under TRITON_INTERPRET=1 there is nothing to wrap, and torch 2.11 refuses to.
+    Opaque ops launch theirs as they are. Under TRITON_INTERPRET=1 there is nothing to wrap, and torch 2.11 refuses to.
     """
     return wrap_triton(kernel) if isinstance(kernel, JITFunction) else kernel
 

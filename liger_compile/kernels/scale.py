@@ -7,6 +7,9 @@ In place where out is gradient: then the programs return at once if factor is 1,
 forward.
 """
 
+# Triton's own: a launch takes num_warps.
+# pyright: reportCallIssue=false
+
 from __future__ import annotations
 
 import torch
@@ -14,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import launch, num_multiprocessors
+from . import num_multiprocessors
 
 PROGRAMS_PER_MULTIPROCESSOR = 8
 BLOCK = 4096
@@ -39,7 +42,7 @@ def scale(gradient: Tensor, factor: Tensor, out: Tensor) -> Tensor:
         programs = PROGRAMS_PER_MULTIPROCESSOR * num_multiprocessors(gradient.device)
         grid = (min(triton.cdiv(numel, BLOCK), programs),)
         with torch.cuda.device_of(gradient):
-            launch(_scale_kernel)[grid](
+            _scale_kernel[grid](
                 gradient, out, factor, numel, IN_PLACE=out is gradient, BLOCK=BLOCK, num_warps=8
             )
     return out

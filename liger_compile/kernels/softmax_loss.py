@@ -11,15 +11,15 @@ sum of exponentials, and again to write the gradient, which may be over the logi
 Dtypes: logits bfloat16, float16 or float32; everything between them and the rounded gradient is in float32.
 
 Bytes: so few programs run at a time that their rows stay in the L2 cache from the first pass to the second (ROWS_IN_L2
-a multiprocessor). The device's memory is then read and written once: 4 bytes a logit in half precision with the
-gradient, 2 without. Within a pass no thread waits for another: each has a maximum and a sum of its own, and they meet
-at the end of the row.
+a multiprocessor; longer rows are read twice). The device's memory is then read and written once: 4 bytes a logit in half
+precision with the gradient, 2 without. Within a pass no thread waits for another: each has a maximum and a sum of its
+own, and they meet at the end of the row.
 
 A row whose target is ignored is not read. A row whose target is no class is NaN, and nothing is read by that target.
 """
 
-# A kernel's arguments are Triton's: what may be None is known when it is compiled.
-# pyright: reportOptionalOperand=false, reportOperatorIssue=false
+# Triton's own: what may be None in a kernel is known when it is compiled, and a launch takes num_warps.
+# pyright: reportOptionalOperand=false, reportOperatorIssue=false, reportCallIssue=false
 
 from __future__ import annotations
 
@@ -30,13 +30,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import launch, num_multiprocessors
+from . import num_multiprocessors
 
 ROWS_IN_L2 = 256 * 2**10  # bytes of rows that a multiprocessor works on: 34 MB on an H100, of 50
 WARPS_PER_MULTIPROCESSOR = 32  # half of what it holds, so that a thread may have 64 registers
 VECTOR_BYTES = 16  # what a thread reads at a time
 VECTORS_PER_THREAD = 2
-
 
 # class_weight, ignore_index, label_smoothing, logit_scale, softcap, z_loss: the fields of ops.softmax_loss.SoftmaxLoss
 Terms = tuple[Tensor | None, int, float, float, float | None, float]
@@ -51,7 +50,7 @@ class Config(NamedTuple):
 
 def config(classes: int, itemsize: int) -> Config:
     programs = 1
-    while programs < 8 and 2 * programs * classes * itemsize <= ROWS_IN_L2:
+    while programs < WARPS_PER_MULTIPROCESSOR and 2 * programs * classes * itemsize <= ROWS_IN_L2:
         programs *= 2
     num_warps, vector = WARPS_PER_MULTIPROCESSOR // programs, VECTOR_BYTES // itemsize
     most = 32 * num_warps * VECTORS_PER_THREAD
@@ -86,7 +85,7 @@ def _scores(logits, inner_scale, softcap, HAS_SCALE: tl.constexpr, HAS_SOFTCAP: 
     return z, slope
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "ignore_index"])
 def _softmax_loss_kernel(
     logits_ptr,  # (rows, classes)
     logits_stride,
@@ -156,7 +155,9 @@ def _softmax_loss_kernel(
                 for start in range(0, classes, LANES * VECTOR):
                     columns = start + lanes
                     logits = tl.load(
-                        logits_row + columns, mask=columns < readable, eviction_policy="evict_last"
+                        logits_row + columns,
+                        mask=columns < readable,
+                        eviction_policy="evict_first" if dlogits_ptr is None else "evict_last",
                     )
                     z = _scores(logits, inner_scale, softcap, HAS_SCALE, HAS_SOFTCAP)[0]
                     z = tl.where(columns < classes, z, float("-inf"))
@@ -282,9 +283,11 @@ def _launch(
     mass = class_weight.sum(dtype=torch.float32) if class_weight is not None and label_smoothing else None
     inner_scale = logit_scale if softcap is None else logit_scale / softcap
     programs, num_warps, lanes, vector = config(classes, logits.element_size())
+    if dlogits is None or losses is None:  # one pass, which the cache has nothing to keep for
+        programs *= 2
     grid = (min(rows, programs * num_multiprocessors(logits.device)),)
     with torch.cuda.device_of(logits):
-        launch(_softmax_loss_kernel)[grid](
+        _softmax_loss_kernel[grid](
             logits,
             logits.stride(0),
             dlogits,
