@@ -11,9 +11,9 @@ sum of exponentials, and again to write the gradient, which may be over the logi
 Dtypes: logits bfloat16, float16 or float32; everything between them and the rounded gradient is in float32.
 
 Bytes: so few programs run at a time that their rows stay in the L2 cache from the first pass to the second (ROWS_IN_L2
-a multiprocessor; longer rows are read twice). The device's memory is then read and written once: 4 bytes a logit in half
-precision with the gradient, 2 without. Within a pass no thread waits for another: each has a maximum and a sum of its
-own, and they meet at the end of the row.
+a multiprocessor; longer rows are read twice). The device's memory is then read and written once: 4 bytes a logit in
+half precision with the gradient, 2 without. Within a pass no thread waits for another: each has a maximum and a sum of
+its own, and they meet at the end of the row.
 
 A row whose target is ignored is not read. A row whose target is no class is NaN, and nothing is read by that target.
 """

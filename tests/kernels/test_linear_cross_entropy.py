@@ -220,6 +220,15 @@ def test_chunks_are_as_large_as_they_may_be(tokens, width, classes, memory, most
     assert len(chunks) == 1 or (max(rows) * 2 * classes > most / 2)
 
 
+@pytest.mark.parametrize("memory", [0, -1, 2.5, True, "1GiB"])
+def test_a_budget_that_is_none_is_refused(memory):
+    *leaves, target = tensors(2, torch.float32, "cpu")
+    with pytest.raises(
+        ValueError, match="expected memory as a whole number of bytes above 0, got .*; pass None"
+    ):
+        ours(*leaves, target, memory=memory)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("tokens, width, classes, memory, most", BUDGETS)
 def test_peak_memory(tokens, width, classes, memory, most):
