@@ -224,7 +224,7 @@ def test_chunks_are_as_large_as_they_may_be(tokens, width, classes, memory, most
 def test_a_budget_that_is_none_is_refused(memory):
     *leaves, target = tensors(2, torch.float32, "cpu")
     with pytest.raises(
-        ValueError, match="expected memory as a whole number of bytes above 0, got .*; pass None"
+        ValueError, match=r"expected memory as a whole number of bytes above 0, got .*; pass None"
     ):
         ours(*leaves, target, memory=memory)
 
