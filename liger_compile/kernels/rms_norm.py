@@ -8,9 +8,12 @@ Backward is one pass for both gradients. Its programs are a fixed number, walk o
 dweight in float32; a second kernel adds up the sums in a fixed order, so that the result is deterministic.
 """
 
+# What Triton's decorator makes of a kernel, a type checker does not see.
+# pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false, reportPossiblyUnboundVariable=false
+
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -65,8 +68,8 @@ def forward(
     """(y, s, rstd), where s is the sum x + residual, and x itself if there is no residual."""
     shape = x.shape
     s = x if residual is None else x.new_empty(shape, dtype=torch.promote_types(x.dtype, residual.dtype))
-    widens = weight is not None and casting == "llama"
-    y = x.new_empty(shape, dtype=torch.promote_types(s.dtype, weight.dtype) if widens else s.dtype)
+    y_dtype = s.dtype if weight is None or casting != "llama" else torch.promote_types(s.dtype, weight.dtype)
+    y = x.new_empty(shape, dtype=y_dtype)
     rstd = x.new_empty(shape[:-1], dtype=torch.float32)
     x = rows_of(x)
     residual = None if residual is None else rows_of(residual)
@@ -111,7 +114,7 @@ def backward(
     ds = rows_of(ds) if ds is not None and needs_dx else None
     num_rows, width = x.shape
     launched = config(width, max(x.itemsize, dy.itemsize))
-    num_programs = torch.sym_min(
+    num_programs: Any = torch.sym_min(
         num_multiprocessors(x.device) * launched.programs, triton.cdiv(num_rows, launched.rows)
     )
     sums = x.new_empty((num_programs, width), dtype=torch.float32) if needs_dweight else None

@@ -5,6 +5,9 @@ registers, and reads and writes every channel once: 4 bytes an element in half p
 as those of slices of one projection; results have their order of dimensions, without gaps.
 """
 
+# What Triton's decorator makes of a kernel, a type checker does not see.
+# pyright: reportGeneralTypeIssues=false
+
 from __future__ import annotations
 
 from collections.abc import Sequence

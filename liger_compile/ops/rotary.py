@@ -17,7 +17,8 @@ halves need not be the same. Half tables hold one cosine and one sine for each p
 
 Dtypes: computed in float32 (float64 if any operand is), rounded once, to out_dtype, or else to the dtype that x and
 cos promote to. Saved for backward: cos and sin. Backward is the transpose, a rotation by the opposite angle if the
-tables are those of a rotation. cos and sin get no gradient.
+tables are those of a rotation. cos and sin get no gradient. On a GPU results have the order of dimensions in memory
+that x has, so that what comes from a projection goes to attention without a copy.
 
 Source: Su et al., RoFormer: Enhanced Transformer with Rotary Position Embedding, 2021 (arXiv 2104.09864).
 """
@@ -36,6 +37,8 @@ from .registration import traceable_op
 
 # Whether pairs are interleaved: (as they are read, as they are written).
 LAYOUTS = {"half": (False, False), "interleaved": (True, True), "interleaved_to_half": (True, False)}
+
+MAX_CHANNELS = 4096  # of a head for the kernel, which holds them in registers
 
 
 def split_pairs(x: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
@@ -70,23 +73,20 @@ def rotate(
     return torch.cat((rotated, x[..., width:].to(dtype)), -1)
 
 
-MAX_CHANNELS = 4096  # of the kernel, which holds a head in registers
-
-
 def heads_axis_of_kernel(
     tensors: tuple[Tensor, ...], cos: Tensor, sin: Tensor, dtypes: tuple[torch.dtype, ...]
 ) -> int | None:
-    """Which of four axes the kernel is to take for that of the heads; None if it does not take it at all.
+    """Which of four axes the kernel is to take for that of the heads, or None if it does not take the inputs.
 
-    It takes tables that are the same for all heads, heads being the axis before the tokens or the one after them.
+    Heads come before the tokens (axis 1) or after them (axis 2), and the tables are the same for all of them. Inputs of
+    fewer axes count as having some of one element in front.
     """
     if not has_kernel(*tensors, cos, sin) or not all(dtype in DTYPES for dtype in dtypes):
         return None
     channels = [x.shape[-1] for x in (*tensors, cos)]
     if not all(isinstance(count, int) and 0 < count <= MAX_CHANNELS for count in channels):
         return None
-    # The tables are at most of the rank of each tensor: they do not enlarge it.
-    if len(set(channels[:-1])) > 1 or max(x.dim() for x in tensors) > 4:
+    if len(set(channels[:-1])) > 1 or any(x.dim() > 4 for x in tensors):
         return None
     sizes = (1,) * (4 - cos.dim()) + tuple(cos.shape)
     return next((axis for axis in (1, 2) if statically_known_true(sizes[axis] == 1)), None)
