@@ -25,7 +25,7 @@ from . import launch
 class Config(NamedTuple):
     tokens: int  # of a program
     pairs: int  # half of the rotated channels, to the next power of two
-    rest: int  # the other channels, to the next power of two, at least 1
+    rest: int  # the other channels, to the next power of two; at least 1
     heads: int  # that a program goes through
     num_warps: int
 
@@ -218,27 +218,81 @@ def _rotary_kernel(
         writes: tl.constexpr = WRITES_INTERLEAVED
 
     if group < num_q_groups:
-        x_at = q_ptr + batch * q_batch_stride + tokens * q_token_stride
-        y_at = q_out_ptr + batch * q_out_batch_stride + tokens * q_out_token_stride
-        for head in tl.range(group * HEADS, tl.minimum((group + 1) * HEADS, num_q_heads)):
-            head_x_at = x_at + tl.cast(head, tl.int64) * q_head_stride
-            head_y_at = y_at + tl.cast(head, tl.int64) * q_out_head_stride
-            a, b = _read(head_x_at, 1, is_token, WIDTH, reads, TOKENS, PAIRS)
-            _write(head_y_at, a * cos_a - b * sin_a, b * cos_b + a * sin_b, is_token, WIDTH, writes, PAIRS)
-            _copy_rest(head_x_at, head_y_at, is_token, WIDTH, CHANNELS, REST)
+        _rotate_heads(
+            q_ptr + batch * q_batch_stride + tokens * q_token_stride,
+            q_out_ptr + batch * q_out_batch_stride + tokens * q_out_token_stride,
+            q_head_stride,
+            q_out_head_stride,
+            group * HEADS,
+            tl.minimum((group + 1) * HEADS, num_q_heads),
+            cos_a,
+            cos_b,
+            sin_a,
+            sin_b,
+            is_token,
+            WIDTH,
+            CHANNELS,
+            reads,
+            writes,
+            TOKENS,
+            PAIRS,
+            REST,
+        )
     else:
         if k_ptr is not None:
-            x_at = k_ptr + batch * k_batch_stride + tokens * k_token_stride
-            y_at = k_out_ptr + batch * k_out_batch_stride + tokens * k_out_token_stride
-            group -= num_q_groups
-            for head in tl.range(group * HEADS, tl.minimum((group + 1) * HEADS, num_k_heads)):
-                head_x_at = x_at + tl.cast(head, tl.int64) * k_head_stride
-                head_y_at = y_at + tl.cast(head, tl.int64) * k_out_head_stride
-                a, b = _read(head_x_at, 1, is_token, WIDTH, reads, TOKENS, PAIRS)
-                _write(
-                    head_y_at, a * cos_a - b * sin_a, b * cos_b + a * sin_b, is_token, WIDTH, writes, PAIRS
-                )
-                _copy_rest(head_x_at, head_y_at, is_token, WIDTH, CHANNELS, REST)
+            _rotate_heads(
+                k_ptr + batch * k_batch_stride + tokens * k_token_stride,
+                k_out_ptr + batch * k_out_batch_stride + tokens * k_out_token_stride,
+                k_head_stride,
+                k_out_head_stride,
+                (group - num_q_groups) * HEADS,
+                tl.minimum((group - num_q_groups + 1) * HEADS, num_k_heads),
+                cos_a,
+                cos_b,
+                sin_a,
+                sin_b,
+                is_token,
+                WIDTH,
+                CHANNELS,
+                reads,
+                writes,
+                TOKENS,
+                PAIRS,
+                REST,
+            )
+
+
+@triton.jit
+def _rotate_heads(
+    x_at,  # where the first head of every token begins
+    y_at,
+    x_head_stride,
+    y_head_stride,
+    first,
+    end,
+    cos_a,
+    cos_b,
+    sin_a,
+    sin_b,
+    is_token,
+    WIDTH: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    READS_INTERLEAVED: tl.constexpr,
+    WRITES_INTERLEAVED: tl.constexpr,
+    TOKENS: tl.constexpr,
+    PAIRS: tl.constexpr,
+    REST: tl.constexpr,
+):
+    for head in tl.range(first, end):
+        head_x_at = x_at + tl.cast(head, tl.int64) * x_head_stride
+        head_y_at = y_at + tl.cast(head, tl.int64) * y_head_stride
+        a, b = _read(head_x_at, 1, is_token, WIDTH, READS_INTERLEAVED, TOKENS, PAIRS)
+        turned_a, turned_b = a * cos_a - b * sin_a, b * cos_b + a * sin_b
+        _write(head_y_at, turned_a, turned_b, is_token, WIDTH, WRITES_INTERLEAVED, PAIRS)
+        if CHANNELS > WIDTH:
+            channel = WIDTH + tl.arange(0, REST)[None, :]
+            mask = is_token & (channel < CHANNELS)
+            tl.store(head_y_at + channel, tl.load(head_x_at + channel, mask, other=0.0).to(tl.float32), mask)
 
 
 @triton.jit
@@ -275,12 +329,3 @@ def _write(at, a, b, is_row, WIDTH: tl.constexpr, INTERLEAVED: tl.constexpr, PAI
         pair = tl.arange(0, PAIRS)[None, :]
         tl.store(at + pair, a, is_row & (pair < half))
         tl.store(at + half + pair, b, is_row & (pair < half))
-
-
-@triton.jit
-def _copy_rest(x_at, y_at, is_row, WIDTH: tl.constexpr, CHANNELS: tl.constexpr, REST: tl.constexpr):
-    """The channels that pass through."""
-    if CHANNELS > WIDTH:
-        channel = WIDTH + tl.arange(0, REST)[None, :]
-        mask = is_row & (channel < CHANNELS)
-        tl.store(y_at + channel, tl.load(x_at + channel, mask, other=0.0).to(tl.float32), mask)

@@ -137,6 +137,7 @@ def test_tables_of_another_dtype(device, dtype):
     for table_dtype in DTYPES:
         cos, sin = tables(5, 16, device=device, dtype=table_dtype)
         assert_right("half", q, None, cos, sin)
+        assert_right("half", q, projected(2, 5, 2, 16, device), cos, sin)  # of float32
         for out_dtype in DTYPES:
             assert_no_worse_than_eager(
                 kernels,
