@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gc
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -93,7 +94,7 @@ def measure(op: Op, shape: tuple[int, ...], chosen: argparse.Namespace) -> Itera
         try:
             facts[name] = _facts(function, sets[0], reference, op.is_long)
         except Exception as error:
-            facts[name] = {"error": _sentence(error)}
+            facts[name] = _failed(error)
     del reference
     for name, function in variants.items():
         if "error" in facts[name]:
@@ -103,7 +104,7 @@ def measure(op: Op, shape: tuple[int, ...], chosen: argparse.Namespace) -> Itera
             interleave([contender], rounds=1, seconds=0)
             contenders.append(contender)
         except Exception as error:
-            facts[name] = {"error": _sentence(error)}
+            facts[name] = _failed(error)
     rounds = 5 if chosen.quick else chosen.rounds
     found = interleave(contenders, rounds, chosen.seconds * (4 if op.is_long else 1))
     took = {stage: spread(samples)[0] for stage, samples in found["floor"].items()}
@@ -159,7 +160,7 @@ def _contender(
     def refill() -> None:
         for arg in (arg for args in sets for arg in timing.differentiated(args)):
             if not isinstance(arg, nn.Parameter):
-                arg.normal_()
+                timing.randomize(arg)
 
     if is_long:
         # Some make the gradients in forward, so that a forward without gradients and the whole are what compares.
@@ -238,6 +239,11 @@ def _copies(args: Sequence[Any]) -> list[Any]:
         else arg
         for arg in args
     ]
+
+
+def _failed(error: Exception) -> Row:
+    traceback.print_exception(error, limit=-8)
+    return {"error": _sentence(error)}
 
 
 def _sentence(error: Exception) -> str:

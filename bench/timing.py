@@ -12,6 +12,7 @@ changes for all of them, and returns milliseconds a call. How a stage is timed:
 
 from __future__ import annotations
 
+import functools
 import gc
 import itertools
 import statistics
@@ -108,7 +109,7 @@ def captured(
                 refill()
                 for each in itertools.chain.from_iterable(upstream):
                     if each.dim():
-                        each.normal_()
+                        randomize(each)
 
         backward(outputs)  # compiles what is compiled
         del outputs
@@ -144,6 +145,16 @@ def replayed(name: str, stages: Stages) -> Contender:
         with torch.cuda.graph(graphs[stage]):
             run()
     return Contender(name, {stage: graph.replay for stage, graph in graphs.items()}, "graph", keeps=stages)
+
+
+def randomize(tensor: Tensor) -> None:
+    """Writes normal numbers into it. A capture that broke off leaves torch's own generator unusable."""
+    tensor.normal_(generator=_generator(tensor.device))
+
+
+@functools.cache
+def _generator(device: torch.device) -> torch.Generator:
+    return torch.Generator(device).manual_seed(0)
 
 
 def differentiated(args: Sequence[Any]) -> tuple[Tensor, ...]:

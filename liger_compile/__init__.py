@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from liger_compile import functional
 from liger_compile.explanation import Explanation, explain
-from liger_compile.pattern import Match, Pattern
+from liger_compile.pattern import Annotate, Match, Pattern
 from liger_compile.registry import register_pattern, unregister_pattern
 from liger_compile.report import GraphReport, clear_reports, reports
 
 __all__ = [
+    "Annotate",
     "Explanation",
     "GraphReport",
     "Match",

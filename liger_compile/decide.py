@@ -14,7 +14,7 @@ import torch
 from torch.fx import Graph, Node
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from liger_compile.pattern import Capture, Decision, Match
+from liger_compile.pattern import Annotate, Capture, Decision, Match
 from liger_compile.terms.mutation import Mutations, storages_of
 
 # Calls that change how everything after them runs.
@@ -53,14 +53,22 @@ def decide(
         if consumed & set(match.outputs) or replaced & set(match.nodes):
             continue  # part of a larger match, or around a smaller one
         kind, reason = "replace" if match.pattern.replace else "annotate", ""
+        annotation = Annotate("")
         for refuses in LEGALITY:
             reason = reason or refuses(match, context) or ""
         if not reason and match.pattern.check:
             reason = match.pattern.check(match) or ""
         if not reason and policy == "never":
             reason = "liger.policy is 'never'"
-        if not reason and policy == "auto" and match.pattern.profit:
-            reason = match.pattern.profit(match) or ""
+        verdict = (
+            match.pattern.profit(match) if not reason and policy == "auto" and match.pattern.profit else None
+        )
+        if isinstance(verdict, Annotate):
+            kind, annotation = "annotate", verdict
+        else:
+            reason = reason or verdict or ""
+        if not reason and kind == "annotate" and not is_top_level:
+            reason = "what a checkpoint body recomputes has been decided already"
         if not reason and fuel is not None and fuel <= sum(d.kind != "leave" for d in decisions):
             reason = f"liger.fuel={fuel} is used up"
         if reason:
@@ -70,7 +78,7 @@ def decide(
             consumed.update(match.outputs)
             consumed.update(set(match.nodes) - set(match.escaping()))
         saved = match.pattern.saves(match) if match.pattern.saves and kind != "leave" else None
-        decisions.append(Decision(match, kind, reason, saved))
+        decisions.append(Decision(match, kind, reason or annotation.reason, annotation.keeps_outputs, saved))
     return _without_covered(decisions, consumed)
 
 
@@ -203,12 +211,6 @@ def _refuse_aliases(match: Match, context: _Context) -> str | None:
     return None
 
 
-def _refuse_inner_mark(match: Match, context: _Context) -> str | None:
-    if match.pattern.replace is None and not context.is_top_level:
-        return "what a checkpoint body recomputes has been decided already"
-    return None
-
-
 def _refuse_inner_loss(match: Match, context: _Context) -> str | None:
     if match.pattern.is_loss and not context.is_top_level:
         return "a loss inside a checkpoint body runs twice, and its gradients are made in forward"
@@ -218,7 +220,6 @@ def _refuse_inner_loss(match: Match, context: _Context) -> str | None:
 LEGALITY: tuple[Callable[[Match, _Context], str | None], ...] = (
     _refuse_wrapped_tensors,
     _refuse_inner_loss,
-    _refuse_inner_mark,
     _refuse_several_devices,
     _refuse_several_regions,
     _refuse_transforms,

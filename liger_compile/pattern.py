@@ -17,6 +17,21 @@ from torch.fx import Node
 Number = int | float
 
 
+@dataclass(frozen=True)
+class Annotate:
+    """What profit may say of a match: Inductor's own code is better here, but need not keep these values.
+
+    They are marked as cheap, and computed again in backward.
+
+    Args:
+        reason: a sentence.
+        keeps_outputs: only what lies between captures and outputs is cheap: what feeds a product, not the product.
+    """
+
+    reason: str
+    keeps_outputs: bool = False
+
+
 @dataclass(frozen=True, eq=False)
 class Pattern:
     """Mathematics to recognise, and what to put in its place. Both are plain PyTorch.
@@ -33,8 +48,8 @@ class Pattern:
             for sizes in general, equal numbers for equal sizes; torch.float32 stands for any floating
             dtype) or a number or string of the annotated type.
         check: says of a match why replacing it would be wrong, in a sentence; None accepts.
-        profit: says of a match why replacing it would not pay, in a sentence; None accepts. Asked
-            under `liger.policy="auto"` only.
+        profit: says of a match why replacing it would not pay, in a sentence, or in an `Annotate` where its
+            values are cheap all the same; None accepts. Asked under `liger.policy="auto"` only.
         saves: bytes of activations that training no longer keeps if the match is replaced; None if unknown.
         is_loss: a loss makes its gradients in forward, so it is replaced at top level only, never in a
             checkpoint body that would run it twice.
@@ -45,7 +60,7 @@ class Pattern:
     replace: Callable[..., Any] | None
     examples: Mapping[str, Any]
     check: Callable[[Match], str | None] | None = None
-    profit: Callable[[Match], str | None] | None = None
+    profit: Callable[[Match], str | Annotate | None] | None = None
     saves: Callable[[Match], int | None] | None = None
     is_loss: bool = False
 
@@ -127,6 +142,7 @@ class Decision:
     match: Match
     kind: Literal["replace", "annotate", "leave"]
     reason: str = ""
+    keeps_outputs: bool = False  # of what is annotated: see Annotate
     saved_bytes: int | None = None  # None: not known, as where a size is symbolic
 
 

@@ -15,11 +15,13 @@ from liger_compile.pattern import Decision
 
 
 def mark_for_recompute(decisions: Iterable[Decision]) -> None:
-    """Marks every node of the matches that are annotated."""
+    """Marks the nodes of the matches that are annotated."""
     for decision in decisions:
-        if decision.kind == "annotate":
-            for node in decision.match.nodes:
+        if decision.kind != "annotate":
+            continue
+        kept = decision.match.outputs if decision.keeps_outputs else ()
+        for node in decision.match.nodes:
+            if node not in kept:
                 node.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
-                node.meta["ac_graph_id"] = (
-                    0  # the partitioner wants one; no user's checkpoint has it at this level
-                )
+                # The partitioner wants one; no user's checkpoint has it at this level.
+                node.meta["ac_graph_id"] = 0

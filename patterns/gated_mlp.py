@@ -13,8 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from liger_compile import functional
-from liger_compile.pattern import Match, Pattern
-from liger_compile.patterns.profit import needs_kernel
+from liger_compile.pattern import Annotate, Match, Pattern
 
 
 def swiglu(gate, up):
@@ -38,13 +37,15 @@ def check(match: Match) -> str | None:
     return None
 
 
-def profit(match: Match) -> str | None:
+def profit(match: Match) -> str | Annotate:
     """h is what the op does not keep."""
     for node in match.escaping():
         value = node.meta.get("example_value")
         if isinstance(value, torch.Tensor) and value.dtype.is_floating_point:
             return f"{node.name} is used elsewhere too and has to be kept, so there is nothing to save"
-    return needs_kernel(match)
+    return Annotate(
+        "Inductor fuses the gate with its neighbours; h is computed again in backward", keeps_outputs=True
+    )
 
 
 def saved_bytes(match: Match) -> int | None:

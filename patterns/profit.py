@@ -1,5 +1,8 @@
 """Profit rules that several patterns share. Each names the measurement that it rests on."""
 
+import torch
+
+from liger_compile.ops.dispatch import has_kernel
 from liger_compile.pattern import Match
 
 
@@ -11,8 +14,9 @@ def needs_kernel(match: Match) -> str | None:
     code (peak memory 3.7 GiB and 4.8 GiB); Qwen3 of 4 layers, hidden 1024, 8 x 1024 tokens: 538 ms and 26 ms.
     """
     device = match.result.device.type
-    if device != "cpu":
-        return (
-            f"the op has no kernel for {device} yet, and its reference would be slower than Inductor's code"
-        )
-    return None
+    captured = [match[name] for name in match.captures]
+    floating = [value for value in captured if isinstance(value, torch.Tensor) and value.is_floating_point()]
+    if device == "cpu" or has_kernel(*floating):
+        return None
+    dtypes = ", ".join(sorted({str(value.dtype).removeprefix("torch.") for value in floating}))
+    return f"the op has no kernel for {dtypes} on this {device}, and its reference would be slower than Inductor's code"

@@ -1,33 +1,24 @@
-"""The spelling fuzzer on every built-in pattern: no rewrite is wrong, and most respellings are replaced.
+"""The spelling fuzzer on every built-in pattern: every respelling is replaced, and no rewrite is wrong.
 
-Seeds are fixed, so that a run is the same everywhere. What a respelling is made of stands in liger_compile/testing.
+Choices are the same in every run. What a respelling is made of stands in liger_compile/testing. A wider search, with
+other choices: `liger_compile.testing.fuzz`.
 """
 
 import collections
 import math
-from random import Random
 
 import pytest
 import torch
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
 
 from liger_compile.registry import default_patterns
 from liger_compile.testing import assert_mutant_is_safe, assert_respelling_matches
-
-# The share of respellings that are replaced, at least. A respelling changes most calls at once, so that one spelling
-# which the normal form does not know (docs/known_gaps.md) leaves the whole; for rotary these are many today.
-REPLACED = {
-    "add_rms_norm": 0.75,
-    "rms_norm": 0.9,
-    "rotary": 0.2,
-    "gated_mlp": 0.7,
-    "linear_cross_entropy": 0.75,
-    "cross_entropy": 0.9,
-}
-
-EACH_OP, EACH_PATTERN = 200, 15  # choices, of respellings and of mutants
+from liger_compile.testing.fuzzer import Choices
 
 PATTERNS = {pattern.name: pattern for pattern in default_patterns()}
-NUM_OF_OP = collections.Counter(name.split(".")[0] for name in PATTERNS)
+OPS = collections.Counter(name.split(".")[0] for name in PATTERNS)
+LEAST = 200  # respellings, and mutants, of each op: shared among its patterns
 
 # What the fuzzer cannot guess: what the ops make no gradient for, and class weights, which are positive and have the
 # dtype of the logits at the loss.
@@ -55,31 +46,47 @@ def settings_of(name):
 SETTINGS = {name: settings_of(name) for name in PATTERNS}  # made once: samples are kept by them
 
 
-def seeds(name):
-    return range(max(EACH_PATTERN, math.ceil(EACH_OP / NUM_OF_OP[name.split(".")[0]])))
+def random_choices(examples):
+    """Runs a test with so many Randoms, the same ones every time, and shrinks what it finds to a short graph."""
 
-
-@pytest.mark.parametrize("op", REPLACED)
-def test_respellings_are_replaced_and_right(op):
-    missed, total = [], 0
-    for name in (name for name in PATTERNS if name.split(".")[0] == op):
-        for seed in seeds(name):
-            total += 1
-            try:
-                assert_respelling_matches(PATTERNS[name], Random(seed), **SETTINGS[name])
-            except AssertionError as error:
-                if not str(error).startswith("this spelling of"):  # it was replaced, by something wrong
-                    raise
-                missed.append(f"{name}, seed {seed}: {error}")
-    assert total >= EACH_OP
-    assert len(missed) <= (1 - REPLACED[op]) * total, "\n".join(missed[:3])
-
-
-@pytest.mark.parametrize("op", REPLACED)
-def test_mutants_are_refused_or_right(op):
-    made = 0
-    for name in (name for name in PATTERNS if name.split(".")[0] == op):
-        made += sum(
-            assert_mutant_is_safe(PATTERNS[name], Random(seed), **SETTINGS[name]) for seed in seeds(name)
+    def decorate(test):
+        tapes = st.binary(min_size=2048, max_size=2048)
+        bounded = settings(
+            max_examples=examples,
+            derandomize=True,
+            database=None,
+            deadline=None,
+            phases=(Phase.generate, Phase.shrink),
+            suppress_health_check=tuple(HealthCheck),
         )
-    assert made >= EACH_OP / 2  # not every choice makes one that runs
+        return bounded(given(tapes.map(Choices))(test))
+
+    return decorate
+
+
+def examples_of(name):
+    return math.ceil(LEAST / OPS[name.split(".")[0]])
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+def test_respellings_are_replaced_and_right(name):
+    made = []
+
+    @random_choices(examples_of(name))
+    def respell(random):
+        made.append(assert_respelling_matches(PATTERNS[name], random, **SETTINGS[name]))
+
+    respell()
+    assert len(made) >= examples_of(name)
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+def test_mutants_are_refused_or_right(name):
+    made = []
+
+    @random_choices(math.ceil(1.5 * examples_of(name)))  # not every choice makes one that runs
+    def mutate(random):
+        made.append(assert_mutant_is_safe(PATTERNS[name], random, **SETTINGS[name]))
+
+    mutate()
+    assert sum(made) >= examples_of(name) / 2

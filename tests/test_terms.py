@@ -58,6 +58,47 @@ SAME = {
         lambda x: x.mean(-1).unsqueeze(-1),
         lambda x: x.mean(-1)[..., None],
         lambda x: x.sum(2).view(3, 4, 1) / x.shape[-1],
+        lambda x: (x.sum(-1) / 8).unsqueeze(-1),
+    ),
+    "sum of squares": (
+        lambda x: x.square().sum(-1),
+        lambda x: torch.einsum("btd,btd->bt", x, x),
+        lambda x: torch.einsum("...d, ...d -> ...", x, x),
+    ),
+    "halves": (
+        lambda x: x[..., :4] / x[..., 4:],
+        lambda x: torch.div(*x.unflatten(-1, (2, -1)).unbind(-2)),
+        lambda x: x.view(3, 4, 2, 4)[:, :, 0] / x.reshape(3, 4, 2, 4)[:, :, 1],
+    ),
+    "pairs": (
+        lambda x: x[..., ::2] / x[..., 1::2],
+        lambda x: x.view(3, 4, 4, 2)[..., 0] / x.view(3, 4, 4, 2)[..., 1],
+        lambda x: torch.div(*x.unflatten(-1, (-1, 2)).unbind(-1)),
+    ),
+    "joined halves": (
+        lambda x: torch.cat((x.sin(), x.cos()), -1),
+        lambda x: torch.stack((x.sin(), x.cos()), -2).flatten(-2),
+        lambda x: torch.stack((x.sin(), x.cos()), 2).view(3, 4, 16),
+    ),
+    "a view before or after": (
+        lambda x: F.relu(x.view(12, 8)) ** 2,
+        lambda x: F.relu(x).square().view(12, 8),
+        lambda x: F.relu(x).flatten(0, 1) ** 2,
+    ),
+    "complex pairs": (
+        lambda x: torch.view_as_complex(x.view(3, 4, 4, 2)),
+        lambda x: torch.complex(x[..., ::2], x[..., 1::2]),
+        lambda x: torch.complex(*x.unflatten(-1, (4, 2)).unbind(-1)),
+    ),
+    "parts of complex": (
+        lambda x: torch.view_as_real(torch.view_as_complex(x.view(3, 4, 4, 2)) * 2),
+        lambda x: torch.stack(
+            (
+                (torch.complex(x[..., ::2], x[..., 1::2]) * 2).real,
+                (torch.complex(x[..., ::2], x[..., 1::2]) * 2).imag,
+            ),
+            -1,
+        ),
     ),
     "root mean square": (
         lambda x: x.pow(2).mean(-1, keepdim=True).sqrt(),
@@ -119,6 +160,14 @@ DIFFERENT = {
     "sign of the rotation": (
         lambda x: torch.cat((-x[..., 4:], x[..., :4]), -1),
         lambda x: torch.cat((x[..., 4:], -x[..., :4]), -1),
+    ),
+    "another product of matrices": (
+        lambda x: torch.einsum("btd,bsd->bts", x, x),
+        lambda x: torch.einsum("btd,btd->bt", x, x),
+    ),
+    "halves of the tokens": (
+        lambda x: x.view(3, 2, 2, 8)[:, 0],
+        lambda x: x.view(3, 2, 2, 8)[:, :, 0],
     ),
     "order of the halves": (
         lambda x: torch.cat((-x[..., 4:], x[..., :4]), -1),
@@ -183,6 +232,8 @@ def test_heads_and_losses_take_their_tokens_in_any_shape():
         return (
             F.cross_entropy(logits.view(-1, 5), target.view(-1)),
             F.cross_entropy((x.view(-1, 8) @ w.t()), target.flatten()),
+            F.cross_entropy(torch.einsum("btd,vd->btv", x, w).flatten(0, 1), target.flatten()),
+            F.cross_entropy(torch.einsum("...d,dv->...v", x, w.T).flatten(0, 1), target.flatten()),
             F.cross_entropy(torch.matmul(x, w.T).flatten(0, 1).clone(), target.flatten()),
             F.cross_entropy(logits.transpose(1, 2), target),
             torch.nn.CrossEntropyLoss()(logits.flatten(0, 1), target.reshape(12)),

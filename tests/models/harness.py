@@ -37,8 +37,13 @@ def batch(family: Family, length: int = LENGTH, seed: int = 2) -> tuple[Tensor, 
 
 
 def compiled(function: Callable[..., Any], inner: str = "aot_eager", **kwargs: Any) -> Callable[..., Any]:
-    """`function` under backend="liger", which raises if the rewriting fails."""
-    options = {"liger.inner": inner, "liger.strict": True, **kwargs.pop("options", {})}
+    """`function` under backend="liger", which replaces all that it may and raises if the rewriting fails."""
+    options = {
+        "liger.inner": inner,
+        "liger.strict": True,
+        "liger.policy": "always",
+        **kwargs.pop("options", {}),
+    }
     return torch.compile(function, backend="liger", options=options, **kwargs)
 
 

@@ -94,7 +94,7 @@ def test_h_that_is_needed_elsewhere_is_left_with_the_reason(run_liger):
         h = F.silu(F.linear(x, g)) * F.linear(x, u)
         return F.linear(h, d), h
 
-    result, (report,) = run_liger(f, X, GATE, UP, DOWN)
+    result, (report,) = run_liger(f, X, GATE, UP, DOWN, policy="auto")
     left = [site for site in report.sites if site.kind == "leave"]
     assert left and "is used elsewhere too and has to be kept" in left[0].reason
     torch.testing.assert_close(result, f(X, GATE, UP, DOWN))

@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from liger_compile.testing import assert_rewrites
+
 torch.manual_seed(0)
 
 B, H, K, S, D = 2, 4, 2, 6, 16
@@ -163,3 +165,15 @@ def test_tables_that_are_learned_are_left_with_the_reason(run_liger):
     cos = COS.clone().requires_grad_()
     _, (report,) = run_liger(llama, Q, KEY, cos, SIN)
     assert any("cos requires a gradient" in site.reason for site in report.sites)
+
+
+@pytest.mark.parametrize(
+    "round_trip",
+    [lambda y: y.double().to(y.dtype), lambda y: (-y).neg(), lambda y: y.flatten(0, 1).view(y.shape)],
+)
+def test_a_round_trip_of_the_output_is_no_second_site(round_trip):
+    def f(q, cos, sin):
+        y = q * cos + rotate_half(q) * sin
+        return y, round_trip(y)
+
+    assert_rewrites(f, Q, COS, SIN, expect={"rotary.half": 1})
