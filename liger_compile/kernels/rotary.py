@@ -1,8 +1,8 @@
 """Rotary position embedding: the kernel of ops/rotary.py, for both directions.
 
-q and k go in one launch. A program takes some tokens and a few heads of q or of k, keeps the tables of its tokens in
-registers, and reads and writes every channel once: 4 bytes an element in half precision. Inputs have any strides, such
-as those of slices of one projection; results have their order of dimensions, without gaps.
+q and k go in one launch. A program takes some heads of q or of k for some tokens, all of its loads at once, and reads
+and writes every channel once: 4 bytes an element in half precision. Inputs have any strides, such as those of slices
+of one projection; results have their order of dimensions, without gaps.
 """
 
 # What Triton's decorator makes of a kernel, a type checker does not see.
@@ -24,17 +24,22 @@ from . import launch
 
 class Config(NamedTuple):
     tokens: int  # of a program
+    heads: int
     pairs: int  # half of the rotated channels, to the next power of two
     rest: int  # the other channels, to the next power of two; at least 1
-    heads: int  # that a program goes through
     num_warps: int
 
 
-def config(channels: int, width: int) -> Config:
-    """The tile of a program, for heads of `channels` channels of which `width` are rotated."""
+MOST_HEADS, PAIRS_IN_FLIGHT, REST_IN_FLIGHT = 8, 2048, 4096
+
+
+def config(channels: int, width: int, num_heads: int) -> Config:
+    """The tile of a program, for `num_heads` heads of `channels` channels of which `width` are rotated."""
     pairs = triton.next_power_of_2(width // 2)
     rest = triton.next_power_of_2(max(1, channels - width))
-    return Config(max(1, min(1024 // pairs, 4096 // rest)), pairs, rest, heads=8, num_warps=4)
+    rows = max(1, min(PAIRS_IN_FLIGHT // pairs, REST_IN_FLIGHT // rest))
+    heads = min(triton.next_power_of_2(num_heads), MOST_HEADS, rows)
+    return Config(rows // heads, heads, pairs, rest, num_warps=4)
 
 
 class Heads(NamedTuple):
@@ -112,7 +117,7 @@ def _launch(
     no_strides = 0, 0, 0
     width = 2 * cos.shape[-1] if half_tables else cos.shape[-1]
     channels = q.x.shape[-1]
-    tokens, pairs, rest, heads, num_warps = config(channels, width)
+    tokens, heads, pairs, rest, num_warps = config(channels, width, num_q_heads)
     num_groups = triton.cdiv(num_q_heads, heads) + triton.cdiv(num_k_heads, heads)
     launch(_rotary_kernel)[(batch * triton.cdiv(num_tokens, tokens) * num_groups,)](
         q.x,
@@ -139,9 +144,9 @@ def _launch(
         HALF_TABLES=half_tables,
         TRANSPOSE=transpose,
         TOKENS=tokens,
+        HEADS=heads,
         PAIRS=pairs,
         REST=rest,
-        HEADS=heads,
         num_warps=num_warps,
     )
 
@@ -182,9 +187,9 @@ def _rotary_kernel(
     HALF_TABLES: tl.constexpr,
     TRANSPOSE: tl.constexpr,  # takes what was written to what was read
     TOKENS: tl.constexpr,
+    HEADS: tl.constexpr,
     PAIRS: tl.constexpr,
     REST: tl.constexpr,
-    HEADS: tl.constexpr,
 ):
     num_q_groups = tl.cdiv(num_q_heads, HEADS)
     num_groups = num_q_groups + tl.cdiv(num_k_heads, HEADS)
@@ -193,7 +198,10 @@ def _rotary_kernel(
     group = program % num_groups
     tile = program // num_groups
     batch = (tile // num_tiles).to(tl.int64)
-    tokens = ((tile % num_tiles) * TOKENS + tl.arange(0, TOKENS)).to(tl.int64)[:, None]
+    # A row is a head of a token. Tables are read for each, from the cache for all but the first head of a token:
+    # to read them once and spread them over the heads would take them through shared memory.
+    row = tl.arange(0, TOKENS * HEADS)[:, None]
+    tokens = ((tile % num_tiles) * TOKENS + row // HEADS).to(tl.int64)
     is_token = tokens < num_tokens
 
     cos_at = cos_ptr + batch * cos_batch_stride + tokens * cos_token_stride
@@ -206,8 +214,12 @@ def _rotary_kernel(
         cos_b = cos_a
         sin_b = sin_a
     else:
-        cos_a, cos_b = _read(cos_at, cos_channel_stride, is_token, WIDTH, WRITES_INTERLEAVED, TOKENS, PAIRS)
-        sin_a, sin_b = _read(sin_at, sin_channel_stride, is_token, WIDTH, WRITES_INTERLEAVED, TOKENS, PAIRS)
+        cos_a, cos_b = _read(
+            cos_at, cos_channel_stride, is_token, WIDTH, WRITES_INTERLEAVED, TOKENS * HEADS, PAIRS
+        )
+        sin_a, sin_b = _read(
+            sin_at, sin_channel_stride, is_token, WIDTH, WRITES_INTERLEAVED, TOKENS * HEADS, PAIRS
+        )
     if TRANSPOSE:
         # a' cos_a + b' sin_b and b' cos_b - a' sin_a: the same, of tables that trade places.
         sin_a, sin_b = -sin_b, -sin_a
@@ -224,7 +236,7 @@ def _rotary_kernel(
             q_head_stride,
             q_out_head_stride,
             group * HEADS,
-            tl.minimum((group + 1) * HEADS, num_q_heads),
+            num_q_heads,
             cos_a,
             cos_b,
             sin_a,
@@ -235,6 +247,7 @@ def _rotary_kernel(
             reads,
             writes,
             TOKENS,
+            HEADS,
             PAIRS,
             REST,
         )
@@ -246,7 +259,7 @@ def _rotary_kernel(
                 k_head_stride,
                 k_out_head_stride,
                 (group - num_q_groups) * HEADS,
-                tl.minimum((group - num_q_groups + 1) * HEADS, num_k_heads),
+                num_k_heads,
                 cos_a,
                 cos_b,
                 sin_a,
@@ -257,6 +270,7 @@ def _rotary_kernel(
                 reads,
                 writes,
                 TOKENS,
+                HEADS,
                 PAIRS,
                 REST,
             )
@@ -269,7 +283,7 @@ def _rotate_heads(
     x_head_stride,
     y_head_stride,
     first,
-    end,
+    num_heads,
     cos_a,
     cos_b,
     sin_a,
@@ -280,19 +294,20 @@ def _rotate_heads(
     READS_INTERLEAVED: tl.constexpr,
     WRITES_INTERLEAVED: tl.constexpr,
     TOKENS: tl.constexpr,
+    HEADS: tl.constexpr,
     PAIRS: tl.constexpr,
     REST: tl.constexpr,
 ):
-    for head in tl.range(first, end):
-        head_x_at = x_at + tl.cast(head, tl.int64) * x_head_stride
-        head_y_at = y_at + tl.cast(head, tl.int64) * y_head_stride
-        a, b = _read(head_x_at, 1, is_token, WIDTH, READS_INTERLEAVED, TOKENS, PAIRS)
-        turned_a, turned_b = a * cos_a - b * sin_a, b * cos_b + a * sin_b
-        _write(head_y_at, turned_a, turned_b, is_token, WIDTH, WRITES_INTERLEAVED, PAIRS)
-        if CHANNELS > WIDTH:
-            channel = WIDTH + tl.arange(0, REST)[None, :]
-            mask = is_token & (channel < CHANNELS)
-            tl.store(head_y_at + channel, tl.load(head_x_at + channel, mask, other=0.0).to(tl.float32), mask)
+    heads = (first + tl.arange(0, TOKENS * HEADS)[:, None] % HEADS).to(tl.int64)
+    is_row = is_token & (heads < num_heads)
+    x_at += heads * x_head_stride
+    y_at += heads * y_head_stride
+    a, b = _read(x_at, 1, is_row, WIDTH, READS_INTERLEAVED, TOKENS * HEADS, PAIRS)
+    _write(y_at, a * cos_a - b * sin_a, b * cos_b + a * sin_b, is_row, WIDTH, WRITES_INTERLEAVED, PAIRS)
+    if CHANNELS > WIDTH:
+        channel = WIDTH + tl.arange(0, REST)[None, :]
+        mask = is_row & (channel < CHANNELS)
+        tl.store(y_at + channel, tl.load(x_at + channel, mask, other=0.0).to(tl.float32), mask)
 
 
 @triton.jit

@@ -6,6 +6,7 @@ backward, differentiating it is an error: so it stays for the ops that are the b
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -13,6 +14,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 from torch._library.custom_ops import CustomOpDef
+from torch._library.triton import set_wrap_triton_enabled
 
 from .precision import outside_autocast
 
@@ -36,8 +38,20 @@ def traceable_op(fn: Callable[..., Any]) -> CustomOpDef:
 
 def opaque_op(fn: Callable[..., Any]) -> CustomOpDef:
     """An op that stays one call down to the generated code, so that its body may loop. It needs a fake."""
-    op = torch.library.custom_op(f"liger_compile::{fn.__name__}", outside_autocast(fn), mutates_args=())
+    body = _launching_directly(outside_autocast(fn))
+    op = torch.library.custom_op(f"liger_compile::{fn.__name__}", body, mutates_args=())
     return _first_derivative_only(op, fn.__name__)
+
+
+def _launching_directly(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """Nothing traces the body of an opaque op, so its kernels need not pass through the dispatcher."""
+
+    @functools.wraps(fn)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        with set_wrap_triton_enabled(False):
+            return fn(*args, **kwargs)
+
+    return wrapper
 
 
 def second_derivative_error(name: str) -> RuntimeError:
