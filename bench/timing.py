@@ -6,7 +6,6 @@ changes for all of them, and returns milliseconds a call. How a stage is timed:
 
     graph     replays of a CUDA graph that holds a call for each set of buffers: GPU time, no launch overhead
     events    between two CUDA events: for what takes so long that launches do not show
-    profiler  the sum of its kernels' durations: for what waits for the GPU halfway and cannot be captured
     wall      a clock on the CPU
 """
 
@@ -30,7 +29,6 @@ Samples = dict[str, dict[str, list[float]]]
 # Enough for the buffers of a graph to be in no cache (the L2 of an H200 holds 60 MB), and for a replay to last long
 # beside the microseconds that starting it takes.
 ROTATED_BYTES, MAX_SETS = 2 * 2**30, 64
-_PROFILED_ROUNDS = 5  # a profile costs a second and its figures scatter little
 _HEAD_START = 2_000_000  # cycles, about a millisecond
 
 
@@ -63,8 +61,6 @@ def interleave(contenders: Sequence[Contender], rounds: int, seconds: float) -> 
             break
         first = done % len(contenders)  # each comes after each other one
         for each in itertools.chain(contenders[first:], contenders[:first]):
-            if each.timed_by == "profiler" and done >= _PROFILED_ROUNDS:
-                continue
             each.prepare()
             for stage, milliseconds in _TIMERS[each.timed_by](each.stages).items():
                 found[each.name][stage].append(milliseconds / each.calls)
@@ -82,7 +78,7 @@ def spread(samples: Sequence[float]) -> tuple[float, float, float]:
 def captured(
     name: str, function: Callable[..., Any], sets: Sequence[Sequence[Any]], refill: Callable[[], Any]
 ) -> Contender:
-    """Forward and backward of `function` as CUDA graphs; by the profiler where it waits for the GPU.
+    """Forward and backward of `function` as CUDA graphs; by events where it waits for the GPU.
 
     `sets` are the arguments of each call of a graph. Everything that requires a gradient gets one. `refill` writes
     new values into arguments that a contender may have overwritten.
@@ -122,7 +118,7 @@ def captured(
             kept[:] = forward()
 
         stages = {"forward": forward_kept, "backward": lambda: backward(kept)}
-        return Contender(name, stages, "profiler", len(sets), prepare)
+        return Contender(name, stages, "events", len(sets), prepare)
 
     graphs = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
     with torch.cuda.graph(graphs[0], stream=stream):
@@ -209,24 +205,6 @@ def _by_events(stages: Stages) -> dict[str, float]:
     return {stage: a.elapsed_time(b) for stage, (a, b) in zip(stages, itertools.pairwise(marks), strict=True)}
 
 
-def _by_profiler(stages: Stages) -> dict[str, float]:
-    found = {}
-    for stage, run in stages.items():
-        torch.cuda.synchronize()
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-            run()
-            torch.cuda.synchronize()
-        microseconds = sum(
-            event.time_range.elapsed_us()
-            for event in profile.events() or ()
-            if event.device_type.name == "CUDA" and not event.is_user_annotation
-        )
-        if not microseconds:
-            raise RuntimeError("the profiler saw no kernel; is CUPTI there, and no other profiler running?")
-        found[stage] = microseconds / 1000
-    return found
-
-
 def _by_wall(stages: Stages) -> dict[str, float]:
     found = {}
     for stage, run in stages.items():
@@ -239,7 +217,6 @@ def _by_wall(stages: Stages) -> dict[str, float]:
 _TIMERS: Mapping[str, Callable[[Stages], dict[str, float]]] = {
     "graph": _by_events,
     "events": _by_events,
-    "profiler": _by_profiler,
     "wall": _by_wall,
 }
 

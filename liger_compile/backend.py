@@ -104,7 +104,10 @@ def _rewritten(gm: GraphModule, patterns: Sequence[Pattern], options: Options) -
                 is_top_level=module is gm,
             )
             rewritten = rewrite(
-                module.graph, decided, lambda m, at=mutations.position: insertion_point(m, at.__getitem__)
+                module.graph,
+                decided,
+                lambda m, at=mutations.position: insertion_point(m, at.__getitem__),
+                settings={"loss_memory": options.loss_memory},
             )
             mark_for_recompute(rewritten)
             decisions.extend(rewritten)

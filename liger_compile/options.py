@@ -39,6 +39,10 @@ def _tuple_of(kind: type, accepts: str) -> _Kind:
 _COUNT = _Kind(
     "a whole number from 0, or None", lambda value: value is None or (type(value) is int and value >= 0)
 )
+_BYTES = _Kind(
+    "a whole number of bytes above 0, or None",
+    lambda value: value is None or (type(value) is int and value > 0),
+)
 _FLAG = _Kind("True or False", lambda value: isinstance(value, bool))
 _MODE = _Kind('a mode of torch.compile such as "max-autotune"', lambda value: isinstance(value, str | None))
 _PATTERNS = _tuple_of(Pattern, "a tuple of Pattern objects")
@@ -72,6 +76,11 @@ class Options:
         (), _NAMES, 'Patterns not to use: one by its name, or all of an op as in "rotary".'
     )
     fuel: int | None = _option(None, _COUNT, "Stop after so many rewrites, to bisect.", env="LIGER_FUEL")
+    loss_memory: int | None = _option(
+        None,
+        _BYTES,
+        "Bytes for a chunk of logits in linear_cross_entropy, instead of its default: less memory, or more speed.",
+    )
     strict: bool = _option(
         False, _FLAG, "Raise if the rewriter fails, instead of compiling the graph as it came."
     )

@@ -10,6 +10,7 @@ nodes that lost their last user are erased.
 
 from __future__ import annotations
 
+import inspect
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -28,15 +29,23 @@ _META = ("stack_trace", "nn_module_stack", "source_fn_stack")
 
 
 def rewrite(
-    graph: Graph, decisions: Sequence[Decision], insertion_point: Callable[[Match], Node]
+    graph: Graph,
+    decisions: Sequence[Decision],
+    insertion_point: Callable[[Match], Node],
+    settings: Mapping[str, Any] | None = None,
 ) -> list[Decision]:
-    """Edits `graph` as decided. Returns the decisions with what could not be spliced turned into refusals."""
+    """Edits `graph` as decided. Returns the decisions with what could not be spliced turned into refusals.
+
+    Args:
+        settings: what the user chose for replacements: each gets those that it has a parameter for.
+    """
     replaced: dict[Node, Node] = {}  # original output -> what stands in for it
     grad_modes = _grad_modes(graph)
     result = []
     for decision in decisions:
         if decision.kind == "replace":
-            reason = _splice(graph, decision.match, insertion_point(decision.match), replaced, grad_modes)
+            before = insertion_point(decision.match)
+            reason = _splice(graph, decision.match, before, replaced, grad_modes, settings or {})
             if reason:
                 decision = replace(decision, kind="leave", reason=reason, saved_bytes=None)
         result.append(decision)
@@ -48,7 +57,12 @@ def rewrite(
 
 
 def _splice(
-    graph: Graph, match: Match, before: Node, replaced: dict[Node, Node], grad_modes: Mapping[Node, bool]
+    graph: Graph,
+    match: Match,
+    before: Node,
+    replaced: dict[Node, Node],
+    grad_modes: Mapping[Node, bool],
+    settings: Mapping[str, Any],
 ) -> str | None:
     """Inserts the replacement of one match; gives the sentence why not if it is not like the original."""
     arguments: dict[str, Any] = {}
@@ -68,6 +82,8 @@ def _splice(
                 elif not isinstance(bound, Node):
                     arguments[name] = bound
             assert match.pattern.replace is not None, "decide.py annotates a match without a replacement"
+            known = inspect.signature(match.pattern.replace).parameters
+            arguments.update((name, value) for name, value in settings.items() if name in known)
             results = match.pattern.replace(**arguments)
             results = results if isinstance(results, tuple) else (results,)
             results = tuple(map(_laid_out_like, results, originals))

@@ -95,9 +95,9 @@ def _pattern(rounding: str, has_softcap: bool) -> Pattern:
         logits = softcap * torch.tanh(after_head(F.linear(x, weight, bias)) * (scale / softcap))
         return loss_of(logits, target, class_weight, ignore_index, reduction, label_smoothing)
 
-    def replace(x, weight, bias, target, scale, softcap=None, **loss_arguments):
+    def replace(x, weight, bias, target, scale, softcap=None, loss_memory=None, **loss_arguments):
         loss = functional.linear_cross_entropy(
-            x, weight, target, bias, logit_scale=scale, softcap=softcap, **loss_arguments
+            x, weight, target, bias, logit_scale=scale, softcap=softcap, memory=loss_memory, **loss_arguments
         )
         return loss.to(x.dtype) if not rounding else loss
 

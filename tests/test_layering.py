@@ -28,7 +28,7 @@ ALLOWED = {
     "compile": ("pattern",),
     "report": ("pattern",),
     "registry": ("pattern", "terms", "patterns"),
-    "patterns": ("pattern", "patterns", "functional"),
+    "patterns": ("pattern", "patterns", "functional", "ops.dispatch"),
 }
 
 
@@ -89,7 +89,7 @@ def test_ops_have_no_triton_at_module_level():
             tree = ast.parse(path.read_text())
             top = [node for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))]
             imported = " ".join(ast.unparse(node) for node in top)
-            assert "triton" not in imported and "kernels" not in imported, name
+            assert not re.search(r"(from|import) triton|kernels", imported), name
 
 
 def test_only_kernels_are_written_in_triton():

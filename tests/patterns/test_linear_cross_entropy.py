@@ -4,6 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from liger_compile import functional
+
 torch.manual_seed(0)
 
 H, V = 8, 32
@@ -160,3 +162,18 @@ def test_dynamic_lengths():
     for length in (5, 7, 9):
         x, labels = torch.randn(2, length, H), torch.randint(0, V, (2, length))
         torch.testing.assert_close(compiled(x, W, labels), shifted_logits(x, W, labels))
+
+
+def test_the_budget_for_logits_reaches_the_op(run_liger, monkeypatch):
+    budgets = []
+    loss = functional.linear_cross_entropy
+    monkeypatch.setattr(
+        functional,
+        "linear_cross_entropy",
+        lambda *a, memory, **k: budgets.append(memory) or loss(*a, memory=memory, **k),
+    )
+    for chosen in (None, 4096):
+        torch._dynamo.reset()
+        result, _ = run_liger(hugging_face, X, W, LABELS, loss_memory=chosen)
+        torch.testing.assert_close(result, hugging_face(X, W, LABELS))
+    assert budgets == [None, 4096]
