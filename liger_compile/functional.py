@@ -23,6 +23,7 @@ __all__ = [
     "cross_entropy",
     "geglu",
     "linear_cross_entropy",
+    "norm_rotary",
     "rms_norm",
     "rotary",
     "rotary_complex",
@@ -118,9 +119,40 @@ def rotary(
 
     Source: Su et al. 2021, arXiv 2104.09864.
     """
-    validation.check_rotary(q, k, cos, sin, layout, half_tables)
+    validation.check_rotary("rotary", q, k, cos, sin, layout, half_tables)
     q, rotated_k = torch.ops.liger_compile.rotary.default(q, k, cos, sin, layout, half_tables, out_dtype)
     return q if k is None else (q, rotated_k)
+
+
+def norm_rotary(
+    q: Tensor,
+    k: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    eps: float = 1e-6,
+    *,
+    offset: float = 0.0,
+    casting: Literal["llama", "gemma"] = "llama",
+) -> tuple[Tensor, Tensor]:
+    """`rotary(rms_norm(q, q_weight, ...), rms_norm(k, k_weight, ...), cos, sin)` in one pass over q and k.
+
+    Args:
+        q, k: (..., D). Heads need not be as many in both.
+        q_weight, k_weight: (D), or None for no weight.
+        cos, sin: (..., D) with D even, as in `rotary`, layout "half". They get no gradient.
+        eps, offset, casting: as in `rms_norm`, eps a number.
+
+    Returns:
+        q' and k', each in the dtype that its norm and cos promote to.
+    """
+    for x, weight in ((q, q_weight), (k, k_weight)):
+        validation.check_norm("norm_rotary", x, weight, offset, casting)
+    validation.check_norm_rotary(q, k, cos, sin)
+    return torch.ops.liger_compile.norm_rotary.default(
+        q, k, q_weight, k_weight, cos, sin, eps, offset, casting
+    )
 
 
 def rotary_complex(q: Tensor, k: Tensor | None = None, freqs: Tensor | None = None) -> Any:

@@ -10,6 +10,7 @@ from liger_compile.patterns import (
     cross_entropy,
     gated_mlp,
     linear_cross_entropy,
+    norm_rotary,
     rms_norm,
     rotary,
 )
@@ -18,6 +19,7 @@ DEFAULT_PATTERNS: tuple[Pattern, ...] = (
     *add_rms_norm.PATTERNS,
     *rms_norm.PATTERNS,
     *rotary.PATTERNS,
+    *norm_rotary.PATTERNS,
     *gated_mlp.PATTERNS,
     *linear_cross_entropy.PATTERNS,
     *cross_entropy.PATTERNS,

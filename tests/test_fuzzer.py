@@ -24,6 +24,7 @@ LEAST = 200  # respellings, and mutants, of each op: shared among its patterns
 # dtype of the logits at the loss.
 FROZEN = {
     "rotary": ("cos", "sin", "freqs"),
+    "norm_rotary": ("cos", "sin"),
     "linear_cross_entropy": ("class_weight",),
     "cross_entropy": ("weight",),
 }

@@ -36,21 +36,27 @@ def check_same_shape(name: str, labels: str, left: Tensor, right: Tensor) -> Non
 
 
 def check_rotary(
-    q: Tensor, k: Tensor | None, cos: Tensor | None, sin: Tensor | None, layout: str, half_tables: bool
+    name: str,
+    q: Tensor,
+    k: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    layout: str,
+    half_tables: bool,
 ) -> None:
-    check_floating("rotary", "q", q)
+    check_floating(name, "q", q)
     if layout not in LAYOUTS:
         raise ValueError(
-            f"rotary: expected layout to be one of {', '.join(LAYOUTS)}, got {layout!r}; pass one of them"
+            f"{name}: expected layout to be one of {', '.join(LAYOUTS)}, got {layout!r}; pass one of them"
         )
     if cos is None or sin is None or not cos.is_floating_point() or not sin.is_floating_point():
         raise TypeError(
-            f"rotary: expected real tables cos and sin, got {_kind(cos)} and {_kind(sin)}; "
+            f"{name}: expected real tables cos and sin, got {_kind(cos)} and {_kind(sin)}; "
             "pass both, or complex ones to rotary_complex"
         )
     if differ(cos.shape, sin.shape):
         raise ValueError(
-            f"rotary: expected cos and sin of one shape, got {tuple(cos.shape)} and {tuple(sin.shape)}; "
+            f"{name}: expected cos and sin of one shape, got {tuple(cos.shape)} and {tuple(sin.shape)}; "
             "pass the tables of the same positions"
         )
     width = 2 * cos.shape[-1] if half_tables else cos.shape[-1]
@@ -59,13 +65,23 @@ def check_rotary(
             continue
         if statically_known_true(width > x.shape[-1]) or statically_known_true(width % 2 != 0):
             raise ValueError(
-                f"rotary: expected tables for an even number of channels, {x.shape[-1]} at most, got tables "
+                f"{name}: expected tables for an even number of channels, {x.shape[-1]} at most, got tables "
                 f"for {width}; slice them, or set half_tables if they hold one number for each pair"
             )
         if _enlarges(cos.shape[:-1], x.shape[:-1]):
             raise ValueError(
-                f"rotary: expected tables that broadcast against {label} of shape {tuple(x.shape)}, got "
+                f"{name}: expected tables that broadcast against {label} of shape {tuple(x.shape)}, got "
                 f"{tuple(cos.shape)}; unsqueeze them at the heads"
+            )
+
+
+def check_norm_rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
+    check_rotary("norm_rotary", q, k, cos, sin, "half", half_tables=False)
+    for label, x in (("q", q), ("k", k)):
+        if differ(cos.shape[-1:], x.shape[-1:]):
+            raise ValueError(
+                f"norm_rotary: expected tables for all {x.shape[-1]} channels of {label}, got tables for "
+                f"{cos.shape[-1]}; call rms_norm and rotary, which rotates some"
             )
 
 

@@ -108,9 +108,10 @@ _GQA = {"inner": INNER, "kv_heads": KV_HEADS}
 
 # A layer has two norms, there is one at the end, and the first of all has no residual add before it.
 _PRE_NORM = {"add_rms_norm": 4, "rms_norm": 1}
-# Two more a layer on attention's and the MLP's outputs (Gemma 2, GLM-4), or on q and k (Qwen 3).
+# Two more a layer, on attention's and the MLP's outputs (Gemma 2, GLM-4).
 _TWO_MORE = {"add_rms_norm": 4, "rms_norm": 5}
 _LOSS = {"linear_cross_entropy": 1}
+_NORM_ROTARY = {"norm_rotary.llama_half_pair": 2}
 _ROTARY, _SWIGLU, _GEGLU = {"rotary": 2}, {"gated_mlp.swiglu": 2}, {"gated_mlp.geglu": 2}
 _LLAMA = {**_PRE_NORM, **_ROTARY, **_SWIGLU, **_LOSS}
 _PACKED = {"gated_mlp.swiglu_packed": 2}
@@ -128,7 +129,8 @@ FAMILIES = (
         num_experts_per_tok=2,
     ),
     _hf("qwen2", "Qwen2Config", _LLAMA),
-    _hf("qwen3", "Qwen3Config", {**_TWO_MORE, **_ROTARY, **_SWIGLU, **_LOSS}, head_dim=16),
+    # q and k are normed a head, and rotated: before their heads go in front of the tokens, and after.
+    _hf("qwen3", "Qwen3Config", {**_PRE_NORM, **_NORM_ROTARY, **_SWIGLU, **_LOSS}, head_dim=16),
     _hf("gemma", "GemmaConfig", {**_PRE_NORM, **_ROTARY, **_GEGLU, **_LOSS}, head_dim=16),
     # The cap is low, so that it bends these logits.
     _hf(
@@ -137,6 +139,12 @@ FAMILIES = (
         {**_TWO_MORE, **_ROTARY, **_GEGLU, **_LOSS},
         head_dim=16,
         final_logit_softcapping=3.0,
+    ),
+    _hf(
+        "gemma3",
+        "Gemma3TextConfig",
+        {**_TWO_MORE, "norm_rotary.gemma_half_pair_as_it_is": 2, **_GEGLU, **_LOSS},
+        head_dim=16,
     ),
     # LayerNorm and an MLP without a gate.
     _hf("phi", "PhiConfig", {**_ROTARY, **_LOSS}, num_key_value_heads=HEADS),

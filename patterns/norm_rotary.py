@@ -1,0 +1,80 @@
+"""RMSNorm of each head of q and of k, then rotary position embedding, in one pass over both.
+
+Formula  q' = rotary(rms_norm(q, q_weight)), and the same of k
+Shapes   q and k (..., D), a head's channels last; q_weight and k_weight (D,); cos and sin broadcast to q and k
+Sources  Qwen 3 (norms tokens before heads, then transposes), Gemma 3 (transposes first, and norms as Gemma does),
+         torchtitan (transposes after it all)
+
+Halves with full tables only, of q and k together; what is spelled otherwise is a norm and a rotation.
+"""
+
+from collections.abc import Callable
+from itertools import product
+
+import torch
+
+from liger_compile import functional
+from liger_compile.ops.dispatch import has_kernel
+from liger_compile.pattern import Match, Pattern
+from liger_compile.patterns import rms_norm, rotary
+
+
+def check(match: Match) -> str | None:
+    """The weights have to be one number a channel, and the tables one for each channel, in pairs."""
+    channels = match["q"].shape[-1:]
+    for name in ("q_weight", "k_weight"):
+        if match[name].shape != channels:
+            return f"{name} has the shape {tuple(match[name].shape)}, expected {tuple(channels)}"
+    for name in ("cos", "sin"):
+        if match[name].shape[-1:] != channels or channels[0] % 2:
+            return f"{name} has {match[name].shape[-1]} channels, which is no angle for each pair of {channels[0]}"
+    return rotary.check(match)
+
+
+def profit(match: Match) -> str | None:
+    """Without the kernel nothing is gained: Inductor makes of it what it makes of a norm and a rotation."""
+    captured = [match[name] for name in match.captures]
+    if has_kernel(*(value for value in captured if isinstance(value, torch.Tensor))):
+        return None
+    return "the op has no kernel here, and without it is a norm and a rotation"
+
+
+def _transposed(x):
+    """(..., tokens, heads, D) -> (..., heads, tokens, D)"""
+    return x.transpose(-3, -2)
+
+
+def _as_it_is(x):
+    return x
+
+
+def _pattern(norm: Callable, move: Callable) -> Pattern:
+    def search(q, k, q_weight, k_weight, cos, sin, eps: float):
+        q, k = move(norm(q, q_weight, eps)), move(norm(k, k_weight, eps))
+        return rotary.half(q, cos, sin), rotary.half(k, cos, sin)
+
+    def replace(q, k, q_weight, k_weight, cos, sin, eps):
+        return functional.norm_rotary(
+            move(q), move(k), q_weight, k_weight, cos, sin, eps, **rms_norm.MODES[norm]
+        )
+
+    return Pattern(
+        name=f"norm_rotary.{norm.__name__}_half_pair{'' if move is _transposed else '_as_it_is'}",
+        search=search,
+        replace=replace,
+        check=check,
+        profit=profit,
+        saves=rms_norm.saves_nothing,
+        examples={
+            "q": torch.empty(2, 3, 5, 16),
+            "k": torch.empty(2, 3, 4, 16),
+            "q_weight": torch.empty(16),
+            "k_weight": torch.empty(16),
+            "cos": torch.empty(16),
+            "sin": torch.empty(16),
+            "eps": 1e-6,
+        },
+    )
+
+
+PATTERNS = tuple(_pattern(norm, move) for norm, move in product(rms_norm.MODES, (_transposed, _as_it_is)))
