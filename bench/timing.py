@@ -117,7 +117,11 @@ def captured(
         def forward_kept() -> None:
             kept[:] = forward()
 
-        stages = {"forward": forward_kept, "backward": lambda: backward(kept)}
+        def backward_of_kept() -> None:
+            backward(kept)
+            kept.clear()  # what it holds of the arguments' graph would tie later captures to this stream
+
+        stages = {"forward": forward_kept, "backward": backward_of_kept}
         return Contender(name, stages, "events", len(sets), prepare)
 
     graphs = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
