@@ -180,6 +180,40 @@ def rotaries() -> Iterator[Case]:
     )
 
 
+def norm_rotaries() -> Iterator[Case]:
+    def inputs(randn, batch, tokens):
+        heads = [randn(batch, HEADS, tokens, D), randn(batch, KV_HEADS, tokens, D)]
+        return [*heads, randn(D), randn(D), randn(tokens, D), randn(tokens, D)]
+
+    def without_weights(*arguments):
+        return [each for at, each in enumerate(inputs(*arguments)) if at not in (2, 3)]
+
+    for norm, mode in ((llama, {}), (gemma, {"offset": 1.0, "casting": "gemma"})):
+        yield Case(
+            f"norm_rotary.{norm.__name__}",
+            lambda *tensors, mode=mode: L.norm_rotary(*tensors, EPS, **mode),
+            norm_rotary(norm),
+            inputs,
+            frozen=(4, 5),
+        )
+    yield Case(
+        "norm_rotary.no_weight",
+        lambda q, k, cos, sin: L.norm_rotary(q, k, None, None, cos, sin, EPS),
+        lambda q, k, cos, sin: norm_rotary(llama)(q, k, None, None, cos, sin),
+        without_weights,
+        frozen=(2, 3),
+    )
+
+
+def norm_rotary(norm: Callable[..., Tensor]) -> Callable[..., Any]:
+    """functional.norm_rotary in plain PyTorch."""
+
+    def eager(q: Tensor, k: Tensor, q_weight: Any, k_weight: Any, cos: Tensor, sin: Tensor) -> Any:
+        return half(norm(q, q_weight), cos, sin), half(norm(k, k_weight), cos, sin)
+
+    return eager
+
+
 def mlps() -> Iterator[Case]:
     kinds = {
         "swiglu": (L.swiglu, F.silu),
@@ -300,7 +334,7 @@ def _wide(tensor: Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
-CASES = [*norms(), *rotaries(), *mlps(), *losses()]
+CASES = [*norms(), *rotaries(), *norm_rotaries(), *mlps(), *losses()]
 ONE_OF_EACH_OP = [
     case
     for case in CASES
@@ -309,6 +343,7 @@ ONE_OF_EACH_OP = [
         "rms_norm.llama",
         "add_rms_norm.gemma",
         "rotary.interleaved_partial",
+        "norm_rotary.llama",
         "swiglu",
         "geglu_tanh.packed",
         "geglu.down",

@@ -65,6 +65,26 @@ REFUSED = [
         "expected cos and sin that need no gradient",
         lambda: L.rotary(q, None, tables[0].clone().requires_grad_(), tables[1]),
     ),
+    (
+        ValueError,
+        "expected a weight of shape (8,), got (4,)",
+        lambda: L.norm_rotary(q, q, w, w[:4], *tables),
+    ),
+    (
+        ValueError,
+        "expected tables that broadcast against k of shape (2, 4, 1, 8), got (3, 8)",
+        lambda: L.norm_rotary(q, q[:, :, :1], w, w, *tables),
+    ),
+    (
+        ValueError,
+        "expected tables for all 8 channels of q, got tables for 4",
+        lambda: L.norm_rotary(q, q, w, w, *(t[:, :4] for t in tables)),
+    ),
+    (
+        ValueError,
+        "expected cos and sin that need no gradient",
+        lambda: L.norm_rotary(q, q, w, w, tables[0].clone().requires_grad_(), tables[1]),
+    ),
     (TypeError, "expected complex freqs, got torch.float32", lambda: L.rotary_complex(q, None, tables[0])),
     (
         TypeError,
