@@ -25,27 +25,29 @@ from torch import Tensor
 
 from . import launch, num_multiprocessors
 from .rms_norm import sum_of_programs
+from .rotary import _by_axis, _strides
 
 
 class Config(NamedTuple):
     rows: int  # heads of a tile
     pairs: int  # half of a head's channels, to the next power of two
     num_warps: int
-    programs: int  # of backward, on each multiprocessor
-    num_stages: int  # of its loop: the tiles in flight, and the one that is computed
 
 
-def config(width: int, itemsize: int) -> Config:
-    """The launch for heads of `width` channels, the widest of them of `itemsize` bytes."""
+# Of a tile. Backward holds more in registers: 8 pairs a thread take up to 128, which leaves room for 16 warps.
+FORWARD_PAIRS, BACKWARD_PAIRS = 2048, 1024
+BACKWARD_WARPS = 16  # on each multiprocessor
+
+
+def config(width: int, most_pairs: int) -> Config:
+    """The tile for heads of `width` channels."""
     pairs = triton.next_power_of_2(width // 2)
-    num_warps = max(4, pairs // 256)
-    return Config(
-        rows=max(1, 1024 // pairs),  # 8 pairs a thread: 16 bytes of each half in half precision
-        pairs=pairs,
-        num_warps=num_warps,
-        programs=16 // num_warps,  # a thread of backward takes up to 128 registers, of 65536
-        num_stages=3 if itemsize < 4 else 2,
-    )
+    return Config(max(1, most_pairs // pairs), pairs, num_warps=max(4, pairs // 256))
+
+
+def num_stages(itemsize: int) -> int:
+    """Of backward's loop: the tiles in flight, and the one that is computed. 48 KiB of shared memory a program."""
+    return 3 if itemsize < 4 else 2
 
 
 def forward(
@@ -70,9 +72,10 @@ def forward(
         torch.empty_like(x, dtype=torch.promote_types(dtype, cos.dtype))
         for x, dtype in zip((q, k), normed_dtypes, strict=True)
     )
-    batch, num_tokens, num_q_heads, width = _by_token(q, heads_axis).shape
-    num_k_heads = _by_token(k, heads_axis).shape[2]
-    launched = config(width, max(q.itemsize, k.itemsize))
+    batch, num_tokens, num_q_heads = _sizes(q, heads_axis)
+    _, _, num_k_heads = _sizes(k, heads_axis)
+    width = q.shape[-1]
+    launched = config(width, FORWARD_PAIRS)
     num_q_tiles = triton.cdiv(num_tokens * num_q_heads, launched.rows)
     num_k_tiles = triton.cdiv(num_tokens * num_k_heads, launched.rows)
     launch(_forward_kernel)[(batch * (num_q_tiles + num_k_tiles),)](
@@ -92,8 +95,8 @@ def forward(
         num_k_tiles,
         *_strides(q, heads_axis),
         *_strides(k, heads_axis),
-        *_table_strides(cos, q, heads_axis),
-        *_table_strides(sin, q, heads_axis),
+        *_strides(cos, heads_axis)[:2],
+        *_strides(sin, heads_axis)[:2],
         *_strides(q_out, heads_axis),
         *_strides(k_out, heads_axis),
         WIDTH=width,
@@ -133,13 +136,15 @@ def backward(
     dq, dk = (None if dy is None else _side_by_side(dy) for dy in (dq, dk))
     grad_q = torch.empty_like(q) if needs_dq and dq is not None else None
     grad_k = torch.empty_like(k) if needs_dk and dk is not None else None
-    batch, num_tokens, num_q_heads, width = _by_token(q, heads_axis).shape
-    num_k_heads = _by_token(k, heads_axis).shape[2]
-    launched = config(width, max(x.itemsize for x in (q, k, dq, dk) if x is not None))
+    batch, num_tokens, num_q_heads = _sizes(q, heads_axis)
+    _, _, num_k_heads = _sizes(k, heads_axis)
+    width = q.shape[-1]
+    launched = config(width, BACKWARD_PAIRS)
     num_q_tiles = triton.cdiv(num_tokens * num_q_heads, launched.rows)
     num_k_tiles = triton.cdiv(num_tokens * num_k_heads, launched.rows)
     num_programs: Any = torch.sym_min(
-        num_multiprocessors(q.device) * launched.programs, batch * (num_q_tiles + num_k_tiles)
+        num_multiprocessors(q.device) * (BACKWARD_WARPS // launched.num_warps),
+        batch * (num_q_tiles + num_k_tiles),
     )
     sums = None
     if dweight_dtype is not None:
@@ -167,8 +172,8 @@ def backward(
         *(no_strides if dk is None else _strides(dk, heads_axis)),
         *_strides(q, heads_axis),
         *_strides(k, heads_axis),
-        *_table_strides(cos, q, heads_axis),
-        *_table_strides(sin, q, heads_axis),
+        *_strides(cos, heads_axis)[:2],
+        *_strides(sin, heads_axis)[:2],
         *(no_strides if grad_q is None else _strides(grad_q, heads_axis)),
         *(no_strides if grad_k is None else _strides(grad_k, heads_axis)),
         WIDTH=width,
@@ -176,7 +181,7 @@ def backward(
         OFFSET=offset,
         ROWS=launched.rows,
         PAIRS=launched.pairs,
-        STAGES=launched.num_stages,
+        STAGES=num_stages(max(x.itemsize for x in (q, k, dq, dk) if x is not None)),
         num_warps=launched.num_warps,
     )
     return (
@@ -191,21 +196,9 @@ def _side_by_side(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _by_token(x: Tensor, heads_axis: int) -> Tensor:
-    """x as (B, T, h, D). Kernels take x itself, the sizes and strides are those of this view."""
-    x = x[(None,) * (4 - x.dim())]
-    return x.transpose(1, 2) if heads_axis == 1 else x
-
-
-def _strides(x: Tensor, heads_axis: int) -> tuple[int, ...]:
-    """Those of sequences, tokens and heads."""
-    return _by_token(x, heads_axis).stride()[:3]
-
-
-def _table_strides(table: Tensor, x: Tensor, heads_axis: int) -> tuple[int, ...]:
-    """Those of sequences and tokens, 0 along which it is the same for all of x."""
-    table, x = _by_token(table, heads_axis), _by_token(x, heads_axis)
-    return table.expand(x.shape[0], x.shape[1], -1, -1).stride()[:2]
+def _sizes(x: Tensor, heads_axis: int) -> tuple[int, int, int]:
+    """Sequences, tokens and heads."""
+    return _by_axis((1,) * (4 - x.dim()) + tuple(x.shape), heads_axis)
 
 
 @triton.jit
