@@ -17,6 +17,7 @@ import torch
 
 from liger_compile import demo
 from liger_compile.explanation import explain
+from liger_compile.ops.dispatch import has_kernel
 from liger_compile.report import reports
 
 MIN_TORCH = (2, 11)
@@ -127,10 +128,14 @@ def doctor() -> int:
     print("ok   torch.compile finds backend='liger' by name")
     print("ok   it recognises and replaces an RMSNorm, and the numbers agree with eager")
     print("ok   Inductor can compile for this device")
-    if has_cuda and importlib.util.find_spec("triton"):
-        print("ok   Triton and a CUDA device are there")
+    if has_cuda and has_kernel(torch.empty(0, device="cuda")):
+        print("ok   the ops' Triton kernels run on this device")
     else:
-        why = "no CUDA device" if not has_cuda else "triton is not installed"
+        why = (
+            "no CUDA device" if not has_cuda
+            else "triton is not installed" if not importlib.util.find_spec("triton")
+            else "they are for NVIDIA GPUs from compute capability 8.0 on"
+        )  # fmt: skip
         print(f"--   no Triton kernels ({why}): the ops run as their references in plain PyTorch")
     return 0
 

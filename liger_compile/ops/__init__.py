@@ -1,7 +1,7 @@
 """The ops, namespace `liger_compile::`, one family a file: schema, reference, fake, autograd.
 
 Importing this package registers them. An op's reference is plain PyTorch: it is the definition, and the
-implementation on every device that has no kernel. All ops are functional: they mutate no input and no output
+implementation wherever dispatch.py has no kernel for it. All ops are functional: they mutate no input and no output
 aliases an input. liger_compile.functional is the way to call them; a graph holds them as
 `torch.ops.liger_compile.<name>.default`.
 

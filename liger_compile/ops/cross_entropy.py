@@ -54,7 +54,7 @@ def _reference(head: SoftmaxLoss, logits: Tensor, target: Tensor) -> tuple[Tenso
         z = head.scores(logits[rows])
         logp = torch.log_softmax(z, -1)
         row_max[rows], log_sum[rows] = head.statistics(z, logp)
-        losses[rows] = head.losses(logp, row_max[rows] + log_sum[rows], target[rows])
+        losses[rows] = head.losses(logp, head.lse(z, logp), target[rows])
     return losses, row_max, log_sum
 
 
@@ -97,7 +97,7 @@ def cross_entropy_backward(
     for rows in row_blocks(*logits.shape):
         z = head.scores(logits[rows])
         logp = (z - row_max[rows].unsqueeze(-1)).sub_(log_sum[rows].unsqueeze(-1))
-        lse = row_max[rows] + log_sum[rows]
+        lse = row_max[rows] + log_sum[rows] if head.z_loss else None
         dlogits[rows] = head.gradient_(logp, logits[rows], lse, target[rows], upstream[rows])
     return dlogits
 

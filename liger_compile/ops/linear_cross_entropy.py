@@ -139,8 +139,7 @@ def _reference_on_chunk(
     for rows in row_blocks(*logits.shape):
         z = head.scores(logits[rows])
         logp = torch.log_softmax(z, -1)
-        row_max, log_sum = head.statistics(z, logp)
-        lse = row_max + log_sum
+        lse = head.lse(z, logp)
         losses[rows] = head.losses(logp, lse, target[rows])
         if needs_gradient:
             dlogits = head.gradient_(logp, logits[rows], lse, target[rows], upstream[rows])

@@ -89,11 +89,18 @@ class SoftmaxLoss:
         """(row_max, log_sum); where z is largest, logp is -log_sum. (C)"""
         return z.amax(-1), -logp.amax(-1)
 
-    def losses(self, logp: Tensor, lse: Tensor, target: Tensor) -> Tensor:
+    def lse(self, z: Tensor, logp: Tensor) -> Tensor | None:
+        """row_max + log_sum, for a z-loss; None without one, which needs no pass over z for it. (C)"""
+        if not self.z_loss:
+            return None
+        row_max, log_sum = self.statistics(z, logp)
+        return row_max + log_sum
+
+    def losses(self, logp: Tensor, lse: Tensor | None, target: Tensor) -> Tensor:
         """The loss of each token. (C)"""
         index, weight = self.index(target), self.token_weight(target, logp.dtype)
         loss = -logp.gather(-1, index).squeeze(-1) * (1 - self.label_smoothing)
-        if self.z_loss:
+        if lse is not None:
             loss = loss + self.z_loss * lse.square()
         loss = loss * weight
         if self.label_smoothing:
@@ -103,7 +110,7 @@ class SoftmaxLoss:
         return loss.masked_fill(~self.counted(target), 0)
 
     def gradient_(
-        self, logp: Tensor, logits: Tensor, lse: Tensor, target: Tensor, upstream: Tensor
+        self, logp: Tensor, logits: Tensor, lse: Tensor | None, target: Tensor, upstream: Tensor
     ) -> Tensor:
         """The gradient of (losses * upstream).sum() to the logits. Overwrites logp."""
         classes = logp.shape[-1]
@@ -111,13 +118,17 @@ class SoftmaxLoss:
         weight = self.token_weight(target, logp.dtype) * upstream
         onehot = weight * (1 - self.label_smoothing)
         through_p = onehot
-        if self.z_loss:
+        if lse is not None:
             through_p = through_p + 2 * self.z_loss * lse * weight
         spread = upstream * (self.label_smoothing / classes)
         if self.label_smoothing:
             mass = classes if self.class_weight is None else self.class_weight.to(logp.dtype).sum()
             through_p = through_p + spread * mass
-        grad = logp.exp_().mul_(through_p.unsqueeze(-1))
+        grad = logp.exp_()
+        if (
+            grad.device.type != "cpu" or not (through_p == 1).all()
+        ):  # a pass over all of it less, where all are
+            grad.mul_(through_p.unsqueeze(-1))
         if self.label_smoothing and self.class_weight is None:
             grad.sub_(spread.unsqueeze(-1))
         elif self.label_smoothing and self.class_weight is not None:

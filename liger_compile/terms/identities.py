@@ -254,24 +254,33 @@ def _views(term: Term) -> bool:
 
 
 def _slice_of_groups(space: Space, term: Term) -> Term | None:
-    """Of view(x, (..., n, h)): [..., i:j, :] -> x[..., i * h : j * h], and [..., i] -> x[..., i::h]"""
+    """view(x, (..., n, h))[..., i:j, :] -> x[..., i * h : j * h]"""
     grouped, (dim, start, stop, step) = term.args[0], term.consts
-    if grouped.op != "view" or step != 1 or len(grouped.shape) < 2:
+    x = _ungrouped(space, grouped, dim) if dim < -1 and step == 1 else None
+    if x is None:
         return None
-    of_each = dim == -1 and stop - start == 1
-    if not of_each and dim == -1:
+    inner = _product(grouped.shape[dim + 1 :])
+    return view(space, slice_(space, x, -1, start * inner, stop * inner, 1), *term.shape)
+
+
+def _slice_of_each_group(space: Space, term: Term) -> Term | None:
+    """view(x, (..., n, h))[..., i] -> x[..., i::h]"""
+    grouped, (dim, start, stop, step) = term.args[0], term.consts
+    size = grouped.shape[-1]
+    if dim != -1 or step != 1 or stop - start != 1 or not isinstance(size, int):
         return None
-    at = -2 if of_each else dim
-    channels, width = _product(grouped.shape[at:]), grouped.args[0].shape[-1:]
+    x = _ungrouped(space, grouped, -2)
+    return None if x is None else view(space, slice_(space, x, -1, start, x.shape[-1], size), *term.shape)
+
+
+def _ungrouped(space: Space, grouped: Term, dim: int) -> Term | None:
+    """x, if `grouped` is a view of it that has its channels, or some of them, in groups from `dim` on."""
+    if grouped.op != "view" or len(grouped.shape) < 2:
+        return None
+    channels, width = _product(grouped.shape[dim:]), grouped.args[0].shape[-1:]
     if not (width and isinstance(channels, int) and isinstance(width[0], int)) or width[0] % channels:
-        return None  # the groups are not of channels
-    x = view(space, grouped, *grouped.shape[:at], channels)
-    if of_each:
-        part = slice_(space, x, -1, start, channels, grouped.shape[-1])
-    else:
-        inner = _product(grouped.shape[dim + 1 :])
-        part = slice_(space, x, -1, start * inner, stop * inner, 1)
-    return view(space, part, *term.shape)
+        return None
+    return view(space, grouped, *grouped.shape[:dim], channels)
 
 
 def _cat_of_groups(space: Space, term: Term) -> Term | None:
@@ -382,7 +391,7 @@ ELEMENTWISE = frozenset(
 RULES: Mapping[str, tuple[Callable[[Space, Term], Term | None], ...]] = {
     "cat": (_rotate_half, _pairs_of_complex),
     "complex": (_complex_of_pairs,),
-    "slice": (_slice_of_groups,),
+    "slice": (_slice_of_groups, _slice_of_each_group),
     "view": (_view_of_elementwise, _cat_of_groups, _rotate_pairs, _linear_of_rows),
     "matmul": (_matmul_is_linear,),
     "add": (_linear_with_bias,),

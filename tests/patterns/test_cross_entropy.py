@@ -47,15 +47,22 @@ def test_class_weights(run_liger, liger_is_as_right_as_eager):
     liger_is_as_right_as_eager(f, LOGITS, LABELS, torch.rand(32), frozen=(2,))
 
 
-def test_logits_that_are_needed_elsewhere_stay(run_liger):
+def test_logits_may_be_needed_elsewhere_too(run_liger):
     def f(x, labels):
         logits = torch.tanh(x)
         return hugging_face(logits, labels), logits
 
-    result, (report,) = run_liger(f, LOGITS, LABELS, policy="auto")
+    result, (report,) = run_liger(f, LOGITS, LABELS)
     (site,) = report.sites
-    assert site.kind == "leave" and "the graph returns them" in site.reason
+    assert site.kind == "replace"
     torch.testing.assert_close(result, f(LOGITS, LABELS))
+
+
+def test_inductors_own_loss_is_faster_on_a_cpu(run_liger):
+    result, (report,) = run_liger(hugging_face, LOGITS, LABELS, policy="auto")
+    (site,) = report.sites
+    assert site.kind == "leave" and "on a CPU" in site.reason
+    torch.testing.assert_close(result, hugging_face(LOGITS, LABELS))
 
 
 def test_probabilities_as_targets_are_left(run_liger):
