@@ -24,6 +24,7 @@ from liger_compile.registry import patterns_in_use
 from liger_compile.remat import mark_for_recompute
 from liger_compile.report import GraphReport, record
 from liger_compile.rewrite import restored_on_error, rewrite
+from liger_compile.terms.attention import notes_on_masks
 from liger_compile.terms.build import Terms
 from liger_compile.terms.heads import notes_on_logits
 from liger_compile.terms.mutation import Mutations
@@ -94,6 +95,7 @@ def _rewritten(gm: GraphModule, patterns: Sequence[Pattern], options: Options) -
             mutations = Mutations(module.graph)
             terms = Terms(module.graph, mutations)
             notes.extend(notes_on_logits(module.graph, terms) if module is gm else ())
+            notes.extend(notes_on_masks(terms.space, terms.of.values()))
             matches, missed = find_matches(module.graph, patterns, terms)
             decided = decide(
                 module.graph,

@@ -154,10 +154,19 @@ def _refuse_several_devices(match: Match, context: _Context) -> str | None:
 
 
 def _refuse_several_regions(match: Match, context: _Context) -> str | None:
-    first, last = context.position(match.nodes[0]), context.position(match.nodes[-1])
+    # Integers and booleans are the same in every region: the positions that a mask is made of.
+    floating = [node for node in match.nodes if not _is_of_integers(node)]
+    first, last = context.position(floating[0]), context.position(match.nodes[-1])
     if any(first < switch < max(last, context.span(match)[1]) for switch in context.switches):
         return "grad mode or autocast changes within it"
     return None
+
+
+def _is_of_integers(node: Node) -> bool:
+    value = node.meta.get("example_value")
+    if not isinstance(value, torch.Tensor):
+        return isinstance(value, (int, torch.SymInt))
+    return not (value.is_floating_point() or value.is_complex())
 
 
 def _refuse_transforms(match: Match, context: _Context) -> str | None:

@@ -7,6 +7,7 @@ liger_compile.patterns: from the repository's root `import patterns` would make 
 from liger_compile.pattern import Pattern
 from liger_compile.patterns import (
     add_rms_norm,
+    attention,
     cross_entropy,
     gated_mlp,
     linear_cross_entropy,
@@ -23,4 +24,5 @@ DEFAULT_PATTERNS: tuple[Pattern, ...] = (
     *gated_mlp.PATTERNS,
     *linear_cross_entropy.PATTERNS,
     *cross_entropy.PATTERNS,
+    *attention.PATTERNS,
 )

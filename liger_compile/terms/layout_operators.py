@@ -9,6 +9,7 @@ import torch
 
 from liger_compile.terms import normalize
 from liger_compile.terms.call import Call, flat, negative
+from liger_compile.terms.index_operators import element
 from liger_compile.terms.term import Term, size_of
 
 
@@ -63,8 +64,10 @@ def _getitem(call, input, index):
     if isinstance(input, (tuple, list)):
         return input[index]
     indices = index if isinstance(index, (tuple, list)) else (index,)
-    if not isinstance(input, Term) or any(isinstance(i, (Term, list, tuple)) for i in indices):
+    if not isinstance(input, Term):
         return None
+    if any(isinstance(i, (Term, list, tuple)) for i in indices):
+        return element(call, input, tuple(indices))
     taken = sum(i is not None and i is not Ellipsis for i in indices)
     rest = [slice(None)] * (len(input.shape) - taken)
     at = next((n for n, i in enumerate(indices) if i is Ellipsis), len(indices))

@@ -8,6 +8,7 @@ held to be written everywhere.
 from __future__ import annotations
 
 import inspect
+import operator
 from collections.abc import Iterator
 from typing import Any
 
@@ -58,6 +59,8 @@ def written_arguments(node: Node) -> Iterator[Node]:
         return
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
     in_place = name in _OPERATORS or (name.endswith("_") and not name.endswith("__"))
+    if node.target in (operator.and_, operator.or_):  # named so because "and" and "or" are taken
+        return
     if in_place or _inplace_flag(node):
         yield from _nodes(node.args[0] if node.args else node.kwargs.get("input"))
 

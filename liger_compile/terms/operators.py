@@ -13,7 +13,9 @@ from typing import Any
 import torch
 
 from liger_compile.terms import normalize
+from liger_compile.terms.attention import attention
 from liger_compile.terms.call import Call, Value, const_of, negative, opaque, scalar_of, term_of
+from liger_compile.terms.index_operators import INDEX_TABLE
 from liger_compile.terms.layout_operators import LAYOUT_TABLE, halves
 from liger_compile.terms.term import Scalar, Space, Term
 
@@ -53,6 +55,11 @@ _ALIASES = {
     "__add__": "add", "__sub__": "sub", "__neg__": "neg", "__rmatmul__": "rmatmul", "unsafe_chunk": "chunk",
     "special_expit": "sigmoid", "expit": "sigmoid", "tensor_split": "split",
     "cross_entropy_loss": "cross_entropy", "nll_loss_nd": "nll_loss",
+    "less_equal": "le", "less": "lt", "greater_equal": "ge", "greater": "gt", "not_equal": "ne",
+    "bitwise_and": "and", "bitwise_or": "or", "bitwise_not": "invert", "logical_and": "and",
+    "logical_or": "or", "logical_not": "invert", "iand": "and", "ior": "or",
+    **{f"__{op}__": op for op in ("le", "lt", "ge", "gt", "eq", "ne", "and", "or", "invert")},
+    "__rand__": "and", "__ror__": "or", "__iand__": "and", "__ior__": "or",
 }  # fmt: skip
 
 
@@ -324,13 +331,13 @@ TABLE: Mapping[str, Callable[..., Any]] = {
     "rsqrt": _fixed_power(-0.5), "reciprocal": _fixed_power(-1), "addcmul": _addcmul,
     **{op: _unary(op) for op in ("silu", "sigmoid", "tanh", "relu", "exp", "log", "erf", "cos", "sin")},
     "gelu": _gelu, "glu": _glu, "dropout": _dropout,
-    "to": _to, "float": _to, "half": _to, "bfloat16": _to, "double": _to, "type_as": _to,
+    **dict.fromkeys(("to", "float", "half", "bfloat16", "double", "type_as", "bool", "int", "long"), _to),
     "contiguous": _same, "clone": _same, "alias": _same, "identity": _same,
     "mean": _reduce("mean"), "sum": _reduce("sum"), "norm": _norm, "linalg_vector_norm": _vector_norm,
     "vector_norm": _vector_norm, "softmax": _softmax("softmax"), "log_softmax": _softmax("log_softmax"),
     "rms_norm": _rms_norm, "linear": _linear, "addmm": _addmm, "matmul": _matmul,
     "einsum": _einsum, "complex": _complex,
-    "cross_entropy": _cross_entropy, "nll_loss": _nll_loss,
-    **LAYOUT_TABLE,
+    "cross_entropy": _cross_entropy, "nll_loss": _nll_loss, "scaled_dot_product_attention": attention,
+    **LAYOUT_TABLE, **INDEX_TABLE,
     "view_as_complex": _reinterpreted("view_as_complex"), "view_as_real": _reinterpreted("view_as_real"),
 }  # fmt: skip

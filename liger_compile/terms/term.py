@@ -128,6 +128,7 @@ class Space:
         self._make_bare = make_bare
         self.same_bare: dict[Term, list[Term]] = {}  # bare -> the terms that round it in different ways
         self.parts: dict[Term, list[Term]] = {}  # term -> its views and slices
+        self.found_out: dict[Any, Any] = {}  # by indices.py, of masks
         self.none = self.intern("none", (), (), None, ())
 
     def intern(

@@ -1,0 +1,148 @@
+"""The table's functions for positions and masks: tensors that are made of sizes alone, comparisons, choices.
+
+Their terms are for indices.py to read. None of the floating-point identities knows these operations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from liger_compile.terms import normalize
+from liger_compile.terms.call import Call, negative, scalar_of, term_of
+from liger_compile.terms.term import Term, size_of
+
+
+def _made(call: Call, op: str, *consts: Any) -> Term | None:
+    """A tensor that is made of constants. Tensors of another device or shape are other terms."""
+    if call.out.requires_grad:
+        return None
+    return call.space.intern(op, (), (*consts, *call.shape, call.out.device), call.dtype, call.shape)
+
+
+def _arange(call, *bounds, start=0, end=None, step=1, **options):
+    if len(bounds) > 1:
+        start, step = bounds[0], bounds[2] if len(bounds) > 2 else step
+    start, step = size_of(start), size_of(step)
+    if call.dtype not in (torch.int32, torch.int64) or isinstance(start, float) or isinstance(step, float):
+        return None
+    return _made(call, "arange", start, step)
+
+
+def _filled(call: Call, value: Any) -> Term | None:
+    number = float(value) if isinstance(value, bool) else getattr(scalar_of(value), "value", None)
+    if number is None:
+        return None
+    if call.dtype is torch.bool:
+        number = float(number != 0)
+    return _made(call, "full", number)
+
+
+def _constant(value: float) -> Callable:
+    return lambda call, *args, **options: _filled(call, value)
+
+
+def _full(call, size, fill_value, **options):
+    return _filled(call, fill_value)
+
+
+def _tensor(call, data, **options):
+    return _filled(call, data)
+
+
+def _operand(call: Call, value: Any) -> Term:
+    return term_of(call, float(value) if isinstance(value, bool) else value)
+
+
+def _compare(op: str, is_swapped: bool = False, is_negated: bool = False) -> Callable:
+    def make(call, input, other):
+        terms = _operand(call, input), _operand(call, other)
+        term = _boolean(call, op, *(terms[::-1] if is_swapped else terms))
+        return _boolean(call, "not", term) if is_negated else term
+
+    return make
+
+
+def _logical(op: str) -> Callable:
+    def make(call, *terms):
+        if not all(isinstance(term, Term) and term.dtype is torch.bool for term in terms):
+            return None
+        return _boolean(call, op, *terms)
+
+    return make
+
+
+def _boolean(call: Call, op: str, *terms: Term) -> Term:
+    return normalize.apply(call.space, op, terms, (), torch.bool, call.shape)
+
+
+def _where(call, condition, input, other):
+    if condition.dtype is not torch.bool:
+        return None
+    chosen = (normalize.cast(call.space, _operand(call, value), call.dtype) for value in (input, other))
+    return normalize.apply(call.space, "where", (condition, *chosen), (), call.dtype, call.shape)
+
+
+def _masked_fill(call, input, mask, value):
+    return _where(call, mask, value, input)
+
+
+def _triangle(op: str) -> Callable:
+    def make(call, input, diagonal=0):
+        return normalize.apply(call.space, op, (input,), (size_of(diagonal),), call.dtype, call.shape)
+
+    return make
+
+
+def _cumsum(call, input, dim, *, dtype=None):
+    if input.dtype not in (torch.bool, torch.int32, torch.int64) or dtype is not None:
+        return None
+    consts = (negative(dim, len(call.shape)),)
+    return normalize.apply(call.space, "cumsum", (input,), consts, call.dtype, call.shape)
+
+
+def _diff(call, input, n=1, dim=-1, prepend=None, append=None):
+    dim = negative(dim, len(call.shape))
+    if n != 1 or append is not None or input.dtype not in (torch.int32, torch.int64):
+        return None
+    if prepend is not None and (prepend.shape[dim] != 1 or prepend.dtype != input.dtype):
+        return None
+    args = (input, call.space.none if prepend is None else prepend)
+    return normalize.apply(call.space, "diff", args, (dim,), call.dtype, call.shape)
+
+
+def element(call: Call, input: Term, indices: tuple[Any, ...]) -> Term | None:
+    """input[i, j, ...] with a tensor of positions for every dimension"""
+    if len(indices) != len(input.shape):
+        return None
+    if not all(isinstance(i, Term) and i.dtype in (torch.int32, torch.int64) for i in indices):
+        return None
+    return normalize.apply(call.space, "index", (input, *indices), (), call.dtype, call.shape)
+
+
+INDEX_TABLE: Mapping[str, Callable[..., Any]] = {
+    "arange": _arange,
+    **dict.fromkeys(("ones", "ones_like", "new_ones"), _constant(1.0)),
+    **dict.fromkeys(("zeros", "zeros_like", "new_zeros"), _constant(0.0)),
+    "full": _full,
+    "full_like": _full,
+    "new_full": lambda call, input, size, fill_value, **options: _filled(call, fill_value),
+    "tensor": _tensor,
+    "le": _compare("le"),
+    "ge": _compare("le", is_swapped=True),
+    "lt": _compare("lt"),
+    "gt": _compare("lt", is_swapped=True),
+    "eq": _compare("eq"),
+    "ne": _compare("eq", is_negated=True),
+    "and": _logical("and"),
+    "or": _logical("or"),
+    "invert": _logical("not"),
+    "where": _where,
+    "masked_fill": _masked_fill,
+    "tril": _triangle("tril"),
+    "triu": _triangle("triu"),
+    "cumsum": _cumsum,
+    "diff": _diff,
+}
