@@ -109,8 +109,10 @@ def mul(
         if power == 1 and term.shape == shape:
             return term
     if scalar == MINUS_ONE and [*powers.values()] == [1] and next(iter(powers)).op == "cast":
-        (inner,) = powers  # a sign commutes with a cast
-        return cast(space, mul(space, ((inner.args[0], 1),), scalar, inner.args[0].dtype, shape), dtype)
+        (x,) = next(iter(powers)).args
+        if x.dtype is not None and (x.dtype.is_floating_point or x.dtype.is_complex):
+            # A sign commutes with a cast, of what has one: a boolean has none.
+            return cast(space, mul(space, ((x, 1),), scalar, x.dtype, shape), dtype)
     terms = sorted(powers, key=lambda term: term.serial)
     return space.intern("mul", tuple(terms), (scalar, *(powers[t] for t in terms)), dtype, shape)
 
