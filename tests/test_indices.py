@@ -113,7 +113,8 @@ CAUSAL = {
     "or stronger": lambda x, y, p: ones(x).tril() | (i_and_j(x)[1] < i_and_j(x)[0] - 2),
     "or a key that it has": lambda x, y, p: ones(x).tril() | (i_and_j(x)[1] == 0) & (i_and_j(x)[0] == 2),
     "times": lambda x, y, p: ones(x).tril() * ones(x),
-    "where": lambda x, y, p: torch.where(i_and_j(x)[0] >= i_and_j(x)[1], ones(x), ~ones(x)),
+    "filled": lambda x, y, p: ones(x).masked_fill(i_and_j(x)[1] > i_and_j(x)[0], False),
+    "where of integers": lambda x, y, p: torch.where(i_and_j(x)[0] >= i_and_j(x)[1], 1, 0) > 0,
     "as it is gathered": lambda x, y, p: torch.arange(x.shape[1])[i_and_j(x)[0]] >= i_and_j(x)[1],
     "as it is counted": lambda x, y, p: ones(x)[0].cumsum(-1)[:, None] > i_and_j(x)[1],
     "additive": lambda x, y, p: additive(x),
@@ -219,6 +220,8 @@ FALSE_FRIENDS = {
     "flags added": lambda x, y, p: ones(x).tril().float(),
     "anti-causal added": lambda x, y, p: torch.full((x.shape[1], x.shape[1]), INF).tril(-1),
     "learned": learned,
+    "where, the method": lambda x, y, p: ones(x).where(ones(x).tril(), ones(x)),
+    "compared after rounding": lambda x, y, p: additive(x, torch.float16, -1e31) > -1e32,
     "alibi": lambda x, y, p: torch.where(i_and_j(x)[1] <= i_and_j(x)[0], (i_and_j(x)[1] - i_and_j(x)[0]) * 0.5, INF),
     "negative positions": lambda x, y, p: torch.arange(x.shape[1])[i_and_j(x)[0] - 1] >= i_and_j(x)[1],
     "half positions": lambda x, y, p: i_and_j(x)[0] >= i_and_j(x)[1] * 0.5,
@@ -226,7 +229,14 @@ FALSE_FRIENDS = {
     "random": lambda x, y, p: ones(x).tril() & (torch.rand(x.shape[1], x.shape[1]) < 2),
 }  # fmt: skip
 # Of these the numbers happen to be causal ones today.
-TODAY = ("padding", "packed, by position_ids", "by the positions given", "learned", "random")
+TODAY = (
+    "padding",
+    "packed, by position_ids",
+    "by the positions given",
+    "learned",
+    "random",
+    "compared after rounding",
+)
 
 
 @pytest.mark.parametrize("is_dynamic", [False, True], ids=["static", "dynamic"])
@@ -262,6 +272,14 @@ def test_a_window_no_smaller_than_the_sequence_is_causal():
     assert (found.kind, found.window) == ("window", 4096)  # other lengths are longer
 
 
+def test_a_slice_from_the_end_is_causal_for_one_length_only():
+    def build(x, y, padding):
+        return torch.arange(64)[-x.shape[1] :, None] - 58 >= torch.arange(x.shape[1])
+
+    assert meaning(build)[0].kind == "causal"
+    assert meaning(build, is_dynamic=True)[0].kind == "unknown"
+
+
 def rectangle(x, y, padding):
     return torch.arange(y.shape[1]) <= torch.arange(x.shape[1])[:, None]
 
@@ -289,6 +307,8 @@ def test_attention_says_why_it_keeps_its_mask():
         return attend * 2
 
     x, y = torch.randn(2, 2, 5, 8), torch.randn(2, 2, 7, 8)
-    torch.compile(attend, backend=backend, dynamic=True, fullgraph=True)(x, y)
+    torch._dynamo.mark_dynamic(x, 2)
+    torch._dynamo.mark_dynamic(y, 2)
+    torch.compile(attend, backend=backend, fullgraph=True)(x, y)
     (note,) = found
     assert note.startswith("attention keeps its mask 1x") and "not as many queries as keys" in note

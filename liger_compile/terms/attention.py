@@ -37,6 +37,8 @@ def attention(
         return None
     if key.shape[:2] != value.shape[:2] or key.shape[:1] != query.shape[:1]:
         return None
+    if not all(isinstance(each.shape[dim], int) for each in (query, key, value) for dim in (1, 3)):
+        return None
     if key.shape[1] != query.shape[1] and not enable_gqa:  # keys are broadcast
         return None
     q, k, v = (normalize.cast(space, each, call.dtype) for each in (query, key, value))  # as autocast does

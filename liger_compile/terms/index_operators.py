@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from liger_compile.terms import normalize
-from liger_compile.terms.call import Call, negative, scalar_of, term_of
+from liger_compile.terms.call import Call, IntVar, NumberVar, negative, term_of
 from liger_compile.terms.term import Term, size_of
 
 
@@ -32,15 +32,12 @@ def _arange(call, *bounds, start=0, end=None, step=1, **options):
 
 
 def _filled(call: Call, value: Any) -> Term | None:
-    number = float(value) if isinstance(value, bool) else getattr(scalar_of(value), "value", None)
-    if number is None:
+    if not isinstance(value, (int, float)) or isinstance(value, (NumberVar, IntVar)):
         return None
-    if call.dtype is torch.bool:
-        number = float(number != 0)
-    return _made(call, "full", number)
+    return _made(call, "full", bool(value) if call.dtype is torch.bool else value)
 
 
-def _constant(value: float) -> Callable:
+def _constant(value: int) -> Callable:
     return lambda call, *args, **options: _filled(call, value)
 
 
@@ -58,6 +55,8 @@ def _operand(call: Call, value: Any) -> Term:
 
 def _compare(op: str, is_swapped: bool = False, is_negated: bool = False) -> Callable:
     def make(call, input, other):
+        if call.dtype is not torch.bool:  # in place, into numbers
+            return None
         terms = _operand(call, input), _operand(call, other)
         term = _boolean(call, op, *(terms[::-1] if is_swapped else terms))
         return _boolean(call, "not", term) if is_negated else term
@@ -79,14 +78,20 @@ def _boolean(call: Call, op: str, *terms: Term) -> Term:
 
 
 def _where(call, condition, input, other):
-    if condition.dtype is not torch.bool:
-        return None
-    chosen = (normalize.cast(call.space, _operand(call, value), call.dtype) for value in (input, other))
-    return normalize.apply(call.space, "where", (condition, *chosen), (), call.dtype, call.shape)
+    if isinstance(input, Term) and input.dtype is torch.bool:
+        return None  # may be the method, whose condition comes second
+    return _chosen(call, condition, input, other)
 
 
 def _masked_fill(call, input, mask, value):
-    return _where(call, mask, value, input)
+    return _chosen(call, mask, value, input)
+
+
+def _chosen(call: Call, condition: Term, *values: Any) -> Term | None:
+    if condition.dtype is not torch.bool:
+        return None
+    terms = (normalize.cast(call.space, _operand(call, value), call.dtype) for value in values)
+    return normalize.apply(call.space, "where", (condition, *terms), (), call.dtype, call.shape)
 
 
 def _triangle(op: str) -> Callable:
@@ -124,8 +129,8 @@ def element(call: Call, input: Term, indices: tuple[Any, ...]) -> Term | None:
 
 INDEX_TABLE: Mapping[str, Callable[..., Any]] = {
     "arange": _arange,
-    **dict.fromkeys(("ones", "ones_like", "new_ones"), _constant(1.0)),
-    **dict.fromkeys(("zeros", "zeros_like", "new_zeros"), _constant(0.0)),
+    **dict.fromkeys(("ones", "ones_like", "new_ones"), _constant(1)),
+    **dict.fromkeys(("zeros", "zeros_like", "new_zeros"), _constant(0)),
     "full": _full,
     "full_like": _full,
     "new_full": lambda call, input, size, fill_value, **options: _filled(call, fill_value),

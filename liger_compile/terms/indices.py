@@ -287,8 +287,10 @@ class _Reader:
             return term.args[0], tuple(inner)
         if term.op == "slice":
             dim, start, _, step = term.consts
-            inner = list(at)
-            inner[dim] = _of_size(start).plus(_scaled(at[dim], _Linear(step)))
+            inner, first = list(at), _of_size(start)
+            if not self.holds(_ZERO.plus(first, -1)):
+                raise _UnreadError(f"it takes a slice from {start} on, which may be negative")
+            inner[dim] = first.plus(_scaled(at[dim], _Linear(step)))
             return term.args[0], tuple(inner)
         if term.op == "index":
             source, *indices = term.args
@@ -327,6 +329,8 @@ class _Reader:
     def _compared(self, op: str, a: _Linear, b: _Linear) -> _Condition:
         if not a.parts and not b.parts:  # also infinities
             x, y = a.constant, b.constant
+            if max(x, y) <= HIDES and (x, y) != (-math.inf, -math.inf):
+                raise _UnreadError(f"it compares {x:g} with {y:g}, which may be rounded")
             return _TRUE if (x <= y if op == "le" else x < y if op == "lt" else x == y) else _FALSE
         for form in (a, b):
             if not _is_whole(form.constant):
@@ -433,7 +437,8 @@ def _checked(term: Term, value: _Linear) -> _Linear:
         is_small = _is_whole(value.constant) and abs(value.constant) <= MAX_CONSTANT
         if is_small and all(abs(c) <= MAX_COEFFICIENT for _, c in value.parts):
             return value
-    is_flag = value.constant in (-1, 0, 1) or abs(value.constant) >= -HIDES
-    if term.dtype.is_floating_point and not value.parts and is_flag:
-        return value
+    elif term.dtype.is_floating_point and not value.parts:
+        lowest = torch.finfo(term.dtype).min  # what is lower becomes infinite
+        if value.constant in (-1, 0, 1, -math.inf) or lowest <= value.constant <= HIDES:
+            return value
     raise _UnreadError(f"it computes {value} in {str(term.dtype).removeprefix('torch.')}")

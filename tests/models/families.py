@@ -114,24 +114,26 @@ _LOSS = {"linear_cross_entropy": 1}
 _NORM_ROTARY = {"norm_rotary.llama_half_pair": 2}
 _ROTARY, _SWIGLU, _GEGLU = {"rotary": 2}, {"gated_mlp.swiglu": 2}, {"gated_mlp.geglu": 2}
 _LLAMA = {**_PRE_NORM, **_ROTARY, **_SWIGLU, **_LOSS}
+# Where no padding is given, transformers' masks are causal for any length; those of Gemma 2 go to eager attention.
+_CAUSAL = {"attention.causal": 2}
 _PACKED = {"gated_mlp.swiglu_packed": 2}
 
 FAMILIES = (
-    _hf("llama", "LlamaConfig", _LLAMA),
-    _hf("mistral", "MistralConfig", _LLAMA),
+    _hf("llama", "LlamaConfig", {**_LLAMA, **_CAUSAL}),
+    _hf("mistral", "MistralConfig", {**_LLAMA, **_CAUSAL}),
     # Every token takes every expert, so that rounding cannot send one elsewhere. Experts' down projection is
     # a grouped product, so the gate and up are multiplied alone.
     _hf(
         "mixtral",
         "MixtralConfig",
-        {**_PRE_NORM, **_ROTARY, "gated_mlp.swiglu_product": 2, **_LOSS},
+        {**_PRE_NORM, **_ROTARY, "gated_mlp.swiglu_product": 2, **_CAUSAL, **_LOSS},
         num_local_experts=2,
         num_experts_per_tok=2,
     ),
-    _hf("qwen2", "Qwen2Config", _LLAMA),
+    _hf("qwen2", "Qwen2Config", {**_LLAMA, **_CAUSAL}),
     # q and k are normed a head, and rotated: before their heads go in front of the tokens, and after.
-    _hf("qwen3", "Qwen3Config", {**_PRE_NORM, **_NORM_ROTARY, **_SWIGLU, **_LOSS}, head_dim=16),
-    _hf("gemma", "GemmaConfig", {**_PRE_NORM, **_ROTARY, **_GEGLU, **_LOSS}, head_dim=16),
+    _hf("qwen3", "Qwen3Config", {**_PRE_NORM, **_NORM_ROTARY, **_SWIGLU, **_CAUSAL, **_LOSS}, head_dim=16),
+    _hf("gemma", "GemmaConfig", {**_PRE_NORM, **_ROTARY, **_GEGLU, **_CAUSAL, **_LOSS}, head_dim=16),
     # The cap is low, so that it bends these logits.
     _hf(
         "gemma2",
@@ -143,18 +145,18 @@ FAMILIES = (
     _hf(
         "gemma3",
         "Gemma3TextConfig",
-        {**_TWO_MORE, "norm_rotary.gemma_half_pair_as_it_is": 2, **_GEGLU, **_LOSS},
+        {**_TWO_MORE, "norm_rotary.gemma_half_pair_as_it_is": 2, **_GEGLU, **_CAUSAL, **_LOSS},
         head_dim=16,
     ),
     # LayerNorm and an MLP without a gate.
-    _hf("phi", "PhiConfig", {**_ROTARY, **_LOSS}, num_key_value_heads=HEADS),
-    _hf("phi3", "Phi3Config", {**_PRE_NORM, **_ROTARY, **_PACKED, **_LOSS}),
+    _hf("phi", "PhiConfig", {**_ROTARY, **_CAUSAL, **_LOSS}, num_key_value_heads=HEADS),
+    _hf("phi3", "Phi3Config", {**_PRE_NORM, **_ROTARY, **_PACKED, **_CAUSAL, **_LOSS}),
     # One norm a layer: LayerNorm without a bias, which is RMSNorm of what is left when the mean is taken off.
-    _hf("cohere", "CohereConfig", {"rms_norm": 3, **_ROTARY, **_SWIGLU, **_LOSS}),
+    _hf("cohere", "CohereConfig", {"rms_norm": 3, **_ROTARY, **_SWIGLU, **_CAUSAL, **_LOSS}),
     # LayerNorm without weights.
-    _hf("olmo", "OlmoConfig", {**_ROTARY, **_SWIGLU, **_LOSS}),
-    _hf("glm4", "Glm4Config", {**_TWO_MORE, **_ROTARY, **_PACKED, **_LOSS}, head_dim=16),
-    _hf("stablelm", "StableLmConfig", {**_ROTARY, **_SWIGLU, **_LOSS}, num_key_value_heads=HEADS),
+    _hf("olmo", "OlmoConfig", {**_ROTARY, **_SWIGLU, **_CAUSAL, **_LOSS}),
+    _hf("glm4", "Glm4Config", {**_TWO_MORE, **_ROTARY, **_PACKED, **_CAUSAL, **_LOSS}, head_dim=16),
+    _hf("stablelm", "StableLmConfig", {**_ROTARY, **_SWIGLU, **_CAUSAL, **_LOSS}, num_key_value_heads=HEADS),
     # Encoder 2 x 2 + 1 norms and decoder 2 x 3 + 1, of each the first without an add; no rotary.
     Family("t5", _t5, hf_loss, {"add_rms_norm": 10, "rms_norm": 2, "gated_mlp.geglu": 4, **_LOSS}),
     Family("nanogpt", lambda **more: NanoGPT(**_SIZES, **more), nanogpt_loss, _LOSS, ignore_index=-1),

@@ -242,7 +242,9 @@ def later_keys(q, k, v):
 def test_other_masks_are_kept_and_it_says_why(function, is_dynamic):
     args = inputs(HEADS)
     options = {"liger.inner": "aot_eager", "liger.strict": True, "liger.policy": "always"}
-    compiled = torch.compile(function, backend="liger", dynamic=is_dynamic, options=options)
+    for x in args if is_dynamic else ():
+        torch._dynamo.mark_dynamic(x, 2)
+    compiled = torch.compile(function, backend="liger", options=options)
     torch.testing.assert_close(compiled(*args), function(*args))
     (report,) = liger_compile.reports()
     assert not report.sites
