@@ -32,11 +32,19 @@ def check(match: Match) -> str | None:
 
 
 def profit(match: Match) -> str | None:
-    """Without the kernel nothing is gained: Inductor makes of it what it makes of a norm and a rotation."""
+    """Otherwise the norms and the rotation are replaced, each by itself.
+
+    What the op saves is the norms' way to memory and back. Without a kernel there is none, for Inductor fuses the
+    references as it fuses what stands there; and a norm that is read elsewhere has to go to memory anyway.
+    """
     captured = [match[name] for name in match.captures]
-    if has_kernel(*(value for value in captured if isinstance(value, torch.Tensor))):
-        return None
-    return "the op has no kernel here, and without it is a norm and a rotation"
+    if not has_kernel(*(value for value in captured if isinstance(value, torch.Tensor))):
+        return "the op has no kernel here, and nothing is gained without one"
+    for node in match.escaping():
+        value = node.meta.get("example_value")
+        if isinstance(value, torch.Tensor) and value.shape[-1:] == match["q"].shape[-1:]:
+            return f"{node.name} is used elsewhere too, so it would be computed twice"
+    return None
 
 
 def _transposed(x):
