@@ -69,7 +69,7 @@ def forward(
     """
     q, k, cos, sin = (_side_by_side(x) for x in (q, k, cos, sin))
     q_out, k_out = (
-        torch.empty_like(x, dtype=torch.promote_types(dtype, cos.dtype))
+        _empty_like(x, torch.promote_types(dtype, cos.dtype))
         for x, dtype in zip((q, k), normed_dtypes, strict=True)
     )
     batch, num_tokens, num_q_heads = _sizes(q, heads_axis)
@@ -134,8 +134,8 @@ def backward(
     """
     q, k, cos, sin = (_side_by_side(x) for x in (q, k, cos, sin))
     dq, dk = (None if dy is None else _side_by_side(dy) for dy in (dq, dk))
-    grad_q = torch.empty_like(q) if needs_dq and dq is not None else None
-    grad_k = torch.empty_like(k) if needs_dk and dk is not None else None
+    grad_q = _empty_like(q, q.dtype) if needs_dq and dq is not None else None
+    grad_k = _empty_like(k, k.dtype) if needs_dk and dk is not None else None
     batch, num_tokens, num_q_heads = _sizes(q, heads_axis)
     _, _, num_k_heads = _sizes(k, heads_axis)
     width = q.shape[-1]
@@ -194,6 +194,11 @@ def backward(
 def _side_by_side(x: Tensor) -> Tensor:
     """x with the channels of a head side by side."""
     return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _empty_like(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """With the order of dimensions of x and no gaps, channels side by side also where x overlaps itself."""
+    return _side_by_side(torch.empty_like(x, dtype=dtype))
 
 
 def _sizes(x: Tensor, heads_axis: int) -> tuple[int, int, int]:
