@@ -295,6 +295,7 @@ def test_more_elements_than_32_bits_count(device, is_token_first):
 
 
 @pytest.mark.gpu
+@pytest.mark.gpu
 def test_opcheck(device):
     q, k = (projected(2, 30, heads, 64, device, torch.bfloat16) for heads in (8, 2))
     weights, tables = pair(64, device=device), pair(30, 64, device=device, dtype=torch.bfloat16)
