@@ -257,8 +257,8 @@ def test_every_width_is_covered_and_fits():
 @pytest.mark.gpu
 @by_spelling
 @by_dtype
-@pytest.mark.parametrize("channels", [32, 64, 80, 96, 128, 192, 256, 512])
-@pytest.mark.parametrize("num_heads", [(32, 8), (14, 2), (5, 5)], ids=str)
+@pytest.mark.parametrize("channels", [64, 80, 128, 256])
+@pytest.mark.parametrize("num_heads", [(32, 8), (14, 2)], ids=str)
 def test_heads_of_models(device, num_heads, channels, dtype, spelling):
     q, k = (projected(2, 500, heads, channels, device, dtype) for heads in num_heads)
     weights = pair(channels, device=device, dtype=dtype)
