@@ -85,9 +85,10 @@ def test_respellings_are_replaced_and_right(name):
 def test_mutants_are_refused_or_right(name):
     made = []
 
-    @random_choices(math.ceil(1.5 * examples_of(name)))  # not every choice makes one that runs
+    @random_choices(4 * examples_of(name))  # not every choice makes one that runs
     def mutate(random):
-        made.append(assert_mutant_is_safe(PATTERNS[name], random, **SETTINGS[name]))
+        if sum(made) < examples_of(name):
+            made.append(assert_mutant_is_safe(PATTERNS[name], random, **SETTINGS[name]))
 
     mutate()
-    assert sum(made) >= examples_of(name) / 2
+    assert sum(made) >= examples_of(name)

@@ -273,6 +273,7 @@ SAVED = {
     "rms_norm.llama": ["x", "weight", "rstd"],
     "add_rms_norm.gemma": ["s", "weight", "rstd"],
     "rotary.interleaved_partial": ["cos", "sin"],
+    "norm_rotary.llama": ["q", "k", "q_weight", "k_weight", "cos", "sin"],
     "swiglu": ["gate", "up"],
     "geglu_tanh.packed": ["packed"],
     "geglu.down": ["gate", "up", "weight"],
