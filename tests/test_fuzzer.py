@@ -48,7 +48,7 @@ SETTINGS = {name: settings_of(name) for name in PATTERNS}  # made once: samples 
 
 
 def random_choices(examples):
-    """Runs a test with so many Randoms, the same ones every time, and shrinks what it finds to a short graph."""
+    """Runs a test with so many Randoms, the same ones every time."""
 
     def decorate(test):
         tapes = st.binary(min_size=2048, max_size=2048)
@@ -57,7 +57,7 @@ def random_choices(examples):
             derandomize=True,
             database=None,
             deadline=None,
-            phases=(Phase.generate, Phase.shrink),
+            phases=(Phase.generate,),
             suppress_health_check=tuple(HealthCheck),
         )
         return bounded(given(tapes.map(Choices))(test))
