@@ -128,6 +128,13 @@ def _norm_rotary(norm: Callable[..., Tensor], rotary: Callable[..., Any]) -> Cal
     return function
 
 
+def our_norm_rotary(
+    q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor
+) -> tuple[Tensor, Tensor]:
+    q, k, cos, sin = q.transpose(1, 2), k.transpose(1, 2), cos.unsqueeze(1), sin.unsqueeze(1)
+    return functional.norm_rotary(q, k, q_weight, k_weight, cos, sin)
+
+
 # Gated MLP
 
 
@@ -251,14 +258,14 @@ OPS: Mapping[str, Op] = {
             ("forward", "backward"), 2 * b * t * (h + k) * d + 2 * t * d
         ),
     ),
-    "norm_rotary": Op(  # as rotary; here backend="liger" has two ops for it
+    "norm_rotary": Op(  # as rotary
         shapes=((8, 1024, 16, 8, 128), (2, 4096, 32, 8, 128)),
         tiny=(1, 8, 4, 2, 16),
         make=make_norm_rotary,
         variants={
             "eager": _norm_rotary(eager_rms_norm, eager_rotary),
             "liger-kernel": _norm_rotary(liger_rms_norm, liger_rotary),
-            OURS: _norm_rotary(functional.rms_norm, our_rotary),
+            OURS: our_norm_rotary,
         },
         elements=lambda b, t, h, k, d: {
             "forward": 2 * b * t * (h + k) * d + 2 * t * d,

@@ -78,6 +78,14 @@ def _check_width(is_half: bool, is_partial: bool) -> Callable[[Match], str | Non
     return check_width
 
 
+def check_complex(match: Match) -> str | None:
+    """As _check_width, of one table for pairs."""
+    angles, channels = match["freqs"].shape[-1], match["q"].shape[-1]
+    if 2 * angles != channels:
+        return f"freqs has {angles} angles, which is not one for each pair of {channels} channels"
+    return check(match)
+
+
 def _keeping_dtype(rotation: Callable) -> Callable:
     """Computes in float32 and rounds to the dtype of x."""
     return lambda x, cos, sin: rotation(x.float(), cos.float(), sin.float()).to(x.dtype)
@@ -135,7 +143,7 @@ def _complex_pattern(is_pair: bool) -> Pattern:
         name="rotary.complex_pair" if is_pair else "rotary.complex",
         search=search_pair if is_pair else search,
         replace=replace,
-        check=check,
+        check=check_complex,
         saves=lambda match: 0,
         examples={**heads, "freqs": torch.empty(8, dtype=torch.complex64)},
     )

@@ -84,7 +84,7 @@ def failing(monkeypatch):
     """A rewriter that fails after it has edited the graph."""
     from liger_compile import backend
 
-    def rewrite_and_fail(graph, *args):
+    def rewrite_and_fail(graph, *args, **kwargs):
         for node in list(graph.nodes):
             if node.op == "call_function":
                 node.replace_all_uses_with(next(iter(graph.nodes)))

@@ -48,7 +48,7 @@ SETTINGS = {name: settings_of(name) for name in PATTERNS}  # made once: samples 
 
 
 def random_choices(examples):
-    """Runs a test with so many Randoms, the same ones every time, and shrinks what it finds to a short graph."""
+    """Runs a test with so many Randoms, the same ones every time."""
 
     def decorate(test):
         tapes = st.binary(min_size=2048, max_size=2048)
@@ -57,7 +57,7 @@ def random_choices(examples):
             derandomize=True,
             database=None,
             deadline=None,
-            phases=(Phase.generate, Phase.shrink),
+            phases=(Phase.generate,),
             suppress_health_check=tuple(HealthCheck),
         )
         return bounded(given(tapes.map(Choices))(test))
@@ -85,9 +85,10 @@ def test_respellings_are_replaced_and_right(name):
 def test_mutants_are_refused_or_right(name):
     made = []
 
-    @random_choices(math.ceil(1.5 * examples_of(name)))  # not every choice makes one that runs
+    @random_choices(4 * examples_of(name))  # not every choice makes one that runs
     def mutate(random):
-        made.append(assert_mutant_is_safe(PATTERNS[name], random, **SETTINGS[name]))
+        if sum(made) < examples_of(name):
+            made.append(assert_mutant_is_safe(PATTERNS[name], random, **SETTINGS[name]))
 
     mutate()
-    assert sum(made) >= examples_of(name) / 2
+    assert sum(made) >= examples_of(name)

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from . import launch, num_multiprocessors
 from .rms_norm import sum_of_programs
-from .rotary import _by_axis, _strides
+from .rotary import by_axis, empty_like, side_by_side, strides_of
 
 
 class Config(NamedTuple):
@@ -67,9 +67,9 @@ def forward(
 
     The tables are the same along it; q and k have as many sequences and tokens. normed_dtypes are those of their norms.
     """
-    q, k, cos, sin = (_side_by_side(x) for x in (q, k, cos, sin))
+    q, k, cos, sin = (side_by_side(x) for x in (q, k, cos, sin))
     q_out, k_out = (
-        torch.empty_like(x, dtype=torch.promote_types(dtype, cos.dtype))
+        empty_like(x, torch.promote_types(dtype, cos.dtype))
         for x, dtype in zip((q, k), normed_dtypes, strict=True)
     )
     batch, num_tokens, num_q_heads = _sizes(q, heads_axis)
@@ -93,12 +93,12 @@ def forward(
         num_k_heads,
         num_q_tiles,
         num_k_tiles,
-        *_strides(q, heads_axis),
-        *_strides(k, heads_axis),
-        *_strides(cos, heads_axis)[:2],
-        *_strides(sin, heads_axis)[:2],
-        *_strides(q_out, heads_axis),
-        *_strides(k_out, heads_axis),
+        *strides_of(q, heads_axis),
+        *strides_of(k, heads_axis),
+        *strides_of(cos, heads_axis)[:2],
+        *strides_of(sin, heads_axis)[:2],
+        *strides_of(q_out, heads_axis),
+        *strides_of(k_out, heads_axis),
         WIDTH=width,
         EPS=eps,
         OFFSET=offset,
@@ -132,10 +132,10 @@ def backward(
 
     Empty where not needed, as is that of a weight where dweight_dtype is None; otherwise zero from an absent gradient.
     """
-    q, k, cos, sin = (_side_by_side(x) for x in (q, k, cos, sin))
-    dq, dk = (None if dy is None else _side_by_side(dy) for dy in (dq, dk))
-    grad_q = torch.empty_like(q) if needs_dq and dq is not None else None
-    grad_k = torch.empty_like(k) if needs_dk and dk is not None else None
+    q, k, cos, sin = (side_by_side(x) for x in (q, k, cos, sin))
+    dq, dk = (None if dy is None else side_by_side(dy) for dy in (dq, dk))
+    grad_q = empty_like(q, q.dtype) if needs_dq and dq is not None else None
+    grad_k = empty_like(k, k.dtype) if needs_dk and dk is not None else None
     batch, num_tokens, num_q_heads = _sizes(q, heads_axis)
     _, _, num_k_heads = _sizes(k, heads_axis)
     width = q.shape[-1]
@@ -168,14 +168,14 @@ def backward(
         num_k_heads,
         num_q_tiles,
         num_k_tiles,
-        *(no_strides if dq is None else _strides(dq, heads_axis)),
-        *(no_strides if dk is None else _strides(dk, heads_axis)),
-        *_strides(q, heads_axis),
-        *_strides(k, heads_axis),
-        *_strides(cos, heads_axis)[:2],
-        *_strides(sin, heads_axis)[:2],
-        *(no_strides if grad_q is None else _strides(grad_q, heads_axis)),
-        *(no_strides if grad_k is None else _strides(grad_k, heads_axis)),
+        *(no_strides if dq is None else strides_of(dq, heads_axis)),
+        *(no_strides if dk is None else strides_of(dk, heads_axis)),
+        *strides_of(q, heads_axis),
+        *strides_of(k, heads_axis),
+        *strides_of(cos, heads_axis)[:2],
+        *strides_of(sin, heads_axis)[:2],
+        *(no_strides if grad_q is None else strides_of(grad_q, heads_axis)),
+        *(no_strides if grad_k is None else strides_of(grad_k, heads_axis)),
         WIDTH=width,
         EPS=eps,
         OFFSET=offset,
@@ -191,14 +191,9 @@ def backward(
     )
 
 
-def _side_by_side(x: Tensor) -> Tensor:
-    """x with the channels of a head side by side."""
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
 def _sizes(x: Tensor, heads_axis: int) -> tuple[int, int, int]:
     """Sequences, tokens and heads."""
-    return _by_axis((1,) * (4 - x.dim()) + tuple(x.shape), heads_axis)
+    return by_axis((1,) * (4 - x.dim()) + tuple(x.shape), heads_axis)
 
 
 @triton.jit

@@ -52,7 +52,7 @@ class Heads(NamedTuple):
     @property
     def sizes(self) -> tuple[int, int, int]:
         """Batch, tokens and heads."""
-        return _by_axis((1,) * (4 - self.x.dim()) + tuple(self.x.shape), self.heads_axis)
+        return by_axis((1,) * (4 - self.x.dim()) + tuple(self.x.shape), self.heads_axis)
 
 
 def rotate(
@@ -75,8 +75,8 @@ def rotate(
     results: list[Tensor | None] = []
     for x, dtype in zip(tensors, dtypes, strict=True):
         if x is not None:
-            x = x if x.stride(-1) == 1 else x.contiguous()
-            given.append(Heads(x, torch.empty_like(x, dtype=dtype), heads_axis))
+            x = side_by_side(x)
+            given.append(Heads(x, empty_like(x, dtype), heads_axis))
         results.append(None if x is None else given[-1].rotated)
     tables = cos, sin, reads_interleaved, writes_interleaved, half_tables, transpose
     if len(given) == 2 and all(
@@ -89,17 +89,27 @@ def rotate(
     return results
 
 
-def _by_axis(values: Sequence[int], heads_axis: int) -> tuple[int, int, int]:
+def side_by_side(x: Tensor) -> Tensor:
+    """x with the channels of a head side by side."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def empty_like(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """With the order of dimensions of x and no gaps, channels side by side also where x overlaps itself."""
+    return side_by_side(torch.empty_like(x, dtype=dtype))
+
+
+def by_axis(values: Sequence[int], heads_axis: int) -> tuple[int, int, int]:
     return values[0], values[3 - heads_axis], values[heads_axis]
 
 
-def _strides(x: Tensor, heads_axis: int) -> tuple[int, int, int]:
+def strides_of(x: Tensor, heads_axis: int) -> tuple[int, int, int]:
     """Those of batch, tokens and heads, 0 along axes of one element: tables are broadcast along them."""
     strides = [
         0 if statically_known_true(size == 1) else stride
         for size, stride in zip(x.shape, x.stride(), strict=True)
     ]
-    return _by_axis([0] * (4 - x.dim()) + strides, heads_axis)
+    return by_axis([0] * (4 - x.dim()) + strides, heads_axis)
 
 
 def _launch(
@@ -129,13 +139,13 @@ def _launch(
         num_tokens,
         num_q_heads,
         num_k_heads,
-        *_strides(q.x, q.heads_axis),
-        *_strides(q.rotated, q.heads_axis),
-        *(no_strides if k is None else _strides(k.x, k.heads_axis)),
-        *(no_strides if k is None else _strides(k.rotated, k.heads_axis)),
-        *_strides(cos, q.heads_axis)[:2],
+        *strides_of(q.x, q.heads_axis),
+        *strides_of(q.rotated, q.heads_axis),
+        *(no_strides if k is None else strides_of(k.x, k.heads_axis)),
+        *(no_strides if k is None else strides_of(k.rotated, k.heads_axis)),
+        *strides_of(cos, q.heads_axis)[:2],
         cos.stride(-1),
-        *_strides(sin, q.heads_axis)[:2],
+        *strides_of(sin, q.heads_axis)[:2],
         sin.stride(-1),
         WIDTH=width,
         CHANNELS=channels,

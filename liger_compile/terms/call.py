@@ -55,7 +55,10 @@ def const_of(value: Any) -> Any:
     if isinstance(value, (IntVar, StrVar)):
         return value.var
     if isinstance(value, NumberVar):
-        return ConstVar(value.scalar.powers[0][0])
+        ((name, power),) = value.scalar.powers
+        if power != 1 or value.scalar.value != 1:
+            raise ValueError(f"expected {name} as it is, got it with something multiplied into it")
+        return ConstVar(name)
     return value
 
 

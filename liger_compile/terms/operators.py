@@ -7,6 +7,7 @@ here; a new identity between operators belongs in identities.py.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -17,12 +18,13 @@ from liger_compile.terms.attention import attention
 from liger_compile.terms.call import Call, Value, const_of, negative, opaque, scalar_of, term_of
 from liger_compile.terms.index_operators import INDEX_TABLE
 from liger_compile.terms.layout_operators import LAYOUT_TABLE, halves
-from liger_compile.terms.term import Scalar, Space, Term
+from liger_compile.terms.term import ConstVar, Scalar, Space, Term
 
 
 def call(space: Space, target: Any, args: Any, kwargs: Any, out: Any, name: str) -> Value:
     """The value of target(*args, **kwargs), whose result is `out`; opaque if the table does not know it."""
-    make = TABLE.get(_canonical_name(target) or "")
+    operator = _canonical_name(target) or ""
+    make = TABLE.get(operator) or _elementwise(target, operator)
     if make is None or not isinstance(out, (torch.Tensor, tuple, list)) or kwargs.get("out") is not None:
         return opaque(space, out, name)
     try:
@@ -76,6 +78,35 @@ def _canonical_name(target: Any) -> str | None:
     if name and name.endswith("_") and not name.endswith("__"):
         name = name[:-1]  # x.mul_(y) has the value of x * y; that x changes is decide.py's business
     return _ALIASES.get(name, name) if name else None
+
+
+@functools.cache
+def _elementwise(target: Any, name: str) -> Callable[..., Any] | None:
+    """Any other operator that acts on each element and is the same every time: a term of its own, without algebra."""
+    packet = getattr(torch.ops.aten, name, None) if name and not name.startswith("_") else None
+    tags = [getattr(packet, overload).tags for overload in packet.overloads()] if packet else []
+    is_random = any(torch.Tag.nondeterministic_seeded in each for each in tags)
+    if is_random or not any(torch.Tag.pointwise in each for each in tags):
+        return None
+    # Torch's name for it, and not aten's: functions of one name may differ in what their arguments mean.
+    op = f"{getattr(target, '__module__', None) or type(target).__name__}.{name}"
+
+    def make(call, *args, **kwargs):
+        kwargs.pop("inplace", None)
+        values = [*args, *(value for _, value in sorted(kwargs.items()))]
+        consts = [_ARGUMENT if isinstance(value, Term) else const_of(value) for value in values]
+        if not all(
+            each is _ARGUMENT or isinstance(each, (bool, int, float, str, ConstVar, type(None)))
+            for each in consts
+        ):
+            return None
+        terms = tuple(value for value in values if isinstance(value, Term))
+        return normalize.apply(call.space, op, terms, (*consts, *sorted(kwargs)), call.dtype, call.shape)
+
+    return make
+
+
+_ARGUMENT = "a tensor"  # stands among the constants where the call has a tensor
 
 
 # Each function takes a Call and the arguments as torch's documentation names them.

@@ -155,6 +155,6 @@ def gradients(outputs: Any, leaves: Sequence[Tensor]) -> list[Tensor | None]:
     if not roots or not leaves:
         return [None] * len(leaves)
     generator = torch.Generator().manual_seed(0)
-    # Rounded to bfloat16, so that they are the same numbers in every dtype.
-    drawn = [torch.randn(each.shape, generator=generator).bfloat16().to(each) for each in roots]
+    # Numbers that are the same in every dtype; torch.randn would draw others in float64, which in_double makes of all.
+    drawn = [torch.randint(-128, 129, each.shape, generator=generator).to(each) / 64 for each in roots]
     return [*torch.autograd.grad(roots, list(leaves), drawn, allow_unused=True)]

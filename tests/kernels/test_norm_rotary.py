@@ -116,6 +116,13 @@ def test_inputs_of_any_strides(device):
         assert_right("llama", q, k, *(weight[:width] for weight in weights), *tables)
 
 
+def test_inputs_that_overlap_themselves(device):
+    windows = randn(20, device=device).unfold(0, 16, 1)  # strides 1 and 1
+    for q in (windows[:, None], windows[:, None].expand(-1, 3, -1)):
+        weights, tables = pair(16, device=device), pair(5, 1, 16, device=device)
+        assert_right("llama", q, q.flip(0), *weights, *tables)
+
+
 def test_incoming_gradients_of_any_strides(device):
     q, k = (leaf(projected(2, 5, heads, 16, device)) for heads in (4, 2))
     weights = [leaf(weight) for weight in pair(16, device=device)]
@@ -193,7 +200,7 @@ def test_only_what_is_needed_is_made(device, needed):
 
     both = gradients(range(4))
     for found, at in zip(gradients(needed), needed, strict=True):
-        assert torch.equal(found, both[at])
+        torch.testing.assert_close(found, both[at])
 
 
 def test_a_result_that_nobody_reads(device):
@@ -250,8 +257,8 @@ def test_every_width_is_covered_and_fits():
 @pytest.mark.gpu
 @by_spelling
 @by_dtype
-@pytest.mark.parametrize("channels", [32, 64, 80, 96, 128, 192, 256, 512])
-@pytest.mark.parametrize("num_heads", [(32, 8), (14, 2), (5, 5)], ids=str)
+@pytest.mark.parametrize("channels", [64, 80, 128, 256])
+@pytest.mark.parametrize("num_heads", [(32, 8), (14, 2)], ids=str)
 def test_heads_of_models(device, num_heads, channels, dtype, spelling):
     q, k = (projected(2, 500, heads, channels, device, dtype) for heads in num_heads)
     weights = pair(channels, device=device, dtype=dtype)
@@ -285,6 +292,18 @@ def test_more_elements_than_32_bits_count(device, is_token_first):
     )
     for one, other in zip(found, expected_grads, strict=True):
         assert torch.equal((one if is_token_first else one.transpose(1, 2))[:, -300:], other)
+
+
+@pytest.mark.gpu
+@pytest.mark.gpu
+def test_opcheck(device):
+    q, k = (projected(2, 30, heads, 64, device, torch.bfloat16) for heads in (8, 2))
+    weights, tables = pair(64, device=device), pair(30, 64, device=device, dtype=torch.bfloat16)
+    ops = torch.ops.liger_compile
+    torch.library.opcheck(ops.norm_rotary.default, (*map(leaf, (q, k, *weights)), *tables, EPS, 0.0, "llama"))
+    torch.library.opcheck(
+        ops.norm_rotary_backward.default, (q, k, q, k, *weights, *tables, EPS, 0.0, True, True, True)
+    )
 
 
 @pytest.mark.gpu

@@ -27,9 +27,9 @@ class Case:
     inputs: Callable[..., list[Tensor]]
     frozen: tuple[int, ...] = ()  # which inputs get no gradient
 
-    def made(self, dtype: torch.dtype, batch: int = 3, tokens: int = 5) -> list[Tensor]:
+    def made(self, dtype: torch.dtype, batch: int = 3, tokens: int = 5, seed: int = 0) -> list[Tensor]:
         """The inputs, those that get a gradient as leaves that require one."""
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator().manual_seed(seed)
         tensors = self.inputs(lambda *shape: torch.randn(shape, generator=generator).to(dtype), batch, tokens)
         return [t if i in self.frozen else t.requires_grad_() for i, t in enumerate(tensors)]
 

@@ -179,13 +179,16 @@ def test_one_angle_for_all_channels_is_left_with_the_reason():
     assert_refuses(qwen3, *INPUTS[:4], cos, sin, pattern="norm_rotary", reason="cos has 1 channels")
 
 
-def test_a_norm_that_is_read_elsewhere_too_stays(run_liger):
+def test_a_norm_that_is_read_elsewhere_too_is_computed_once(monkeypatch, liger_is_as_right_as_eager):
+    from liger_compile.patterns import norm_rotary
+
     def f(q, k, q_weight, k_weight, cos, sin):
         normed = llama_norm(q, q_weight)
         return *rotate(normed.transpose(1, 2), llama_norm(k, k_weight).transpose(1, 2), cos, sin, 1), normed
 
-    result, _ = run_liger(f, *INPUTS)
-    torch.testing.assert_close(result, f(*INPUTS))
+    liger_is_as_right_as_eager(f, *INPUTS, frozen=(4, 5))
+    monkeypatch.setattr(norm_rotary, "has_kernel", lambda *tensors: True)
+    assert_rewrites(f, *INPUTS, expect={"rms_norm": 2, "rotary": 1}, policy="auto")
 
 
 def test_any_number_of_tokens():

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from liger_compile.testing import assert_rewrites
+from liger_compile.testing import assert_refuses, assert_rewrites
 
 torch.manual_seed(0)
 
@@ -177,3 +177,14 @@ def test_a_round_trip_of_the_output_is_no_second_site(round_trip):
         return y, round_trip(y)
 
     assert_rewrites(f, Q, COS, SIN, expect={"rotary.half": 1})
+
+
+def test_one_complex_angle_for_all_pairs_is_left():
+    def f(q, freqs):
+        pairs = torch.view_as_complex(q.float().reshape(*q.shape[:-1], -1, 2))
+        return torch.view_as_real(pairs * freqs.mean(-1, keepdim=True)).flatten(-2).to(q.dtype)
+
+    freqs = torch.polar(torch.ones(S, D // 2), ANGLES)
+    assert_refuses(
+        f, Q, freqs, pattern="rotary", reason="1 angles, which is not one for each pair of 16 channels"
+    )
