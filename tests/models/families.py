@@ -158,7 +158,13 @@ FAMILIES = (
     _hf("glm4", "Glm4Config", {**_TWO_MORE, **_ROTARY, **_PACKED, **_CAUSAL, **_LOSS}, head_dim=16),
     _hf("stablelm", "StableLmConfig", {**_ROTARY, **_SWIGLU, **_CAUSAL, **_LOSS}, num_key_value_heads=HEADS),
     # Encoder 2 x 2 + 1 norms and decoder 2 x 3 + 1, of each the first without an add; no rotary.
-    Family("t5", _t5, hf_loss, {"add_rms_norm": 10, "rms_norm": 2, "gated_mlp.geglu": 4, **_LOSS}),
+    # The decoder's own attention has a learned bias, and its attention to the encoder a mask of zeros.
+    Family(
+        "t5",
+        _t5,
+        hf_loss,
+        {"add_rms_norm": 10, "rms_norm": 2, "gated_mlp.geglu": 4, "attention.unmasked": 2, **_LOSS},
+    ),
     Family("nanogpt", lambda **more: NanoGPT(**_SIZES, **more), nanogpt_loss, _LOSS, ignore_index=-1),
     Family("meta_llama", lambda **more: MetaLlama(**_SIZES, **_GQA, **more), meta_loss, _LLAMA),
     Family("torchtitan", lambda **more: Titan(**_SIZES, **_GQA, **more), titan_loss, _LLAMA),
