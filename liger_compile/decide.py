@@ -155,7 +155,7 @@ def _refuse_several_devices(match: Match, context: _Context) -> str | None:
 
 def _refuse_several_regions(match: Match, context: _Context) -> str | None:
     # Integers and booleans are the same in every region: the positions that a mask is made of.
-    floating = [node for node in match.nodes if not _is_of_integers(node)]
+    floating = [node for node in match.nodes if not _is_of_integers(node)] or match.nodes
     first, last = context.position(floating[0]), context.position(match.nodes[-1])
     if any(first < switch < max(last, context.span(match)[1]) for switch in context.switches):
         return "grad mode or autocast changes within it"
