@@ -107,7 +107,8 @@ def losses_and_gradients(
     dx, dweight, dbias = _empty_gradients(x, weight, needs)
     is_wide = len(chunks) > ACCUMULATE_WIDE_ABOVE and weight.dtype != wide
     dweight_sum = torch.empty_like(dweight, dtype=wide) if is_wide else dweight
-    dbias_sum = torch.zeros_like(dbias, dtype=wide)
+    # Of many short blocks on a CPU, whose sums would lose more than eager code's one sum does.
+    dbias_sum = torch.zeros_like(dbias, dtype=torch.float64 if x.device.type == "cpu" else wide)
     for i, chunk in enumerate(chunks):
         logits, losses[chunk] = on_chunk(
             head, x[chunk], weight, bias, target[chunk], upstream[chunk], scale, any(needs), dbias_sum
