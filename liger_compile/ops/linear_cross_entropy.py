@@ -107,7 +107,8 @@ def losses_and_gradients(
     dx, dweight, dbias = _empty_gradients(x, weight, needs)
     is_wide = len(chunks) > ACCUMULATE_WIDE_ABOVE and weight.dtype != wide
     dweight_sum = torch.empty_like(dweight, dtype=wide) if is_wide else dweight
-    dbias_sum = torch.zeros_like(dbias, dtype=wide)
+    # Of many short blocks on a CPU, whose sums would lose more than eager code's one sum does.
+    dbias_sum = torch.zeros_like(dbias, dtype=torch.float64 if x.device.type == "cpu" else wide)
     for i, chunk in enumerate(chunks):
         logits, losses[chunk] = on_chunk(
             head, x[chunk], weight, bias, target[chunk], upstream[chunk], scale, any(needs), dbias_sum
@@ -136,9 +137,12 @@ def _reference_on_chunk(
     """The logits, which have become their gradient where it is needed, and the losses. Adds to dbias_sum, if any."""
     logits = F.linear(x, weight, bias)
     losses = upstream.new_empty(x.shape[:1])
-    for rows in row_blocks(*logits.shape):
+    blocks = row_blocks(*logits.shape)
+    # One buffer for all blocks: to get and return as much memory for each takes as long as to compute in it.
+    buffer = losses.new_empty((max((len(losses[rows]) for rows in blocks), default=0), weight.shape[0]))
+    for rows in blocks:
         z = head.scores(logits[rows])
-        logp = torch.log_softmax(z, -1)
+        logp = torch.log_softmax(z, -1, out=buffer[: len(z)])
         lse = head.lse(z, logp)
         losses[rows] = head.losses(logp, lse, target[rows])
         if needs_gradient:
