@@ -160,10 +160,12 @@ def _activate(gate, ACTIVATION: tl.constexpr):
     elif ACTIVATION == "gelu_tanh":
         # (1 + tanh(u)) / 2 is sigmoid(2u), which overflows nowhere and cancels nothing.
         square = gate * gate
-        share = tl.sigmoid(1.5957691216057308 * gate * (1.0 + 0.044715 * square))
-        slope = share * (1.0 - share) * (1.5957691216057308 * (1.0 + 0.134145 * square))
+        scores = 1.5957691216057308 * gate * (1.0 + 0.044715 * square)
+        share = tl.sigmoid(scores)
+        # sigmoid(-x) is 1 - sigmoid(x) with all its digits.
+        slope = share * tl.sigmoid(-scores) * (1.5957691216057308 * (1.0 + 0.134145 * square))
     else:
         tl.static_assert(ACTIVATION == "silu")
         share = tl.sigmoid(gate)
-        slope = share * (1.0 - share)
+        slope = share * tl.sigmoid(-gate)
     return gate * share, share + gate * slope

@@ -155,6 +155,11 @@ def gradients(outputs: Any, leaves: Sequence[Tensor]) -> list[Tensor | None]:
     if not roots or not leaves:
         return [None] * len(leaves)
     generator = torch.Generator().manual_seed(0)
-    # Numbers that are the same in every dtype; torch.randn would draw others in float64, which in_double makes of all.
-    drawn = [torch.randint(-128, 129, each.shape, generator=generator).to(each) / 64 for each in roots]
+    # Rounded to bfloat16, so that they are the same numbers in every dtype; and drawn in float32 where in_double, which
+    # would have float64, is around: there torch.randn draws others.
+    with torch._C.DisableTorchFunction():
+        drawn = [
+            torch.randn(each.shape, generator=generator, dtype=torch.float32).bfloat16() for each in roots
+        ]
+    drawn = [upstream.to(each) for upstream, each in zip(drawn, roots, strict=True)]
     return [*torch.autograd.grad(roots, list(leaves), drawn, allow_unused=True)]
