@@ -175,7 +175,9 @@ def test_gradient_accumulation() -> None:
 
 def test_default_use_cache() -> None:
     model, (ids, _) = LLAMA.build(), batch(LLAMA)
-    check(lambda model, ids: model(input_ids=ids, labels=ids).loss, model, ids)
+    # With a cache, this version of transformers gives attention no mask.
+    counts = {op: count for op, count in LLAMA.counts.items() if op != "attention.causal"}
+    check(lambda model, ids: model(input_ids=ids, labels=ids).loss, model, ids, counts=counts)
 
 
 def test_fullgraph() -> None:
@@ -220,4 +222,7 @@ def test_a_warning_between_logits_and_loss_does_not_break_the_graph(name: str) -
     else:
         config = transformers.BertConfig(**_SIZES, **_BERT, **_NO_DROPOUT_BERT, is_decoder=True)
         model = transformers.BertLMHeadModel(config)
-    check(LLAMA.loss, model.train(), *batch(LLAMA), counts=BY_NAME["nanogpt"].counts)
+    counts = dict(BY_NAME["nanogpt"].counts)
+    if name == "gpt2":
+        counts["attention.causal"] = 2
+    check(LLAMA.loss, model.train(), *batch(LLAMA), counts=counts)
