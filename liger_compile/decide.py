@@ -52,34 +52,42 @@ def decide(
     for match in matches:
         if consumed & set(match.outputs) or replaced & set(match.nodes):
             continue  # part of a larger match, or around a smaller one
-        kind, reason = "replace" if match.pattern.replace else "annotate", ""
-        annotation = Annotate("")
-        for refuses in LEGALITY:
-            reason = reason or refuses(match, context) or ""
-        if not reason and match.pattern.check:
-            reason = match.pattern.check(match) or ""
-        if not reason and policy == "never":
-            reason = "liger.policy is 'never'"
-        verdict = (
-            match.pattern.profit(match) if not reason and policy == "auto" and match.pattern.profit else None
-        )
-        if isinstance(verdict, Annotate):
-            kind, annotation = "annotate", verdict
+        verdict = _verdict(match, context, policy)
+        if (
+            not isinstance(verdict, str)
+            and fuel is not None
+            and fuel <= sum(d.kind != "leave" for d in decisions)
+        ):
+            verdict = f"liger.fuel={fuel} is used up"
+        if isinstance(verdict, str):
+            decisions.append(Decision(match, "leave", verdict))
+            continue
+        replaced.update(match.outputs)
+        consumed.update(match.outputs)
+        consumed.update(set(match.nodes) - set(match.escaping()))
+        saved = match.pattern.saves(match) if match.pattern.saves else None
+        if verdict is None:
+            decisions.append(Decision(match, "replace", saved_bytes=saved))
         else:
-            reason = reason or verdict or ""
-        if not reason and kind == "annotate" and not is_top_level:
-            reason = "what a checkpoint body recomputes has been decided already"
-        if not reason and fuel is not None and fuel <= sum(d.kind != "leave" for d in decisions):
-            reason = f"liger.fuel={fuel} is used up"
-        if reason:
-            kind = "leave"
-        else:
-            replaced.update(match.outputs)
-            consumed.update(match.outputs)
-            consumed.update(set(match.nodes) - set(match.escaping()))
-        saved = match.pattern.saves(match) if match.pattern.saves and kind != "leave" else None
-        decisions.append(Decision(match, kind, reason or annotation.reason, annotation.keeps_outputs, saved))
+            decisions.append(Decision(match, "annotate", verdict.reason, verdict.keeps_outputs, saved))
     return _without_covered(decisions, consumed)
+
+
+def _verdict(match: Match, context: _Context, policy: str) -> str | Annotate | None:
+    """Why the match is left, in a sentence; an Annotate where it is only marked; None where it is replaced."""
+    for refuses in LEGALITY:
+        if reason := refuses(match, context):
+            return reason
+    if match.pattern.check and (reason := match.pattern.check(match)):
+        return reason
+    if policy == "never":
+        return "liger.policy is 'never'"
+    verdict = match.pattern.profit(match) if policy == "auto" and match.pattern.profit else None
+    if not verdict and match.pattern.replace is None:
+        verdict = Annotate("")
+    if isinstance(verdict, Annotate) and not context.is_top_level:
+        return "what a checkpoint body recomputes has been decided already"
+    return verdict or None
 
 
 def _without_covered(decisions: list[Decision], consumed: set[Node]) -> list[Decision]:

@@ -4,9 +4,10 @@ Formula  y = softmax(q k^T * scale + mask) v, dropout on the softmax
 Shapes   q (B, H, T, D), k (B, G, S, D), v (B, G, S, E) with G dividing H; y (B, H, T, E). Causal: T is S
 Sources  Hugging Face's masking_utils (T x T booleans of positions) and repeat_kv; torch.ones(T, T).tril() of others
 
-With a mask in memory, scaled_dot_product_attention does without its fastest kernels, and reads B x T x T flags: on one
-H100 (torch 2.11.0, 2026-11-22, Llama-3.2-1B, 4 x 2048 tokens, bf16, forward and backward) 33.9 ms of GPU time a step,
-against 14.5 ms with the flag and without repeated keys and values.
+With a mask in memory, scaled_dot_product_attention does without its fastest kernels, and reads B x T x T flags. In a
+graph changed by hand, before this pattern, on one H100 (torch 2.11.0, 2026-11-22, Llama-3.2-1B, 4 x 2048 tokens, bf16,
+forward and backward): 33.9 ms of GPU time a step, against 14.5 ms with the flag and without repeated keys and values.
+This code itself has not been measured on a GPU.
 
 Which masks are causal is found by terms/indices.py; the keys' and values' repeats by terms/attention.py.
 """

@@ -11,7 +11,8 @@ the chunk's rows of dx and its share of dweight. No more than a chunk of logits 
 gradients are therefore made in forward, as for an incoming gradient of 1, and saved; backward only scales them. For
 "none" every token has an incoming gradient of its own, so backward computes the logits again.
 
-A chunk has `memory` bytes of logits, by default CPU_CHUNK_BYTES or DEVICE_CHUNK_BYTES, and LEAST_ROWS at the least.
+A chunk has `memory` bytes of logits, by default CHUNK_BYTES on a CPU and DEVICE_CHUNK_BYTES elsewhere, and LEAST_ROWS
+at the least.
 dweight is summed over chunks in the dtype of weight; in float32 if that is a half precision and there are more than
 ACCUMULATE_WIDE_ABOVE chunks. Where it takes less memory than that float32 sum would, chunks are longer instead.
 
