@@ -103,6 +103,7 @@ def _rewritten(gm: GraphModule, patterns: Sequence[Pattern], options: Options) -
                 mutations,
                 policy=options.policy,
                 fuel=_left(options.fuel, decisions),
+                recompute=options.recompute == "auto",
                 is_top_level=module is gm,
             )
             rewritten = rewrite(
@@ -111,7 +112,8 @@ def _rewritten(gm: GraphModule, patterns: Sequence[Pattern], options: Options) -
                 lambda m, at=mutations.position: insertion_point(m, at.__getitem__),
                 settings={"loss_memory": options.loss_memory},
             )
-            mark_for_recompute(rewritten)
+            if module is gm and options.recompute == "auto":  # in a checkpoint body the user has decided already
+                mark_for_recompute(rewritten)
             decisions.extend(rewritten)
             near_misses.extend(missed)
         report = GraphReport.of(

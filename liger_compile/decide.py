@@ -35,6 +35,7 @@ def decide(
     *,
     policy: str = "auto",
     fuel: int | None = None,
+    recompute: bool = True,
     is_top_level: bool = True,
 ) -> list[Decision]:
     """A decision for every match that no larger accepted match contains.
@@ -43,6 +44,7 @@ def decide(
         matches: larger patterns first, as find_matches gives them.
         policy: "auto" asks profit too, "always" does not, "never" leaves everything.
         fuel: how many matches may be replaced at most; None is no limit.
+        recompute: False marks nothing as cheap: what would only be marked is left.
         is_top_level: False in the body of a checkpoint, where no loss is replaced.
     """
     context = _Context(graph, mutations, is_top_level)
@@ -53,6 +55,8 @@ def decide(
         if consumed & set(match.outputs) or replaced & set(match.nodes):
             continue  # part of a larger match, or around a smaller one
         verdict = _verdict(match, context, policy)
+        if isinstance(verdict, Annotate) and not recompute:
+            verdict = f"{verdict.reason or 'its values are cheap'}; liger.recompute='off' keeps them all the same"
         if (
             not isinstance(verdict, str)
             and fuel is not None
@@ -82,8 +86,11 @@ def _verdict(match: Match, context: _Context, policy: str) -> str | Annotate | N
         return reason
     if policy == "never":
         return "liger.policy is 'never'"
-    verdict = match.pattern.profit(match) if policy == "auto" and match.pattern.profit else None
-    if not verdict and match.pattern.replace is None:
+    is_only_marked = match.pattern.replace is None
+    verdict = None
+    if match.pattern.profit and (policy == "auto" or is_only_marked):  # which also says what the mark is for
+        verdict = match.pattern.profit(match)
+    if not verdict and is_only_marked:
         verdict = Annotate("")
     if isinstance(verdict, Annotate) and not context.is_top_level:
         return "what a checkpoint body recomputes has been decided already"

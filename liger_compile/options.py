@@ -81,6 +81,11 @@ class Options:
         _BYTES,
         "Bytes for a chunk of logits in linear_cross_entropy, instead of its default: less memory, or more speed.",
     )
+    recompute: str = _option(
+        "auto",
+        _one_of("auto", "off"),
+        "Compute what is cheap again in backward instead of keeping it, or keep what Inductor would.",
+    )
     strict: bool = _option(
         False, _FLAG, "Raise if the rewriter fails, instead of compiling the graph as it came."
     )

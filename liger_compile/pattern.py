@@ -52,6 +52,7 @@ class Pattern:
         profit: says of a match why replacing it would not pay, in a sentence, or in an `Annotate` where its
             values are cheap all the same; None accepts. Asked under `liger.policy="auto"` only.
         saves: bytes of activations that training no longer keeps if the match is replaced; None if unknown.
+        is_cheap: the replacement is run again in backward, so that what it returns need not be kept.
         is_loss: a loss makes its gradients in forward, so it is replaced at top level only, never in a
             checkpoint body that would run it twice.
     """
@@ -63,6 +64,7 @@ class Pattern:
     check: Callable[[Match], str | None] | None = None
     profit: Callable[[Match], str | Annotate | None] | None = None
     saves: Callable[[Match], int | None] | None = None
+    is_cheap: bool = False
     is_loss: bool = False
 
     @property
@@ -145,6 +147,7 @@ class Decision:
     reason: str = ""
     keeps_outputs: bool = False  # of what is annotated: see Annotate
     saved_bytes: int | None = None  # None: not known, as where a size is symbolic
+    inserted: tuple[Node, ...] = ()  # by rewrite.py, of what is replaced
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,27 +1,41 @@
-"""mark_for_recompute(): carries out the decisions that leave a match to Inductor and only say that it is cheap.
+"""mark_for_recompute(): marks values that are cheap, so that backward computes them again instead of keeping them.
 
-AOTAutograd takes these marks from Dynamo's nodes to what it traces of them, and its partitioner then computes the
-values again in backward instead of keeping them. The marks are in none of torch's cache keys; compile.py puts them
-there.
+These are what Inductor was left with and told that it need not keep, and what ops returned whose pattern calls them
+cheap. AOTAutograd takes the marks from Dynamo's nodes to what it traces of them, and its partitioner follows them.
+They are in none of torch's cache keys; compile.py puts them there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
+import torch
+from torch.fx import Node
 from torch.utils.checkpoint import CheckpointPolicy
 
 from liger_compile.pattern import Decision
 
 
 def mark_for_recompute(decisions: Iterable[Decision]) -> None:
-    """Marks the nodes of the matches that are annotated."""
+    """Marks the nodes of the matches that are annotated, and those that stand in for what is cheap."""
     for decision in decisions:
-        if decision.kind != "annotate":
-            continue
-        kept = decision.match.outputs if decision.keeps_outputs else ()
-        for node in decision.match.nodes:
-            if node not in kept:
-                node.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
-                # The partitioner wants one; no user's checkpoint has it at this level.
-                node.meta["ac_graph_id"] = 0
+        for node in _cheap_nodes(decision):
+            node.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
+            # The partitioner wants one; no user's checkpoint has it at this level.
+            node.meta["ac_graph_id"] = 0
+
+
+def _cheap_nodes(decision: Decision) -> Iterator[Node]:
+    match = decision.match
+    if decision.kind == "replace" and match.pattern.is_cheap:
+        yield from decision.inserted
+    if decision.kind == "annotate":
+        kept = match.outputs if decision.keeps_outputs else ()
+        yield from (node for node in match.nodes if node not in kept and not _is_one_a_row(node))
+
+
+def _is_one_a_row(node: Node) -> bool:
+    """A statistic, such as a norm's: it takes a reduction to make and next to nothing to keep."""
+    value = node.meta.get("example_value")
+    last = value.shape[-1] if isinstance(value, torch.Tensor) and value.dim() else None
+    return isinstance(last, int) and last == 1

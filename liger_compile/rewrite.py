@@ -45,9 +45,11 @@ def rewrite(
     for decision in decisions:
         if decision.kind == "replace":
             before = insertion_point(decision.match)
-            reason = _splice(graph, decision.match, before, replaced, grad_modes, settings or {})
-            if reason:
-                decision = replace(decision, kind="leave", reason=reason, saved_bytes=None)
+            spliced = _splice(graph, decision.match, before, replaced, grad_modes, settings or {})
+            if isinstance(spliced, str):
+                decision = replace(decision, kind="leave", reason=spliced, saved_bytes=None)
+            else:
+                decision = replace(decision, inserted=spliced)
         result.append(decision)
     for decision in result:
         if decision.kind == "replace":
@@ -63,7 +65,7 @@ def _splice(
     replaced: dict[Node, Node],
     grad_modes: Mapping[Node, bool],
     settings: Mapping[str, Any],
-) -> str | None:
+) -> tuple[Node, ...] | str:
     """Inserts the replacement of one match; gives the sentence why not if it is not like the original."""
     arguments: dict[str, Any] = {}
     splicer = _Splicer(graph, before, match.outputs[0])
@@ -102,7 +104,7 @@ def _splice(
         node.meta["liger_compile"] = match.pattern.name
         output.replace_all_uses_with(node)
         replaced[output] = node
-    return None
+    return tuple(splicer.inserted)
 
 
 def _laid_out_like(result: Any, original: torch.Tensor) -> Any:

@@ -22,6 +22,11 @@ def check(match: Match) -> str | None:
     return None
 
 
+def profit(match: Match) -> str | None:
+    """The add is part of the op where the norm is one."""
+    return "Inductor fuses the add with the norm" if rms_norm.profit(match) else None
+
+
 def _pattern(norm) -> Pattern:
     def search(x, residual, weight, eps: float):
         s = x + residual
@@ -35,7 +40,8 @@ def _pattern(norm) -> Pattern:
         search=search,
         replace=replace,
         check=check,
-        saves=rms_norm.saves_nothing,
+        profit=profit,
+        saves=lambda match: 0,
         examples={
             "x": torch.empty(3, 5, 16),
             "residual": torch.empty(3, 5, 16),

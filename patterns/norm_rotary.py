@@ -17,6 +17,7 @@ from liger_compile import functional
 from liger_compile.ops.dispatch import has_kernel
 from liger_compile.pattern import Match, Pattern
 from liger_compile.patterns import rms_norm, rotary
+from liger_compile.patterns.profit import bytes_of
 
 
 def check(match: Match) -> str | None:
@@ -50,6 +51,12 @@ def profit(match: Match) -> str | None:
     return None
 
 
+def saved_bytes(match: Match) -> int | None:
+    """q and k as attention reads them, which it would keep."""
+    sizes = [bytes_of(output.meta["example_value"]) for output in match.outputs]
+    return None if None in sizes else sum(sizes)
+
+
 def _transposed(x):
     """(..., tokens, heads, D) -> (..., heads, tokens, D)"""
     return x.transpose(-3, -2)
@@ -75,7 +82,8 @@ def _pattern(norm: Callable, move: Callable) -> Pattern:
         replace=replace,
         check=check,
         profit=profit,
-        saves=rms_norm.saves_nothing,
+        saves=saved_bytes,
+        is_cheap=True,
         examples={
             "q": torch.empty(2, 3, 5, 16),
             "k": torch.empty(2, 3, 4, 16),

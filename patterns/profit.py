@@ -1,9 +1,24 @@
-"""Profit rules that several patterns share. Each names the measurement that it rests on."""
+"""Profit rules that several patterns share, and bytes. Each rule names the measurement that it rests on."""
 
 import torch
 
 from liger_compile.ops.dispatch import has_kernel
-from liger_compile.pattern import Match
+from liger_compile.pattern import Annotate, Match
+
+
+def bytes_of(value: torch.Tensor, parts: int = 1) -> int | None:
+    """The bytes of one of so many equal parts of a value; None where a size is symbolic."""
+    bytes_ = value.numel() * value.dtype.itemsize // parts
+    return bytes_ if isinstance(bytes_, int) else None
+
+
+def recomputed_input(match: Match, reason: str) -> str | Annotate:
+    """Of a linear layer whose input takes next to nothing to compute: the input need not be kept, if nobody else does."""
+    for node in match.escaping():
+        value = node.meta.get("example_value")
+        if isinstance(value, torch.Tensor) and value.dtype.is_floating_point:
+            return f"{node.name} is used elsewhere too and has to be kept, so there is nothing to save"
+    return Annotate(reason, keeps_outputs=True)
 
 
 def needs_kernel(match: Match) -> str | None:

@@ -7,10 +7,13 @@ they
          round to the dtype of x, which is what the three functions below differ in
 """
 
+import os
+
 import torch
 
 from liger_compile import functional
-from liger_compile.pattern import Match, Pattern
+from liger_compile.pattern import Annotate, Match, Pattern
+from liger_compile.patterns.profit import bytes_of
 
 
 def llama(x, weight, eps: float):
@@ -53,9 +56,19 @@ def check(match: Match) -> str | None:
     return None
 
 
-def saves_nothing(match: Match) -> int:
-    """The op keeps x and one number a row for backward, as Inductor's own does."""
-    return 0
+def profit(match: Match) -> Annotate | None:
+    """Whether Inductor's code is better than the op: it fuses the sums of gradients that come in, and cannot do without
+    a second pass over the rows unless they are many.
+
+    """
+    if os.environ.get("LIGER_NORM") == "op":
+        return None
+    return Annotate("Inductor fuses the norm with its neighbours; its result is computed again in backward")
+
+
+def saved_bytes(match: Match) -> int | None:
+    """The result, which the linear layers that read it would keep."""
+    return bytes_of(match.result)
 
 
 def _pattern(search) -> Pattern:
@@ -67,7 +80,9 @@ def _pattern(search) -> Pattern:
         search=search,
         replace=replace,
         check=check,
-        saves=saves_nothing,
+        profit=profit,
+        saves=saved_bytes,
+        is_cheap=True,
         examples={"x": torch.empty(3, 5, 16), "weight": torch.empty(16), "eps": 1e-6},
     )
 
@@ -78,7 +93,9 @@ PATTERNS = (
         name="rms_norm.no_weight",
         search=no_weight,
         replace=lambda x, eps: functional.rms_norm(x, None, eps),
-        saves=saves_nothing,
+        profit=profit,
+        saves=saved_bytes,
+        is_cheap=True,
         examples={"x": torch.empty(3, 5, 16), "eps": 1e-6},
     ),
 )

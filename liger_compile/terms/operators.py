@@ -275,6 +275,12 @@ def _rms_norm(call, input, normalized_shape, weight=None, eps=None):
     return normalize.cast(space, normalize.mul(space, factors, normalize.ONE, wide, shape), call.dtype)
 
 
+def _layer_norm(call, input, normalized_shape, weight=None, bias=None, eps=1e-5):
+    args = (input, *(each if isinstance(each, Term) else call.space.none for each in (weight, bias)))
+    consts = (len(normalized_shape), const_of(eps))
+    return normalize.apply(call.space, "layer_norm", args, consts, call.dtype, call.shape)
+
+
 def _linear(call, input, weight, bias=None):
     space, dtype = call.space, call.dtype  # under autocast the operands are cast without a node
     bias = normalize.cast(space, bias, dtype) if isinstance(bias, Term) else space.none
@@ -366,7 +372,7 @@ TABLE: Mapping[str, Callable[..., Any]] = {
     "contiguous": _same, "clone": _same, "alias": _same, "identity": _same,
     "mean": _reduce("mean"), "sum": _reduce("sum"), "norm": _norm, "linalg_vector_norm": _vector_norm,
     "vector_norm": _vector_norm, "softmax": _softmax("softmax"), "log_softmax": _softmax("log_softmax"),
-    "rms_norm": _rms_norm, "linear": _linear, "addmm": _addmm, "matmul": _matmul,
+    "rms_norm": _rms_norm, "layer_norm": _layer_norm, "linear": _linear, "addmm": _addmm, "matmul": _matmul,
     "einsum": _einsum, "complex": _complex,
     "cross_entropy": _cross_entropy, "nll_loss": _nll_loss, "scaled_dot_product_attention": attention,
     **LAYOUT_TABLE, **INDEX_TABLE,

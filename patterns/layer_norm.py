@@ -1,0 +1,32 @@
+"""LayerNorm: Inductor's own code is as good as a kernel; what it returns is cheap, and need not be kept.
+
+Formula  y = (x - mean(x)) / sqrt(var(x) + eps) * weight + bias, over the last dimension
+Shapes   x (..., D), weight and bias (D,) or none; y like x
+Sources  Ba, Kiros and Hinton 2016; torch.nn.LayerNorm of GPT-2, Phi, StableLM, OLMo, BERT
+"""
+
+import torch
+import torch.nn.functional as F
+
+from liger_compile.pattern import Pattern
+from liger_compile.patterns.profit import bytes_of
+
+
+def layer_norm(x, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float):
+    return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+
+
+PATTERNS = (
+    Pattern(
+        name="layer_norm.torch",
+        search=layer_norm,
+        replace=None,
+        saves=lambda match: bytes_of(match.result),
+        examples={
+            "x": torch.empty(3, 5, 16),
+            "weight": torch.empty(16),
+            "bias": torch.empty(16),
+            "eps": 1e-5,
+        },
+    ),
+)
