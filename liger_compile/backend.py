@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch.fx import GraphModule
 
 from liger_compile import compile as compiling
@@ -19,6 +20,7 @@ from liger_compile import ops  # noqa: F401 - registers the ops, so that cached 
 from liger_compile.decide import decide, insertion_point
 from liger_compile.match import find_matches
 from liger_compile.options import Options, parse
+from liger_compile.outputs import Filled, filling, logits_in, settle, take_out
 from liger_compile.pattern import Decision, NearMiss, Pattern
 from liger_compile.registry import patterns_in_use
 from liger_compile.remat import mark_for_recompute
@@ -56,7 +58,7 @@ def liger(
     chosen, inductor_options = parse(mode, options)
     patterns = [p for p in patterns_in_use(chosen.patterns) if not chosen.skips(p.name)]
     try:
-        report = _rewritten(gm, patterns, chosen)
+        report, filled = _rewritten(gm, patterns, chosen, inductor_options)
     except Exception as error:
         # Promise one: whatever went wrong in our code, the user's program runs, and hears of it once.
         if chosen.strict:
@@ -65,7 +67,7 @@ def liger(
             f"the graph is compiled as it came, because rewriting it failed: {type(error).__name__}: {error}"
         )
         warnings.warn(f"liger_compile: {why}; liger.strict=True raises instead", stacklevel=2)
-        report = GraphReport.of(gm, (), (), notes=(why,))
+        report, filled = GraphReport.of(gm, (), (), notes=(why,)), []
     compiled = compiling.compile_graph(
         gm,
         example_inputs,
@@ -77,25 +79,34 @@ def liger(
     )
     # Not before: Dynamo may restart the analysis and come back with another graph of the same code.
     record(report)
-    return compiled
+    return filling(compiled, filled)
 
 
 liger.reset = compiling.reset  # pyright: ignore[reportFunctionMemberAccess]
 
 
-def _rewritten(gm: GraphModule, patterns: Sequence[Pattern], options: Options) -> GraphReport:
-    """Runs the steps on `gm` and its bodies, and reports. On an error all graphs are as they were."""
+def _rewritten(
+    gm: GraphModule, patterns: Sequence[Pattern], options: Options, inductor_options: Mapping[str, Any]
+) -> tuple[GraphReport, list[Filled]]:
+    """Runs the steps on `gm` and its bodies: the report, and what to put in the place of outputs that are not computed.
+    On an error all graphs are as they were.
+    """
     start = time.perf_counter()
     modules = list(_graphs(gm))
     decisions: list[Decision] = []
     near_misses: list[NearMiss] = []
     notes: list[str] = []
+    filled: list[Filled] = []
     with restored_on_error(modules):
         for module in modules:
             mutations = Mutations(module.graph)
             terms = Terms(module.graph, mutations)
             notes.extend(notes_on_logits(module.graph, terms) if module is gm else ())
             notes.extend(notes_on_masks(terms.space, terms.of.values()))
+            logits = logits_in(module.graph, terms) if module is gm else []
+            why_kept = _why_logits_are_kept(options, inductor_options)
+            deferred = [] if why_kept else [take_out(each, terms) for each in logits]
+            notes.extend(f"the logits are computed in the graph: {why_kept}" for _ in logits if why_kept)
             matches, missed = find_matches(module.graph, patterns, terms)
             decided = decide(
                 module.graph,
@@ -112,7 +123,10 @@ def _rewritten(gm: GraphModule, patterns: Sequence[Pattern], options: Options) -
                 lambda m, at=mutations.position: insertion_point(m, at.__getitem__),
                 settings={"loss_memory": options.loss_memory},
             )
-            if module is gm and options.recompute == "auto":  # in a checkpoint body the user has decided already
+            filled.extend(settle(module.graph, deferred, is_dropped=options.logits == "none"))
+            if (
+                module is gm and options.recompute == "auto"
+            ):  # in a checkpoint body the user has decided already
                 mark_for_recompute(rewritten)
             decisions.extend(rewritten)
             near_misses.extend(missed)
@@ -121,7 +135,18 @@ def _rewritten(gm: GraphModule, patterns: Sequence[Pattern], options: Options) -
         )
         for module in modules:
             module.recompile()
-    return report
+    return report, filled
+
+
+def _why_logits_are_kept(options: Options, inductor_options: Mapping[str, Any]) -> str | None:
+    """Why logits that are returned beside their loss stay among the outputs of the graph, in a sentence."""
+    if options.logits == "eager":
+        return "liger.logits is 'eager'"
+    if options.logits == "auto" and not torch.is_grad_enabled():
+        return "gradients are off, so it is an evaluation, which is likely to read them"
+    if options.logits == "auto" and compiling.uses_cudagraphs(options.mode, inductor_options):
+        return "the next replay of a CUDA graph would overwrite what they are computed from"
+    return None
 
 
 def _left(fuel: int | None, decisions: Sequence[Decision]) -> int | None:

@@ -56,7 +56,9 @@ def decide(
             continue  # part of a larger match, or around a smaller one
         verdict = _verdict(match, context, policy)
         if isinstance(verdict, Annotate) and not recompute:
-            verdict = f"{verdict.reason or 'its values are cheap'}; liger.recompute='off' keeps them all the same"
+            verdict = (
+                f"{verdict.reason or 'its values are cheap'}; liger.recompute='off' keeps them all the same"
+            )
         if (
             not isinstance(verdict, str)
             and fuel is not None

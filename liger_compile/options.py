@@ -81,6 +81,11 @@ class Options:
         _BYTES,
         "Bytes for a chunk of logits in linear_cross_entropy, instead of its default: less memory, or more speed.",
     )
+    logits: str = _option(
+        "auto",
+        _one_of("auto", "eager", "none"),
+        "Logits returned beside a loss that does without them: computed when read, in the compiled graph, or None.",
+    )
     recompute: str = _option(
         "auto",
         _one_of("auto", "off"),

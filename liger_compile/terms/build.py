@@ -83,6 +83,12 @@ class Terms:
                     queue.append(arg)
         return False
 
+    def forget(self, node: Node) -> None:
+        """For a node that is taken out of the graph."""
+        value = self.of.pop(node)
+        if isinstance(value, Term):
+            self.nodes[value].remove(node)
+
     def derive(self, term: Term) -> tuple[Node, tuple[Step, ...]] | None:
         """A node that has the value of `term` once the steps are taken; None if there is none."""
         nodes = self.nodes.get(term)

@@ -1,0 +1,249 @@
+"""Graph outputs that may never be read: logits beside a loss that does without them. With rewrite.py and remat.py the
+only file that edits a graph.
+
+    logits_in()  outputs that are logits of a loss in the graph
+    take_out()   before matching: returns the hidden state in their place, so that nothing in the graph needs them
+    settle()     after rewriting: where head and loss were not fused, they come back
+    filling()    after each call of what was compiled: puts a tensor in their place that computes them if it is read
+
+Left in the graph, logits that nobody reads would cost their memory until the end of the step, and as much again for
+their gradient: AOTAutograd makes one of zeros for every output that is not used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses import FakeTensorMode
+from torch.fx import Graph, GraphModule, Node
+
+from liger_compile.lazy import Recipe, lazy
+from liger_compile.terms.build import Terms
+from liger_compile.terms.term import Term
+
+# On the way from a head to its loss, or to an output. All logits stay there.
+_STEPS = ("cast", "view", "slice", "permute", "mul", "add", "tanh")
+_ADVICE = (
+    'compile with options={"liger.logits": "eager"} to have them computed in the compiled graph, '
+    "or read them before the weights change"
+)
+
+
+@dataclass(frozen=True)
+class Logits:
+    """An output that is logits, and how it is computed."""
+
+    output: Node
+    hidden: Node  # what the head reads
+    head: Node  # the linear layer
+    nodes: tuple[Node, ...]  # from there to the output, in graph order
+
+
+@dataclass(frozen=True)
+class Deferred:
+    """An output that has been taken out of a graph, and how to compute it."""
+
+    positions: tuple[int, ...]  # among the outputs
+    head: Node  # the linear layer that it comes from
+    recipe: Graph  # of the hidden state, then of inputs of the graph
+    inputs: tuple[Node, ...]  # these inputs
+    originals: Mapping[Node, Node]  # what a node of the recipe is a copy of
+    autocast: tuple[str, torch.dtype] | None  # that the head runs under
+
+
+def logits_in(graph: Graph, terms: Terms) -> list[Logits]:
+    """The outputs that are logits of a loss in `graph`, and can be computed later."""
+    losses = [t for t in terms.of.values() if isinstance(t, Term) and t.op == "cross_entropy"]
+    heads = {head for loss in losses if (head := _head(loss.args[0].bare)) is not None}
+    outputs = graph.output_node().args[0]
+    found = []
+    for node in dict.fromkeys(outputs if isinstance(outputs, tuple) else ()):
+        term = terms.of.get(node) if isinstance(node, Node) else None
+        head = _head(term.bare) if isinstance(term, Term) else None
+        if head in heads and (logits := _walk(node, head, terms)) is not None:
+            found.append(logits)
+    return found
+
+
+def _head(term: Term) -> Term | None:
+    """The linear layer that a bare term is computed from by steps alone."""
+    while term.op in _STEPS:
+        heads = [arg for arg in term.args if _head(arg) is not None]
+        if len(heads) != 1:
+            return None
+        (term,) = heads
+    return term if term.op == "linear" else None
+
+
+def _walk(output: Node, head: Term, terms: Terms) -> Logits | None:
+    """The way from the hidden state to `output`, if it can be gone again, later."""
+    recipe: set[Node] = set()
+    hidden: Node | None = None
+    stack = [output]
+    while stack:
+        node = stack.pop()
+        value = terms.of[node]
+        if isinstance(value, Term) and value.bare is head.args[0]:
+            first = terms.nodes[value][0]
+            if hidden not in (None, first):
+                return None
+            hidden = first
+        elif node.op != "placeholder" and node not in recipe:
+            if not _can_run_again(node, value, terms):
+                return None
+            recipe.add(node)
+            stack.extend(node.all_input_nodes)
+    in_order = sorted(recipe, key=terms.mutations.position.__getitem__)
+    heads = [n for n in in_order if isinstance(value := terms.of[n], Term) and value.bare is head]
+    return Logits(output, hidden, heads[0], tuple(in_order)) if hidden and heads else None
+
+
+def _can_run_again(node: Node, value: Any, terms: Terms) -> bool:
+    if node.op not in ("call_function", "call_method") or not terms.mutations.is_clean(node):
+        return False
+    if isinstance(node.meta.get("example_value"), (int, torch.SymInt, torch.Size)):
+        return True
+    return isinstance(value, Term) and value.op in (*_STEPS, "linear", "matmul")
+
+
+def take_out(logits: Logits, terms: Terms) -> Deferred:
+    """Returns the hidden state in their place, and erases what nobody needs any more."""
+    output, hidden, nodes = logits.output, logits.hidden, logits.nodes
+    recipe = Graph()
+    copies = {hidden: recipe.placeholder("hidden")}
+    given = dict.fromkeys(arg for node in nodes for arg in node.all_input_nodes if arg.op == "placeholder")
+    inputs = tuple(node for node in given if node is not hidden)
+    copies.update((node, recipe.placeholder(node.name)) for node in inputs)
+    for node in nodes:  # another node may have the value of the hidden state
+        copies[node] = recipe.node_copy(node, lambda arg: copies.get(arg, copies[hidden]))
+    recipe.output(copies[output])
+
+    graph = output.graph
+    returned = graph.output_node().args[0]
+    assert isinstance(returned, tuple)
+    positions = tuple(i for i, node in enumerate(returned) if node is output)
+    autocast = _autocast_at(logits.head)
+    _return(graph, positions, hidden)
+    originals = {copies[node]: node for node in nodes}
+    for node in reversed(nodes):
+        if not node.users:
+            terms.forget(node)
+            graph.erase_node(node)
+    return Deferred(positions, logits.head, recipe, inputs, originals, autocast)
+
+
+def _return(graph: Graph, positions: Sequence[int], value: Node | None) -> None:
+    output = graph.output_node()
+    (outputs,) = output.args
+    assert isinstance(outputs, tuple)
+    output.args = (tuple(value if i in positions else each for i, each in enumerate(outputs)),)
+
+
+def _autocast_at(head: Node) -> tuple[str, torch.dtype] | None:
+    """What autocast is on at a node: the one around the compiled function, or one that was entered in it."""
+    device = head.meta["example_value"].device.type
+    states = [torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None]
+    for node in head.graph.nodes:
+        name = getattr(node.target, "__name__", "") if node.op == "call_function" else ""
+        if name == "_enter_autocast" and node.args[0] == device:
+            _, dtype, enabled, *_ = node.args
+            states.append((dtype or torch.get_autocast_dtype(device)) if enabled else None)
+        elif name == "_exit_autocast" and node.args[0].args[0] == device:
+            states.pop()
+        elif node is head:
+            break
+    return None if states[-1] is None else (device, states[-1])
+
+
+def settle(graph: Graph, deferred: Sequence[Deferred], is_dropped: bool) -> list[Filled]:
+    """What to put in the place of outputs whose head is gone from `graph`; the other outputs come back.
+
+    Args:
+        is_dropped: None is put there.
+    """
+    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    found = []
+    for each in deferred:
+        if not each.head._erased:
+            _put_back(graph, each)
+            continue
+        if is_dropped:
+            _return(graph, each.positions, None)
+        for node in each.recipe.nodes:
+            node.meta.clear()  # fake tensors
+        function = GraphModule(torch.nn.Module(), each.recipe)
+        recipe = None if is_dropped else Recipe(function, "logits", _ADVICE, each.autocast)
+        found.append(Filled(each.positions, tuple(map(placeholders.index, each.inputs)), recipe))
+    return found
+
+
+def _put_back(graph: Graph, deferred: Deferred) -> None:
+    outputs: Any = graph.output_node().args[0]
+    hidden = outputs[deferred.positions[0]]  # what stands in for it now
+    ends, *nodes = reversed(deferred.recipe.nodes)
+    there: dict[Node, Node] = {}
+    given = iter((hidden, *deferred.inputs))
+    with graph.inserting_before(graph.output_node()):
+        for node in reversed(nodes):
+            if node.op == "placeholder":
+                there[node] = next(given)
+            else:
+                original = deferred.originals[node]
+                there[node] = graph.node_copy(node, there.__getitem__) if original._erased else original
+    (output,) = ends.all_input_nodes
+    _return(graph, deferred.positions, there[output])
+
+
+@dataclass(frozen=True)
+class Filled:
+    """Stands in for an output, call for call."""
+
+    positions: tuple[int, ...]
+    inputs: tuple[int, ...]  # which of the graph's inputs the recipe takes after the hidden state
+    recipe: Recipe | None  # None puts None there
+    likes: dict[Any, Tensor] = field(
+        default_factory=dict
+    )  # what the output looks like, by the hidden state's shape
+
+    def fill(self, outputs: list[Any], inputs: Sequence[Any]) -> None:
+        """Puts a LazyTensor where the hidden state was returned."""
+        made = None
+        if self.recipe is not None:
+            arguments = (outputs[self.positions[0]], *(inputs[i] for i in self.inputs))
+            shape = tuple(arguments[0].shape)
+            if shape not in self.likes:
+                self.likes[shape] = _like(self.recipe, arguments)
+            made = lazy(self.recipe, self.likes[shape], *arguments)
+        for position in self.positions:
+            outputs[position] = made
+
+
+def _like(recipe: Recipe, arguments: Sequence[Any]) -> Tensor:
+    with FakeTensorMode(allow_non_fake_inputs=False), torch.no_grad():
+        result = recipe(
+            *(
+                torch.empty_strided(a.shape, a.stride(), dtype=a.dtype, device=a.device)
+                if isinstance(a, Tensor)
+                else a
+                for a in arguments
+            )
+        )
+    return torch.empty_strided(result.shape, result.stride(), dtype=result.dtype, device="meta")
+
+
+def filling(compiled: Callable[..., Any], filled: Sequence[Filled]) -> Callable[..., Any]:
+    """`compiled`, with its outputs filled in."""
+    if not filled:
+        return compiled
+
+    def call(*inputs: Any) -> tuple[Any, ...]:
+        outputs = list(compiled(*inputs))
+        for each in filled:
+            each.fill(outputs, inputs)
+        return tuple(outputs)
+
+    return call
