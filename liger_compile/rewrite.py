@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_map
 from liger_compile.pattern import Capture, Decision, Match
 from liger_compile.terms.term import size_of, sizes_of
 
+_SOURCE = "_dynamo_source"  # where Dynamo found an input; AOTAutograd insists on it
 _META = ("stack_trace", "nn_module_stack", "source_fn_stack")
 
 
@@ -77,7 +78,9 @@ def _splice(
     fake_mode = getattr(match.result, "fake_mode", None) or nullcontext()
     originals = [output.meta["example_value"] for output in match.outputs]
     try:
-        with fake_mode, torch.set_grad_enabled(grad_modes[match.outputs[0]]), splicer:
+        # A user's hooks on saved tensors are for tensors that have values.
+        hooks = torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is)
+        with fake_mode, hooks, torch.set_grad_enabled(grad_modes[match.outputs[0]]), splicer:
             for name, bound in match.captures.items():
                 if isinstance(bound, Capture):
                     arguments[name] = bound.derive(arguments[name])
@@ -105,6 +108,10 @@ def _splice(
         output.replace_all_uses_with(node)
         replaced[output] = node
     return tuple(splicer.inserted)
+
+
+def _as_it_is(value: Any) -> Any:
+    return value
 
 
 def _laid_out_like(result: Any, original: torch.Tensor) -> Any:
@@ -252,8 +259,11 @@ def restored_on_error(modules: Sequence[GraphModule]) -> Iterator[None]:
     """Gives each module its graph back, unchanged, if the block raises."""
     copies = []
     for module in modules:
-        copy = Graph()
-        result = copy.graph_copy(module.graph, {})
+        copy, of = Graph(), {}
+        result = copy.graph_copy(module.graph, of)
+        for node, copied in of.items():
+            if hasattr(node, _SOURCE):
+                setattr(copied, _SOURCE, getattr(node, _SOURCE))
         copy.output(result).meta.update(module.graph.output_node().meta)
         copies.append(copy)
     try:

@@ -13,7 +13,7 @@ def bytes_of(value: torch.Tensor, parts: int = 1) -> int | None:
 
 
 def recomputed_input(match: Match, reason: str) -> str | Annotate:
-    """Of a linear layer whose input takes next to nothing to compute: the input need not be kept, if nobody else does."""
+    """Of a linear layer whose input is cheap to compute: the input need not be kept, unless somebody else needs it."""
     for node in match.escaping():
         value = node.meta.get("example_value")
         if isinstance(value, torch.Tensor) and value.dtype.is_floating_point:

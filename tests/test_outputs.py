@@ -1,0 +1,254 @@
+"""Logits that are returned beside their loss: fused all the same, and computed when they are read."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import liger_compile
+from liger_compile.lazy import LazyTensor
+
+V, H = 32, 8
+
+
+def head_and_loss(x, w, labels):
+    """As Hugging Face: upcasts for the loss, returns the logits as they are."""
+    logits = F.linear(torch.tanh(x), w)
+    return F.cross_entropy(logits.float().view(-1, V), labels.view(-1)), logits
+
+
+def upcast_first(x, w, labels):
+    logits = F.linear(torch.tanh(x), w).float()
+    return F.cross_entropy(logits.view(-1, V), labels.view(-1)), logits
+
+
+def softcap(x, w, labels):
+    logits = 3 * torch.tanh(F.linear(torch.tanh(x), w) / 3)
+    return F.cross_entropy(logits.float().view(-1, V), labels.view(-1)), logits
+
+
+def scaled_for_the_caller_only(x, w, labels):
+    logits = F.linear(torch.tanh(x), w)
+    return F.cross_entropy(logits.view(-1, V), labels.view(-1)), (logits * 2).float()
+
+
+def sliced_states(x, w, labels):
+    states = torch.tanh(x)
+    logits = F.linear(states[:, 0:, :], w)
+    return F.cross_entropy(logits.float().view(-1, V), labels.view(-1)), logits
+
+
+def transposed_head(x, w, labels):
+    logits = torch.tanh(x) @ w.t() + 0.5 * w.new_ones(V)
+    return F.cross_entropy(logits.view(-1, V), labels.view(-1)), logits
+
+
+def two_outputs(x, w, labels):
+    logits = F.linear(torch.tanh(x), w)
+    loss = F.cross_entropy(logits.float().view(-1, V), labels.view(-1))
+    return loss, logits, logits.view(-1, V).float()
+
+
+LAZY = (head_and_loss, upcast_first, softcap, scaled_for_the_caller_only, sliced_states, two_outputs)
+
+
+def arguments(dtype=torch.float32, length=5):
+    x = torch.randn(3, length, H, dtype=dtype, requires_grad=True)
+    w = torch.randn(V, H, dtype=dtype, requires_grad=True)
+    return x, w, torch.randint(V, (3, length))
+
+
+def compiled(function, inner="aot_eager", **options):
+    settings = {f"liger.{name}": value for name, value in options.items()}
+    return torch.compile(
+        function, backend="liger", options={"liger.inner": inner, "liger.strict": True, **settings}
+    )
+
+
+def fused():
+    return [
+        site.kind
+        for report in liger_compile.reports()
+        for site in report.sites
+        if site.pattern.startswith("linear_cross_entropy")
+    ]
+
+
+@pytest.mark.parametrize("function", LAZY)
+def test_logits_that_nobody_reads_are_not_computed(function):
+    x, w, labels = arguments()
+    loss, *logits = compiled(function)(x, w, labels)
+    expected_loss, *expected = function(x, w, labels)
+    assert fused() == ["replace"]
+    assert all(isinstance(each, LazyTensor) for each in logits)
+    for got, wanted in zip(logits, expected, strict=True):
+        for of in ("shape", "dtype", "device", "requires_grad"):
+            assert getattr(got, of) == getattr(wanted, of)
+        assert got.stride() == wanted.stride()
+    torch.testing.assert_close(loss, expected_loss)
+    torch.testing.assert_close(torch.autograd.grad(loss, (x, w)), torch.autograd.grad(expected_loss, (x, w)))
+
+
+@pytest.mark.parametrize("function", (*LAZY, transposed_head))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_read_logits_are_those_of_eager_and_so_are_their_gradients(function, dtype):
+    x, w, labels = arguments(dtype)
+
+    def total(results):
+        loss, *logits = results
+        return loss + sum(each.float().square().mean() for each in logits)
+
+    got, expected = compiled(function)(x, w, labels), function(x, w, labels)
+    for ours, plain in zip(got[1:], expected[1:], strict=True):
+        torch.testing.assert_close(ours + 0, plain + 0)
+    exact = function(x.double(), w.double(), labels)
+    truth = torch.autograd.grad(total(exact), (x, w))
+    ours = torch.autograd.grad(total(got), (x, w))
+    eager = torch.autograd.grad(total(expected), (x, w))
+    for a, b, wanted in zip(ours, eager, truth, strict=True):
+        unit = torch.finfo(dtype).eps * wanted.double().norm()
+        assert (a - wanted).double().norm() <= 2 * (b - wanted).double().norm() + unit
+
+
+def test_with_inductor():
+    x, w, labels = arguments()
+    loss, logits = compiled(head_and_loss, "inductor")(x, w, labels)
+    expected, expected_logits = head_and_loss(x, w, labels)
+    torch.testing.assert_close((loss, logits + 0), (expected, expected_logits + 0))
+    (loss + logits.mean()).backward()
+    torch.testing.assert_close(w.grad, torch.autograd.grad(expected + expected_logits.mean(), w)[0])
+
+
+@pytest.mark.parametrize("inside", (True, False))
+def test_autocast(inside):
+    x, w, labels = arguments()
+
+    def under_autocast(x, w, labels):
+        with torch.autocast("cpu", torch.bfloat16):
+            loss, logits = head_and_loss(x, w, labels)
+        return loss, logits.float()
+
+    function = under_autocast if inside else head_and_loss
+    with torch.autocast("cpu", torch.bfloat16, enabled=not inside):
+        _, expected = function(x, w, labels)
+        _, logits = compiled(function)(x, w, labels)
+    assert fused() == ["replace"] and isinstance(logits, LazyTensor) and logits.dtype == expected.dtype
+    torch.testing.assert_close(logits + 0, expected + 0)
+    torch.testing.assert_close(
+        torch.autograd.grad(logits.float().square().sum(), (x, w)),
+        torch.autograd.grad(expected.float().square().sum(), (x, w)),
+        rtol=2e-2,
+        atol=2e-2,
+    )
+
+
+def test_one_compilation_serves_all_lengths():
+    function = compiled(head_and_loss)
+    dynamic = torch.compile(
+        head_and_loss,
+        backend="liger",
+        dynamic=True,
+        options={"liger.inner": "aot_eager", "liger.strict": True},
+    )
+    for each in (dynamic, function):
+        liger_compile.clear_reports()
+        for length in (5, 7, 9):
+            x, w, labels = arguments(length=length)
+            _, logits = each(x, w, labels)
+            assert isinstance(logits, LazyTensor) and logits.shape == (3, length, V)
+            torch.testing.assert_close(logits + 0, head_and_loss(x, w, labels)[1] + 0)
+        assert len(liger_compile.reports()) == (1 if each is dynamic else 2)
+
+
+def test_none_drops_them():
+    x, w, labels = arguments()
+    loss, logits = compiled(head_and_loss, logits="none")(x, w, labels)
+    assert logits is None
+    torch.testing.assert_close(loss, head_and_loss(x, w, labels)[0])
+
+
+@pytest.mark.parametrize("case", ("option", "no_grad"))
+def test_logits_that_stay_in_the_graph_prevent_the_fusion_and_the_report_says_why(case):
+    function = compiled(head_and_loss, **({"logits": "eager"} if case == "option" else {}))
+    x, w, labels = arguments()
+    with torch.set_grad_enabled(case == "option"):
+        loss, logits = function(x, w, labels)
+    assert type(logits) is torch.Tensor
+    torch.testing.assert_close((loss, logits), head_and_loss(x, w, labels))
+    (report,) = liger_compile.reports()
+    reason = "liger.logits is 'eager'" if case == "option" else "gradients are off"
+    (note,) = report.notes
+    assert reason in note and "computed in the graph" in note
+
+
+def test_cuda_graphs_keep_them_in_the_graph():
+    from liger_compile.backend import _why_logits_are_kept
+    from liger_compile.options import Options
+
+    assert "CUDA graph" in _why_logits_are_kept(Options(mode="reduce-overhead"), {})
+    assert "CUDA graph" in _why_logits_are_kept(Options(), {"triton.cudagraphs": True})
+    assert _why_logits_are_kept(Options(), {}) is None
+
+
+def accuracy_beside(x, w, labels):
+    logits = F.linear(torch.tanh(x), w)
+    hits = (logits.argmax(-1) == labels).float().mean()
+    return F.cross_entropy(logits.view(-1, V), labels.view(-1)), logits, hits
+
+
+def test_logits_that_the_graph_reads_itself_come_back():
+    x, w, labels = arguments()
+    results = compiled(accuracy_beside)(x, w, labels)
+    assert type(results[1]) is torch.Tensor and fused() == ["leave"]
+    torch.testing.assert_close(results, accuracy_beside(x, w, labels))
+
+
+def test_a_skipped_loss_gives_them_back_as_they_were():
+    x, w, labels = arguments()
+    for function in (scaled_for_the_caller_only, two_outputs):
+        results = compiled(function, skip=("linear_cross_entropy",))(x, w, labels)
+        assert all(type(each) is torch.Tensor for each in results)
+        torch.testing.assert_close(results, function(x, w, labels))
+        torch._dynamo.reset()
+
+
+def test_a_failure_afterwards_gives_them_back(monkeypatch):
+    def fail(*args, **kwargs):
+        raise RuntimeError("a mistake of ours")
+
+    monkeypatch.setattr("liger_compile.backend.find_matches", fail)
+    x, w, labels = arguments()
+    with pytest.warns(UserWarning, match="a mistake of ours"):
+        results = torch.compile(head_and_loss, backend="liger", options={"liger.inner": "aot_eager"})(
+            x, w, labels
+        )
+    assert type(results[1]) is torch.Tensor
+    torch.testing.assert_close(results, head_and_loss(x, w, labels))
+
+
+def test_the_weight_may_change_after_the_logits_were_read_and_not_before():
+    x, w, labels = arguments()
+    function = compiled(head_and_loss)
+    expected = head_and_loss(x, w, labels)[1].detach()
+    first, second = function(x, w, labels)[1], function(x, w, labels)[1]
+    first.max()
+    with torch.no_grad():
+        w.add_(1)
+    torch.testing.assert_close(first.detach() + 0, expected)
+    with pytest.raises(RuntimeError, match=r"liger.logits"):
+        second.max()
+
+
+def test_nothing_large_is_kept_for_backward():
+    """The hidden state is what autograd keeps between forward and backward, not the logits."""
+    x, w, labels = arguments()
+    known, kept = {x.untyped_storage().data_ptr(), w.untyped_storage().data_ptr()}, {}
+
+    def pack(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.numel()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss, logits = compiled(head_and_loss)(x, w, labels)
+    largest = max(size for storage, size in kept.items() if storage not in known)
+    assert largest < logits.numel()
+    loss.backward()
