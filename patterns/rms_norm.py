@@ -7,8 +7,6 @@ they
          round to the dtype of x, which is what the three functions below differ in
 """
 
-import os
-
 import torch
 
 from liger_compile import functional
@@ -61,8 +59,6 @@ def profit(match: Match) -> Annotate | None:
     a second pass over the rows unless they are many.
 
     """
-    if os.environ.get("LIGER_NORM") == "op":
-        return None
     return Annotate("Inductor fuses the norm with its neighbours; its result is computed again in backward")
 
 

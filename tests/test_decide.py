@@ -253,10 +253,10 @@ def test_check_refuses_with_its_sentence(run_liger):
 def test_profit_refuses_with_its_sentence_unless_the_policy_is_always(run_liger):
     def f(x, w, target):
         logits = F.linear(x, w)
-        return F.cross_entropy(logits, target), logits
+        return F.cross_entropy(logits, target), logits.exp()
 
     args = torch.randn(4, 8), torch.randn(11, 8), torch.tensor([1, 2, 3, 4])
-    reason = "the logits are needed elsewhere (the graph returns them)"
+    reason = "the logits are needed elsewhere (exp reads them)"
     reports = assert_left(run_liger, f, *args, reason=reason, policy="auto")
     assert len(sites(reports)) == 1
     torch._dynamo.reset()
