@@ -52,6 +52,27 @@ def interpreted(monkeypatch):
 
 
 @pytest.fixture
+def kept_for_backward():
+    """kept(function, *args) -> the bytes that autograd keeps between forward and backward, without those of the
+    arguments; and the gradients of the sum of the squares of the result."""
+
+    def kept(function, *args):
+        sizes, leaves = {}, [arg.detach().clone().requires_grad_() for arg in args]
+        known = {leaf.untyped_storage().data_ptr() for leaf in leaves}
+
+        def pack(tensor):
+            sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            result = function(*leaves)
+        gradients = torch.autograd.grad(result.square().sum(), leaves)
+        return sum(size for storage, size in sizes.items() if storage not in known), gradients
+
+    return kept
+
+
+@pytest.fixture
 def run_liger():
     """run(function, *args, **options) -> (result, reports) of one call under backend="liger".
 

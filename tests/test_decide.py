@@ -336,31 +336,16 @@ def squared_relu_mlp(x, w, down):
     return F.linear(torch.relu(F.linear(x, w)).square(), down)
 
 
-def bytes_kept(function, *args):
-    """What autograd keeps between forward and backward, the arguments left out; and the gradients."""
-    kept, known = {}, {arg.untyped_storage().data_ptr() for arg in args}
-
-    def pack(tensor):
-        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    leaves = [arg.detach().requires_grad_() for arg in args]
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        result = function(*leaves)
-    gradients = torch.autograd.grad(result.square().sum(), leaves)
-    return sum(size for storage, size in kept.items() if storage not in known), gradients
-
-
-def test_a_pattern_without_a_replacement_marks_what_is_cheap_to_recompute():
+def test_a_pattern_without_a_replacement_marks_what_is_cheap_to_recompute(kept_for_backward):
     args = torch.randn(64, 8), torch.randn(32, 8), torch.randn(8, 32)
     options = {"liger.inner": "aot_eager", "liger.strict": True}
     plain = torch.compile(squared_relu_mlp, backend="liger", options={**options, "liger.recompute": "off"})
-    before, expected = bytes_kept(plain, *args)
+    before, expected = kept_for_backward(plain, *args)
     torch._dynamo.reset()
     marked = torch.compile(
         squared_relu_mlp, backend="liger", options={**options, "liger.patterns": (SQUARED_RELU,)}
     )
-    after, gradients = bytes_kept(marked, *args)
+    after, gradients = kept_for_backward(marked, *args)
     (site,) = liger_compile.reports()[-1].sites
     assert (site.kind, site.saved_bytes) == ("annotate", 64 * 32 * 4)
     assert before - after == site.saved_bytes
