@@ -244,7 +244,9 @@ def _module_of(nodes: Sequence[Node]) -> tuple[str, str]:
     path, cls = max(shared, key=lambda entry: len(entry[0]))
     # Dynamo writes a path as source: L['self'].layers.0, G['model'].head, getattr(L['fn'].blocks, 'w-x')
     path = re.sub(r"getattr\(|, '([^']*)'\)", lambda found: f".{found[1]}" if found[1] else "", path)
-    path = re.sub(r"^[LG]\['(\w+)'\]", lambda found: "" if found[1] in ("self", "fn") else found[1], path)
+    path = re.sub(
+        r"^[LG]\['(\w+)'\]", lambda found: "" if found[1] in ("self", "fn", "args") else found[1], path
+    )
     return path.lstrip("."), getattr(cls, "__name__", str(cls))
 
 
