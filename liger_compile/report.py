@@ -244,9 +244,8 @@ def _module_of(nodes: Sequence[Node]) -> tuple[str, str]:
     path, cls = max(shared, key=lambda entry: len(entry[0]))
     # Dynamo writes a path as source: L['self'].layers.0, G['model'].head, getattr(L['fn'].blocks, 'w-x')
     path = re.sub(r"getattr\(|, '([^']*)'\)", lambda found: f".{found[1]}" if found[1] else "", path)
-    path = re.sub(
-        r"^[LG]\['(\w+)'\]", lambda found: "" if found[1] in ("self", "fn", "args") else found[1], path
-    )
+    # The model itself has no name: it is a method's self, or the first of a wrapper's *args.
+    path = re.sub(r"^[LG]\['(\w+)'\](\[0\])?", lambda f: "" if f[1] in ("self", "fn", "args") else f[1], path)
     return path.lstrip("."), getattr(cls, "__name__", str(cls))
 
 

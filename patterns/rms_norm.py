@@ -55,12 +55,12 @@ def check(match: Match) -> str | None:
 
 
 def profit(match: Match) -> Annotate:
-    """The op is no faster in a step than Inductor's code, which fuses the sums of gradients that come in, and its result
-    with the add before it would be kept.
+    """The op is no faster in a step than Inductor's code, which fuses the sums of gradients that come in; and with
+    the add before it, its result would be kept.
 
-    H100, torch 2.11.0, triton 3.6.0, bf16, 2026-11-25, a step of a Llama of 4 layers, hidden 2048, marked, and with ops:
-    4 x 2048 tokens 46.2 ms and 2.68 GiB, 45.8 ms and 2.93 GiB, the lower quartiles of both 45.3 ms; 1 x 2048 tokens 12.9
-    and 13.0 ms (profit_nvidia_h100.csv).
+    H100, torch 2.11.0, triton 3.6.0, bf16, 2026-11-25, a step of a Llama of 4 layers, hidden 2048, marked, and with
+    ops: 4 x 2048 tokens 46.2 ms and 2.68 GiB, 45.8 ms and 2.93 GiB, the lower quartiles of both 45.3 ms; 1 x 2048
+    tokens 12.9 and 13.0 ms (profit_nvidia_h100.csv).
     """
     return Annotate("Inductor fuses the norm with its neighbours; its result is computed again in backward")
 
