@@ -327,17 +327,9 @@ def _rotate_heads(
     for step in tl.static_range(HEADS + AHEAD - 1):
         if step < HEADS:
             head = (first + step).to(tl.int64)
-            read = read + (
-                _read(
-                    x_at + head * x_head_stride,
-                    1,
-                    _is_row(tokens, num_tokens, head < num_heads),
-                    WIDTH,
-                    READS_INTERLEAVED,
-                    PAIRS,
-                    EVICTION,
-                ),
-            )
+            is_row = _is_row(tokens, num_tokens, head < num_heads)
+            pairs = _read(x_at + head * x_head_stride, 1, is_row, WIDTH, READS_INTERLEAVED, PAIRS, EVICTION)
+            read = read + (pairs,)  # noqa: RUF005, which Triton does not know
         if step >= AHEAD - 1:
             head = (first + step - (AHEAD - 1)).to(tl.int64)
             is_row = _is_row(tokens, num_tokens, head < num_heads)
