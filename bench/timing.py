@@ -135,14 +135,17 @@ def captured(
     return Contender(name, stages, "graph", len(sets), prepare, keeps=(sets, upstream))
 
 
-def replayed(name: str, stages: Stages) -> Contender:
-    """Work without gradients as CUDA graphs, one for each stage."""
+def replayed(name: str, stages: Stages, pool: Any = None) -> Contender:
+    """Work without gradients as CUDA graphs, one for each stage.
+
+    Graphs of one `pool` have their results in the same memory: each is overwritten by the next replay of any.
+    """
     graphs = {}
     for stage, run in stages.items():
         run()
         torch.cuda.synchronize()
         graphs[stage] = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graphs[stage]):
+        with torch.cuda.graph(graphs[stage], pool=pool):
             run()
     return Contender(name, {stage: graph.replay for stage, graph in graphs.items()}, "graph", keeps=stages)
 

@@ -1,8 +1,12 @@
 """Rotary position embedding: the kernel of ops/rotary.py, for both directions.
 
-q and k go in one launch. A program takes some heads of q or of k for some tokens, all of its loads at once, and reads
-and writes every channel once: 4 bytes an element in half precision. Inputs have any strides, such as those of slices
-of one projection; results have their order of dimensions, without gaps.
+q and k go in one launch. A program takes some heads of q or of k for some tokens, and reads and writes every channel
+once: 4 bytes an element in half precision. Inputs have any strides, such as those of slices of one projection; results
+have their order of dimensions, without gaps.
+
+A tile is one head of some tokens, as many as give each thread of the program 16 bytes of either half. The heads of a
+program follow each other in the same threads, which keep the tables of their tokens in registers; `ahead` of them are
+read before the first is written, so that the memory always has something to do.
 """
 
 # What Triton's decorator makes of a kernel, a type checker does not see.
@@ -25,21 +29,27 @@ from . import launch
 class Config(NamedTuple):
     tokens: int  # of a program
     heads: int
+    ahead: int  # heads that are read before the first is written, of which one is as large as the tile
     pairs: int  # half of the rotated channels, to the next power of two
     rest: int  # the other channels, to the next power of two; at least 1
     num_warps: int
+    eviction: str = ""  # policy of the cache for what is rotated
 
 
-MOST_HEADS, PAIRS_IN_FLIGHT, REST_IN_FLIGHT = 8, 2048, 4096
+VECTOR_BYTES = 16  # that a thread reads at once
+NUM_WARPS, MOST_HEADS, MOST_AHEAD = 4, 4, 4
+PAIRS_AHEAD, REST_AT_ONCE = 4096, 4096
 
 
-def config(channels: int, width: int, num_heads: int) -> Config:
+def config(channels: int, width: int, num_heads: int, itemsize: int) -> Config:
     """The tile of a program, for `num_heads` heads of `channels` channels of which `width` are rotated."""
     pairs = triton.next_power_of_2(width // 2)
     rest = triton.next_power_of_2(max(1, channels - width))
-    rows = max(1, min(PAIRS_IN_FLIGHT // pairs, REST_IN_FLIGHT // rest))
-    heads = min(triton.next_power_of_2(num_heads), MOST_HEADS, rows)
-    return Config(rows // heads, heads, pairs, rest, num_warps=4)
+    vectors = 32 * NUM_WARPS * VECTOR_BYTES // itemsize
+    tokens = max(1, min(vectors // pairs, REST_AT_ONCE // rest))
+    heads = min(triton.next_power_of_2(num_heads), MOST_HEADS)
+    ahead = max(1, min(heads, MOST_AHEAD, PAIRS_AHEAD // (tokens * pairs)))
+    return Config(tokens, heads, ahead, pairs, rest, NUM_WARPS)
 
 
 class Heads(NamedTuple):
@@ -127,9 +137,9 @@ def _launch(
     no_strides = 0, 0, 0
     width = 2 * cos.shape[-1] if half_tables else cos.shape[-1]
     channels = q.x.shape[-1]
-    tokens, heads, pairs, rest, num_warps = config(channels, width, num_q_heads)
-    num_groups = triton.cdiv(num_q_heads, heads) + triton.cdiv(num_k_heads, heads)
-    launch(_rotary_kernel)[(batch * triton.cdiv(num_tokens, tokens) * num_groups,)](
+    tile = config(channels, width, num_q_heads, q.x.itemsize)
+    num_groups = triton.cdiv(num_q_heads, tile.heads) + triton.cdiv(num_k_heads, tile.heads)
+    launch(_rotary_kernel)[(batch * triton.cdiv(num_tokens, tile.tokens) * num_groups,)](
         q.x,
         q.rotated,
         None if k is None else k.x,
@@ -153,11 +163,13 @@ def _launch(
         WRITES_INTERLEAVED=writes_interleaved,
         HALF_TABLES=half_tables,
         TRANSPOSE=transpose,
-        TOKENS=tokens,
-        HEADS=heads,
-        PAIRS=pairs,
-        REST=rest,
-        num_warps=num_warps,
+        TOKENS=tile.tokens,
+        HEADS=tile.heads,
+        AHEAD=tile.ahead,
+        PAIRS=tile.pairs,
+        REST=tile.rest,
+        EVICTION=tile.eviction,
+        num_warps=tile.num_warps,
     )
 
 
@@ -198,8 +210,10 @@ def _rotary_kernel(
     TRANSPOSE: tl.constexpr,  # takes what was written to what was read
     TOKENS: tl.constexpr,
     HEADS: tl.constexpr,
+    AHEAD: tl.constexpr,
     PAIRS: tl.constexpr,
     REST: tl.constexpr,
+    EVICTION: tl.constexpr,
 ):
     num_q_groups = tl.cdiv(num_q_heads, HEADS)
     num_groups = num_q_groups + tl.cdiv(num_k_heads, HEADS)
@@ -208,28 +222,23 @@ def _rotary_kernel(
     group = program % num_groups
     tile = program // num_groups
     batch = (tile // num_tiles).to(tl.int64)
-    # A row is a head of a token. Tables are read for each, from the cache for all but the first head of a token:
-    # to read them once and spread them over the heads would take them through shared memory.
-    row = tl.arange(0, TOKENS * HEADS)[:, None]
-    tokens = ((tile % num_tiles) * TOKENS + row // HEADS).to(tl.int64)
+    tokens = ((tile % num_tiles) * TOKENS + tl.arange(0, TOKENS)[:, None]).to(tl.int64)
     is_token = tokens < num_tokens
 
     cos_at = cos_ptr + batch * cos_batch_stride + tokens * cos_token_stride
     sin_at = sin_ptr + batch * sin_batch_stride + tokens * sin_token_stride
     if HALF_TABLES:
         pair = tl.arange(0, PAIRS)[None, :]
-        mask = is_token & (pair < WIDTH // 2)
-        cos_a = tl.load(cos_at + pair * cos_channel_stride, mask, other=0.0).to(tl.float32)
-        sin_a = tl.load(sin_at + pair * sin_channel_stride, mask, other=0.0).to(tl.float32)
+        mask = _is_channel(is_token, pair, WIDTH // 2, PAIRS)
+        cos_a = tl.load(cos_at + pair * cos_channel_stride, mask)
+        sin_a = tl.load(sin_at + pair * sin_channel_stride, mask)
         cos_b = cos_a
         sin_b = sin_a
     else:
-        cos_a, cos_b = _read(
-            cos_at, cos_channel_stride, is_token, WIDTH, WRITES_INTERLEAVED, TOKENS * HEADS, PAIRS
-        )
-        sin_a, sin_b = _read(
-            sin_at, sin_channel_stride, is_token, WIDTH, WRITES_INTERLEAVED, TOKENS * HEADS, PAIRS
-        )
+        cos_a, cos_b = _read(cos_at, cos_channel_stride, is_token, WIDTH, WRITES_INTERLEAVED, PAIRS, "")
+        sin_a, sin_b = _read(sin_at, sin_channel_stride, is_token, WIDTH, WRITES_INTERLEAVED, PAIRS, "")
+    cos_a, cos_b = cos_a.to(tl.float32), cos_b.to(tl.float32)
+    sin_a, sin_b = sin_a.to(tl.float32), sin_b.to(tl.float32)
     if TRANSPOSE:
         # a' cos_a + b' sin_b and b' cos_b - a' sin_a: the same, of tables that trade places.
         sin_a, sin_b = -sin_b, -sin_a
@@ -251,15 +260,17 @@ def _rotary_kernel(
             cos_b,
             sin_a,
             sin_b,
-            is_token,
+            tokens,
+            num_tokens,
             WIDTH,
             CHANNELS,
             reads,
             writes,
-            TOKENS,
             HEADS,
+            AHEAD,
             PAIRS,
             REST,
+            EVICTION,
         )
     else:
         if k_ptr is not None:
@@ -274,15 +285,17 @@ def _rotary_kernel(
                 cos_b,
                 sin_a,
                 sin_b,
-                is_token,
+                tokens,
+                num_tokens,
                 WIDTH,
                 CHANNELS,
                 reads,
                 writes,
-                TOKENS,
                 HEADS,
+                AHEAD,
                 PAIRS,
                 REST,
+                EVICTION,
             )
 
 
@@ -298,49 +311,70 @@ def _rotate_heads(
     cos_b,
     sin_a,
     sin_b,
-    is_token,
+    tokens,
+    num_tokens,
     WIDTH: tl.constexpr,
     CHANNELS: tl.constexpr,
     READS_INTERLEAVED: tl.constexpr,
     WRITES_INTERLEAVED: tl.constexpr,
-    TOKENS: tl.constexpr,
     HEADS: tl.constexpr,
+    AHEAD: tl.constexpr,
     PAIRS: tl.constexpr,
     REST: tl.constexpr,
+    EVICTION: tl.constexpr,
 ):
-    heads = (first + tl.arange(0, TOKENS * HEADS)[:, None] % HEADS).to(tl.int64)
-    is_row = is_token & (heads < num_heads)
-    x_at += heads * x_head_stride
-    y_at += heads * y_head_stride
-    a, b = _read(x_at, 1, is_row, WIDTH, READS_INTERLEAVED, TOKENS * HEADS, PAIRS)
-    _write(y_at, a * cos_a - b * sin_a, b * cos_b + a * sin_b, is_row, WIDTH, WRITES_INTERLEAVED, PAIRS)
-    if CHANNELS > WIDTH:
-        channel = WIDTH + tl.arange(0, REST)[None, :]
-        mask = is_row & (channel < CHANNELS)
-        tl.store(y_at + channel, tl.load(x_at + channel, mask, other=0.0).to(tl.float32), mask)
+    read = ()
+    for step in tl.static_range(HEADS + AHEAD - 1):
+        if step < HEADS:
+            head = (first + step).to(tl.int64)
+            is_row = _is_row(tokens, num_tokens, head < num_heads)
+            pairs = _read(x_at + head * x_head_stride, 1, is_row, WIDTH, READS_INTERLEAVED, PAIRS, EVICTION)
+            read = read + (pairs,)  # noqa: RUF005, which Triton does not know
+        if step >= AHEAD - 1:
+            head = (first + step - (AHEAD - 1)).to(tl.int64)
+            is_row = _is_row(tokens, num_tokens, head < num_heads)
+            a, b = read[step - (AHEAD - 1)]
+            a, b = a.to(tl.float32), b.to(tl.float32)
+            x_rows, y_rows = x_at + head * x_head_stride, y_at + head * y_head_stride
+            y_a, y_b = a * cos_a - b * sin_a, b * cos_b + a * sin_b
+            _write(y_rows, y_a, y_b, is_row, WIDTH, WRITES_INTERLEAVED, PAIRS)
+            if CHANNELS > WIDTH:
+                channel = WIDTH + tl.arange(0, REST)[None, :]
+                mask = _is_channel(is_row, channel, CHANNELS, WIDTH + REST)
+                tl.store(y_rows + channel, tl.load(x_rows + channel, mask).to(tl.float32), mask)
+
+
+@triton.jit
+def _is_row(tokens, num_tokens, is_head):
+    """is_head and tokens < num_tokens; the interpreter makes an integer of a number and a tile."""
+    return tokens < tl.where(is_head, num_tokens, 0)
 
 
 @triton.jit
 def _read(
-    at,  # where the rows begin
+    at,  # (tokens, 1): where the rows begin
     channel_stride,
     is_row,
     WIDTH: tl.constexpr,
     INTERLEAVED: tl.constexpr,
-    ROWS: tl.constexpr,
     PAIRS: tl.constexpr,
+    EVICTION: tl.constexpr,
 ):
-    """(a, b) of every pair."""
+    """(a, b) of every pair; of those that are none, anything."""
     half: tl.constexpr = WIDTH // 2
     if INTERLEAVED:
         channel = tl.arange(0, 2 * PAIRS)[None, :]
-        x = tl.load(at + channel * channel_stride, is_row & (channel < WIDTH), other=0.0).to(tl.float32)
-        a, b = tl.split(tl.reshape(x, [ROWS, PAIRS, 2]))
+        x = tl.load(
+            at + channel * channel_stride,
+            _is_channel(is_row, channel, WIDTH, 2 * PAIRS),
+            eviction_policy=EVICTION,
+        )
+        a, b = tl.split(tl.reshape(x, [at.shape[0], PAIRS, 2]))
     else:
         pair = tl.arange(0, PAIRS)[None, :]
-        mask = is_row & (pair < half)
-        a = tl.load(at + pair * channel_stride, mask, other=0.0).to(tl.float32)
-        b = tl.load(at + (half + pair) * channel_stride, mask, other=0.0).to(tl.float32)
+        mask = _is_channel(is_row, pair, half, PAIRS)
+        a = tl.load(at + pair * channel_stride, mask, eviction_policy=EVICTION)
+        b = tl.load(at + (half + pair) * channel_stride, mask, eviction_policy=EVICTION)
     return a, b
 
 
@@ -349,8 +383,19 @@ def _write(at, a, b, is_row, WIDTH: tl.constexpr, INTERLEAVED: tl.constexpr, PAI
     half: tl.constexpr = WIDTH // 2
     if INTERLEAVED:
         channel = tl.arange(0, 2 * PAIRS)[None, :]
-        tl.store(at + channel, tl.interleave(a, b), is_row & (channel < WIDTH))
+        tl.store(at + channel, tl.interleave(a, b), _is_channel(is_row, channel, WIDTH, 2 * PAIRS))
     else:
         pair = tl.arange(0, PAIRS)[None, :]
-        tl.store(at + pair, a, is_row & (pair < half))
-        tl.store(at + half + pair, b, is_row & (pair < half))
+        mask = _is_channel(is_row, pair, half, PAIRS)
+        tl.store(at + pair, a, mask)
+        tl.store(at + half + pair, b, mask)
+
+
+@triton.jit
+def _is_channel(is_row, channel, END: tl.constexpr, TILE_END: tl.constexpr):
+    """Which elements of a tile exist; without a look at the channels if all of them do."""
+    if END == TILE_END:
+        mask = is_row
+    else:
+        mask = is_row & (channel < END)
+    return mask

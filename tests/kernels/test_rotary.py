@@ -217,3 +217,12 @@ def test_inputs_that_overlap_themselves(device):
     windows = randn(20, device=device).unfold(0, 16, 1)  # strides 1 and 1
     for q in (windows[:, None], windows[:, None].expand(-1, 3, -1)):
         assert_right("half", q, q.flip(0), *tables(5, 1, 16, device=device))
+
+
+@by_layout
+@pytest.mark.parametrize("tokens, heads, ahead", [(1, 1, 1), (4, 4, 1), (2, 4, 3), (8, 8, 8)])
+def test_any_tile(device, monkeypatch, layout, tokens, heads, ahead):
+    """Whatever `config` chooses: tokens and heads that a tile has and the tensors have not, and the other way round."""
+    q, k = (projected(2, 5, count, 40, device) for count in (6, 1))
+    monkeypatch.setattr(kernels, "config", lambda *_: kernels.Config(tokens, heads, ahead, 8, 32, 4))
+    assert_right(layout, q, k, *tables(5, 10, device=device))
