@@ -124,6 +124,7 @@ def _rewritten(
                 settings={"loss_memory": options.loss_memory},
             )
             filled.extend(settle(module.graph, deferred, is_dropped=options.logits == "none"))
+            notes.extend(map(str, filled if module is gm else ()))
             if (
                 module is gm and options.recompute == "auto"
             ):  # in a checkpoint body the user has decided already

@@ -209,6 +209,14 @@ class Filled:
         default_factory=dict
     )  # what the output looks like, by the hidden state's shape
 
+    def __str__(self) -> str:
+        which = ", ".join(map(str, self.positions))
+        if self.recipe is None:
+            return f"the logits (graph output {which}) are None: liger.logits is 'none'"
+        return (
+            f"the logits (graph output {which}) are computed when they are read; liger.logits says otherwise"
+        )
+
     def fill(self, outputs: list[Any], inputs: Sequence[Any]) -> None:
         """Puts a LazyTensor where the hidden state was returned."""
         made = None
