@@ -10,12 +10,14 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
-from torch.fx import GraphModule
+from torch._subclasses import FakeTensor
+from torch.fx import GraphModule, Node
 
 from liger_compile import compile as compiling
-from liger_compile import ops  # noqa: F401 - registers the ops, so that cached artifacts find them
+from liger_compile import ops, variants  # noqa: F401 - ops are registered, so that cached artifacts find them
 from liger_compile.decide import decide, insertion_point
 from liger_compile.match import find_matches
 from liger_compile.options import Options, parse
@@ -23,10 +25,11 @@ from liger_compile.pattern import Decision, NearMiss, Pattern
 from liger_compile.registry import patterns_in_use
 from liger_compile.remat import mark_for_recompute
 from liger_compile.report import GraphReport, record
-from liger_compile.rewrite import restored_on_error, rewrite
-from liger_compile.terms.attention import notes_on_masks
+from liger_compile.rewrite import rewrite
+from liger_compile.terms.attention import kept_masks, notes_on_masks
 from liger_compile.terms.build import Terms
 from liger_compile.terms.heads import notes_on_logits
+from liger_compile.terms.indices import Meaning
 from liger_compile.terms.mutation import Mutations
 
 # Higher-order ops whose body is a graph like any other: activation checkpoints and nested compile regions.
@@ -55,8 +58,12 @@ def liger(
     compiling.set_up_dynamo()
     chosen, inductor_options = parse(mode, options)
     patterns = [p for p in patterns_in_use(chosen.patterns) if not chosen.skips(p.name)]
+    original, special = gm, None
     try:
-        report = _rewritten(gm, patterns, chosen)
+        original = variants.copied(gm)
+        report, padding = _rewritten(gm, patterns, chosen)
+        if chosen.padding == "auto" and not any(isinstance(each, FakeTensor) for each in example_inputs):
+            special = _without_padding(original, padding, report, patterns, chosen)
     except Exception as error:
         # Promise one: whatever went wrong in our code, the user's program runs, and hears of it once.
         if chosen.strict:
@@ -65,82 +72,128 @@ def liger(
             f"the graph is compiled as it came, because rewriting it failed: {type(error).__name__}: {error}"
         )
         warnings.warn(f"liger_compile: {why}; liger.strict=True raises instead", stacklevel=2)
-        report = GraphReport.of(gm, (), (), notes=(why,))
-    compiled = compiling.compile_graph(
+        gm, report = original, GraphReport.of(original, (), (), notes=(why,))
+
+    def compiled(gm: GraphModule, report: GraphReport, inputs: Sequence[Any]) -> Callable[..., Any]:
+        result = compiling.compile_graph(
+            gm,
+            inputs,
+            mode=chosen.mode,
+            inductor_options=inductor_options,
+            inner=chosen.inner,
+            patterns=patterns,
+            key=repr((chosen.policy, chosen.skip, chosen.fuel)),
+        )
+        # Not before: Dynamo may restart the analysis and come back with another graph of the same code.
+        record(report)
+        return result
+
+    if special is None:
+        return compiled(gm, report, example_inputs)
+    names, its_gm, its_report = special
+    return variants.chosen_at_each_call(
         gm,
-        example_inputs,
-        mode=chosen.mode,
-        inductor_options=inductor_options,
-        inner=chosen.inner,
-        patterns=patterns,
-        key=repr((chosen.policy, chosen.skip, chosen.fuel)),
+        names,
+        without=partial(compiled, its_gm, its_report),
+        general=partial(compiled, gm, report.of_variant(*variants.general(names))),
+        example_inputs=example_inputs,
+        later=compiling.when_called,
     )
-    # Not before: Dynamo may restart the analysis and come back with another graph of the same code.
-    record(report)
-    return compiled
 
 
 liger.reset = compiling.reset  # pyright: ignore[reportFunctionMemberAccess]
 
 
-def _rewritten(gm: GraphModule, patterns: Sequence[Pattern], options: Options) -> GraphReport:
-    """Runs the steps on `gm` and its bodies, and reports. On an error all graphs are as they were."""
+def _rewritten(
+    gm: GraphModule, patterns: Sequence[Pattern], options: Options
+) -> tuple[GraphReport, set[str]]:
+    """Runs the steps on `gm` and its bodies, and reports; names what is padding to masks, and nothing else unknown."""
     start = time.perf_counter()
-    modules = list(_graphs(gm))
+    modules = _graphs(gm)
+    calls: dict[GraphModule, list[tuple[Any, ...]]] = {}  # body -> what each call hands in
     decisions: list[Decision] = []
     near_misses: list[NearMiss] = []
     notes: list[str] = []
-    with restored_on_error(modules):
-        for module in modules:
-            mutations = Mutations(module.graph)
-            terms = Terms(module.graph, mutations)
-            notes.extend(notes_on_logits(module.graph, terms) if module is gm else ())
-            notes.extend(notes_on_masks(terms.space, terms.of.values()))
-            matches, missed = find_matches(module.graph, patterns, terms)
-            decided = decide(
-                module.graph,
-                matches,
-                mutations,
-                policy=options.policy,
-                fuel=_left(options.fuel, decisions),
-                is_top_level=module is gm,
-            )
-            rewritten = rewrite(
-                module.graph,
-                decided,
-                lambda m, at=mutations.position: insertion_point(m, at.__getitem__),
-                settings={"loss_memory": options.loss_memory},
-            )
-            mark_for_recompute(rewritten)
-            decisions.extend(rewritten)
-            near_misses.extend(missed)
-        report = GraphReport.of(
-            gm, decisions, near_misses, notes=tuple(notes), seconds=time.perf_counter() - start
+    masks: list[Meaning] = []
+    for module in modules:
+        mutations = Mutations(module.graph)
+        terms = Terms(module.graph, mutations, calls.get(module, ()))
+        for call, body in _calls(module):
+            calls.setdefault(body, []).append(terms.arguments(call, body.graph))
+        notes.extend(notes_on_logits(module.graph, terms) if module is gm else ())
+        masks.extend(kept_masks(terms.space, terms.of.values()))
+        matches, missed = find_matches(module.graph, patterns, terms)
+        decided = decide(
+            module.graph,
+            matches,
+            mutations,
+            policy=options.policy,
+            fuel=_left(options.fuel, decisions),
+            is_top_level=module is gm,
         )
-        for module in modules:
-            module.recompile()
-    return report
+        rewritten = rewrite(
+            module.graph,
+            decided,
+            lambda m, at=mutations.position: insertion_point(m, at.__getitem__),
+            settings={"loss_memory": options.loss_memory},
+        )
+        mark_for_recompute(rewritten)
+        decisions.extend(rewritten)
+        near_misses.extend(missed)
+    notes.extend(notes_on_masks(masks))
+    report = GraphReport.of(
+        gm, decisions, near_misses, notes=tuple(notes), seconds=time.perf_counter() - start
+    )
+    for module in modules:
+        module.recompile()
+    return report, {name for meaning in masks for name in meaning.padding}
+
+
+def _without_padding(
+    original: GraphModule,
+    padding: set[str],
+    general: GraphReport,
+    patterns: Sequence[Pattern],
+    options: Options,
+) -> tuple[tuple[str, ...], GraphModule, GraphReport] | None:
+    """The inputs that tell of padding, the graph for calls without, its report; None where it brings nothing."""
+    names = variants.padding_inputs(original, padding)
+    if not names:
+        return None
+    gm = variants.without_padding(original, names)
+    report, _ = _rewritten(gm, patterns, options)
+    if report.count("replace") <= general.count("replace"):
+        return None
+    return names, gm, report.of_variant(*variants.specialised(names))
 
 
 def _left(fuel: int | None, decisions: Sequence[Decision]) -> int | None:
     return None if fuel is None else max(0, fuel - sum(d.kind != "leave" for d in decisions))
 
 
-def _graphs(gm: GraphModule) -> Iterator[GraphModule]:
-    """`gm`, and the bodies in it that are rewritten as well; each once."""
-    seen: set[GraphModule] = {gm}
-    stack = [gm]
-    while stack:
-        module = stack.pop()
-        yield module
-        for node in module.graph.nodes:
-            if node.op != "call_function" or getattr(node.target, "__name__", "") not in _BODIES:
-                continue
-            for argument in node.all_input_nodes:
-                body = getattr(module, str(argument.target), None) if argument.op == "get_attr" else None
-                if isinstance(body, GraphModule) and body not in seen:
-                    seen.add(body)
-                    stack.append(body)
+def _graphs(gm: GraphModule) -> list[GraphModule]:
+    """`gm`, and the bodies in it that are rewritten as well; each once, and after all that call it."""
+    finished: dict[GraphModule, None] = {}
+
+    def visit(module: GraphModule) -> None:
+        for _, body in _calls(module):
+            if body not in finished:
+                visit(body)
+        finished[module] = None
+
+    visit(gm)
+    return list(reversed(finished))
+
+
+def _calls(module: GraphModule) -> Iterator[tuple[Node, GraphModule]]:
+    """The calls of bodies in a graph."""
+    for node in module.graph.nodes:
+        if node.op != "call_function" or getattr(node.target, "__name__", "") not in _BODIES:
+            continue
+        for argument in node.all_input_nodes:
+            body = getattr(module, str(argument.target), None) if argument.op == "get_attr" else None
+            if isinstance(body, GraphModule):
+                yield node, body
 
 
 compiling.set_up_dynamo()

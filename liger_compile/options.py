@@ -81,6 +81,11 @@ class Options:
         _BYTES,
         "Bytes for a chunk of logits in linear_cross_entropy, instead of its default: less memory, or more speed.",
     )
+    padding: str = _option(
+        "auto",
+        _one_of("auto", "general"),
+        "Compile a graph of its own for calls without padding, or one graph for all calls.",
+    )
     strict: bool = _option(
         False, _FLAG, "Raise if the rewriter fails, instead of compiling the graph as it came."
     )
