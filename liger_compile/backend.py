@@ -2,7 +2,8 @@
 
     Dynamo graph -> terms -> match -> decide -> rewrite -> compile -> callable
 
-One file a step. This file calls them in order, for the graph and for the checkpoint bodies in it.
+One file a step. This file calls them in order, for the graph and for the checkpoint bodies in it; twice where calls
+without padding get a graph of their own.
 """
 
 from __future__ import annotations
@@ -10,13 +11,16 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
-from torch.fx import GraphModule
+from torch._subclasses import FakeTensor
+from torch.fx import GraphModule, Node
 
 from liger_compile import compile as compiling
-from liger_compile import ops  # noqa: F401 - registers the ops, so that cached artifacts find them
+from liger_compile import ops, variants  # noqa: F401 - ops are registered, so that cached artifacts find them
 from liger_compile.decide import decide, insertion_point
 from liger_compile.match import find_matches
 from liger_compile.options import Options, parse
@@ -25,14 +29,27 @@ from liger_compile.pattern import Decision, NearMiss, Pattern
 from liger_compile.registry import patterns_in_use
 from liger_compile.remat import mark_for_recompute
 from liger_compile.report import GraphReport, record
-from liger_compile.rewrite import restored_on_error, rewrite
-from liger_compile.terms.attention import notes_on_masks
+from liger_compile.rewrite import rewrite
+from liger_compile.terms.attention import kept_masks, notes_on_masks
 from liger_compile.terms.build import Terms
 from liger_compile.terms.heads import notes_on_logits
+from liger_compile.terms.indices import Meaning
 from liger_compile.terms.mutation import Mutations
 
 # Higher-order ops whose body is a graph like any other: activation checkpoints and nested compile regions.
 _BODIES = ("tag_activation_checkpoint", "invoke_subgraph")
+
+
+@dataclass(frozen=True)
+class _Rewritten:
+    """A graph that is ready to be compiled, and what the steps found out about it."""
+
+    gm: GraphModule
+    report: GraphReport
+    filled: Sequence[Filled] = ()  # outputs that are not computed in it
+    padding: set[str] = field(
+        default_factory=set
+    )  # values that are padding to masks, and nothing else unknown
 
 
 def liger(
@@ -57,8 +74,13 @@ def liger(
     compiling.set_up_dynamo()
     chosen, inductor_options = parse(mode, options)
     patterns = [p for p in patterns_in_use(chosen.patterns) if not chosen.skips(p.name)]
+    why_logits_stay = _why_logits_stay(chosen, inductor_options)
+    original, special = gm, None
     try:
-        report, filled = _rewritten(gm, patterns, chosen, inductor_options)
+        original = variants.copied(gm)
+        general = _rewritten(gm, patterns, chosen, why_logits_stay)
+        if chosen.padding == "auto" and not any(isinstance(each, FakeTensor) for each in example_inputs):
+            special = _without_padding(original, general, patterns, chosen, why_logits_stay)
     except Exception as error:
         # Promise one: whatever went wrong in our code, the user's program runs, and hears of it once.
         if chosen.strict:
@@ -67,79 +89,111 @@ def liger(
             f"the graph is compiled as it came, because rewriting it failed: {type(error).__name__}: {error}"
         )
         warnings.warn(f"liger_compile: {why}; liger.strict=True raises instead", stacklevel=2)
-        report, filled = GraphReport.of(gm, (), (), notes=(why,)), []
-    compiled = compiling.compile_graph(
-        gm,
-        example_inputs,
-        mode=chosen.mode,
-        inductor_options=inductor_options,
-        inner=chosen.inner,
-        patterns=patterns,
-        key=repr((chosen.policy, chosen.skip, chosen.fuel)),
+        general = _Rewritten(original, GraphReport.of(original, (), (), notes=(why,)))
+
+    def compiled(rewritten: _Rewritten, report: GraphReport, inputs: Sequence[Any]) -> Callable[..., Any]:
+        result = compiling.compile_graph(
+            rewritten.gm,
+            inputs,
+            mode=chosen.mode,
+            inductor_options=inductor_options,
+            inner=chosen.inner,
+            patterns=patterns,
+            key=repr((chosen.policy, chosen.skip, chosen.fuel)),
+        )
+        # Not before: Dynamo may restart the analysis and come back with another graph of the same code.
+        record(report)
+        return filling(result, rewritten.filled)
+
+    if special is None:
+        return compiled(general, general.report, example_inputs)
+    names, without = special
+    return variants.chosen_at_each_call(
+        original,
+        names,
+        without=partial(compiled, without, without.report.of_variant(*variants.specialised(names))),
+        general=partial(compiled, general, general.report.of_variant(*variants.general(names))),
+        example_inputs=example_inputs,
+        later=compiling.when_called,
     )
-    # Not before: Dynamo may restart the analysis and come back with another graph of the same code.
-    record(report)
-    return filling(compiled, filled)
 
 
 liger.reset = compiling.reset  # pyright: ignore[reportFunctionMemberAccess]
 
 
 def _rewritten(
-    gm: GraphModule, patterns: Sequence[Pattern], options: Options, inductor_options: Mapping[str, Any]
-) -> tuple[GraphReport, list[Filled]]:
-    """Runs the steps on `gm` and its bodies: the report, and what to put in the place of outputs that are not computed.
-    On an error all graphs are as they were.
-    """
+    gm: GraphModule, patterns: Sequence[Pattern], options: Options, why_logits_stay: str | None
+) -> _Rewritten:
+    """Runs the steps on `gm` and its bodies."""
     start = time.perf_counter()
-    modules = list(_graphs(gm))
+    modules = _graphs(gm)
+    calls: dict[GraphModule, list[tuple[Any, ...]]] = {}  # body -> what each call hands in
     decisions: list[Decision] = []
     near_misses: list[NearMiss] = []
     notes: list[str] = []
+    masks: list[Meaning] = []
     filled: list[Filled] = []
-    with restored_on_error(modules):
-        for module in modules:
-            mutations = Mutations(module.graph)
-            terms = Terms(module.graph, mutations)
-            notes.extend(notes_on_logits(module.graph, terms) if module is gm else ())
-            notes.extend(notes_on_masks(terms.space, terms.of.values()))
-            logits = logits_in(module.graph, terms) if module is gm else []
-            why_kept = _why_logits_are_kept(options, inductor_options)
-            deferred = [] if why_kept else [take_out(each, terms) for each in logits]
-            notes.extend(f"the logits are computed in the graph: {why_kept}" for _ in logits if why_kept)
-            matches, missed = find_matches(module.graph, patterns, terms)
-            decided = decide(
-                module.graph,
-                matches,
-                mutations,
-                policy=options.policy,
-                fuel=_left(options.fuel, decisions),
-                recompute=options.recompute == "auto",
-                is_top_level=module is gm,
-            )
-            rewritten = rewrite(
-                module.graph,
-                decided,
-                lambda m, at=mutations.position: insertion_point(m, at.__getitem__),
-                settings={"loss_memory": options.loss_memory},
-            )
-            filled.extend(settle(module.graph, deferred, is_dropped=options.logits == "none"))
-            notes.extend(map(str, filled if module is gm else ()))
-            if (
-                module is gm and options.recompute == "auto"
-            ):  # in a checkpoint body the user has decided already
-                mark_for_recompute(rewritten)
-            decisions.extend(rewritten)
-            near_misses.extend(missed)
-        report = GraphReport.of(
-            gm, decisions, near_misses, notes=tuple(notes), seconds=time.perf_counter() - start
+    for module in modules:
+        is_top_level = module is gm
+        mutations = Mutations(module.graph)
+        terms = Terms(module.graph, mutations, calls.get(module, ()))
+        for call, body in _calls(module):
+            calls.setdefault(body, []).append(terms.arguments(call, body.graph))
+        masks.extend(kept_masks(terms.space, terms.of.values()))
+        logits = logits_in(module.graph, terms) if is_top_level else []
+        if is_top_level:
+            notes.extend(notes_on_logits(module.graph, terms))
+        if logits and why_logits_stay:
+            notes.append(f"the logits are computed in the graph: {why_logits_stay}")
+        deferred = [] if why_logits_stay else [take_out(each, terms) for each in logits]
+        matches, missed = find_matches(module.graph, patterns, terms)
+        decided = decide(
+            module.graph,
+            matches,
+            mutations,
+            policy=options.policy,
+            fuel=_left(options.fuel, decisions),
+            recompute=options.recompute == "auto",
+            is_top_level=is_top_level,
         )
-        for module in modules:
-            module.recompile()
-    return report, filled
+        rewritten = rewrite(
+            module.graph,
+            decided,
+            lambda m, at=mutations.position: insertion_point(m, at.__getitem__),
+            settings={"loss_memory": options.loss_memory},
+        )
+        filled.extend(settle(module.graph, deferred, is_dropped=options.logits == "none"))
+        if is_top_level and options.recompute == "auto":  # in a checkpoint body the user has decided already
+            mark_for_recompute(rewritten)
+        decisions.extend(rewritten)
+        near_misses.extend(missed)
+    notes.extend([*notes_on_masks(masks), *map(str, filled)])
+    report = GraphReport.of(
+        gm, decisions, near_misses, notes=tuple(notes), seconds=time.perf_counter() - start
+    )
+    for module in modules:
+        module.recompile()
+    return _Rewritten(gm, report, filled, {name for meaning in masks for name in meaning.padding})
 
 
-def _why_logits_are_kept(options: Options, inductor_options: Mapping[str, Any]) -> str | None:
+def _without_padding(
+    original: GraphModule,
+    general: _Rewritten,
+    patterns: Sequence[Pattern],
+    options: Options,
+    why_logits_stay: str | None,
+) -> tuple[tuple[str, ...], _Rewritten] | None:
+    """The inputs that tell of padding, and the graph for calls without; None where it brings nothing."""
+    names = variants.padding_inputs(original, general.padding)
+    if not names:
+        return None
+    without = _rewritten(variants.without_padding(original, names), patterns, options, why_logits_stay)
+    if without.report.count("replace") <= general.report.count("replace"):
+        return None
+    return names, without
+
+
+def _why_logits_stay(options: Options, inductor_options: Mapping[str, Any]) -> str | None:
     """Why logits that are returned beside their loss stay among the outputs of the graph, in a sentence."""
     if options.logits == "eager":
         return "liger.logits is 'eager'"
@@ -154,21 +208,29 @@ def _left(fuel: int | None, decisions: Sequence[Decision]) -> int | None:
     return None if fuel is None else max(0, fuel - sum(d.kind != "leave" for d in decisions))
 
 
-def _graphs(gm: GraphModule) -> Iterator[GraphModule]:
-    """`gm`, and the bodies in it that are rewritten as well; each once."""
-    seen: set[GraphModule] = {gm}
-    stack = [gm]
-    while stack:
-        module = stack.pop()
-        yield module
-        for node in module.graph.nodes:
-            if node.op != "call_function" or getattr(node.target, "__name__", "") not in _BODIES:
-                continue
-            for argument in node.all_input_nodes:
-                body = getattr(module, str(argument.target), None) if argument.op == "get_attr" else None
-                if isinstance(body, GraphModule) and body not in seen:
-                    seen.add(body)
-                    stack.append(body)
+def _graphs(gm: GraphModule) -> list[GraphModule]:
+    """`gm`, and the bodies in it that are rewritten as well; each once, and after all that call it."""
+    finished: dict[GraphModule, None] = {}
+
+    def visit(module: GraphModule) -> None:
+        for _, body in _calls(module):
+            if body not in finished:
+                visit(body)
+        finished[module] = None
+
+    visit(gm)
+    return list(reversed(finished))
+
+
+def _calls(module: GraphModule) -> Iterator[tuple[Node, GraphModule]]:
+    """The calls of bodies in a graph."""
+    for node in module.graph.nodes:
+        if node.op != "call_function" or getattr(node.target, "__name__", "") not in _BODIES:
+            continue
+        for argument in node.all_input_nodes:
+            body = getattr(module, str(argument.target), None) if argument.op == "get_attr" else None
+            if isinstance(body, GraphModule):
+                yield node, body
 
 
 compiling.set_up_dynamo()

@@ -70,6 +70,32 @@ def compile_graph(
     return compiled
 
 
+def when_called(compile: Callable[[Sequence[Any]], Callable[..., Any]]) -> Callable[..., Any]:
+    """What `compile` gives for the inputs of the first call, compiled in that call.
+
+    For static sizes only: Dynamo takes no more guards then. Those that it has make sure that grad mode and autocast
+    are in each call what they are now. Must be called in a trace, which the first call's goes on in the logs.
+    """
+    from torch._guards import CompileContext, TracingContext, compile_context, tracing
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+    logged_as = CompileContext.try_get()
+    compiled: list[Callable[..., Any]] = []
+
+    def call(*args: Any) -> Any:
+        nonlocal compile
+        if not compiled:
+            # Nothing of the first trace is left: Dynamo has let go of its fake tensors.
+            sizes = ShapeEnv(assume_static_by_default=True)
+            context = TracingContext(torch._subclasses.FakeTensorMode(shape_env=sizes))
+            with compile_context(logged_as), tracing(context):
+                compiled.append(compile(args))
+            del compile
+        return compiled[0](*args)
+
+    return call
+
+
 def reset() -> None:
     """Forgets recorded CUDA graphs, as the stock backend does. For torch._dynamo.reset()."""
     if torch.cuda.is_available():

@@ -91,6 +91,11 @@ class Options:
         _one_of("auto", "off"),
         "Compute what is cheap again in backward instead of keeping it, or keep what Inductor would.",
     )
+    padding: str = _option(
+        "auto",
+        _one_of("auto", "general"),
+        "Compile a graph of its own for calls without padding, or one graph for all calls.",
+    )
     strict: bool = _option(
         False, _FLAG, "Raise if the rewriter fails, instead of compiling the graph as it came."
     )

@@ -86,6 +86,7 @@ class GraphReport:
     near_misses: tuple[Near, ...]
     notes: tuple[str, ...] = ()
     seconds: float | None = None
+    variant: str = ""  # where one graph is compiled more than once
 
     @staticmethod
     def of(
@@ -107,6 +108,10 @@ class GraphReport:
             seconds=seconds,
         )
 
+    def of_variant(self, variant: str, note: str) -> GraphReport:
+        """The same report, of this variant, which the note explains."""
+        return dataclasses.replace(self, variant=variant, notes=(note, *self.notes))
+
     def count(self, kind: str) -> int:
         """The number of sites of a kind: "replace", "annotate" or "leave"."""
         return sum(site.kind == kind for site in self.sites)
@@ -123,7 +128,8 @@ class GraphReport:
         if self.count("annotate"):
             counts.insert(1, f"{self.count('annotate')} marked for recompute")
         counts.append(_plural(len(self.near_misses), "near miss", "near misses"))
-        line = f"liger_compile  graph {self.name}, {self.num_nodes} nodes: {', '.join(counts)}"
+        variant = f" ({self.variant})" if self.variant else ""
+        line = f"liger_compile  graph {self.name}{variant}, {self.num_nodes} nodes: {', '.join(counts)}"
         if self.saved_bytes:
             line += f"; {_size(self.saved_bytes)} less kept for backward"
         if self.seconds is not None:

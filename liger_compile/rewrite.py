@@ -12,20 +12,19 @@ from __future__ import annotations
 
 import inspect
 import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import Graph, Node
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 from liger_compile.pattern import Capture, Decision, Match
 from liger_compile.terms.term import size_of, sizes_of
 
-_SOURCE = "_dynamo_source"  # where Dynamo found an input; AOTAutograd insists on it
 _META = ("stack_trace", "nn_module_stack", "source_fn_stack")
 
 
@@ -252,23 +251,3 @@ def _erase_unused(graph: Graph, match: Match) -> None:
     for node in reversed(match.nodes):
         if not node.users and not node._erased:
             graph.erase_node(node)
-
-
-@contextmanager
-def restored_on_error(modules: Sequence[GraphModule]) -> Iterator[None]:
-    """Gives each module its graph back, unchanged, if the block raises."""
-    copies = []
-    for module in modules:
-        copy, of = Graph(), {}
-        result = copy.graph_copy(module.graph, of)
-        for node, copied in of.items():
-            if hasattr(node, _SOURCE):
-                setattr(copied, _SOURCE, getattr(node, _SOURCE))
-        copy.output(result).meta.update(module.graph.output_node().meta)
-        copies.append(copy)
-    try:
-        yield
-    except BaseException:
-        for module, copy in zip(modules, copies, strict=True):
-            module.graph = copy
-        raise

@@ -94,9 +94,10 @@ def failing(monkeypatch):
     monkeypatch.setattr(backend, "rewrite", rewrite_and_fail)
 
 
-def test_a_failure_of_ours_warns_once_and_compiles_the_untouched_graph(failing):
+@pytest.mark.parametrize("inner", ["eager", "inductor"])
+def test_a_failure_of_ours_warns_once_and_compiles_the_untouched_graph(failing, inner):
     block, x = Block(), torch.randn(3, 5, 8)
-    compiled = torch.compile(block, backend="liger", options={"liger.inner": "eager"})
+    compiled = torch.compile(block, backend="liger", options={"liger.inner": inner})
     with pytest.warns(UserWarning, match=r"rewriting it failed: KeyError: 'a bug of ours'") as caught:
         torch.testing.assert_close(compiled(x), block(x))
     assert len([w for w in caught if "liger_compile" in str(w.message)]) == 1

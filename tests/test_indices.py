@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from liger_compile.terms.attention import notes_on_masks
+from liger_compile.terms.attention import kept_masks, notes_on_masks
 from liger_compile.terms.build import Terms
 from liger_compile.terms.indices import mask_meaning
 from liger_compile.terms.mutation import Mutations
@@ -253,10 +253,26 @@ def test_false_friends_are_refused(name, is_dynamic):
 
 
 def test_reasons_name_what_was_not_read():
-    assert "values of l_padding_" in meaning(padded)[0].reason
+    assert "values of l_padding_" in meaning(FALSE_FRIENDS["by the positions given"])[0].reason
     assert "values of floordiv" in meaning(FALSE_FRIENDS["blocks"])[0].reason
     assert "lets through +1*key -1*query -1 <= 0" in meaning(FALSE_FRIENDS["tril(1)"])[0].reason
     assert "computes -5 in float32" in meaning(FALSE_FRIENDS["hides half"])[0].reason
+
+
+@pytest.mark.parametrize("is_dynamic", [False, True], ids=["static", "dynamic"])
+def test_padding_is_told_from_what_else_is_not_known(is_dynamic):
+    def to_none(x, y, p):
+        return (1.0 - p[:, None, None, :].float()) * torch.finfo(torch.float32).min
+
+    for build, reason in (
+        (padded, "it is causal but for the padding in l_padding_"),
+        (to_none, "it hides nothing but for the padding in l_padding_"),
+    ):
+        found, _ = meaning(build, is_dynamic=is_dynamic)
+        assert (found.kind, found.reason, found.padding) == ("unknown", reason, ("l_padding_",))
+    for name in FALSE_FRIENDS:
+        if name != "padding":
+            assert not meaning(FALSE_FRIENDS[name], is_dynamic=is_dynamic)[0].padding, name
 
 
 def test_a_window_is_as_wide_as_it_is():
@@ -298,7 +314,7 @@ def test_attention_says_why_it_keeps_its_mask():
     def backend(gm, _):
         terms = Terms(gm.graph, Mutations(gm.graph))
         node = next(n for n in gm.graph.nodes if n.name == "attend")
-        found.extend(notes_on_masks(terms.space, [terms.of[node]]))
+        found.extend(notes_on_masks(kept_masks(terms.space, [terms.of[node]])))
         return gm.forward
 
     def attend(x, y):

@@ -36,6 +36,7 @@ def test_ours_are_taken_and_the_rest_is_left_as_it_came():
         *(("skip", value) for value in ((), ("rms_norm", "rotary.llama"))),
         *(("fuel", value) for value in (None, 0, 3)),
         *(("loss_memory", value) for value in (None, 1, 2**20)),
+        *(("padding", value) for value in ("auto", "general")),
         *(("strict", value) for value in (True, False)),
     ],
 )
@@ -49,6 +50,7 @@ def test_accepted(key, value):
     "key, value",
     [
         ("policy", "sometimes"),
+        ("padding", "none"),
         ("loss_memory", 0),
         ("loss_memory", 1.5),
         ("policy", ["auto"]),

@@ -181,12 +181,12 @@ def test_logits_that_stay_in_the_graph_prevent_the_fusion_and_the_report_says_wh
 
 
 def test_cuda_graphs_keep_them_in_the_graph():
-    from liger_compile.backend import _why_logits_are_kept
+    from liger_compile.backend import _why_logits_stay
     from liger_compile.options import Options
 
-    assert "CUDA graph" in _why_logits_are_kept(Options(mode="reduce-overhead"), {})
-    assert "CUDA graph" in _why_logits_are_kept(Options(), {"triton.cudagraphs": True})
-    assert _why_logits_are_kept(Options(), {}) is None
+    assert "CUDA graph" in _why_logits_stay(Options(mode="reduce-overhead"), {})
+    assert "CUDA graph" in _why_logits_stay(Options(), {"triton.cudagraphs": True})
+    assert _why_logits_stay(Options(), {}) is None
 
 
 def accuracy_beside(x, w, labels):

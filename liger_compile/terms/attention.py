@@ -14,7 +14,7 @@ import torch
 
 from liger_compile.terms import normalize
 from liger_compile.terms.call import Call, const_of
-from liger_compile.terms.indices import mask_meaning
+from liger_compile.terms.indices import Meaning, mask_meaning
 from liger_compile.terms.term import Space, Term
 
 HEADS = -3
@@ -79,12 +79,14 @@ def _ungrouped(space: Space, term: Term, dim: int) -> Term | None:
     return normalize.view(space, source, *before, groups, *after)
 
 
-def notes_on_masks(space: Space, terms: Iterable[Any]) -> Iterator[str]:
-    """A sentence for each reason why attention keeps its mask."""
+def kept_masks(space: Space, terms: Iterable[Any]) -> list[Meaning]:
+    """The meaning of each mask that attention keeps."""
     calls = dict.fromkeys(term for term in terms if isinstance(term, Term) and term.op == "attention")
-    kept = [term for term in calls if term.args[0].op not in ("none", "causal_mask", "no_mask")]
-    reasons = Counter(
-        mask_meaning(space, mask, q.shape[2], k.shape[2]).reason for mask, q, k, _ in (t.args for t in kept)
-    )
-    for reason, times in reasons.items():
+    kept = [term.args for term in calls if term.args[0].op not in ("none", "causal_mask", "no_mask")]
+    return [mask_meaning(space, mask, q.shape[2], k.shape[2]) for mask, q, k, _ in kept]
+
+
+def notes_on_masks(kept: Iterable[Meaning]) -> Iterator[str]:
+    """A sentence for each reason why attention keeps its mask."""
+    for reason, times in Counter(meaning.reason for meaning in kept).items():
         yield f"attention keeps its mask {times}x: {reason}"

@@ -8,7 +8,7 @@ back. What an operator means is operators.py's business.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -30,7 +30,8 @@ ROUND_TRIP = 8  # nodes on the way of a value to another form and back
 class Terms:
     """The terms of one graph: `of[node]`, and back again: `nodes[term]`, `derive(term)`."""
 
-    def __init__(self, graph: Graph, mutations: Mutations) -> None:
+    def __init__(self, graph: Graph, mutations: Mutations, calls: Sequence[Sequence[Value]] = ()) -> None:
+        """`calls`: where the graph is a body, what each call of it hands to its placeholders (`arguments`)."""
         self.space = identities.new_space()
         self.of: dict[Node, Value] = {}
         self.nodes: dict[Term, list[Node]] = {}  # in graph order
@@ -38,6 +39,8 @@ class Terms:
         self.mutations = mutations
         # Dynamo restores the mode of the frame around the backend.
         self._has_gradients, self._no_grad = torch.is_grad_enabled(), False
+        placeholders = graph.find_nodes(op="placeholder") if calls else ()
+        self._from_outside = dict(zip(placeholders, zip(*calls, strict=True), strict=True))
         for node in graph.nodes:
             self._visit(node)
 
@@ -50,7 +53,7 @@ class Terms:
             args, kwargs = map_arg((node.args, node.kwargs), lambda arg: self._read(arg, node))
             value = call(self.space, node.target, args, kwargs, example, node.name)
         else:
-            value = opaque(self.space, example, node.name)
+            value = self._handed_in(node) or opaque(self.space, example, node.name)
         self.of[node] = value
         if isinstance(value, Term):
             if value in self.nodes and self._comes_from(node, self.nodes[value]):
@@ -70,6 +73,25 @@ class Terms:
             if epoch != self.mutations.epoch(node, position[node] + 1):
                 return opaque(self.space, example, f"{node.name} after write {epoch}")
         return self.of[node]
+
+    def arguments(self, call: Node, body: Graph) -> tuple[Value, ...]:
+        """What a call hands to the placeholders of its body: its last positional arguments."""
+        count = len(body.find_nodes(op="placeholder"))
+        handed = call.args[len(call.args) - count :]
+        return tuple(self._read(arg, call) if isinstance(arg, Node) else arg for arg in handed)
+
+    def _handed_in(self, placeholder: Node) -> Term | None:
+        """The term that all callers hand in, if it is made of positions and flags alone: a mask."""
+        terms = {
+            _brought_in(self.space, value) if isinstance(value, Term) else None
+            for value in self._from_outside.get(placeholder, ())
+        }
+        term = terms.pop() if len(terms) == 1 else None
+        example = placeholder.meta.get("example_value")
+        if term is None or not isinstance(example, torch.Tensor):
+            return None
+        is_like = term.dtype == example.dtype and term.shape == sizes_of(example.shape)
+        return term if is_like else None
 
     def _comes_from(self, node: Node, same: list[Node]) -> bool:
         """Whether `node` has the value of one of `same` because it is computed from it, there and back again."""
@@ -97,6 +119,26 @@ class Terms:
         step = _step(term)
         base = self.derive(term.args[0]) if step else None
         return None if base is None or step is None else (base[0], (*base[1], step))
+
+
+def _brought_in(space: Space, term: Term) -> Term | None:
+    """A term of the graph around, as a term of this one; None if it reads floating-point values."""
+    parts: set[Term] = set()
+    stack = [term]
+    while stack:
+        part = stack.pop()
+        if part.op == "leaf" and part.dtype is not None and part.dtype.is_floating_point:
+            return None
+        if part not in parts:
+            parts.add(part)
+            stack.extend(part.args)
+    made: dict[Term, Term] = {}
+    for part in sorted(parts, key=lambda part: part.serial):  # arguments first
+        is_named = part.op == "leaf" and isinstance(part.consts[0], str)
+        consts = (*part.consts, "outside") if is_named else part.consts  # nodes here may have the same names
+        args = tuple(made[arg] for arg in part.args)
+        made[part] = space.intern(part.op, args, consts, part.dtype, part.shape)
+    return made[term]
 
 
 def _step(term: Term) -> Step | None:

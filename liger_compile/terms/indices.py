@@ -33,11 +33,14 @@ class Meaning:
 
     causal: just the keys j <= i to query i, and T is S; window: of these the last `window`; all: everything.
     unknown: anything else, or what could not be read; `reason` is the sentence.
+    `padding` names the values that say of each key whether it is there, if it is them alone that make it unknown:
+    were they all ones, the mask would be causal, or let everything through.
     """
 
     kind: Literal["causal", "window", "all", "unknown"]
     reason: str = ""
     window: int | None = None
+    padding: tuple[str, ...] = ()
 
 
 def mask_meaning(space: Space, mask: Term, queries: Size, keys: Size) -> Meaning:
@@ -47,8 +50,22 @@ def mask_meaning(space: Space, mask: Term, queries: Size, keys: Size) -> Meaning
         try:
             space.found_out[key] = _Reader(mask, queries, keys).meaning()
         except _UnreadError as why:
-            space.found_out[key] = Meaning("unknown", str(why))
+            space.found_out[key] = _but_for_padding(mask, queries, keys) or Meaning("unknown", str(why))
     return space.found_out[key]
+
+
+def _but_for_padding(mask: Term, queries: Size, keys: Size) -> Meaning | None:
+    """What a mask means that is known but for padding; None if it is not."""
+    try:
+        reader = _Reader(mask, queries, keys, without_padding=True)
+        kind = reader.meaning().kind
+    except _UnreadError:
+        return None
+    if kind not in ("causal", "all"):
+        return None
+    names = tuple(sorted(reader.padding))
+    means = "is causal" if kind == "causal" else "hides nothing"
+    return Meaning("unknown", f"it {means} but for the padding in {' and '.join(names)}", padding=names)
 
 
 class _UnreadError(Exception):
@@ -103,13 +120,15 @@ def _of_size(size: Size) -> _Linear:
 class _Reader:
     """Reads one mask; its coordinates range over the sizes of the scores that it is applied to."""
 
-    def __init__(self, mask: Term, queries: Size, keys: Size) -> None:
+    def __init__(self, mask: Term, queries: Size, keys: Size, *, without_padding: bool = False) -> None:
         if len(mask.shape) < 2 or mask.shape[-1] not in (1, keys) or mask.shape[-2] not in (1, queries):
             shape = ", ".join(map(str, mask.shape))
             raise _UnreadError(f"its shape ({shape}) is not that of {queries} queries and {keys} keys")
         self.mask, self.is_square = mask, queries == keys
         self.sizes = {dim: _of_size(mask.shape[dim]) for dim in range(-len(mask.shape), 0)}
         self.sizes.update({-1: _of_size(keys), -2: _of_size(queries)})
+        self.without_padding = without_padding
+        self.padding: set[str] = set()  # the flags that were taken for ones
 
     def meaning(self) -> Meaning:
         at = tuple(_Linear(0, frozenset(((dim, 1),))) for dim in sorted(self.sizes))
@@ -225,6 +244,8 @@ class _Reader:
             return self.any_of(self.all_of(condition, chosen), self.all_of(self.not_(condition), other))
         if term.op == "cast":
             return self._as_truth(term.args[0], at)
+        if self._is_padding(term, at):
+            return _TRUE
         return self.truth(*self._moved(term, at))
 
     def number(self, term: Term, at: _At) -> _Cases:
@@ -271,7 +292,17 @@ class _Reader:
             if value.parts:
                 raise _UnreadError(f"it adds up {value}")
             return self._only(_scaled(at[dim].plus(_Linear(1)), value))
+        if self._is_padding(term, at):
+            return self._only(_Linear(1))
         return self.number(*self._moved(term, at))
+
+    def _is_padding(self, term: Term, at: _At) -> bool:
+        """Whether these are flags of the keys, the same for each query, and are to be taken for ones."""
+        is_flag = term.op == "leaf" and term.dtype in (torch.bool, torch.int32, torch.int64)
+        if not (self.without_padding and is_flag) or any(part == -2 for form in at for part, _ in form.parts):
+            return False
+        self.padding.add(term.consts[0])
+        return True
 
     def _moved(self, term: Term, at: _At) -> tuple[Term, _At]:
         """The term whose elements `term` only moves, and where its element at `at` stands there."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -82,9 +82,12 @@ def assert_within(got: Step, expected: Step, bound: float) -> None:
     assert not far, f"further from eager than {bound:g}: {far}"
 
 
-def replaced(counts: Mapping[str, int]) -> dict[str, int]:
-    """How many sites were replaced since the reports were cleared, under the keys of `counts` where they fit."""
-    names = [site.pattern for r in liger_compile.reports() for site in r.sites if site.kind == "replace"]
+def replaced(
+    counts: Mapping[str, int], reports: Sequence[liger_compile.GraphReport] | None = None
+) -> dict[str, int]:
+    """How many sites were replaced in these reports, or all of this process, under the keys of `counts` if they fit."""
+    reports = liger_compile.reports() if reports is None else reports
+    names = [site.pattern for r in reports for site in r.sites if site.kind == "replace"]
     keys = (
         name if name in counts else op if (op := name.partition(".")[0]) in counts else name for name in names
     )

@@ -21,7 +21,6 @@ LENGTHS = (24, 40, 17)
 LLAMA = BY_NAME["llama"]
 # The first norm of a checkpointed layer is inside, and the add before it outside: a norm alone.
 CHECKPOINTED = {**LLAMA.counts, "add_rms_norm": 2, "rms_norm": 3}
-del CHECKPOINTED["attention.causal"]  # a layer gets its mask from outside
 
 
 def check(

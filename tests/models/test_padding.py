@@ -1,0 +1,183 @@
+"""Whole models with a padding mask, as trainers hand it to every call: two graphs, and the numbers of eager in each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from families import BY_NAME, HEADS, INNER, LAYERS, VOCAB, WIDTH
+from harness import Step, assert_within, batch, compiled, gradients, replaced, step
+from torch import Tensor, nn
+
+import liger_compile
+from liger_compile.variants import GENERAL, WITHOUT
+
+EXACT = 1e-5
+LENGTHS = (24, 40, 17)
+LLAMA = BY_NAME["llama"]
+
+
+def masks(ids: Tensor) -> dict[str, Tensor]:
+    """One row has padding: at its end, as while training; in front, as while generating; or it is padding alone."""
+    found = {name: torch.ones_like(ids) for name in ("none", "right", "left", "whole row")}
+    found["right"][1, -5:] = found["left"][0, :7] = found["whole row"][1] = 0
+    return found
+
+
+def loss(model: nn.Module, ids: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
+    labels = labels.masked_fill(mask == 0, -100)
+    return model(input_ids=ids, attention_mask=mask, labels=labels, use_cache=False).loss
+
+
+def encoder_loss(model: nn.Module, ids: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
+    return model(input_ids=ids, attention_mask=mask, labels=labels.masked_fill(mask == 0, -100)).loss
+
+
+def counts(variant: str, keys: Mapping[str, int]) -> dict[str, int]:
+    """What was replaced in the graph of this name; it was compiled once."""
+    (report,) = (report for report in liger_compile.reports() if report.variant == variant)
+    return replaced(keys, [report])
+
+
+def check(
+    model: nn.Module,
+    inputs: tuple[Tensor, Tensor],
+    expected: Mapping[str, int],
+    function: Callable[..., Tensor] = loss,
+    order: tuple[str, ...] = ("none", "right", "left", "whole row", "none"),
+    fast: Callable[..., Tensor] | None = None,
+) -> None:
+    """Loss and gradients are those of eager with every mask; all sites in the one graph, in the other no attention."""
+    fast = fast or compiled(function)
+    ids, labels = inputs
+    for name in order:
+        args = (ids, labels, masks(ids)[name])
+        assert_within(step(fast, model, *args), step(function, model, *args), EXACT)
+    assert counts(WITHOUT, expected) == dict(expected)
+    assert counts(GENERAL, expected) == {
+        op: n for op, n in expected.items() if not op.startswith("attention")
+    }
+    assert len(liger_compile.reports()) == 2
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma"])
+def test_decoders(name: str) -> None:
+    family = BY_NAME[name]
+    check(family.build(), batch(family), family.counts)
+
+
+def test_inductor_with_padding_first() -> None:
+    fast = compiled(loss, "inductor", fullgraph=True)
+    check(LLAMA.build(), batch(LLAMA), LLAMA.counts, order=("left", "none", "right", "none"), fast=fast)
+
+
+@pytest.mark.parametrize("order", [("none", "right"), ("right", "none")])
+def test_gradient_checkpointing(order: tuple[str, ...]) -> None:
+    model = LLAMA.build()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    # The add before a layer's first norm is outside.
+    expected = {**LLAMA.counts, "add_rms_norm": 2, "rms_norm": 3}
+    check(model, batch(LLAMA), expected, order=(*order, *order))
+
+
+def test_dynamic() -> None:
+    model, fast = LLAMA.build(), compiled(loss, dynamic=True)
+    for length in LENGTHS[:2]:
+        check(model, batch(LLAMA, length), LLAMA.counts, fast=fast)
+
+
+def test_automatic_dynamic() -> None:
+    model, fast = LLAMA.build(), compiled(loss)
+    for length, compiles in zip(LENGTHS, (1, 2, 0), strict=True):
+        liger_compile.clear_reports()
+        ids, labels = batch(LLAMA, length)
+        assert_within(
+            step(fast, model, ids, labels, torch.ones_like(ids)),
+            step(loss, model, ids, labels, torch.ones_like(ids)),
+            EXACT,
+        )
+        assert len(liger_compile.reports()) == compiles
+
+
+def test_retain_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, (ids, labels) = LLAMA.build(), batch(LLAMA)
+    fast = compiled(loss)
+    # Otherwise Inductor and AOTAutograd refuse it for this graph, whatever the backend.
+    monkeypatch.setattr(torch._functorch.config, "donated_buffer", False)
+
+    def run(function: Callable[..., Tensor], mask: Tensor) -> Step:
+        model.zero_grad()
+        result = function(model, ids, labels, mask)
+        result.backward(retain_graph=True)
+        result.backward(torch.tensor(0.5))
+        return Step(result.detach(), gradients(model))
+
+    for name in ("none", "left", "none"):
+        assert_within(run(fast, masks(ids)[name]), run(loss, masks(ids)[name]), EXACT)
+
+
+def test_backward_of_one_graph_after_forward_of_the_other() -> None:
+    model, (ids, labels) = LLAMA.build(), batch(LLAMA)
+
+    def run(function: Callable[..., Tensor]) -> Step:
+        model.zero_grad()
+        losses = [function(model, ids, labels, masks(ids)[name]) for name in ("none", "right", "left")]
+        for one in losses:
+            one.backward()
+        return Step(torch.stack(losses).detach(), gradients(model))
+
+    assert_within(run(compiled(loss)), run(loss), EXACT)
+    assert len(liger_compile.reports()) == 2
+
+
+@pytest.mark.parametrize("no_gradients", [torch.no_grad, torch.inference_mode])
+def test_evaluation(no_gradients: Any) -> None:
+    model, (ids, labels) = LLAMA.build().eval(), batch(LLAMA)
+    fast = compiled(loss)
+    with no_gradients():
+        for name in ("right", "none", "left"):
+            args = (ids, labels, masks(ids)[name])
+            torch.testing.assert_close(fast(model, *args), loss(model, *args), rtol=EXACT, atol=0)
+    assert counts(WITHOUT, LLAMA.counts) == dict(LLAMA.counts)
+
+
+@pytest.mark.parametrize("order", [("none", "right"), ("right", "none")])
+def test_autocast(order: tuple[str, ...]) -> None:
+    model, (ids, labels) = LLAMA.build(), batch(LLAMA)
+    fast = compiled(loss)
+    for name in order:
+        mask = masks(ids)[name]
+        truth = step(loss, model, ids, labels, mask)
+        with torch.autocast("cpu", torch.bfloat16):
+            eager = step(loss, model, ids, labels, mask)
+            ours = step(fast, model, ids, labels, mask)
+        for key, exact in truth.gradients.items():
+            bound = 2 * (eager.gradients[key] - exact).norm() + 1e-3 * exact.norm()
+            assert (ours.gradients[key] - exact).norm() <= bound, key
+    assert counts(WITHOUT, LLAMA.counts) == dict(LLAMA.counts)
+
+
+_BERT = {
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": HEADS,
+    "hidden_size": WIDTH,
+    "intermediate_size": INNER,
+}
+_NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+
+
+@pytest.mark.parametrize("kind", ["Bert", "Roberta"])
+def test_encoders(kind: str) -> None:
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{kind}Config")(vocab_size=VOCAB, **_BERT, **_NO_DROPOUT)
+    model = getattr(transformers, f"{kind}ForMaskedLM")(config).train()
+    check(model, batch(LLAMA), {"attention.unmasked": LAYERS, "linear_cross_entropy": 1}, encoder_loss)
+
+
+def test_encoder_and_decoder() -> None:
+    """T5's own attention has a learned bias; the decoder's attention to the encoder has nothing but its padding."""
+    family = BY_NAME["t5"]
+    check(family.build(), batch(family), family.counts, encoder_loss)

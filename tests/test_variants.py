@@ -1,0 +1,378 @@
+"""Inputs that are masks of padding: a graph for calls without, another for all, and the choice between them."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import liger_compile
+from liger_compile import variants
+
+BATCH, LENGTH = 2, 12
+OPTIONS = {"liger.inner": "aot_eager", "liger.strict": True, "liger.policy": "always"}
+
+
+def attend(q, k, v, mask):
+    """Two heads of eight channels, whatever the number of channels is symbolic."""
+    heads = (x.unflatten(-1, (2, 8)).transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(*heads, attn_mask=mask)
+
+
+def causal(q, k, v, padding):
+    """As Hugging Face's decoders."""
+    i = torch.arange(q.shape[1], device=q.device)
+    rows = torch.arange(q.shape[0], device=q.device)[:, None, None, None]
+    mask = (i[None, None, None, :] <= i[None, None, :, None]) & padding.to(torch.bool)[rows, i]
+    return attend(q, k, v, mask)
+
+
+def additive(q, k, v, padding):
+    """As BERT's: hidden keys get the smallest number added to their scores."""
+    mask = (1.0 - padding[:, None, None, :].to(q.dtype)) * torch.finfo(q.dtype).min
+    return attend(q, k, v, mask)
+
+
+def expanded(q, k, v, padding):
+    mask = padding[:, None, None, :].bool().expand(-1, 1, q.shape[1], -1)
+    return attend(q, k, v, mask)
+
+
+SPELLINGS = {f.__name__: f for f in (causal, additive, expanded)}
+
+
+def inputs(length=LENGTH, requires_grad=True):
+    generator = torch.Generator().manual_seed(length)
+    shape = (BATCH, length, 16)
+    return [torch.randn(shape, generator=generator, requires_grad=requires_grad) for _ in range(3)]
+
+
+def masks(length=LENGTH, dtype=torch.int64):
+    """All ones; with the first keys of one row hidden; with the last of the other."""
+    ones = torch.ones(BATCH, length, dtype=dtype)
+    left, right = ones.clone(), ones.clone()
+    left[1, :5], right[0, -3:] = 0, 0
+    return ones, left, right
+
+
+def differentiated(function, *args):
+    result = function(*args)
+    if not result.requires_grad:
+        return [result]
+    wanted = [arg for arg in args if isinstance(arg, torch.Tensor) and arg.requires_grad]
+    upstream = torch.linspace(-1, 1, result.numel()).view(result.shape).to(result.dtype)
+    return [result, *torch.autograd.grad(result, wanted, upstream)]
+
+
+def assert_as_in_eager(compiled, function, *args, **tolerance):
+    for ours, eager in zip(differentiated(compiled, *args), differentiated(function, *args), strict=True):
+        torch.testing.assert_close(ours, eager, **tolerance)
+
+
+def found():
+    """Each report so far: its variant, and how often attention was replaced."""
+    return [
+        (report.variant, sum(site.kind == "replace" for site in report.sites))
+        for report in liger_compile.reports()
+    ]
+
+
+BOTH = {"without": (variants.WITHOUT, 1), "general": (variants.GENERAL, 0)}
+
+
+def compiled(function, **options):
+    kwargs = {name: options.pop(name) for name in ("dynamic", "fullgraph") if name in options}
+    settings = {**OPTIONS, **{f"liger.{name}": value for name, value in options.items()}}
+    return torch.compile(function, backend="liger", options=settings, **kwargs)
+
+
+@pytest.mark.parametrize("inner", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("first", ["without", "general"])
+def test_each_is_compiled_when_it_is_first_needed(first, inner):
+    fast, (ones, left, right) = compiled(causal, inner=inner, fullgraph=True), masks()
+    second = "general" if first == "without" else "without"
+    args = inputs()
+    order = [ones, left, right] if first == "without" else [right, ones, left]
+    assert_as_in_eager(fast, causal, *args, order[0])
+    assert found() == [BOTH[first]]
+    for mask in (*order[1:], ones, left, ones):
+        assert_as_in_eager(fast, causal, *args, mask)
+    assert found() == [BOTH[first], BOTH[second]]
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.bool])
+@pytest.mark.parametrize("name", SPELLINGS)
+def test_masks_and_their_spellings(name, dtype):
+    function = SPELLINGS[name]
+    fast = compiled(function)
+    for mask in masks(dtype=dtype):
+        assert_as_in_eager(fast, function, *inputs(), mask)
+    assert found() == [BOTH["without"], BOTH["general"]]
+
+
+def test_a_row_that_is_padding_alone():
+    fast, (ones, *_) = compiled(additive), masks()
+    for hidden in (ones.clone(), ones):
+        hidden[1] = 0
+        assert_as_in_eager(fast, additive, *inputs(), hidden)
+
+
+def test_only_ones_are_ones():
+    fast, (ones, left, _) = compiled(expanded), masks()
+    for mask in (2 * ones, ones + left):  # true, and yet not what the other graph was made for
+        assert_as_in_eager(fast, expanded, *inputs(), mask)
+    assert found() == [BOTH["general"]]
+
+
+@pytest.mark.parametrize("how", ["dynamic=True", "mark_dynamic"])
+def test_symbolic_sizes_compile_both_at_once(how):
+    fast = compiled(causal, dynamic=True) if how == "dynamic=True" else compiled(causal)
+    for length in (LENGTH, 9, 20):
+        for mask in masks(length):
+            args = inputs(length)
+            if how == "mark_dynamic":
+                for tensor in (*args, mask):
+                    torch._dynamo.mark_dynamic(tensor, 1)
+            assert_as_in_eager(fast, causal, *args, mask)
+            assert found() == [BOTH["without"], BOTH["general"]]
+
+
+@pytest.mark.parametrize("inner", ["aot_eager", "inductor"])
+def test_automatic_dynamic(inner):
+    fast = compiled(causal, inner=inner)
+    for length, expected in ((LENGTH, 1), (9, 3), (20, 3)):
+        for mask in masks(length)[:1]:
+            assert_as_in_eager(fast, causal, *inputs(length), mask)
+        assert len(found()) == expected
+    assert_as_in_eager(fast, causal, *inputs(17), masks(17)[1])
+    assert len(found()) == 3
+
+
+def test_sizes_that_were_marked_but_turned_out_static():
+    args, (ones, left, _) = inputs(), masks()
+    for mask in (ones, left):
+        torch._dynamo.maybe_mark_dynamic(mask, 0)
+    fast = compiled(causal)
+    for mask in (ones, left):
+        assert_as_in_eager(fast, causal, *args, mask)
+    assert sorted(set(found())) == sorted(BOTH.values())
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_evaluation(order):
+    fast = compiled(causal, inner="inductor")
+    with torch.no_grad():
+        for i in order:
+            assert_as_in_eager(fast, causal, *inputs(), masks()[i])
+    for i in order:  # with gradients, all are compiled anew
+        assert_as_in_eager(fast, causal, *inputs(), masks()[i])
+    assert len(found()) == 4
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_autocast_is_that_of_the_call(order):
+    def layer(q, k, v, padding):
+        weight = torch.eye(16)
+        return causal(*(F.linear(x, weight) for x in (q, k, v)), padding)
+
+    fast = compiled(layer)
+    with torch.autocast("cpu", torch.bfloat16):
+        for i in order:
+            result = fast(*inputs(), masks()[i])
+            assert result.dtype is torch.bfloat16
+            assert_as_in_eager(fast, layer, *inputs(), masks()[i], rtol=2e-2, atol=2e-2)
+    assert len(found()) == 2
+
+
+def test_two_masks():
+    """As the encoder's and the decoder's."""
+
+    def both(q, k, v, first, second):
+        return causal(q, k, v, first) + additive(q, k, v, second)
+
+    fast, (ones, left, right) = compiled(both), masks()
+    for pair in ((ones, ones.clone()), (left, right), (ones, right), (left, ones)):
+        assert_as_in_eager(fast, both, *inputs(), *pair)
+    assert found() == [(variants.WITHOUT, 2), (variants.GENERAL, 0)]
+    note, _ = (report.notes[0] for report in liger_compile.reports())
+    assert "l_first_ and l_second_ are all ones" in note
+
+
+def test_a_mask_in_a_checkpointed_layer_comes_from_outside():
+    def layer(q, k, v, mask):
+        return attend(q, k, v, mask).transpose(1, 2).flatten(2)
+
+    def model(q, k, v, padding):
+        i = torch.arange(q.shape[1])
+        mask = (i[None, :] <= i[:, None]) & padding[:, None, None, :].bool()
+        for _ in range(2):
+            q = torch.utils.checkpoint.checkpoint(layer, q, k, v, mask, use_reentrant=False)
+        return q
+
+    fast = compiled(model)
+    for mask in masks():
+        assert_as_in_eager(fast, model, *inputs(), mask)
+    assert found() == [(variants.WITHOUT, 2), (variants.GENERAL, 0)]
+    assert liger_compile.reports()[1].notes[1:] == (
+        "attention keeps its mask 2x: it is causal but for the padding in l_padding_",
+    )
+
+
+# What is left to one graph
+
+
+def returned(q, k, v, padding):
+    return additive(q, k, v, padding), padding[:, :3]
+
+
+def written(q, k, v, padding):
+    padding[:, -1] = 0
+    return additive(q, k, v, padding)
+
+
+def token_ids(q, k, v, ids):
+    q = q + F.embedding(ids.view(-1, ids.shape[-1]), torch.ones(9, q.shape[-1]))
+    return additive(q, k, v, ids.ne(0).long())
+
+
+def dense(q, k, v, mask):
+    return attend(q, k, v, mask.bool())
+
+
+def positions(q, k, v, ids):
+    return attend(q, k, v, ids[:, None, None, :] <= ids[:, None, :, None])
+
+
+def learned(q, k, v, padding):
+    return attend(q, k, v, torch.randn(q.shape[1], k.shape[1]) * padding[:, None, None, :])
+
+
+SQUARE = torch.ones(LENGTH, LENGTH, dtype=torch.int64)
+
+
+@pytest.mark.parametrize(
+    ("function", "mask"),
+    [
+        *((each, masks()[0]) for each in (returned, written, token_ids, positions, learned)),
+        (dense, SQUARE),
+        (dense, SQUARE.tril().bool()),
+        (additive, masks(dtype=torch.float32)[0]),
+    ],
+)
+def test_what_is_no_padding_is_not_checked(function, mask):
+    args = inputs(requires_grad=False)
+    torch.manual_seed(1)
+    expected = function(*args, mask.clone())
+    torch.manual_seed(1)
+    torch.testing.assert_close(compiled(function)(*args, mask.clone()), expected)
+    assert found() == [("", 0)]
+
+
+@pytest.mark.parametrize(
+    "options", [{"padding": "general"}, {"policy": "never"}, {"skip": ("attention",)}, {"fuel": 0}]
+)
+def test_options_that_leave_nothing_to_choose(options):
+    fast = compiled(causal, **options)
+    for mask in masks():
+        assert_as_in_eager(fast, causal, *inputs(), mask)
+    assert found() == [("", 0)]
+
+
+def test_fake_inputs_are_not_read():
+    """DDP hands buckets fake ones."""
+    from torch._subclasses import FakeTensorMode
+
+    from liger_compile.backend import liger
+
+    def backend(gm, example_inputs):
+        mode = FakeTensorMode()
+        return liger(
+            gm, [mode.from_tensor(x) for x in example_inputs], options={**OPTIONS, "liger.inner": "eager"}
+        )
+
+    torch.compile(causal, backend=backend)(*inputs(), masks()[0])
+    assert found() == [("", 0)]
+
+
+def test_a_call_with_fake_inputs_runs_the_general_graph():
+    from torch._subclasses import FakeTensorMode
+
+    with FakeTensorMode() as mode:
+        assert not variants._is_all_ones(mode.from_tensor(masks()[0]))
+
+
+def test_reports_say_which_graph_is_whose():
+    fast, (ones, left, _) = compiled(causal), masks()
+    fast(*inputs(), ones)
+    fast(*inputs(), left)
+    without, general = liger_compile.reports()
+    assert without.name == general.name
+    assert f"graph {without.name} (without padding), " in str(without)
+    assert f"graph {general.name} (general), " in str(general)
+    assert "runs in calls where l_padding_ is all ones" in without.notes[0]
+    assert "runs in calls with padding" in general.notes[0]
+    assert without.to_dict()["variant"] == "without padding"
+
+
+def test_explain_tells_of_the_call_that_it_makes():
+    (graph,) = liger_compile.explain(causal, *inputs(), masks()[0]).graphs
+    assert graph.variant == variants.WITHOUT
+    (graph,) = liger_compile.explain(causal, *inputs(), masks()[1]).graphs
+    assert graph.variant == variants.GENERAL
+
+
+def test_a_copy_is_rewritten_apart():
+    copies = []
+
+    def backend(gm, example_inputs):
+        copies.append((gm, variants.copied(gm)))
+        return gm.forward
+
+    def model(q, k, v, padding):
+        return torch.utils.checkpoint.checkpoint(causal, q, k, v, padding, use_reentrant=False)
+
+    torch.compile(model, backend=backend)(*inputs(), masks()[0])
+    ((gm, copy),) = copies
+    assert str(copy.graph) == str(gm.graph) and not set(copy.graph.nodes) & set(gm.graph.nodes)
+    for name, body in gm.named_children():
+        assert str(getattr(copy, name).graph) == str(body.graph) and getattr(copy, name) is not body
+    for node, its_copy in zip(gm.graph.nodes, copy.graph.nodes, strict=True):
+        assert its_copy.meta.get("example_value") is node.meta.get("example_value")
+        assert getattr(its_copy, "_dynamo_source", None) == getattr(node, "_dynamo_source", None)
+    assert copy.meta == gm.meta and copy._param_name_to_source is gm._param_name_to_source
+
+
+CHILD = """
+import json
+import torch
+import liger_compile
+from liger_compile.compile import cache_counts
+from test_variants import causal, compiled, differentiated, found, inputs, masks
+
+fast = compiled(causal, inner="inductor")
+ours = [differentiated(fast, *inputs(), mask) for mask in masks()]
+eager = [differentiated(causal, *inputs(), mask) for mask in masks()]
+torch.testing.assert_close(ours, eager)
+print(json.dumps({"found": found(), **cache_counts()}))
+"""
+
+
+def test_a_second_process_finds_both_in_the_cache(tmp_path):
+    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    told = []
+    for _ in range(2):
+        child = subprocess.run(
+            [sys.executable, "-c", CHILD],
+            env=environment,
+            cwd=os.path.dirname(__file__),
+            capture_output=True,
+            text=True,
+        )
+        assert child.returncode == 0, child.stderr
+        told.append(json.loads(child.stdout))
+    both = [list(BOTH["without"]), list(BOTH["general"])]
+    assert told[0] == {"found": both, "hit": 0, "miss": 2, "bypass": 0}
+    assert told[1] == {"found": both, "hit": 2, "miss": 0, "bypass": 0}
