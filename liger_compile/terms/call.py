@@ -105,6 +105,15 @@ class NumberVar(float):
         return NumberVar(-float(self), self.scalar * Scalar(-1.0))
 
 
+class Draw(float):
+    """The probability of a dropout, equal to itself alone: two calls of one dropout drop different values."""
+
+    __hash__ = object.__hash__
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+
 class IntVar(int):
     """An int capture of a pattern, while its search is traced."""
 
