@@ -109,7 +109,7 @@ def _rewritten(gm: GraphModule, patterns: Sequence[Pattern], options: Options) -
                 module.graph,
                 decided,
                 lambda m, at=mutations.position: insertion_point(m, at.__getitem__),
-                settings={"loss_memory": options.loss_memory},
+                settings={"loss_memory": options.loss_memory, "inner": options.inner},
             )
             mark_for_recompute(rewritten)
             decisions.extend(rewritten)

@@ -23,21 +23,29 @@ and forward alone 0.31 and 0.33 ms, then 0.72 and less of the time. The T x T we
 Which masks are causal is found by terms/indices.py; repeats and what is written out by terms/attention.py.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch.fx import Node
 
+from liger_compile import flex
 from liger_compile.pattern import Match, Pattern
+
+FEWEST = 1024  # tokens from which flex_attention is used
 
 
 def _attend(q, k, v, mask, dropout_p, scale):
     return F.scaled_dot_product_attention(q, k, v, mask, dropout_p, scale=scale, enable_gqa=True)
 
 
-def causal(q, k, v, dropout_p: float, scale: float):
+def _causal_mask(q):
     length = q.shape[-2]
-    mask = torch.ones(length, length, dtype=torch.bool, device=q.device).tril()
-    return _attend(q, k, v, mask, dropout_p, scale)
+    return torch.ones(length, length, dtype=torch.bool, device=q.device).tril()
+
+
+def causal(q, k, v, dropout_p: float, scale: float):
+    return _attend(q, k, v, _causal_mask(q), dropout_p, scale)
 
 
 def unmasked(q, k, v, dropout_p: float, scale: float):
@@ -86,10 +94,6 @@ def _draws_others(match: Match) -> str | None:
 def _costs_more(match: Match) -> str | None:
     if not _is_written_out(match):
         return None
-    of_q, of_k = _reached(match, match.source("q")), _reached(match, match.source("k"))
-    for node in match.escaping():  # it would go on being computed, as it is now
-        if node in of_q and node in of_k:
-            return f"its scores or weights are used elsewhere as well: {node.name}"
     q = match["q"]
     if (
         q.device.type == "cpu"
@@ -98,6 +102,17 @@ def _costs_more(match: Match) -> str | None:
         and q.shape[-2] < 128
     ):
         return "on a CPU, in float32, for fewer than 128 tokens it takes no longer written out (0.66 of 0.76 ms for 32)"
+    return _weights_used_elsewhere(match)
+
+
+def _weights_used_elsewhere(match: Match) -> str | None:
+    """They would go on being computed, as they are now."""
+    if not _is_written_out(match):
+        return None
+    of_q, of_k = _reached(match, match.source("q")), _reached(match, match.source("k"))
+    for node in match.escaping():
+        if node in of_q and node in of_k:
+            return f"its scores or weights are used elsewhere as well: {node.name}"
     return None
 
 
@@ -110,20 +125,93 @@ def _reached(match: Match, source: Node) -> set[Node]:
     return found - {source}
 
 
-PATTERNS = tuple(
-    Pattern(
-        name=f"attention.{search.__name__}",
-        search=search,
-        replace=_replacement(search is causal),
-        check=_draws_others,
-        profit=_costs_more,
-        examples={
-            "q": torch.empty(2, 4, 6, 8),
-            "k": torch.empty(2, 2, keys, 8),
-            "v": torch.empty(2, 2, keys, 8),
-            "dropout_p": 0.0,
-            "scale": 0.25,
-        },
-    )
-    for search, keys in ((causal, 6), (unmasked, 7))
+def window(q, k, v, scale: float, window: int):
+    return _attend(q, k, v, _window_mask(q, window), 0.0, scale)
+
+
+def capped_causal(q, k, v, scale: float, softcap: float):
+    return _attend_capped(q, k, v, _causal_mask(q), scale, softcap)
+
+
+def capped_window(q, k, v, scale: float, softcap: float, window: int):
+    return _attend_capped(q, k, v, _window_mask(q, window), scale, softcap)
+
+
+def _attend_capped(q, k, v, mask, scale, softcap):
+    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+    scores = softcap * torch.tanh(q @ k.transpose(-1, -2) * scale / softcap)
+    return scores.masked_fill(~mask, -math.inf).softmax(-1) @ v
+
+
+def _window_mask(q, window):
+    at = torch.arange(q.shape[-2], device=q.device)
+    return _causal_mask(q) & (at[:, None] < at + window)
+
+
+def _flex(q, k, v, scale, softcap=None, window=None, inner="inductor"):
+    if inner == "inductor" and q.device.type != "cuda":
+        raise ValueError("Inductor trains with flex_attention on NVIDIA GPUs only")
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    return flex.windowed_attention(q, k, v, scale=scale, window=window, softcap=softcap)
+
+
+def _fits_flex(match: Match) -> str | None:
+    q, k, v, size = match["q"], match["k"], match["v"], match.captures.get("window", 1)
+    if q.shape[1] % k.shape[1]:
+        return f"{q.shape[1]} heads of queries are no multiple of {k.shape[1]} of keys"
+    if size < 1:
+        return f"its window of {size} hides everything"
+    if q.device.type == "cuda" and min(q.shape[-1], v.shape[-1]) < flex.SMALLEST_HEAD:
+        return f"flex_attention takes no heads with fewer than {flex.SMALLEST_HEAD} channels"
+    if q.device.type == "cuda" and q.dtype is torch.float64:
+        return "flex_attention has no kernel for float64"
+    return None
+
+
+def _flex_pays(match: Match) -> str | None:
+    q = match["q"]
+    if q.device.type != "cuda":
+        return "flex_attention, which knows windows and capped scores, is trained on NVIDIA GPUs only"
+    if isinstance(q.shape[-2], int) and q.shape[-2] < FEWEST:
+        return f"for fewer than {FEWEST} tokens the blocks of flex_attention do not pay"
+    return _weights_used_elsewhere(match)
+
+
+_EXAMPLES = {
+    "q": torch.empty(2, 4, 6, 8),
+    "k": torch.empty(2, 2, 6, 8),
+    "v": torch.empty(2, 2, 6, 8),
+    "scale": 0.25,
+}
+
+PATTERNS = (
+    *(
+        Pattern(
+            name=f"attention.{search.__name__}",
+            search=search,
+            replace=_replacement(search is causal),
+            check=_draws_others,
+            profit=_costs_more,
+            examples={**_EXAMPLES, "dropout_p": 0.0, **more},
+        )
+        for search, more in (
+            (causal, {}),
+            (unmasked, {"k": torch.empty(2, 2, 7, 8), "v": torch.empty(2, 2, 7, 8)}),
+        )
+    ),
+    *(
+        Pattern(
+            name=f"attention.{search.__name__}",
+            search=search,
+            replace=_flex,
+            check=_fits_flex,
+            profit=_flex_pays,
+            examples={**_EXAMPLES, **more},
+        )
+        for search, more in (
+            (window, {"window": 3}),
+            (capped_causal, {"softcap": 5.0}),
+            (capped_window, {"softcap": 5.0, "window": 3}),
+        )
+    ),
 )

@@ -51,7 +51,7 @@ def attention(
         normalize.cast(call.space, each, call.dtype) for each in (query, key, value)
     )  # as autocast does
     mask = call.space.none if attn_mask is None else attn_mask
-    consts = (is_causal, dropout_p, const_of(scale))
+    consts = (is_causal, dropout_p, const_of(scale), None)
     return _attention(call.space, "keeps its mask", mask, q, k, v, consts, call.shape)
 
 
@@ -78,18 +78,25 @@ def _attention(
     plain_k, plain_v = _ungrouped(space, k, HEADS), _ungrouped(space, v, HEADS)
     if plain_k is not None and plain_v is not None and plain_k.shape[1] == plain_v.shape[1]:
         k, v = plain_k, plain_v
-    reason = ""
+    reason, (_, dropout_p, _, cap) = "", consts
     if mask is not space.none:
         meaning = mask_meaning(space, mask, q.shape[2], k.shape[2])
-        mask, reason = _canonical(space, mask, meaning), meaning.reason
+        mask = _canonical(space, mask, meaning)
+        if meaning.kind == "unknown" or (meaning.kind == "window" and dropout_p):
+            reason = meaning.reason
+        elif cap is not None and (meaning.kind == "all" or dropout_p):
+            reason = "its scores are capped, which is known for causal attention without dropout only"
     term = normalize.apply(space, "attention", (mask, q, k, v), consts, q.dtype, shape)
     return _noted(space, term, otherwise, reason) if reason else term
 
 
 def _canonical(space: Space, mask: Term, meaning: Meaning) -> Term:
     """One term for all masks of one meaning; the sizes are those of the queries and keys beside it."""
-    names = {"causal": "causal_mask", "all": "no_mask"}
-    return space.intern(names[meaning.kind], (), (), torch.bool, ()) if meaning.kind in names else mask
+    names = {"causal": "causal_mask", "all": "no_mask", "window": "window_mask"}
+    if meaning.kind not in names:
+        return mask
+    consts = () if meaning.window is None else (meaning.window,)
+    return space.intern(names[meaning.kind], (), consts, torch.bool, ())
 
 
 def _noted(space: Space, term: Term, what: str, reason: str) -> Term:
@@ -161,22 +168,25 @@ def _of_scores(space: Space, scores: _Scores, dropout_p: float, product: Term) -
     mask = scores.joined(space) or space.intern("full", (), (True,), torch.bool, (1, 1))
     if product.shape != (*q.shape[:-1], *v.shape[-1:]) or k.shape[1:2] not in (q.shape[1:2], (1,)):
         return None
-    consts = (False, dropout_p, scores.scale)
+    consts = (False, dropout_p, scores.scale, scores.softcap)
     return _attention(space, f"{STAYS} for its mask", mask, q, k, v, consts, product.shape)
 
 
 @dataclass(frozen=True)
 class _Scores:
-    """scale * (q @ k) + masks: what a softmax is taken of. A boolean mask lets through where it is true."""
+    """factor * (q @ k) + masks, or cap * tanh(factor * (q @ k)) + masks: what a softmax is taken of. A boolean mask
+    lets through where it is true.
+    """
 
     q: Term
     k: Term  # keys are its columns
     factor: Scalar | Term = ONE
     masks: tuple[Term, ...] = ()
+    cap: Scalar | None = None
 
     def times(self, space: Space, factor: Scalar | Term) -> _Scores | None:
         if isinstance(factor, Term) or isinstance(self.factor, Term):
-            is_first = self.factor == ONE and not self.masks
+            is_first = self.factor == ONE and not self.masks and self.cap is None
             return replace(self, factor=factor) if is_first and isinstance(factor, Term) else None
         is_positive = factor.value > 0 and not factor.powers
         if not is_positive and any(mask.dtype is torch.bool for mask in self.masks):
@@ -187,7 +197,14 @@ class _Scores:
             else normalize.mul(space, ((mask, 1),), factor, mask.dtype, mask.shape)
             for mask in self.masks
         )
+        if self.cap is not None:
+            return replace(self, cap=self.cap * factor, masks=tuple(masks))
         return replace(self, factor=self.factor * factor, masks=tuple(masks))
+
+    def capped(self) -> _Scores | None:
+        if self.masks or self.cap is not None or isinstance(self.factor, Term):
+            return None
+        return replace(self, cap=ONE)
 
     def plus(self, mask: Term) -> _Scores:
         return replace(self, masks=(*self.masks, mask))
@@ -214,15 +231,23 @@ class _Scores:
 
     @property
     def scale(self) -> Any:
-        """As it stands in the constants of attention."""
+        """As it stands in the constants of attention: with a cap, scores are cap * tanh(scale / cap * (q @ k))."""
         if isinstance(self.factor, Term):
             return self.factor
-        if not self.factor.powers:
-            return self.factor.value
-        ((name, power), *others) = self.factor.powers
-        if others or power != 1 or self.factor.value != 1:
-            raise _LeftError(f"its scale is {self.factor}")
-        return ConstVar(name)
+        return _constant(self.factor if self.cap is None else self.factor * self.cap)
+
+    @property
+    def softcap(self) -> Any:
+        return None if self.cap is None else _constant(self.cap)
+
+
+def _constant(scalar: Scalar) -> Any:
+    if not scalar.powers:
+        return scalar.value
+    ((name, power), *others) = scalar.powers
+    if others or power != 1 or scalar.value != 1:
+        raise _LeftError(f"it is scaled by {scalar}")
+    return ConstVar(name)
 
 
 def _scores(space: Space, term: Term, depth: int = DEPTH) -> _Scores | None:
@@ -240,6 +265,9 @@ def _scores(space: Space, term: Term, depth: int = DEPTH) -> _Scores | None:
             scores = _scores(space, product, depth - 1)
             if scores is not None:
                 return scores.plus(mask)
+    if term.op == "tanh":
+        scores = _scores(space, term.args[0], depth - 1)
+        return None if scores is None else scores.capped()
     if term.op == "where":
         return _filled(space, *term.args, depth - 1)
     return None

@@ -33,6 +33,8 @@ class Call:
 def scalar_of(value: Any) -> Scalar | None:
     if isinstance(value, NumberVar):
         return value.scalar
+    if isinstance(value, IntVar):
+        return Scalar(1.0, ((value.var.name, 1),))
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         return Scalar(float(value))
     return None
