@@ -199,6 +199,14 @@ def test_a_refusal_leaves_no_functions_behind(run_liger, monkeypatch):
     assert not [name for name in vars(graph.owning_module)["_modules"] if name.startswith("liger_")]
 
 
+def test_what_has_no_cap_is_not_capped(run_liger):
+    def f(q, k, v):
+        return mistral(q, k, v, None), written_out(q, k, v)
+
+    _, (report,) = run_liger(f, *inputs(), skip=("attention.causal", "attention.window"))
+    assert not report.sites
+
+
 def test_a_window_that_hides_everything_is_left(run_liger):
     def f(q, k, v):
         return mistral(q, k, v, 0)

@@ -51,7 +51,7 @@ def attention(
         normalize.cast(call.space, each, call.dtype) for each in (query, key, value)
     )  # as autocast does
     mask = call.space.none if attn_mask is None else attn_mask
-    consts = (is_causal, dropout_p, const_of(scale), None)
+    consts = (is_causal, dropout_p, const_of(scale))
     return _attention(call.space, "keeps its mask", mask, q, k, v, consts, call.shape)
 
 
@@ -78,13 +78,13 @@ def _attention(
     plain_k, plain_v = _ungrouped(space, k, HEADS), _ungrouped(space, v, HEADS)
     if plain_k is not None and plain_v is not None and plain_k.shape[1] == plain_v.shape[1]:
         k, v = plain_k, plain_v
-    reason, (_, dropout_p, _, cap) = "", consts
+    reason, (_, dropout_p, _, *cap) = "", consts
     if mask is not space.none:
         meaning = mask_meaning(space, mask, q.shape[2], k.shape[2])
         mask = _canonical(space, mask, meaning)
         if meaning.kind == "unknown" or (meaning.kind == "window" and dropout_p):
             reason = meaning.reason
-        elif cap is not None and (meaning.kind == "all" or dropout_p):
+        elif cap and (meaning.kind == "all" or dropout_p):
             reason = "its scores are capped, which is known for causal attention without dropout only"
     term = normalize.apply(space, "attention", (mask, q, k, v), consts, q.dtype, shape)
     return _noted(space, term, otherwise, reason) if reason else term
@@ -168,7 +168,8 @@ def _of_scores(space: Space, scores: _Scores, dropout_p: float, product: Term) -
     mask = scores.joined(space) or space.intern("full", (), (True,), torch.bool, (1, 1))
     if product.shape != (*q.shape[:-1], *v.shape[-1:]) or k.shape[1:2] not in (q.shape[1:2], (1,)):
         return None
-    consts = (False, dropout_p, scores.scale, scores.softcap)
+    cap = () if scores.cap is None else (_constant(scores.cap),)
+    consts = (False, dropout_p, scores.scale, *cap)
     return _attention(space, f"{STAYS} for its mask", mask, q, k, v, consts, product.shape)
 
 
@@ -235,10 +236,6 @@ class _Scores:
         if isinstance(self.factor, Term):
             return self.factor
         return _constant(self.factor if self.cap is None else self.factor * self.cap)
-
-    @property
-    def softcap(self) -> Any:
-        return None if self.cap is None else _constant(self.cap)
 
 
 def _constant(scalar: Scalar) -> Any:
