@@ -5,6 +5,7 @@ A peer is imported where it is called, so that one which is not installed fails 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,7 @@ from liger_compile import functional
 
 OURS = "liger-compile"
 LOW_MEMORY_MIB = 128
+WINDOW, SOFTCAP = 1024, 50.0  # of attention
 
 Make = Callable[..., tuple[Any, ...]]
 
@@ -133,6 +135,81 @@ def our_norm_rotary(
 ) -> tuple[Tensor, Tensor]:
     q, k, cos, sin = q.transpose(1, 2), k.transpose(1, 2), cos.unsqueeze(1), sin.unsqueeze(1)
     return functional.norm_rotary(q, k, q_weight, k_weight, cos, sin)
+
+
+# Attention
+
+
+def make_attention(batch: int, length: int, heads: int, kv_heads: int, width: int) -> tuple[Any, ...]:
+    """q, k and v as they come from their projections."""
+    q, k, v = (torch.randn(batch, length, n, width).transpose(1, 2) for n in (heads, kv_heads, kv_heads))
+    return q.requires_grad_(), k.requires_grad_(), v.requires_grad_()
+
+
+def _seen(q: Tensor, window: int | None) -> Tensor:
+    at = torch.arange(q.shape[-2], device=q.device)
+    seen = at[None, :] <= at[:, None]
+    return seen if window is None else seen & (at[None, :] > at[:, None] - window)
+
+
+def _repeated(x: Tensor, heads: int) -> Tensor:
+    batch, groups, length, width = x.shape
+    x = x[:, :, None].expand(batch, groups, heads // groups, length, width)
+    return x.reshape(batch, heads, length, width)
+
+
+def eager_attention(
+    q: Tensor, k: Tensor, v: Tensor, window: int | None = None, softcap: float | None = None
+) -> Tensor:
+    """Written out, as transformers' eager_attention_forward."""
+    k, v = _repeated(k, q.shape[1]), _repeated(v, q.shape[1])
+    scores = torch.matmul(q, k.transpose(2, 3)) * q.shape[-1] ** -0.5
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    hidden = torch.finfo(q.dtype).min
+    scores = scores + torch.where(_seen(q, window), torch.zeros((), dtype=q.dtype, device=q.device), hidden)
+    return torch.matmul(F.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype), v)
+
+
+def masked_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None = None) -> Tensor:
+    """As transformers' sdpa_attention_forward with a mask in memory."""
+    k, v = _repeated(k, q.shape[1]), _repeated(v, q.shape[1])
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=_seen(q, window)[None, None])
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+
+def flex_attention(
+    q: Tensor, k: Tensor, v: Tensor, window: int | None = None, softcap: float | None = None
+) -> Tensor:
+    """As its documentation has it."""
+    from torch.nn.attention import flex_attention as flex
+
+    def score(score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return score if softcap is None else softcap * torch.tanh(score / softcap)
+
+    def mask(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return query >= key if window is None else (query >= key) & (query - key < window)
+
+    blocks = flex.create_block_mask(mask, None, None, q.shape[-2], k.shape[-2], device=q.device)
+    return flex.flex_attention(q, k, v, score_mod=score, block_mask=blocks, enable_gqa=True)
+
+
+def _compiled(function: Callable[..., Any], backend: str = "inductor") -> Callable[..., Any]:
+    options = {"liger.policy": "always"} if backend == "liger" else None
+    return torch.compile(function, backend=backend, dynamic=False, options=options)
+
+
+def _attention_elements(b: int, t: int, h: int, k: int, d: int) -> dict[str, int]:
+    """q, k, v and the result; in backward their gradients too. The products take longer, so this is a low floor."""
+    return {"forward": 2 * b * t * (h + k) * d, "backward": 4 * b * t * (h + k) * d}
+
+
+window_attention = functools.partial(masked_attention, window=WINDOW)
+capped_attention = functools.partial(eager_attention, softcap=SOFTCAP)
+capped_window_attention = functools.partial(eager_attention, window=WINDOW, softcap=SOFTCAP)
 
 
 # Gated MLP
@@ -270,6 +347,51 @@ OPS: Mapping[str, Op] = {
         elements=lambda b, t, h, k, d: {
             "forward": 2 * b * t * (h + k) * d + 2 * t * d,
             "backward": 3 * b * t * (h + k) * d + 2 * t * d,
+        },
+    ),
+    "causal_attention": Op(  # batch, length, heads, heads of keys, width of a head
+        shapes=((4, 2048, 32, 8, 64), (1, 8192, 32, 8, 64), (2, 4096, 32, 8, 128)),
+        tiny=(1, 8, 4, 2, 16),
+        make=make_attention,
+        elements=_attention_elements,
+        variants={
+            "eager": eager_attention,
+            "SDPA causal": causal_attention,
+            OURS: _compiled(eager_attention, "liger"),
+        },
+    ),
+    "window_attention": Op(  # as causal_attention, and the last WINDOW keys
+        shapes=((4, 2048, 32, 8, 64), (1, 8192, 32, 8, 128), (2, 4096, 8, 4, 256), (8, 1024, 16, 8, 128)),
+        tiny=(1, 8, 4, 2, 16),
+        make=make_attention,
+        elements=_attention_elements,
+        variants={
+            "eager": window_attention,
+            "SDPA causal": causal_attention,
+            "flex_attention": _compiled(functools.partial(flex_attention, window=WINDOW)),
+            OURS: _compiled(window_attention, "liger"),
+        },
+    ),
+    "capped_attention": Op(  # as causal_attention, written out with the scores bent by tanh
+        shapes=((2, 4096, 8, 4, 256), (1, 8192, 8, 4, 256), (4, 1024, 8, 4, 256)),
+        tiny=(1, 8, 4, 2, 16),
+        make=make_attention,
+        elements=_attention_elements,
+        variants={
+            "eager": capped_attention,
+            "flex_attention": _compiled(functools.partial(flex_attention, softcap=SOFTCAP)),
+            OURS: _compiled(capped_attention, "liger"),
+        },
+    ),
+    "capped_window_attention": Op(  # as capped_attention, and the last WINDOW keys
+        shapes=((2, 4096, 8, 4, 256), (1, 8192, 8, 4, 256)),
+        tiny=(1, 8, 4, 2, 16),
+        make=make_attention,
+        elements=_attention_elements,
+        variants={
+            "eager": capped_window_attention,
+            "flex_attention": _compiled(functools.partial(flex_attention, window=WINDOW, softcap=SOFTCAP)),
+            OURS: _compiled(capped_window_attention, "liger"),
         },
     ),
     "gated_activation": Op(  # tokens, inner width

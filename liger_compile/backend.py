@@ -30,10 +30,9 @@ from liger_compile.registry import patterns_in_use
 from liger_compile.remat import mark_for_recompute
 from liger_compile.report import GraphReport, record
 from liger_compile.rewrite import rewrite
-from liger_compile.terms.attention import kept_masks, notes_on_masks
+from liger_compile.terms.attention import Note, notes_in, sentences
 from liger_compile.terms.build import Terms
 from liger_compile.terms.heads import notes_on_logits
-from liger_compile.terms.indices import Meaning
 from liger_compile.terms.mutation import Mutations
 
 # Higher-order ops whose body is a graph like any other: activation checkpoints and nested compile regions.
@@ -131,7 +130,7 @@ def _rewritten(
     decisions: list[Decision] = []
     near_misses: list[NearMiss] = []
     notes: list[str] = []
-    masks: list[Meaning] = []
+    attention: list[Note] = []
     filled: list[Filled] = []
     for module in modules:
         is_top_level = module is gm
@@ -139,7 +138,7 @@ def _rewritten(
         terms = Terms(module.graph, mutations, calls.get(module, ()))
         for call, body in _calls(module):
             calls.setdefault(body, []).append(terms.arguments(call, body.graph))
-        masks.extend(kept_masks(terms.space, terms.of.values()))
+        attention.extend(notes_in(terms.space, terms.of.values()))
         logits = logits_in(module.graph, terms) if is_top_level else []
         if is_top_level:
             notes.extend(notes_on_logits(module.graph, terms))
@@ -160,20 +159,20 @@ def _rewritten(
             module.graph,
             decided,
             lambda m, at=mutations.position: insertion_point(m, at.__getitem__),
-            settings={"loss_memory": options.loss_memory},
+            settings={"loss_memory": options.loss_memory, "inner": options.inner},
         )
         filled.extend(settle(module.graph, deferred, is_dropped=options.logits == "none"))
         if is_top_level and options.recompute == "auto":  # in a checkpoint body the user has decided already
             mark_for_recompute(rewritten)
         decisions.extend(rewritten)
         near_misses.extend(missed)
-    notes.extend([*notes_on_masks(masks), *map(str, filled)])
+    notes.extend([*sentences(attention), *map(str, filled)])
     report = GraphReport.of(
         gm, decisions, near_misses, notes=tuple(notes), seconds=time.perf_counter() - start
     )
     for module in modules:
         module.recompile()
-    return _Rewritten(gm, report, filled, {name for meaning in masks for name in meaning.padding})
+    return _Rewritten(gm, report, filled, {name for note in attention for name in note.padding})
 
 
 def _without_padding(

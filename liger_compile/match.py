@@ -26,6 +26,7 @@ from torch.fx import Graph, Node
 
 from liger_compile.pattern import Capture, Match, NearMiss, Pattern
 from liger_compile.terms.build import Terms, trace
+from liger_compile.terms.call import Draw
 from liger_compile.terms.term import Term
 from liger_compile.terms.unify import Bindings, Unifier
 
@@ -298,7 +299,7 @@ class _Attempt:
         stops: set[Term] = set()
         for name in self.pattern.parameters:
             bound = env.get(name)
-            captures[name] = bound
+            captures[name] = float(bound) if isinstance(bound, Draw) else bound
             if not isinstance(bound, Term):
                 continue
             if bound.op == "none":

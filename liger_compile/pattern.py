@@ -41,8 +41,8 @@ class Pattern:
         search: the mathematics. Its parameters are captures: a bare parameter binds a tensor;
             `eps: float`, `n: int` and `reduction: str` bind constants; `bias: torch.Tensor | None`
             binds a tensor or its absence. It returns one tensor or a tuple of tensors.
-        replace: called with the captures by name, and with `loss_memory`, the option of that name, if it has
-            such a parameter with a default; returns as many tensors as search, of the same shapes and dtypes.
+        replace: called with the captures by name, and with `loss_memory` and `inner`, the options of these names, if
+            it has such parameters with a default; returns as many tensors as search, of the same shapes and dtypes.
             None leaves the computation to Inductor and marks it as cheap: its values are computed again in
             backward instead of kept.
         examples: one value per parameter of search, to trace it with: a small tensor (its sizes stand

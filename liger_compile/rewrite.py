@@ -11,16 +11,18 @@ nodes that lost their last user are erased.
 from __future__ import annotations
 
 import inspect
+import itertools
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from types import FunctionType
 from typing import Any
 
 import torch
-from torch.fx import Graph, Node
+from torch.fx import Graph, Node, symbolic_trace
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from liger_compile.pattern import Capture, Decision, Match
 from liger_compile.terms.term import size_of, sizes_of
@@ -176,7 +178,8 @@ class _Splicer(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        out = func(*args, **kwargs)
+        is_higher = isinstance(func, torch._ops.HigherOrderOperator)
+        out = _without_gradients(func, args, kwargs) if is_higher else func(*args, **kwargs)
         parts = out if isinstance(out, (tuple, list)) else (out,)
         if any(isinstance(part, torch.Tensor) for part in parts):
             self._insert(func, args, kwargs, out)
@@ -212,6 +215,8 @@ class _Splicer(TorchFunctionMode):
     def _argument(self, value: Any) -> Any:
         if id(value) in self.node_of:
             return self.node_of[id(value)]
+        if isinstance(value, FunctionType):
+            return self._body(value)
         if isinstance(value, torch.SymInt):
             return self._size(value)
         if isinstance(value, (torch.Tensor, torch.SymFloat)):
@@ -219,6 +224,21 @@ class _Splicer(TorchFunctionMode):
                 f"a replacement may use its captures and what torch functions make of them; it used {value!r}"
             )
         return value
+
+    def _body(self, function: FunctionType) -> Node:
+        """A function that a higher-order op is given: a submodule, as Dynamo has it."""
+        owner = self.graph.owning_module
+        assert owner is not None
+        name = next(
+            f"liger_{function.__name__}_{n}"
+            for n in itertools.count()
+            if not hasattr(owner, f"liger_{function.__name__}_{n}")
+        )
+        setattr(owner, name, symbolic_trace(function))
+        node = self.graph.get_attr(name)
+        node.meta.update(self.meta)
+        self.inserted.append(node)
+        return node
 
     def _size(self, value: torch.SymInt) -> Node:
         """A node for a symbolic size: the size of a tensor that the replacement knows."""
@@ -235,6 +255,19 @@ class _Splicer(TorchFunctionMode):
         """Takes out what was inserted."""
         for node in reversed(self.inserted):
             self.graph.erase_node(node)
+            if node.op == "get_attr":
+                delattr(self.graph.owning_module, str(node.target))
+
+
+def _without_gradients(func: Any, args: tuple, kwargs: dict) -> Any:
+    """The result of a higher-order op, which would trace the gradient of its body where only shapes are wanted."""
+    tensors = [each for each in tree_leaves((args, kwargs)) if isinstance(each, torch.Tensor)]
+    needs_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    with torch.no_grad():
+        out = func(*args, **kwargs)
+        return tree_map_only(
+            torch.Tensor, lambda part: part.requires_grad_(needs_grad and part.is_floating_point()), out
+        )
 
 
 def _grad_modes(graph: Graph) -> dict[Node, bool]:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from liger_compile.terms.attention import kept_masks, notes_on_masks
+from liger_compile.terms.attention import notes_in, sentences
 from liger_compile.terms.build import Terms
 from liger_compile.terms.indices import mask_meaning
 from liger_compile.terms.mutation import Mutations
@@ -314,7 +314,7 @@ def test_attention_says_why_it_keeps_its_mask():
     def backend(gm, _):
         terms = Terms(gm.graph, Mutations(gm.graph))
         node = next(n for n in gm.graph.nodes if n.name == "attend")
-        found.extend(notes_on_masks(kept_masks(terms.space, [terms.of[node]])))
+        found.extend(sentences(notes_in(terms.space, [terms.of[node]])))
         return gm.forward
 
     def attend(x, y):

@@ -27,8 +27,9 @@ ALLOWED = {
     "remat": ("pattern",),
     "compile": ("pattern",),
     "report": ("pattern",),
+    "flex": (),
     "registry": ("pattern", "terms", "patterns"),
-    "patterns": ("pattern", "patterns", "functional", "ops.dispatch"),
+    "patterns": ("pattern", "patterns", "functional", "flex", "ops.dispatch"),
 }
 
 

@@ -1,23 +1,40 @@
-"""The term of scaled_dot_product_attention: attention(mask, q, k, v), whose mask is what the mask means.
+"""The term of attention, attention(mask, q, k, v), whose mask is what the mask means.
 
 a mask that is proven causal, or to hide nothing      -> causal_mask, no_mask: whatever it was made of
 keys and values repeated for the heads of a group     -> as they were before; attention knows groups by itself
+softmax(q @ k.T * scale + mask) @ v                   -> the term that scaled_dot_product_attention has
+
+What is attention and has no such term is named in a note, with the reason.
 """
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from liger_compile.terms import normalize
-from liger_compile.terms.call import Call, const_of
-from liger_compile.terms.indices import Meaning, mask_meaning
-from liger_compile.terms.term import Space, Term
+from liger_compile.terms.call import Call, Draw, const_of
+from liger_compile.terms.indices import HIDES, Meaning, mask_meaning
+from liger_compile.terms.normalize import ONE, ZERO
+from liger_compile.terms.term import ConstVar, Scalar, Size, Space, Term
 
 HEADS = -3
+STAYS = "stays written out"
+DEPTH = 8  # sums, products and choices between a product of queries and keys and its softmax
+
+
+@dataclass(frozen=True)
+class Note:
+    """What attention does, and why: keeps its mask, or stays written out. `padding` is that of its mask's meaning."""
+
+    what: str
+    reason: str
+    padding: tuple[str, ...] = ()
 
 
 def attention(
@@ -31,30 +48,69 @@ def attention(
     scale: Any = None,
     enable_gqa: bool = False,
 ) -> Term | None:
-    """The table's function."""
-    space = call.space
-    if {len(query.shape), len(key.shape), len(value.shape)} != {4} or not isinstance(is_causal, bool):
+    """The table's function of scaled_dot_product_attention."""
+    if key.shape[1:2] != query.shape[1:2] and not enable_gqa:  # keys are broadcast
         return None
-    if key.shape[:2] != value.shape[:2] or key.shape[:1] != query.shape[:1]:
+    if not isinstance(is_causal, bool):
         return None
-    if not all(isinstance(each.shape[dim], int) for each in (query, key, value) for dim in (1, 3)):
+    dropout_p = const_of(dropout_p)
+    if type(dropout_p) is float and dropout_p:
+        dropout_p = Draw(dropout_p)
+    q, k, v = (
+        normalize.cast(call.space, each, call.dtype) for each in (query, key, value)
+    )  # as autocast does
+    mask = call.space.none if attn_mask is None else attn_mask
+    consts = (is_causal, dropout_p, const_of(scale))
+    return _attention(call.space, "keeps its mask", mask, q, k, v, consts, call.shape)
+
+
+def _attention(
+    space: Space,
+    otherwise: str,
+    mask: Term,
+    q: Term,
+    k: Term,
+    v: Term,
+    consts: tuple[Any, ...],
+    shape: tuple[Size, ...],
+) -> Term | None:
+    """The term; what attention does `otherwise`, where no pattern can know its mask, is noted with the reason."""
+    if {len(q.shape), len(k.shape), len(v.shape)} != {4}:
         return None
-    if key.shape[1] != query.shape[1] and not enable_gqa:  # keys are broadcast
+    if k.shape[:2] != v.shape[:2] or k.shape[:1] != q.shape[:1]:
         return None
-    q, k, v = (normalize.cast(space, each, call.dtype) for each in (query, key, value))  # as autocast does
+    if not all(isinstance(each.shape[dim], int) for each in (q, k, v) for dim in (1, 3)):
+        if mask is space.none:
+            return None
+        term = space.intern("attention_of_any_heads", (mask, q, k, v), consts, q.dtype, shape)
+        return _noted(space, term, otherwise, "the number of heads or their size is symbolic")
     plain_k, plain_v = _ungrouped(space, k, HEADS), _ungrouped(space, v, HEADS)
     if plain_k is not None and plain_v is not None and plain_k.shape[1] == plain_v.shape[1]:
         k, v = plain_k, plain_v
-    mask = space.none if attn_mask is None else _canonical(space, attn_mask, query.shape[2], key.shape[2])
-    consts = (is_causal, const_of(dropout_p), const_of(scale))
-    return normalize.apply(space, "attention", (mask, q, k, v), consts, call.dtype, call.shape)
+    reason, padding, (_, dropout_p, _, *cap) = "", (), consts
+    if mask is not space.none:
+        meaning = mask_meaning(space, mask, q.shape[2], k.shape[2])
+        mask = _canonical(space, mask, meaning)
+        if meaning.kind == "unknown" or (meaning.kind == "window" and dropout_p):
+            reason, padding = meaning.reason, meaning.padding
+        elif cap and (meaning.kind == "all" or dropout_p):
+            reason = "its scores are capped, which is known for causal attention without dropout only"
+    term = normalize.apply(space, "attention", (mask, q, k, v), consts, q.dtype, shape)
+    return _noted(space, term, otherwise, reason, padding) if reason else term
 
 
-def _canonical(space: Space, mask: Term, queries: Any, keys: Any) -> Term:
+def _canonical(space: Space, mask: Term, meaning: Meaning) -> Term:
     """One term for all masks of one meaning; the sizes are those of the queries and keys beside it."""
-    kind = mask_meaning(space, mask, queries, keys).kind
-    names = {"causal": "causal_mask", "all": "no_mask"}
-    return space.intern(names[kind], (), (), torch.bool, ()) if kind in names else mask
+    names = {"causal": "causal_mask", "all": "no_mask", "window": "window_mask"}
+    if meaning.kind not in names:
+        return mask
+    consts = () if meaning.window is None else (meaning.window,)
+    return space.intern(names[meaning.kind], (), consts, torch.bool, ())
+
+
+def _noted(space: Space, term: Term, what: str, reason: str, padding: tuple[str, ...] = ()) -> Term:
+    space.found_out["note", term] = Note(what, reason, padding)
+    return term
 
 
 def _ungrouped(space: Space, term: Term, dim: int) -> Term | None:
@@ -79,14 +135,220 @@ def _ungrouped(space: Space, term: Term, dim: int) -> Term | None:
     return normalize.view(space, source, *before, groups, *after)
 
 
-def kept_masks(space: Space, terms: Iterable[Any]) -> list[Meaning]:
-    """The meaning of each mask that attention keeps."""
-    calls = dict.fromkeys(term for term in terms if isinstance(term, Term) and term.op == "attention")
-    kept = [term.args for term in calls if term.args[0].op not in ("none", "causal_mask", "no_mask")]
-    return [mask_meaning(space, mask, q.shape[2], k.shape[2]) for mask, q, k, _ in kept]
+# Written out
 
 
-def notes_on_masks(kept: Iterable[Meaning]) -> Iterator[str]:
-    """A sentence for each reason why attention keeps its mask."""
-    for reason, times in Counter(meaning.reason for meaning in kept).items():
-        yield f"attention keeps its mask {times}x: {reason}"
+def written_out(space: Space, term: Term) -> Term | None:
+    """softmax(q @ k.T * scale + mask) @ v -> attention(mask, q, k, v)
+
+    What is rounded between the two products is no part of the term: scaled_dot_product_attention keeps scores and
+    weights in float32 on the way, or as exact as code that writes them to memory has them. What q, k and v are
+    rounded to is. Bare terms have no dtypes, by which masks are read, so the bare form comes from the exact one.
+    """
+    weights, dropout_p = _undropped(_uncast(term.args[0]))
+    whole = weights.args[0] if weights.op == "slice" else weights
+    if term.dtype is None or len(term.shape) != 4 or whole.op != "softmax" or whole.consts != (-1,):
+        return None
+    try:
+        if whole is not weights:
+            raise _LeftError("its softmax takes in other scores than those of the keys, as sinks are")
+        scores = _scores(space, weights.args[0])
+        if scores is None:
+            raise _LeftError("what its softmax is taken of is not seen to be scores of queries and keys")
+        return _of_scores(space, scores, dropout_p, term)
+    except _LeftError as why:
+        _noted(space, term, STAYS, str(why))
+        return None
+
+
+class _LeftError(Exception):
+    """Why attention that is written out has no term, in a sentence."""
+
+
+def _of_scores(space: Space, scores: _Scores, dropout_p: float, product: Term) -> Term | None:
+    """The term of softmax(scores) @ v, which is `product`."""
+    dtype, v = product.dtype, product.args[1]
+    q = _exactly(space, scores.q, dtype)
+    k = _exactly(space, normalize.permute(space, scores.k, -1, -2), dtype)
+    if q is None or k is None:
+        raise _LeftError(
+            f"its scores are of {_name(scores.q)} and {_name(scores.k)}, its values are {_name(v)}"
+        )
+    mask = scores.joined(space) or space.intern("full", (), (True,), torch.bool, (1, 1))
+    if product.shape != (*q.shape[:-1], *v.shape[-1:]) or k.shape[1:2] not in (q.shape[1:2], (1,)):
+        return None
+    cap = () if scores.cap is None else (_constant(scores.cap),)
+    consts = (False, dropout_p, scores.scale, *cap)
+    return _attention(space, f"{STAYS} for its mask", mask, q, k, v, consts, product.shape)
+
+
+@dataclass(frozen=True)
+class _Scores:
+    """factor * (q @ k) + masks, or cap * tanh(factor * (q @ k)) + masks: what a softmax is taken of. A boolean mask
+    lets through where it is true.
+    """
+
+    q: Term
+    k: Term  # keys are its columns
+    factor: Scalar | Term = ONE
+    masks: tuple[Term, ...] = ()
+    cap: Scalar | None = None
+
+    def times(self, space: Space, factor: Scalar | Term) -> _Scores | None:
+        if isinstance(factor, Term) or isinstance(self.factor, Term):
+            is_first = self.factor == ONE and not self.masks and self.cap is None
+            return replace(self, factor=factor) if is_first and isinstance(factor, Term) else None
+        is_positive = factor.value > 0 and not factor.powers
+        if not is_positive and any(mask.dtype is torch.bool for mask in self.masks):
+            return None
+        masks = (
+            mask
+            if mask.dtype is torch.bool
+            else normalize.mul(space, ((mask, 1),), factor, mask.dtype, mask.shape)
+            for mask in self.masks
+        )
+        if self.cap is not None:
+            return replace(self, cap=self.cap * factor, masks=tuple(masks))
+        return replace(self, factor=self.factor * factor, masks=tuple(masks))
+
+    def capped(self) -> _Scores | None:
+        if self.masks or self.cap is not None or isinstance(self.factor, Term):
+            return None
+        return replace(self, cap=ONE)
+
+    def plus(self, mask: Term) -> _Scores:
+        return replace(self, masks=(*self.masks, mask))
+
+    def joined(self, space: Space) -> Term | None:
+        """All masks in one, None if there is none."""
+        if len(self.masks) <= 1:
+            return next(iter(self.masks), None)
+        shape = normalize.broadcast(mask.shape for mask in self.masks)
+        if shape is None:
+            raise _LeftError("its masks have different shapes")
+        if all(mask.dtype is torch.bool for mask in self.masks):
+            return functools.reduce(
+                lambda a, b: normalize.apply(space, "and", (a, b), (), torch.bool, shape), self.masks
+            )
+        hidden = space.number(Scalar(float("-inf")))
+        added = [
+            normalize.apply(space, "where", (mask, space.number(ZERO), hidden), (), torch.float32, mask.shape)
+            if mask.dtype is torch.bool
+            else mask
+            for mask in self.masks
+        ]
+        return normalize.add(space, added, ZERO, torch.float32, shape)
+
+    @property
+    def scale(self) -> Any:
+        """As it stands in the constants of attention: with a cap, scores are cap * tanh(scale / cap * (q @ k))."""
+        if isinstance(self.factor, Term):
+            return self.factor
+        return _constant(self.factor if self.cap is None else self.factor * self.cap)
+
+
+def _constant(scalar: Scalar) -> Any:
+    if not scalar.powers:
+        return scalar.value
+    ((name, power), *others) = scalar.powers
+    if others or power != 1 or scalar.value != 1:
+        raise _LeftError(f"it is scaled by {scalar}")
+    return ConstVar(name)
+
+
+def _scores(space: Space, term: Term, depth: int = DEPTH) -> _Scores | None:
+    """The scores that `term` computes; None if it computes something else."""
+    if not depth:
+        return None
+    if term.op == "cast":
+        return _scores(space, term.args[0], depth)
+    if term.op == "matmul":
+        return _Scores(*term.args)
+    if term.op == "mul":
+        return _scaled(space, term, depth - 1)
+    if term.op == "add" and term.consts[0] == ZERO and len(term.args) == 2:
+        for product, mask in (term.args, term.args[::-1]):
+            scores = _scores(space, product, depth - 1)
+            if scores is not None:
+                return scores.plus(mask)
+    if term.op == "tanh":
+        scores = _scores(space, term.args[0], depth - 1)
+        return None if scores is None else scores.capped()
+    if term.op == "where":
+        return _filled(space, *term.args, depth - 1)
+    return None
+
+
+def _scaled(space: Space, term: Term, depth: int) -> _Scores | None:
+    scalar, *powers = term.consts
+    for at, product in enumerate(term.args):
+        scores = _scores(space, product, depth) if powers[at] == 1 else None
+        if scores is None:
+            continue
+        others = [(factor, powers[i]) for i, factor in enumerate(term.args) if i != at]
+        for factor, power in others:
+            number = _number(factor)
+            if number is not None:
+                scalar = scalar * number**power
+            elif factor.dtype is None and others == [(factor, 1)] and scalar == ONE:  # known at run time only
+                return scores.times(space, factor)
+            else:
+                return None
+        return scores.times(space, scalar)
+    return None
+
+
+def _number(term: Term) -> Scalar | None:
+    """The number that a term is, also as a tensor of it alone."""
+    if term.op == "number":
+        return term.consts[0]
+    return Scalar(float(term.consts[0])) if term.op == "full" and not term.shape else None
+
+
+def _filled(space: Space, condition: Term, chosen: Term, other: Term, depth: int) -> _Scores | None:
+    """where(condition, scores, -inf), or the other way round"""
+    for product, fill, hides in ((chosen, other, False), (other, chosen, True)):
+        number = _number(fill)
+        scores = _scores(space, product, depth) if number is not None else None
+        if scores is None or number is None:
+            continue
+        if number.powers or not number.value <= HIDES:
+            raise _LeftError(
+                f"it sets what it hides to {number.value:g}, and not to -inf or the dtype's lowest"
+            )
+        if hides:
+            condition = normalize.apply(space, "not", (condition,), (), torch.bool, condition.shape)
+        return scores.plus(condition)
+    return None
+
+
+def _undropped(term: Term) -> tuple[Term, float]:
+    """The term without the dropout of it, and how probable that is."""
+    return (_uncast(term.args[0]), term.consts[0]) if term.op == "dropout" else (term, 0.0)
+
+
+def _uncast(term: Term) -> Term:
+    return _uncast(term.args[0]) if term.op == "cast" else term
+
+
+def _exactly(space: Space, term: Term, dtype: torch.dtype | None) -> Term | None:
+    """The numbers of `term` in `dtype`, if nothing has to be rounded for that."""
+    while term.op == "cast" and torch.promote_types(term.args[0].dtype, term.dtype) == term.dtype:
+        term = term.args[0]
+    return normalize.cast(space, term, dtype) if torch.promote_types(term.dtype, dtype) == dtype else None
+
+
+def _name(term: Term) -> str:
+    return str(term.dtype).removeprefix("torch.")
+
+
+def notes_in(space: Space, terms: Iterable[Any]) -> list[Note]:
+    """What is noted of the attention among these terms."""
+    found = dict.fromkeys(term for term in terms if isinstance(term, Term))
+    return [space.found_out["note", term] for term in found if ("note", term) in space.found_out]
+
+
+def sentences(notes: Iterable[Note]) -> Iterator[str]:
+    """One for each different note."""
+    for (what, reason), times in Counter((note.what, note.reason) for note in notes).items():
+        yield f"attention {what} {times}x: {reason}"

@@ -33,6 +33,8 @@ class Call:
 def scalar_of(value: Any) -> Scalar | None:
     if isinstance(value, NumberVar):
         return value.scalar
+    if isinstance(value, IntVar):
+        return Scalar(1.0, ((value.var.name, 1),))
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         return Scalar(float(value))
     return None
@@ -103,6 +105,15 @@ class NumberVar(float):
 
     def __neg__(self) -> NumberVar:
         return NumberVar(-float(self), self.scalar * Scalar(-1.0))
+
+
+class Draw(float):
+    """The probability of a dropout, equal to itself alone: two calls of one dropout drop different values."""
+
+    __hash__ = object.__hash__
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
 
 
 class IntVar(int):

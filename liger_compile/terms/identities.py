@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 
+from liger_compile.terms.attention import written_out
 from liger_compile.terms.normalize import (
     MINUS_ONE,
     ONE,
@@ -246,6 +247,32 @@ def _linear_of_rows(space: Space, term: Term) -> Term | None:
     return apply(space, "linear", (x, *inner.args[1:]), (), inner.dtype, term.shape)
 
 
+def _product_of_batches(space: Space, term: Term) -> Term | None:
+    """view(x @ y, (b, h, t, s)) -> view(x, (b, h, t, d)) @ view(y, (b, h, d, s)): how batches are counted"""
+    inner = term.args[0]
+    if inner.op != "matmul" or len(inner.shape) < 3 or term.shape[-2:] != inner.shape[-2:]:
+        return None
+    if any(factor.shape[:-2] != inner.shape[:-2] for factor in inner.args):
+        return None
+    batches = term.shape[:-2]
+    factors = tuple(
+        permute(space, view(space, factor.args[0], *batches, *factor.args[0].shape[-2:]), -1, -2)
+        if factor.op == "permute" and factor.consts == (-1, -2)
+        else view(space, factor, *batches, *factor.shape[-2:])
+        for factor in inner.args
+    )
+    return apply(space, "matmul", factors, (), inner.dtype, term.shape)
+
+
+def _softmax_of_batches(space: Space, term: Term) -> Term | None:
+    """view(softmax(x, -1), (b, h, t, s)) -> softmax(view(x, (b, h, t, s)), -1): how batches are counted"""
+    inner = term.args[0]
+    if inner.op != "softmax" or inner.consts != (-1,) or term.shape[-1:] != inner.shape[-1:]:
+        return None
+    x = view(space, inner.args[0], *term.shape)
+    return apply(space, "softmax", (x,), inner.consts, inner.dtype, term.shape)
+
+
 def _views(term: Term) -> bool:
     """Whether an elementwise function was applied to a view."""
     while term.op in ELEMENTWISE and len(term.args) == 1:
@@ -392,8 +419,15 @@ RULES: Mapping[str, tuple[Callable[[Space, Term], Term | None], ...]] = {
     "cat": (_rotate_half, _pairs_of_complex),
     "complex": (_complex_of_pairs,),
     "slice": (_slice_of_groups, _slice_of_each_group),
-    "view": (_view_of_elementwise, _cat_of_groups, _rotate_pairs, _linear_of_rows),
-    "matmul": (_matmul_is_linear,),
+    "view": (
+        _view_of_elementwise,
+        _cat_of_groups,
+        _rotate_pairs,
+        _linear_of_rows,
+        _product_of_batches,
+        _softmax_of_batches,
+    ),
+    "matmul": (_matmul_is_linear, written_out),
     "add": (_linear_with_bias,),
     "nll_loss": (_nll_of_log_softmax,),
     "cross_entropy": (_loss_over_tokens,),

@@ -16,7 +16,7 @@ from typing import Literal
 import sympy
 import torch
 
-from liger_compile.terms.term import Scalar, Size, Space, Term
+from liger_compile.terms.term import ConstVar, Scalar, Size, Space, Term
 
 # Scores would have to be as large for a mask that adds this to let anything through: finfo.min of float32 and bfloat16.
 HIDES = -1e30
@@ -39,7 +39,7 @@ class Meaning:
 
     kind: Literal["causal", "window", "all", "unknown"]
     reason: str = ""
-    window: int | None = None
+    window: int | ConstVar | None = None  # a number, or a pattern's capture of one
     padding: tuple[str, ...] = ()
 
 
@@ -103,6 +103,16 @@ _Cases = tuple[tuple[_Condition, _Linear], ...]  # the value under each of the c
 _At = tuple[_Linear, ...]  # where a term is read: its coordinates
 
 
+class _Capture(sympy.Symbol):
+    """A number that a pattern's search takes: positive, as far as its mask means anything."""
+
+
+def _of_number(scalar: Scalar) -> _Linear:
+    if scalar.value == 1 and len(scalar.powers) == 1 and scalar.powers[0][1] == 1:
+        return _Linear(0, frozenset(((_Capture(scalar.powers[0][0], integer=True, positive=True), 1),)))
+    return _Linear(_plain(scalar))
+
+
 def _of_size(size: Size) -> _Linear:
     if isinstance(size, int):
         return _Linear(size)
@@ -146,7 +156,6 @@ class _Reader:
         if condition == _TRUE:
             return Meaning("all")
         causal = _Linear(0, frozenset(((-1, 1), (-2, -1))))
-        behind = frozenset(((-1, -1), (-2, 1)))
         alternatives = [sorted(forms, key=lambda form: form != causal) for forms in condition]
         if len(alternatives) == 1 and alternatives[0][0] == causal:
             (_, *others) = alternatives[0]
@@ -154,10 +163,11 @@ class _Reader:
                 return Meaning("unknown", "it is causal, but there are not as many queries as keys")
             if not others:
                 return Meaning("causal")
-            if len(others) == 1 and others[0].parts == behind:
-                window = 1 - int(others[0].constant)
-                reason = f"it is causal within a window of {window}, which may be smaller than the sequence"
-                return Meaning("window", reason, window)
+            window = _ZERO.plus(others[0].plus(causal), -1).plus(_Linear(1)) if len(others) == 1 else None
+            size = None if window is None else _window_size(window)
+            if size is not None:
+                reason = f"it is causal within a window of {size}, which may be smaller than the sequence"
+                return Meaning("window", reason, size)
         text = " or ".join(" and ".join(f"{form} <= 0" for form in forms) for forms in alternatives)
         return Meaning("unknown", f"it is no causal mask: it lets through {text or 'nothing'}")
 
@@ -258,7 +268,7 @@ class _Reader:
 
     def _number(self, term: Term, at: _At) -> _Cases:
         if term.op == "number":
-            return self._only(_Linear(self._constant(term)))
+            return self._only(_of_number(term.consts[0]))
         if term.op == "leaf" and term.dtype is None and not isinstance(term.consts[0], str):
             return self._only(_of_size(term.consts[0]))
         if term.op == "full":
@@ -269,7 +279,7 @@ class _Reader:
         if term.op == "cast":
             return self.number(term.args[0], at)
         if term.op == "add":
-            total = self._only(_Linear(_plain(term.consts[0])))
+            total = self._only(_of_number(term.consts[0]))
             for addend in term.args:
                 total = self._combined(total, self.number(addend, at), _Linear.plus)
             return total
@@ -330,8 +340,8 @@ class _Reader:
                 raise _UnreadError("it takes elements at positions that may be negative")
             return source, tuple(inner)
         if term.op in ("leaf", "var"):
-            raise _UnreadError(f"it depends on the values of {term.consts[0]}")
-        raise _UnreadError(f"it depends on the values of {term.op}")
+            raise _UnreadError(f"it depends on the values of {term.consts[0]}: {_elsewhere(term)}")
+        raise _UnreadError(f"it depends on the values of {term.op}: {_elsewhere(term)}")
 
     def _difference(self, term: Term, at: _At) -> _Cases:
         """torch.diff along a dimension, of positions with one element before them or none"""
@@ -423,11 +433,27 @@ class _Reader:
         return result
 
 
+def _elsewhere(term: Term) -> str:
+    """What a mask may be that no positions of this graph say."""
+    if term.dtype is not None and term.dtype.is_floating_point:
+        return "a bias, or a mask that was made elsewhere"
+    return "padding, packed sequences, or a mask that was made elsewhere"
+
+
 def _plain(scalar) -> float:
     """A constant of a term as a number; a pattern's own number captures are none."""
     if scalar.powers:
         raise _UnreadError(f"it depends on the number {scalar.powers[0][0]}")
     return scalar.value
+
+
+def _window_size(form: _Linear) -> int | ConstVar | None:
+    """A window as a constant."""
+    if not form.parts:
+        return int(form.constant)
+    ((part, coefficient), *others) = form.parts
+    is_capture = isinstance(part, _Capture) and not others and (coefficient, form.constant) == (1, 0)
+    return ConstVar(part.name) if is_capture else None
 
 
 def _is_whole(number: float) -> bool:

@@ -143,7 +143,8 @@ def _stack(call, tensors, dim=0):
 def _attribute(call, input, name):
     if name in ("real", "imag") and input.dtype.is_complex:
         return normalize.apply(call.space, name, (input,), (), call.dtype, call.shape)
-    return _transpose(call, input, -1, -2) if name in ("T", "mT") and len(input.shape) == 2 else None
+    is_transposed = name == "mT" or (name == "T" and len(input.shape) == 2)
+    return _transpose(call, input, -1, -2) if is_transposed else None
 
 
 def _repeat_interleave(call, input, repeats, dim=None, *, output_size=None):

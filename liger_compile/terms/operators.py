@@ -8,6 +8,7 @@ here; a new identity between operators belongs in identities.py.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 
 from liger_compile.terms import normalize
 from liger_compile.terms.attention import attention
-from liger_compile.terms.call import Call, Value, const_of, negative, opaque, scalar_of, term_of
+from liger_compile.terms.call import Call, Draw, Value, const_of, negative, opaque, scalar_of, term_of
 from liger_compile.terms.index_operators import INDEX_TABLE
 from liger_compile.terms.layout_operators import LAYOUT_TABLE, halves
 from liger_compile.terms.term import ConstVar, Scalar, Space, Term
@@ -204,7 +205,12 @@ def _glu(call, input, dim=-1):
 
 
 def _dropout(call, input, p=0.5, training=True, inplace=False):
-    return input if isinstance(p, (int, float)) and (p == 0 or training is False) else None
+    if isinstance(p, (int, float)) and (p == 0 or training is False):
+        return input
+    if training is not True or inplace:
+        return None
+    p = Draw(p if isinstance(p, (int, float)) else math.nan)  # known at run time only
+    return normalize.apply(call.space, "dropout", (input,), (p,), call.dtype, call.shape)
 
 
 def _same(call, input, *args, **kwargs):
@@ -303,11 +309,28 @@ def _matmul(call, input, other):
     return normalize.apply(call.space, "matmul", args, (), call.dtype, call.shape)
 
 
+def _baddbmm(call, input, batch1, batch2, *, beta=1, alpha=1):
+    beta, alpha = scalar_of(beta), scalar_of(alpha)
+    if beta is None or alpha is None:
+        return None
+    product = normalize.mul(call.space, ((_matmul(call, batch1, batch2), 1),), alpha, call.dtype, call.shape)
+    if beta.is_number(0):  # torch does not even read the input then
+        return product
+    scaled = normalize.mul(call.space, ((input, 1),), beta, call.dtype, input.shape)
+    return normalize.add(call.space, (scaled, product), Scalar(0.0), call.dtype, call.shape)
+
+
 def _einsum(call, equation, *operands):
-    """Two operands: a linear layer, "...i,oi->...o", or a sum of products, "btd,btd->bt"."""
+    """Two operands: a linear layer, "...i,oi->...o", a sum of products, "btd,btd->bt", or a product of matrices for
+    each of a batch, "bthd,bshd->bhts".
+    """
     x, y = operands[0] if len(operands) == 1 else operands
     names, out = equation.replace(" ", "").replace("...", "*").split("->")
     first, second = names.split(",")
+    if len(first) == len(x.shape) and len(second) == len(y.shape) and "*" not in first + second:
+        product = _batched(call, x, y, first, second, out)
+        if product is not None:
+            return product
     if "*" in first[1:] or len(set(first)) != len(first):
         return None
     if first == second and x.shape == y.shape:
@@ -322,6 +345,33 @@ def _einsum(call, equation, *operands):
         return None
     weight = y if second[1] == channel else normalize.permute(call.space, y, -1, -2)
     return _linear(call, x, weight)
+
+
+def _batched(call: Call, x: Term, y: Term, first: str, second: str, out: str) -> Term | None:
+    """The einsum of terms that is a matmul of their matrices, at least one for each of a batch."""
+    batch = [name for name in out if name in first and name in second]
+    row, column, summed = (
+        [name for name in names if (name in first, name in second, name in out) == where]
+        for names, where in (
+            (first, (True, False, True)),
+            (second, (False, True, True)),
+            (first, (True, True, False)),
+        )
+    )
+    shape = dict(zip(first + second, (*x.shape, *y.shape), strict=True))
+    is_whole = sorted(first + second) == sorted(2 * batch + 2 * summed + row + column)
+    is_whole = is_whole and all(shape[name] == size for name, size in zip(first, x.shape, strict=True))
+    if not (batch and len(row) == len(column) == len(summed) == 1 and is_whole):
+        return None
+    if sorted(out) != sorted(batch + row + column):
+        return None
+    x = normalize.permute(call.space, x, *(first.index(n) - len(first) for n in (*batch, *row, *summed)))
+    y = normalize.permute(call.space, y, *(second.index(n) - len(second) for n in (*batch, *summed, *column)))
+    args = tuple(normalize.cast(call.space, arg, call.dtype) for arg in (x, y))
+    made = (*batch, *row, *column)
+    sizes = tuple(shape[name] for name in made)
+    product = normalize.apply(call.space, "matmul", args, (), call.dtype, sizes)
+    return normalize.permute(call.space, product, *(made.index(name) - len(made) for name in out))
 
 
 def _cross_entropy(
@@ -373,7 +423,7 @@ TABLE: Mapping[str, Callable[..., Any]] = {
     "mean": _reduce("mean"), "sum": _reduce("sum"), "norm": _norm, "linalg_vector_norm": _vector_norm,
     "vector_norm": _vector_norm, "softmax": _softmax("softmax"), "log_softmax": _softmax("log_softmax"),
     "rms_norm": _rms_norm, "layer_norm": _layer_norm, "linear": _linear, "addmm": _addmm, "matmul": _matmul,
-    "einsum": _einsum, "complex": _complex,
+    "baddbmm": _baddbmm, "einsum": _einsum, "complex": _complex,
     "cross_entropy": _cross_entropy, "nll_loss": _nll_loss, "scaled_dot_product_attention": attention,
     **LAYOUT_TABLE, **INDEX_TABLE,
     "view_as_complex": _reinterpreted("view_as_complex"), "view_as_real": _reinterpreted("view_as_real"),

@@ -114,13 +114,17 @@ _LOSS = {"linear_cross_entropy": 1}
 _NORM_ROTARY = {"norm_rotary.llama_half_pair": 2}
 _ROTARY, _SWIGLU, _GEGLU = {"rotary": 2}, {"gated_mlp.swiglu": 2}, {"gated_mlp.geglu": 2}
 _LLAMA = {**_PRE_NORM, **_ROTARY, **_SWIGLU, **_LOSS}
-# Where no padding is given, transformers' masks are causal for any length; those of Gemma 2 go to eager attention.
-_CAUSAL = {"attention.causal": 2}
+# Where no padding is given, transformers' masks are causal for any length. Gemma 2 writes its attention out.
+_CAUSAL, _CAPPED = {"attention.causal": 2}, {"attention.capped_causal": 2}
+# Attention written out, as transformers does where it has to.
+_EAGER = {"attn_implementation": "eager"}
+_GPT2 = {"n_inner": INNER, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 _PACKED = {"gated_mlp.swiglu_packed": 2}
 
 FAMILIES = (
     _hf("llama", "LlamaConfig", {**_LLAMA, **_CAUSAL}),
     _hf("mistral", "MistralConfig", {**_LLAMA, **_CAUSAL}),
+    _hf("mistral_window", "MistralConfig", {**_LLAMA, "attention.window": 2}, sliding_window=5),
     # Every token takes every expert, so that rounding cannot send one elsewhere. Experts' down projection is
     # a grouped product, so the gate and up are multiplied alone.
     _hf(
@@ -138,9 +142,26 @@ FAMILIES = (
     _hf(
         "gemma2",
         "Gemma2Config",
-        {**_TWO_MORE, **_ROTARY, **_GEGLU, **_LOSS},
+        {**_TWO_MORE, **_ROTARY, **_GEGLU, **_CAPPED, **_LOSS},
         head_dim=16,
         final_logit_softcapping=3.0,
+        attn_logit_softcapping=2.0,
+    ),
+    # Every other layer sees the last few tokens only.
+    _hf(
+        "gemma2_window",
+        "Gemma2Config",
+        {
+            **_TWO_MORE,
+            **_ROTARY,
+            **_GEGLU,
+            "attention.capped_window": 1,
+            "attention.capped_causal": 1,
+            **_LOSS,
+        },
+        head_dim=16,
+        sliding_window=5,
+        attn_logit_softcapping=2.0,
     ),
     _hf(
         "gemma3",
@@ -166,6 +187,16 @@ FAMILIES = (
         {"add_rms_norm": 10, "rms_norm": 2, "gated_mlp.geglu": 4, "attention.unmasked": 2, **_LOSS},
     ),
     Family("nanogpt", lambda **more: NanoGPT(**_SIZES, **more), nanogpt_loss, _LOSS, ignore_index=-1),
+    Family(
+        "nanogpt_written_out",
+        lambda **more: NanoGPT(**_SIZES, is_written_out=True, **more),
+        nanogpt_loss,
+        {**_CAUSAL, **_LOSS},
+        ignore_index=-1,
+    ),
+    _hf("llama_written_out", "LlamaConfig", {**_LLAMA, **_CAUSAL}, **_EAGER),
+    _hf("phi_written_out", "PhiConfig", {**_ROTARY, **_CAUSAL, **_LOSS}, num_key_value_heads=HEADS, **_EAGER),
+    _hf("gpt2_written_out", "GPT2Config", {**_CAUSAL, **_LOSS}, **_GPT2, **_EAGER),
     Family("meta_llama", lambda **more: MetaLlama(**_SIZES, **_GQA, **more), meta_loss, _LLAMA),
     Family("torchtitan", lambda **more: Titan(**_SIZES, **_GQA, **more), titan_loss, _LLAMA),
     Family("torchtitan_packed", lambda **more: Titan(**_SIZES, **_GQA, **more), titan_positions_loss, _LLAMA),
