@@ -31,9 +31,9 @@ from torch import Tensor
 
 from bench import ops, timing
 from bench.common import RESULTS, Row, file_name, machine, merge_csv, print_row
-from bench.op_table import OPS, our_rotary
+from bench.op_table import OPS, our_norm_rotary, our_rotary
 from bench.timing import Contender, interleave, replayed, spread
-from liger_compile.kernels import rotary
+from liger_compile.kernels import norm_rotary, rotary
 
 KEYS = ("device", "torch", "op", "shape", "dtype", "tile")
 WIDTHS = {
@@ -99,8 +99,29 @@ def rotary_backward(dq: Tensor, dk: Tensor, q: Tensor, k: Tensor, cos: Tensor, s
     return torch.ops.liger_compile.rotary_backward.default(dq, dk, *tables, "half", False, q.dtype, k.dtype)
 
 
+def norm_rotary_tiles(channels: int) -> dict[str, Any]:
+    pairs = channels // 2
+    return {
+        f"{num_warps} warps, {heads} heads, {ahead} ahead": norm_rotary.Config(
+            num_warps * 32 * 8 // pairs, heads, ahead, pairs, num_warps
+        )
+        for num_warps in (2, 4, 8)
+        for heads, ahead in ((2, 1), (2, 2), (4, 1), (4, 2), (8, 1), (8, 2), (8, 4))
+    }
+
+
+def norm_rotary_backward(dq: Tensor, dk: Tensor, q: Tensor, k: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
+    q, k = q.transpose(1, 2), k.transpose(1, 2)  # dq and dk are, as results are
+    q_weight, k_weight, cos, sin = rest
+    grad_q, grad_k, dweights = torch.ops.liger_compile.norm_rotary_backward.default(
+        dq, dk, q, k, q_weight, k_weight, cos.unsqueeze(1), sin.unsqueeze(1), 1e-6, 0.0, True, True, True
+    )
+    return grad_q.transpose(1, 2), grad_k.transpose(1, 2), *dweights
+
+
 TILED: Mapping[str, Tiled] = {
     "rotary": Tiled(rotary, rotary_tiles, our_rotary, rotary_backward),
+    "norm_rotary": Tiled(norm_rotary, norm_rotary_tiles, our_norm_rotary, norm_rotary_backward),
 }
 
 
@@ -110,6 +131,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--tiles", default="", help="only those with this in their name, and that of config")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the CSV")
     chosen = parser.parse_args(arguments)
     if unknown := set(chosen.ops) - set(TILED):
@@ -154,6 +176,8 @@ def measure(
     upstream = [timing.upstream_of(tiled.forward(*args)) for args in sets]
     pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
     for name, tile in {CHOSEN: None, **tiled.tiles(shape[-1])}.items():
+        if chosen.tiles not in name and name != CHOSEN:
+            continue
         try:
             difference = max(
                 ops._apart(a, b)
@@ -217,7 +241,7 @@ def _compiling(cases: Sequence[tuple[str, tuple[int, ...]]], dtype: str) -> Iter
     @functools.cache
     def wait() -> None:
         for each in done:
-            each.result()
+            each.exception()
         pool.shutdown()  # their memory on the GPU too
 
     try:

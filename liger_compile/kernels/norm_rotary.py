@@ -1,13 +1,11 @@
 """RMSNorm of every head of q and of k, then rotary position embedding: the kernels of ops/norm_rotary.py.
 
 A head's channels stay in registers, its two halves as tiles of their own: the channel that a channel is paired with is
-at hand in the same thread. Forward moves 4 bytes an element in half precision, backward 6. A tile is some heads of
-q or of k, in the order of the tokens and of the heads of a token, whatever the number of heads. Inputs have any
-strides, such as those of slices of one projection; results have their order of dimensions, without gaps.
+at hand in the same thread. Forward moves 4 bytes an element in half precision, backward 6. Programs, tiles and inputs
+are as in rotary.py: the heads of some tokens follow each other, and tables and weights stay in registers.
 
-Backward is one pass for the gradients of q, k and both weights. Its programs are a fixed number, walk over the tiles of
-q and then of k, and each keep a sum of either weight's gradient in float32; a second kernel adds up the sums in a fixed
-order, so that the result is deterministic.
+Backward is one pass for the gradients of q, k and both weights. Each program writes what its heads add to the gradient
+of their weight in float32; a second kernel adds that up in a fixed order, so that the result is deterministic.
 """
 
 # What Triton's decorator makes of a kernel, a type checker does not see.
@@ -16,38 +14,40 @@ order, so that the result is deterministic.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import launch, num_multiprocessors
-from .rms_norm import sum_of_programs
-from .rotary import by_axis, empty_like, side_by_side, strides_of
+from . import launch
+from .rotary import by_axis, empty_like, row_mask, side_by_side, strides_of
 
 
 class Config(NamedTuple):
-    rows: int  # heads of a tile
+    tokens: int  # of a program
+    heads: int
+    ahead: int  # heads that are read before the first is written
     pairs: int  # half of a head's channels, to the next power of two
     num_warps: int
 
 
-# Of a tile. Backward holds more in registers: 8 pairs a thread take up to 128, which leaves room for 16 warps.
-FORWARD_PAIRS, BACKWARD_PAIRS = 2048, 1024
-BACKWARD_WARPS = 16  # on each multiprocessor
+VECTOR_BYTES = 16  # that a thread reads at once
+MOST_HEADS, MOST_AHEAD = (
+    (4, 8),
+    (4, 2),
+)  # of forward and of backward, which has a row of sums for each program
+SUM_ROWS, SUM_COLUMNS = 512, 8  # the tile of the kernel that adds up the gradients of the weights
 
 
-def config(width: int, most_pairs: int) -> Config:
-    """The tile for heads of `width` channels."""
+def config(width: int, num_heads: int, itemsize: int, is_backward: bool) -> Config:
+    """The tile of a program, for `num_heads` heads of `width` channels."""
     pairs = triton.next_power_of_2(width // 2)
-    return Config(max(1, most_pairs // pairs), pairs, num_warps=max(4, pairs // 256))
-
-
-def num_stages(itemsize: int) -> int:
-    """Of backward's loop: the tiles in flight, and the one that is computed. 48 KiB of shared memory a program."""
-    return 3 if itemsize < 4 else 2
+    num_warps = max(4, pairs // 256)
+    tokens = max(1, 32 * num_warps * VECTOR_BYTES // itemsize // pairs)
+    heads = min(triton.next_power_of_2(num_heads), MOST_HEADS[is_backward])
+    return Config(tokens, heads, min(heads, MOST_AHEAD[is_backward]), pairs, num_warps)
 
 
 def forward(
@@ -75,10 +75,9 @@ def forward(
     batch, num_tokens, num_q_heads = _sizes(q, heads_axis)
     _, _, num_k_heads = _sizes(k, heads_axis)
     width = q.shape[-1]
-    launched = config(width, FORWARD_PAIRS)
-    num_q_tiles = triton.cdiv(num_tokens * num_q_heads, launched.rows)
-    num_k_tiles = triton.cdiv(num_tokens * num_k_heads, launched.rows)
-    launch(_forward_kernel)[(batch * (num_q_tiles + num_k_tiles),)](
+    tile = config(width, num_q_heads, q.itemsize, is_backward=False)
+    num_groups = triton.cdiv(num_q_heads, tile.heads) + triton.cdiv(num_k_heads, tile.heads)
+    launch(_forward_kernel)[(batch * triton.cdiv(num_tokens, tile.tokens) * num_groups,)](
         q,
         k,
         None if q_weight is None else q_weight.contiguous(),
@@ -87,12 +86,9 @@ def forward(
         sin,
         q_out,
         k_out,
-        batch,
         num_tokens,
         num_q_heads,
         num_k_heads,
-        num_q_tiles,
-        num_k_tiles,
         *strides_of(q, heads_axis),
         *strides_of(k, heads_axis),
         *strides_of(cos, heads_axis)[:2],
@@ -105,9 +101,11 @@ def forward(
         ROUNDS_FIRST=casting == "llama",
         ROUNDS_Q=normed_dtypes[0] == q.dtype,
         ROUNDS_K=normed_dtypes[1] == k.dtype,
-        ROWS=launched.rows,
-        PAIRS=launched.pairs,
-        num_warps=launched.num_warps,
+        TOKENS=tile.tokens,
+        HEADS=tile.heads,
+        AHEAD=tile.ahead,
+        PAIRS=tile.pairs,
+        num_warps=tile.num_warps,
     )
     return q_out, k_out
 
@@ -139,16 +137,17 @@ def backward(
     batch, num_tokens, num_q_heads = _sizes(q, heads_axis)
     _, _, num_k_heads = _sizes(k, heads_axis)
     width = q.shape[-1]
-    launched = config(width, BACKWARD_PAIRS)
-    num_q_tiles = triton.cdiv(num_tokens * num_q_heads, launched.rows)
-    num_k_tiles = triton.cdiv(num_tokens * num_k_heads, launched.rows)
-    num_programs: Any = torch.sym_min(
-        num_multiprocessors(q.device) * (BACKWARD_WARPS // launched.num_warps),
-        batch * (num_q_tiles + num_k_tiles),
+    tile = config(width, num_q_heads, q.itemsize, is_backward=True)
+    num_tiles = batch * triton.cdiv(num_tokens, tile.tokens)
+    num_q_groups, num_k_groups = (
+        0 if dy is None else triton.cdiv(count, tile.heads)
+        for dy, count in ((dq, num_q_heads), (dk, num_k_heads))
     )
-    sums = None
+    num_programs = num_tiles * (num_q_groups + num_k_groups)
+    sums, dweights = None, q.new_empty(0)
     if dweight_dtype is not None:
-        sums = q.new_empty((num_programs, 2 * width), dtype=torch.float32)
+        sums = q.new_empty((num_programs, width), dtype=torch.float32)
+        dweights = q.new_empty((2, width), dtype=dweight_dtype)
     no_strides = 0, 0, 0
     launch(_backward_kernel)[(num_programs,)](
         dq,
@@ -162,12 +161,11 @@ def backward(
         grad_q,
         grad_k,
         sums,
-        batch,
         num_tokens,
         num_q_heads,
         num_k_heads,
-        num_q_tiles,
-        num_k_tiles,
+        num_q_groups,
+        num_k_groups,
         *(no_strides if dq is None else strides_of(dq, heads_axis)),
         *(no_strides if dk is None else strides_of(dk, heads_axis)),
         *strides_of(q, heads_axis),
@@ -179,15 +177,27 @@ def backward(
         WIDTH=width,
         EPS=eps,
         OFFSET=offset,
-        ROWS=launched.rows,
-        PAIRS=launched.pairs,
-        STAGES=num_stages(max(x.itemsize for x in (q, k, dq, dk) if x is not None)),
-        num_warps=launched.num_warps,
+        TOKENS=tile.tokens,
+        HEADS=tile.heads,
+        AHEAD=tile.ahead,
+        PAIRS=tile.pairs,
+        num_warps=tile.num_warps,
     )
+    if sums is not None:
+        launch(_sum_kernel)[(2, triton.cdiv(width, SUM_COLUMNS))](
+            sums,
+            dweights,
+            num_tiles,
+            num_q_groups,
+            num_k_groups,
+            WIDTH=width,
+            ROWS=SUM_ROWS,
+            COLUMNS=SUM_COLUMNS,
+        )
     return (
         q.new_empty(0) if grad_q is None else grad_q,
         k.new_empty(0) if grad_k is None else grad_k,
-        q.new_empty(0) if sums is None else sum_of_programs(sums, dweight_dtype).view(2, width),
+        dweights,
     )
 
 
@@ -206,12 +216,9 @@ def _forward_kernel(
     sin_ptr,
     q_out_ptr,
     k_out_ptr,
-    batch,
     num_tokens,
     num_q_heads,
     num_k_heads,
-    num_q_tiles,  # of a sequence
-    num_k_tiles,
     q_batch_stride,
     q_token_stride,
     q_head_stride,
@@ -234,111 +241,176 @@ def _forward_kernel(
     ROUNDS_FIRST: tl.constexpr,  # before the weight, to the dtype of q or k
     ROUNDS_Q: tl.constexpr,  # after it, to the dtype of q; another dtype of the norm is float32
     ROUNDS_K: tl.constexpr,
-    ROWS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    HEADS: tl.constexpr,
+    AHEAD: tl.constexpr,
     PAIRS: tl.constexpr,
 ):
-    tile = tl.program_id(0)
-    if tile < batch * num_q_tiles:
-        sequence, token, head = _rows(tile, num_q_tiles, num_q_heads, ROWS)
+    num_q_groups = tl.cdiv(num_q_heads, HEADS)
+    num_groups = num_q_groups + tl.cdiv(num_k_heads, HEADS)
+    group = tl.program_id(0) % num_groups
+    batch, tokens = _tokens(tl.program_id(0) // num_groups, num_tokens, TOKENS)
+    is_token = tokens < num_tokens
+    cos_a, cos_b = _read_wide(
+        cos_ptr + batch * cos_batch_stride + tokens * cos_token_stride, is_token, WIDTH, PAIRS
+    )
+    sin_a, sin_b = _read_wide(
+        sin_ptr + batch * sin_batch_stride + tokens * sin_token_stride, is_token, WIDTH, PAIRS
+    )
+    if group < num_q_groups:
         _normalize_and_rotate(
-            q_ptr + sequence * q_batch_stride + token * q_token_stride + head * q_head_stride,
+            q_ptr + batch * q_batch_stride + tokens * q_token_stride,
+            q_out_ptr + batch * q_out_batch_stride + tokens * q_out_token_stride,
+            q_head_stride,
+            q_out_head_stride,
             q_weight_ptr,
-            cos_ptr + sequence * cos_batch_stride + token * cos_token_stride,
-            sin_ptr + sequence * sin_batch_stride + token * sin_token_stride,
-            q_out_ptr + sequence * q_out_batch_stride + token * q_out_token_stride + head * q_out_head_stride,
-            token < num_tokens,
+            group * HEADS,
+            num_q_heads,
+            tokens,
+            num_tokens,
+            cos_a,
+            cos_b,
+            sin_a,
+            sin_b,
             WIDTH,
             EPS,
             OFFSET,
             ROUNDS_FIRST,
             ROUNDS_Q,
-            ROWS,
+            HEADS,
+            AHEAD,
             PAIRS,
         )
     else:
-        sequence, token, head = _rows(tile - batch * num_q_tiles, num_k_tiles, num_k_heads, ROWS)
         _normalize_and_rotate(
-            k_ptr + sequence * k_batch_stride + token * k_token_stride + head * k_head_stride,
+            k_ptr + batch * k_batch_stride + tokens * k_token_stride,
+            k_out_ptr + batch * k_out_batch_stride + tokens * k_out_token_stride,
+            k_head_stride,
+            k_out_head_stride,
             k_weight_ptr,
-            cos_ptr + sequence * cos_batch_stride + token * cos_token_stride,
-            sin_ptr + sequence * sin_batch_stride + token * sin_token_stride,
-            k_out_ptr + sequence * k_out_batch_stride + token * k_out_token_stride + head * k_out_head_stride,
-            token < num_tokens,
+            (group - num_q_groups) * HEADS,
+            num_k_heads,
+            tokens,
+            num_tokens,
+            cos_a,
+            cos_b,
+            sin_a,
+            sin_b,
             WIDTH,
             EPS,
             OFFSET,
             ROUNDS_FIRST,
             ROUNDS_K,
-            ROWS,
+            HEADS,
+            AHEAD,
             PAIRS,
         )
 
 
 @triton.jit
-def _rows(tile, num_tiles, num_heads, ROWS: tl.constexpr):
-    """The sequence of a tile, and the token and the head of each of its rows, as 64-bit integers."""
-    sequence = (tile // num_tiles).to(tl.int64)
-    first = (tile % num_tiles).to(tl.int64) * ROWS
-    first_token = first // num_heads
-    row = (first - first_token * num_heads).to(tl.int32) + tl.arange(0, ROWS)[:, None]
-    return sequence, first_token + row // num_heads, (row % num_heads).to(tl.int64)
-
-
-@triton.jit
 def _normalize_and_rotate(
-    x_at,  # where the rows begin, as are the next ones
-    weight_ptr,
-    cos_at,
-    sin_at,
+    x_at,  # where the first head of every token begins
     out_at,
-    is_row,
+    x_head_stride,
+    out_head_stride,
+    weight_ptr,
+    first,
+    num_heads,
+    tokens,
+    num_tokens,
+    cos_a,
+    cos_b,
+    sin_a,
+    sin_b,
     WIDTH: tl.constexpr,
     EPS: tl.constexpr,
     OFFSET: tl.constexpr,
     ROUNDS_FIRST: tl.constexpr,
     ROUNDS_LAST: tl.constexpr,
-    ROWS: tl.constexpr,
+    HEADS: tl.constexpr,
+    AHEAD: tl.constexpr,
     PAIRS: tl.constexpr,
 ):
-    half: tl.constexpr = WIDTH // 2
-    pair = tl.arange(0, PAIRS)[None, :]
-    is_pair = tl.broadcast_to(pair < half, [ROWS, PAIRS])
-    mask = is_row & is_pair
     dtype: tl.constexpr = x_at.dtype.element_ty
-    a, b = _read(x_at, pair, mask, half)
-    cos_a, cos_b = _read(cos_at, pair, mask, half)
-    sin_a, sin_b = _read(sin_at, pair, mask, half)
-    gain_a, gain_b = _gain(weight_ptr, pair, is_pair, half, OFFSET)
-    rstd = tl.rsqrt(tl.sum(a * a + b * b, 1, keep_dims=True) / WIDTH + EPS)
-    a, b = a * rstd, b * rstd
-    if ROUNDS_FIRST:
-        a, b = a.to(dtype).to(tl.float32), b.to(dtype).to(tl.float32)
-    a, b = a * gain_a, b * gain_b
-    if ROUNDS_LAST:
-        a, b = a.to(dtype).to(tl.float32), b.to(dtype).to(tl.float32)
-    tl.store(out_at + pair, a * cos_a - b * sin_a, mask)
-    tl.store(out_at + half + pair, b * cos_b + a * sin_b, mask)
+    gain_a, gain_b = _gain(weight_ptr, tokens, WIDTH, OFFSET, PAIRS)
+    read = ()
+    for step in tl.static_range(HEADS + AHEAD - 1):
+        if step < HEADS:
+            head = (first + step).to(tl.int64)
+            pairs = _read(
+                x_at + head * x_head_stride, row_mask(tokens, num_tokens, head < num_heads), WIDTH, PAIRS
+            )
+            read = read + (pairs,)  # noqa: RUF005, which Triton does not know
+        if step >= AHEAD - 1:
+            head = (first + step - (AHEAD - 1)).to(tl.int64)
+            a, b = read[step - (AHEAD - 1)]
+            a, b = a.to(tl.float32), b.to(tl.float32)
+            rstd = tl.rsqrt(tl.sum(a * a + b * b, 1, keep_dims=True) / WIDTH + EPS)
+            a, b = a * rstd, b * rstd
+            if ROUNDS_FIRST:
+                a, b = a.to(dtype).to(tl.float32), b.to(dtype).to(tl.float32)
+            a, b = a * gain_a, b * gain_b
+            if ROUNDS_LAST:
+                a, b = a.to(dtype).to(tl.float32), b.to(dtype).to(tl.float32)
+            _write(
+                out_at + head * out_head_stride,
+                a * cos_a - b * sin_a,
+                b * cos_b + a * sin_b,
+                row_mask(tokens, num_tokens, head < num_heads),
+                WIDTH,
+                PAIRS,
+            )
 
 
 @triton.jit
-def _read(at, pair, mask, half: tl.constexpr):
-    """The two halves of each row. Rows of one token read the same tables, from the cache."""
-    a = tl.load(at + pair, mask, other=0.0).to(tl.float32)
-    b = tl.load(at + half + pair, mask, other=0.0).to(tl.float32)
-    return a, b
+def _tokens(tile, num_tokens, TOKENS: tl.constexpr):
+    """The sequence of a tile and its tokens, as 64-bit integers."""
+    num_tiles = tl.cdiv(num_tokens, TOKENS)
+    tokens = (tile % num_tiles) * TOKENS + tl.arange(0, TOKENS)[:, None]
+    return (tile // num_tiles).to(tl.int64), tokens.to(tl.int64)
 
 
 @triton.jit
-def _gain(weight_ptr, pair, is_pair, half: tl.constexpr, OFFSET: tl.constexpr):
+def _mask(is_row, WIDTH: tl.constexpr, PAIRS: tl.constexpr):
+    """Which pairs of a tile exist."""
+    mask = is_row
+    if 2 * PAIRS != WIDTH:
+        mask = is_row & (tl.arange(0, PAIRS)[None, :] < WIDTH // 2)
+    return mask
+
+
+@triton.jit
+def _read(at, is_row, WIDTH: tl.constexpr, PAIRS: tl.constexpr):
+    """The two halves of each row, which begin there; 0 beyond them, for they are summed."""
+    pair = tl.arange(0, PAIRS)[None, :]
+    mask = _mask(is_row, WIDTH, PAIRS)
+    return tl.load(at + pair, mask, other=0.0), tl.load(at + WIDTH // 2 + pair, mask, other=0.0)
+
+
+@triton.jit
+def _read_wide(at, is_row, WIDTH: tl.constexpr, PAIRS: tl.constexpr):
+    a, b = _read(at, is_row, WIDTH, PAIRS)
+    return a.to(tl.float32), b.to(tl.float32)
+
+
+@triton.jit
+def _write(at, a, b, is_row, WIDTH: tl.constexpr, PAIRS: tl.constexpr):
+    pair = tl.arange(0, PAIRS)[None, :]
+    mask = _mask(is_row, WIDTH, PAIRS)
+    tl.store(at + pair, a, mask)
+    tl.store(at + WIDTH // 2 + pair, b, mask)
+
+
+@triton.jit
+def _gain(weight_ptr, tokens, WIDTH: tl.constexpr, OFFSET: tl.constexpr, PAIRS: tl.constexpr):
     """What the two halves of each row are multiplied by. Read by the tile: a row of them would have to be moved between
     threads."""
     if weight_ptr is None:
-        gain_a = tl.full(is_pair.shape, 1.0, tl.float32)
+        gain_a = tl.full([1, 1], 1.0, tl.float32)
         gain_b = gain_a
     else:
-        at = weight_ptr + tl.broadcast_to(pair, is_pair.shape)
-        gain_a = tl.load(at, is_pair, other=0.0).to(tl.float32) + OFFSET
-        gain_b = tl.load(at + half, is_pair, other=0.0).to(tl.float32) + OFFSET
+        gain_a, gain_b = _read_wide(weight_ptr + 0 * tokens, tokens >= 0, WIDTH, PAIRS)
+        gain_a, gain_b = gain_a + OFFSET, gain_b + OFFSET
     return gain_a, gain_b
 
 
@@ -354,13 +426,12 @@ def _backward_kernel(
     sin_ptr,
     grad_q_ptr,
     grad_k_ptr,
-    sums_ptr,  # (P, 2, D) in float32, for P programs: what each adds to the gradients of the weights; or None
-    batch,
+    sums_ptr,  # (P, D) in float32, for P programs: what each adds to the gradient of its weight; or None
     num_tokens,
     num_q_heads,
     num_k_heads,
-    num_q_tiles,  # of a sequence
-    num_k_tiles,
+    num_q_groups,  # of heads; 0 without gradients
+    num_k_groups,
     dq_batch_stride,
     dq_token_stride,
     dq_head_stride,
@@ -386,143 +457,165 @@ def _backward_kernel(
     WIDTH: tl.constexpr,
     EPS: tl.constexpr,
     OFFSET: tl.constexpr,
-    ROWS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    HEADS: tl.constexpr,
+    AHEAD: tl.constexpr,
     PAIRS: tl.constexpr,
-    STAGES: tl.constexpr,
 ):
-    _backward_of_one(
-        dq_ptr,
-        q_ptr,
-        q_weight_ptr,
-        cos_ptr,
-        sin_ptr,
-        grad_q_ptr,
-        sums_ptr,
-        0,
-        batch,
-        num_tokens,
-        num_q_heads,
-        num_q_tiles,
-        dq_batch_stride,
-        dq_token_stride,
-        dq_head_stride,
-        q_batch_stride,
-        q_token_stride,
-        q_head_stride,
-        cos_batch_stride,
-        cos_token_stride,
-        sin_batch_stride,
-        sin_token_stride,
-        grad_q_batch_stride,
-        grad_q_token_stride,
-        grad_q_head_stride,
-        WIDTH,
-        EPS,
-        OFFSET,
-        ROWS,
-        PAIRS,
-        STAGES,
+    num_groups = num_q_groups + num_k_groups
+    group = tl.program_id(0) % num_groups
+    batch, tokens = _tokens(tl.program_id(0) // num_groups, num_tokens, TOKENS)
+    is_token = tokens < num_tokens
+    cos_a, cos_b = _read_wide(
+        cos_ptr + batch * cos_batch_stride + tokens * cos_token_stride, is_token, WIDTH, PAIRS
     )
-    _backward_of_one(
-        dk_ptr,
-        k_ptr,
-        k_weight_ptr,
-        cos_ptr,
-        sin_ptr,
-        grad_k_ptr,
-        sums_ptr,
-        1,
-        batch,
-        num_tokens,
-        num_k_heads,
-        num_k_tiles,
-        dk_batch_stride,
-        dk_token_stride,
-        dk_head_stride,
-        k_batch_stride,
-        k_token_stride,
-        k_head_stride,
-        cos_batch_stride,
-        cos_token_stride,
-        sin_batch_stride,
-        sin_token_stride,
-        grad_k_batch_stride,
-        grad_k_token_stride,
-        grad_k_head_stride,
-        WIDTH,
-        EPS,
-        OFFSET,
-        ROWS,
-        PAIRS,
-        STAGES,
+    sin_a, sin_b = _read_wide(
+        sin_ptr + batch * sin_batch_stride + tokens * sin_token_stride, is_token, WIDTH, PAIRS
     )
+    if group < num_q_groups:
+        if dq_ptr is not None:
+            _backward_of_heads(
+                dq_ptr + batch * dq_batch_stride + tokens * dq_token_stride,
+                q_ptr + batch * q_batch_stride + tokens * q_token_stride,
+                None
+                if grad_q_ptr is None
+                else grad_q_ptr + batch * grad_q_batch_stride + tokens * grad_q_token_stride,
+                dq_head_stride,
+                q_head_stride,
+                grad_q_head_stride,
+                q_weight_ptr,
+                sums_ptr,
+                group * HEADS,
+                num_q_heads,
+                tokens,
+                num_tokens,
+                cos_a,
+                cos_b,
+                sin_a,
+                sin_b,
+                WIDTH,
+                EPS,
+                OFFSET,
+                HEADS,
+                AHEAD,
+                PAIRS,
+            )
+    else:
+        if dk_ptr is not None:
+            _backward_of_heads(
+                dk_ptr + batch * dk_batch_stride + tokens * dk_token_stride,
+                k_ptr + batch * k_batch_stride + tokens * k_token_stride,
+                None
+                if grad_k_ptr is None
+                else grad_k_ptr + batch * grad_k_batch_stride + tokens * grad_k_token_stride,
+                dk_head_stride,
+                k_head_stride,
+                grad_k_head_stride,
+                k_weight_ptr,
+                sums_ptr,
+                (group - num_q_groups) * HEADS,
+                num_k_heads,
+                tokens,
+                num_tokens,
+                cos_a,
+                cos_b,
+                sin_a,
+                sin_b,
+                WIDTH,
+                EPS,
+                OFFSET,
+                HEADS,
+                AHEAD,
+                PAIRS,
+            )
 
 
 @triton.jit
-def _backward_of_one(
-    dy_ptr,
-    x_ptr,
-    weight_ptr,
-    cos_ptr,
-    sin_ptr,
-    dx_ptr,
-    sums_ptr,
-    WHICH: tl.constexpr,  # of the sums is its: 0 for q, 1 for k
-    batch,
-    num_tokens,
-    num_heads,
-    num_tiles,
-    dy_batch_stride,
-    dy_token_stride,
+def _backward_of_heads(
+    dy_at,  # where the first head of every token begins
+    x_at,
+    dx_at,  # or None
     dy_head_stride,
-    x_batch_stride,
-    x_token_stride,
     x_head_stride,
-    cos_batch_stride,
-    cos_token_stride,
-    sin_batch_stride,
-    sin_token_stride,
-    dx_batch_stride,
-    dx_token_stride,
     dx_head_stride,
+    weight_ptr,
+    sums_ptr,
+    first,
+    num_heads,
+    tokens,
+    num_tokens,
+    cos_a,
+    cos_b,
+    sin_a,
+    sin_b,
     WIDTH: tl.constexpr,
     EPS: tl.constexpr,
     OFFSET: tl.constexpr,
-    ROWS: tl.constexpr,
+    HEADS: tl.constexpr,
+    AHEAD: tl.constexpr,
     PAIRS: tl.constexpr,
-    STAGES: tl.constexpr,
 ):
-    half: tl.constexpr = WIDTH // 2
-    pair = tl.arange(0, PAIRS)[None, :]
-    is_pair = tl.broadcast_to(pair < half, [ROWS, PAIRS])
-    sum_a = tl.zeros([ROWS, PAIRS], tl.float32)
-    sum_b = tl.zeros([ROWS, PAIRS], tl.float32)
-    if dy_ptr is not None:
-        gain_a, gain_b = _gain(weight_ptr, pair, is_pair, half, OFFSET)
-        for tile in tl.range(tl.program_id(0), batch * num_tiles, tl.num_programs(0), num_stages=STAGES):
-            sequence, token, head = _rows(tile, num_tiles, num_heads, ROWS)
-            mask = (token < num_tokens) & is_pair
-            dy_at = dy_ptr + sequence * dy_batch_stride + token * dy_token_stride + head * dy_head_stride
-            x_at = x_ptr + sequence * x_batch_stride + token * x_token_stride + head * x_head_stride
-            dy_a, dy_b = _read(dy_at, pair, mask, half)
-            a, b = _read(x_at, pair, mask, half)
-            cos_at = cos_ptr + sequence * cos_batch_stride + token * cos_token_stride
-            sin_at = sin_ptr + sequence * sin_batch_stride + token * sin_token_stride
-            cos_a, cos_b = _read(cos_at, pair, mask, half)
-            sin_a, sin_b = _read(sin_at, pair, mask, half)
+    gain_a, gain_b = _gain(weight_ptr, tokens, WIDTH, OFFSET, PAIRS)
+    sum_a, sum_b = 0.0, 0.0
+    read = ()
+    for step in tl.static_range(HEADS + AHEAD - 1):
+        if step < HEADS:
+            head = (first + step).to(tl.int64)
+            is_row = row_mask(tokens, num_tokens, head < num_heads)
+            dy_a, dy_b = _read(dy_at + head * dy_head_stride, is_row, WIDTH, PAIRS)
+            a, b = _read(x_at + head * x_head_stride, is_row, WIDTH, PAIRS)
+            read = read + ((dy_a, dy_b, a, b),)  # noqa: RUF005, which Triton does not know
+        if step >= AHEAD - 1:
+            head = (first + step - (AHEAD - 1)).to(tl.int64)
+            dy_a, dy_b, a, b = read[step - (AHEAD - 1)]
+            dy_a, dy_b, a, b = dy_a.to(tl.float32), dy_b.to(tl.float32), a.to(tl.float32), b.to(tl.float32)
             rstd = tl.rsqrt(tl.sum(a * a + b * b, 1, keep_dims=True) / WIDTH + EPS)
             a, b = a * rstd, b * rstd
             g_a, g_b = dy_a * cos_a + dy_b * sin_b, dy_b * cos_b - dy_a * sin_a
             if sums_ptr is not None:
                 sum_a += g_a * a
                 sum_b += g_b * b
-            if dx_ptr is not None:
+            if dx_at is not None:
                 g_a, g_b = g_a * gain_a, g_b * gain_b
                 mean = tl.sum(g_a * a + g_b * b, 1, keep_dims=True) / WIDTH
-                dx_at = dx_ptr + sequence * dx_batch_stride + token * dx_token_stride + head * dx_head_stride
-                tl.store(dx_at + pair, rstd * (g_a - a * mean), mask)
-                tl.store(dx_at + half + pair, rstd * (g_b - b * mean), mask)
+                _write(
+                    dx_at + head * dx_head_stride,
+                    rstd * (g_a - a * mean),
+                    rstd * (g_b - b * mean),
+                    row_mask(tokens, num_tokens, head < num_heads),
+                    WIDTH,
+                    PAIRS,
+                )
     if sums_ptr is not None:
-        sums_at = sums_ptr + (2 * tl.program_id(0).to(tl.int64) + WHICH) * WIDTH + pair
-        tl.store(sums_at, tl.sum(sum_a, 0, keep_dims=True), pair < half)
-        tl.store(sums_at + half, tl.sum(sum_b, 0, keep_dims=True), pair < half)
+        _write(
+            sums_ptr + tl.program_id(0).to(tl.int64) * WIDTH + tl.arange(0, 1)[:, None],
+            tl.sum(sum_a, 0, keep_dims=True),
+            tl.sum(sum_b, 0, keep_dims=True),
+            tl.full([1, 1], 1, tl.int1),
+            WIDTH,
+            PAIRS,
+        )
+
+
+@triton.jit
+def _sum_kernel(
+    sums_ptr,  # (tiles, groups of q and then of k, D)
+    out_ptr,  # (2, D)
+    num_tiles,
+    num_q_groups,
+    num_k_groups,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    which = tl.program_id(0)
+    count = tl.where(which == 0, num_q_groups, num_k_groups)
+    before = tl.where(which == 0, 0, num_q_groups)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    total = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for start in range(0, num_tiles * count, ROWS):
+        index = start + tl.arange(0, ROWS)[:, None]
+        row = (index // count).to(tl.int64) * (num_q_groups + num_k_groups) + before + index % count
+        mask = (index < num_tiles * count) & (column < WIDTH)
+        total += tl.load(sums_ptr + row * WIDTH + column, mask, other=0.0)
+    tl.store(out_ptr + which * WIDTH + column, tl.sum(total, 0, keep_dims=True), column < WIDTH)

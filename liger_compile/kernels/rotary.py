@@ -327,12 +327,12 @@ def _rotate_heads(
     for step in tl.static_range(HEADS + AHEAD - 1):
         if step < HEADS:
             head = (first + step).to(tl.int64)
-            is_row = _is_row(tokens, num_tokens, head < num_heads)
+            is_row = row_mask(tokens, num_tokens, head < num_heads)
             pairs = _read(x_at + head * x_head_stride, 1, is_row, WIDTH, READS_INTERLEAVED, PAIRS, EVICTION)
             read = read + (pairs,)  # noqa: RUF005, which Triton does not know
         if step >= AHEAD - 1:
             head = (first + step - (AHEAD - 1)).to(tl.int64)
-            is_row = _is_row(tokens, num_tokens, head < num_heads)
+            is_row = row_mask(tokens, num_tokens, head < num_heads)
             a, b = read[step - (AHEAD - 1)]
             a, b = a.to(tl.float32), b.to(tl.float32)
             x_rows, y_rows = x_at + head * x_head_stride, y_at + head * y_head_stride
@@ -345,7 +345,7 @@ def _rotate_heads(
 
 
 @triton.jit
-def _is_row(tokens, num_tokens, is_head):
+def row_mask(tokens, num_tokens, is_head):
     """is_head and tokens < num_tokens; the interpreter makes an integer of a number and a tile."""
     return tokens < tl.where(is_head, num_tokens, 0)
 

@@ -241,17 +241,21 @@ def test_what_the_kernels_do_not_take(device):
     assert_reference(kernels, ours(*pair(5, 16, device=device)), five)
 
 
-def test_every_width_is_covered_and_fits():
+@pytest.mark.parametrize("is_backward", [False, True])
+def test_every_width_is_covered_and_fits(is_backward):
     for width in range(2, MAX_CHANNELS + 1, 2):
-        for most in (kernels.FORWARD_PAIRS, kernels.BACKWARD_PAIRS):
-            launched = kernels.config(width, most)
-            assert 2 * launched.pairs >= width > launched.pairs or width == 2
-            assert all(size & (size - 1) == 0 for size in launched)
         for itemsize in (2, 4):
-            # Buffers of dy, x and the tables in float32, one less than there are stages.
-            tile = launched.rows * 2 * launched.pairs * (2 * itemsize + 2 * 4)
-            programs = kernels.BACKWARD_WARPS // launched.num_warps
-            assert programs * (kernels.num_stages(itemsize) - 1) * tile <= 200 * 1024
+            tile = kernels.config(width, 32, itemsize, is_backward)
+            assert tile.pairs // 2 < width // 2 <= tile.pairs and 1 <= tile.ahead <= tile.heads
+            assert tile.tokens * tile.pairs <= 16 * 32 * tile.num_warps  # 16 pairs a thread stay in registers
+
+
+@pytest.mark.parametrize("tokens, heads, ahead", [(1, 1, 1), (4, 4, 1), (2, 4, 3), (8, 8, 8)])
+def test_any_tile(device, monkeypatch, tokens, heads, ahead):
+    """Whatever `config` chooses: tokens and heads that a tile has and the tensors have not, and the other way round."""
+    monkeypatch.setattr(kernels, "config", lambda *_, **__: kernels.Config(tokens, heads, ahead, 16, 4))
+    q, k = (randn(2, 5, count, 24, device=device).transpose(1, 2) for count in (6, 1))
+    assert_right("llama", q, k, *pair(24, device=device), *pair(5, 24, device=device))
 
 
 @pytest.mark.gpu
