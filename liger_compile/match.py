@@ -7,6 +7,8 @@ Matching has two passes, because a search function is traced for one set of dtyp
 2. The *exact* match: search, traced again with the dtypes and shapes of these values, against the graph's terms as
    they are. Now casts count: a place with another rounding is a near miss.
 
+Where a place nearly is a pattern, and is none, terms/compare.py says what differs, and terms/sentences.py says it.
+
 Products and sums match as multisets. A capture in a product takes the factors that are left over, as long as
 the graph computes their product somewhere.
 """
@@ -16,6 +18,8 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
+import operator
+import re
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,13 +30,19 @@ from torch.fx import Graph, Node
 
 from liger_compile.pattern import Capture, Match, NearMiss, Pattern
 from liger_compile.terms.build import Terms, trace
+from liger_compile.terms.compare import Comparer, Comparison, Difference
+from liger_compile.terms.formula import Formula
+from liger_compile.terms.roundings import Moved, moved, roundings
+from liger_compile.terms.sentences import rounding_sentence, sentence
 from liger_compile.terms.term import Term
 from liger_compile.terms.unify import Bindings, Unifier
 
 # How many nodes on each side of the first output are tried as a further output, and how many assignments of
 # dtypes for one skeleton: bounds that keep matching linear in the graph.
 NEARBY, ASSIGNMENTS = 24, 32
-NEAR_MISS = 0.6  # the share of a pattern that must match for a place to look like it
+NEAR_MISS = 0.6  # the share of a pattern that must agree for a place to look like it
+FAULT = 0.05  # what each difference takes off that share
+REGION = 32  # how many nodes a place that looks like a pattern may have
 
 
 def find_matches(
@@ -49,7 +59,7 @@ def find_matches(
         by_op.setdefault(skeleton.outputs[0].bare.op, []).append((pattern, skeleton))
 
     found: list[tuple[int, Match]] = []  # with the number of operations in it, casts counted
-    attempts: list[NearMiss] = []
+    failed: list[_Attempt] = []
     taken: set[tuple[Pattern, Node]] = set()
     for node in graph.nodes:
         term = terms.of[node]
@@ -63,8 +73,8 @@ def find_matches(
             if match is not None:
                 found.append((attempt.size, match))
                 taken.update((pattern, output) for output in match.outputs)
-            elif attempt.score >= NEAR_MISS:
-                attempts.append(attempt.near_miss())
+            else:
+                failed.append(attempt)
     order = {pattern: rank for rank, pattern in enumerate(patterns)}
     found.sort(  # of two as large, the one that takes in more of the graph: a bias that is added separately
         key=lambda item: (
@@ -75,27 +85,7 @@ def find_matches(
         )
     )
     matches = [match for _, match in found]
-    return matches, _worth_telling(attempts, matches, terms)
-
-
-def _worth_telling(attempts: list[NearMiss], matches: list[Match], terms: Terms) -> list[NearMiss]:
-    """The best attempt for each place that no match covers; a cast of what one covers is the same place."""
-    covered = {terms.of[node].bare for m in matches for node in m.nodes if isinstance(terms.of[node], Term)}
-    told: dict[Node, NearMiss] = {}  # by every node that the attempt may have been about
-    for attempt in sorted(attempts, key=lambda attempt: -attempt.score):
-        around = _inputs(attempt.root)
-        if terms.of[attempt.root].bare not in covered and not any(node in told for node in around):
-            told.update(dict.fromkeys(around, attempt))
-    return list(dict.fromkeys(told.values()))
-
-
-def _inputs(root: Node, count: int = 12) -> list[Node]:
-    """`root` and the nodes that it is computed from, so many of them: about as many as a pattern has."""
-    found, at = [root], 0
-    while at < len(found) < count:
-        found.extend(arg for arg in found[at].all_input_nodes if arg.op != "placeholder" and arg not in found)
-        at += 1
-    return found
+    return matches, _near_misses(failed, matches, index)
 
 
 # Tracing search functions
@@ -108,10 +98,6 @@ class _Skeleton:
     outputs: tuple[Term, ...]
     tensors: tuple[str, ...]  # the tensor captures
     optional: frozenset[str]  # those that may be absent
-
-    def weight(self, index: _Index) -> float:
-        """What matching all of it would score."""
-        return sum(index.weight(op) for output in self.outputs for op in output.bare.operations())
 
 
 _skeletons: dict[Pattern, _Skeleton] = {}
@@ -170,10 +156,36 @@ class _Index:
             term = terms.of[node]
             if isinstance(term, Term) and node not in terms.passes_through:
                 self.by_op.setdefault(term.bare.op, []).append(node)
+        # What a pattern's skeleton is compared with, and a search that was traced for the sizes of a place.
+        self.bare, self.sized = (Comparer(self.called, self.inside, has_sizes) for has_sizes in (False, True))
 
-    def weight(self, op: str) -> float:
-        """What finding this op says about a place: more, the rarer it is in the graph."""
-        return 1 / (1 + len(self.by_op.get(op, ())))
+    def node_of(self, term: Term) -> Node | None:
+        """The first node that has the value of a term, or of a bare one but for casts."""
+        same = (term,) if term.dtype is not None else self.terms.space.same_bare.get(term, ())
+        return next((nodes[0] for each in same if (nodes := self.terms.nodes.get(each))), None)
+
+    def inside(self, bare: Term) -> Sequence[Term]:
+        """What a bare term is made of; what an opaque one is, its node knows."""
+        node = self.node_of(bare) if bare.op == "leaf" else None
+        if node is None:
+            return bare.args
+        values = (self.terms.of[arg] for arg in _call_of(node).all_input_nodes)
+        return [value.bare for value in values if isinstance(value, Term)]
+
+    def called(self, term: Term) -> str:
+        """What a person calls the operation that made `term`, or the input that it is."""
+        node = self.node_of(term) if term.op == "leaf" else None
+        if node is None:
+            return str(term.consts[0] if term.op in ("leaf", "var") else term.op.rpartition(".")[2])
+        if not self.is_call(term):
+            return _NAMING.sub(lambda found: "." if found["inner"] else "", node.name)
+        target = _call_of(node).target
+        name = target if isinstance(target, str) else getattr(target, "__name__", str(target))
+        return name.rstrip("_")
+
+    def is_call(self, term: Term) -> bool:
+        node = self.node_of(term) if term.op == "leaf" else None
+        return node is not None and node.op in ("call_function", "call_method")
 
     def described(self, bare: Term) -> set[tuple[Any, Any]]:
         """The (shape, dtype) of every value in the graph, or a cheap step from one, that is `bare` but for casts."""
@@ -183,12 +195,42 @@ class _Index:
             return self.described(bare.args[0])  # scaled by a number, as -sin is
         return found
 
+    def formula(self, bindings: Bindings) -> Formula:
+        """Writes the graph's terms, and those of a pattern that is bound like this."""
+        captures = {term.bare: name for name, term in bindings.items() if isinstance(term, Term)}
+        numbers = {name: value for name, value in bindings.items() if isinstance(value, float)}
+        return Formula(self.called, self.is_call, captures, numbers)
+
+    def region(self, root: Node, captured: set[Term]) -> list[Node]:
+        """`root` and what it is computed from, as far as what is captured, in graph order."""
+        found, at = [root], 0
+        while at < len(found) < REGION:
+            for arg in found[at].all_input_nodes:
+                value = self.terms.of[arg]
+                is_inner = isinstance(value, Term) and value.bare not in captured
+                if is_inner and arg.op not in ("placeholder", "get_attr") and arg not in found:
+                    found.append(arg)
+            at += 1
+        return sorted(found, key=self.position.__getitem__)
+
     def nearby(self, op: str, node: Node) -> Iterable[Node]:
         """Nodes of this op, the nearest to `node` first."""
         nodes = self.by_op.get(op, [])
         at = bisect_left(nodes, self.position[node], key=self.position.__getitem__)
         window = nodes[max(0, at - NEARBY) : at + NEARBY]
         return sorted(window, key=lambda other: abs(self.position[other] - self.position[node]))
+
+
+# How Dynamo names an input: l_self_modules_head_parameters_weight_, of self.head.weight.
+_NAMING = re.compile(
+    r"^[lg]_(self_)?(modules_|parameters_|buffers_)?|(?P<inner>_(modules|parameters|buffers)_)|_+$"
+)
+
+
+def _call_of(node: Node) -> Node:
+    """The call that made a value, of which `node` may be one of several."""
+    is_part = node.target is operator.getitem and node.all_input_nodes
+    return node.all_input_nodes[0] if is_part and node.all_input_nodes[0].op != "placeholder" else node
 
 
 class _Attempt:
@@ -198,27 +240,30 @@ class _Attempt:
         self.pattern, self.skeleton, self.index, self.root = pattern, skeleton, index, root
         self.size = 0  # of the pattern as it was matched, casts counted
         space = index.terms.space
-        self._bare = Unifier(space, self._can_bind_bare, index.weight, is_exact=False)
-        self._exact = Unifier(space, self._can_bind_exact, index.weight, is_exact=True)
+        self._bare = Unifier(space, self._can_bind_bare, is_exact=False)
+        self._exact = Unifier(space, self._can_bind_exact, is_exact=True)
 
     def match(self) -> Match | None:
+        for places, wanted, _ in self.candidates():
+            exact = next(self._outputs(self._exact, wanted, places), None)
+            if exact is not None:
+                self.size = sum(len(output.operations()) for output in wanted)
+                return self._made(*exact)
+        return None
+
+    def candidates(self) -> Iterator[tuple[list[Term], tuple[Term, ...], Bindings]]:
+        """For each skeleton match, the bare terms of its outputs, search traced for what is captured there, and that."""
         tried: set[tuple] = set()
         of = self.index.terms.of
         for nodes, env in self._outputs(self._bare, [output.bare for output in self.skeleton.outputs]):
             places = [of[node].bare for node in nodes]
             for tensors in self._assignments(env):
                 key = (*places, *tensors.items())
-                if key in tried:
-                    continue
-                tried.add(key)
-                wanted = self._exact_terms(tensors)
-                if wanted is None:
-                    continue
-                exact = next(self._outputs(self._exact, wanted, places), None)
-                if exact is not None:
-                    self.size = sum(len(output.operations()) for output in wanted)
-                    return self._made(*exact)
-        return None
+                if key not in tried:
+                    tried.add(key)
+                    wanted = self._exact_terms(tensors)
+                    if wanted is not None:
+                        yield places, wanted, env
 
     def _outputs(
         self, unifier: Unifier, outputs: Sequence[Term], places: Sequence[Term] | None = None
@@ -241,6 +286,16 @@ class _Attempt:
                         yield from extend((*nodes, node), extended)
 
         return extend((), {})
+
+    def rounded(self) -> tuple[Sequence[Difference], Sequence[Moved], Bindings]:
+        """What the same mathematics has otherwise: its roundings, or its sizes; of the nearest candidate, and that."""
+        have, found = self.index.terms.of[self.root], []
+        for _, wanted, env in self.candidates():
+            formula = self.index.formula(env)
+            moves = moved(roundings(wanted[0], formula), roundings(have, formula))
+            comparison = None if moves else self.index.sized.compare(wanted[0].bare, have.bare)
+            found.append((comparison.differences if comparison else (), moves, env))
+        return min(found, key=lambda each: len(each[0]) + len(each[1]), default=((), (), {}))
 
     def _can_bind_bare(self, want: Term, have: Term) -> bool:
         if have.op == "none":
@@ -338,44 +393,133 @@ class _Attempt:
         in_order = sorted(found, key=self.index.position.__getitem__)
         return tuple(n for n in in_order if not found[n]), tuple(n for n in in_order if found[n])
 
+
+# Near misses
+
+
+def _near_misses(failed: Sequence[_Attempt], matches: Sequence[Match], index: _Index) -> list[NearMiss]:
+    """The best attempt for each place that no match covers, or only a smaller one behind something in between."""
+    covered: dict[Term, float] = {}  # with what the largest match there weighs
+    for match in matches:
+        weight = index.bare.weight(_skeleton(match.pattern).outputs[0].bare)
+        for node in match.nodes:
+            if isinstance(term := index.terms.of[node], Term):
+                covered[term.bare] = max(weight, covered.get(term.bare, 0.0))
+    compared: dict[
+        tuple[str, Term], Comparison | None
+    ] = {}  # patterns that only round differently have one skeleton
+    near: list[_Near] = []
+    for attempt in failed:
+        want, have = attempt.skeleton.outputs[0].bare, index.terms.of[attempt.root].bare
+        key = repr(want), have
+        if key not in compared:
+            compared[key] = index.bare.compare(want, have)
+        comparison = compared[key]
+        found = comparison and _Near.of(attempt, comparison, covered)
+        if found:
+            near.append(found)
+    told: list[_Near] = []
+    for one in sorted(near, key=lambda each: each.rank):
+        if not any(one.root in other.region or other.root in one.region for other in told):
+            told.append(one)
+    return [one.told() for one in told]
+
+
+@dataclass(frozen=True, eq=False)
+class _Near:
+    """A place that one pattern nearly is.
+
+    Args:
+        differences: what its mathematics has otherwise; or where it is the same, `roundings`.
+        region: the nodes from the root to what the captures would be.
+    """
+
+    attempt: _Attempt
+    score: float
+    bindings: Mapping[str, Any]
+    differences: Sequence[Difference]
+    roundings: Sequence[Moved]
+    region: Sequence[Node]
+
+    @staticmethod
+    def of(attempt: _Attempt, comparison: Comparison, covered: Mapping[Term, float]) -> _Near | None:
+        """None if it is not near enough, or is no place of its own."""
+        index, root = attempt.index, attempt.index.terms.of[attempt.root].bare
+        weight = index.bare.weight(attempt.skeleton.outputs[0].bare)
+        score = comparison.score / weight - FAULT * len(comparison.differences)
+        if score < NEAR_MISS:
+            return None
+        by = max(covered.get(term, 0.0) for term in (root, *comparison.anchors))
+        is_single = len(attempt.skeleton.outputs) == 1
+        is_behind = is_single and all(each.kind in ("between", "extra") for each in comparison.differences)
+        if by and not (comparison.differences and is_behind and by < weight):
+            return None
+        if comparison.differences:
+            differences, moves, bindings = comparison.differences, (), comparison.bindings
+        elif is_single:
+            differences, moves, bindings = attempt.rounded()
+        else:  # the first of its outputs is there, which is no near miss of it
+            return None
+        if not differences and not moves:
+            return None
+        region = index.region(attempt.root, {term for term in bindings.values() if isinstance(term, Term)})
+        return _Near(attempt, score - FAULT * len(moves) / 2, bindings, differences, moves, region)
+
     @property
-    def score(self) -> float:
-        """The share of the pattern that matched; what matched but for rounding and sizes is ahead of the
-        rest.
-        """
-        if self._exact.failure:
-            return 1.0
-        root = self.skeleton.outputs[0].bare.op
-        if self._bare.score <= self.index.weight(root):
-            return 0.0  # the root alone says little
-        return min(1.0, self._bare.score / self.skeleton.weight(self.index))
+    def root(self) -> Node:
+        return self.attempt.root
 
-    def near_miss(self) -> NearMiss:
-        kind, failure = (
-            ("rounds elsewhere", self._exact.failure)
-            if self._exact.failure
-            else ("differs", self._bare.failure)
+    @property
+    def rank(self) -> tuple[float, int, int]:
+        """Nearest first; of equals the pattern of fewer outputs, and the one that takes in more."""
+        return -self.score, len(self.attempt.skeleton.outputs), -len(self.bindings)
+
+    def told(self) -> NearMiss:
+        formula = self.attempt.index.formula(self.bindings)
+        if self.differences:
+            reason = sentence(self.differences, formula)
+            culprit = self._culprit(self.differences[0])
+        else:
+            reason = rounding_sentence(self.roundings)
+            culprit = self._rounding_node(self.roundings[0])
+        return NearMiss(self.attempt.pattern, self.root, culprit, reason, self.score)
+
+    def _culprit(self, different: Difference) -> Node:
+        """The node that differs: the first that computes it, or what reads it where it comes from elsewhere."""
+        bare = {
+            node: term.bare
+            for node in self.region
+            if isinstance(term := self.attempt.index.terms.of[node], Term)
+        }
+        if different.kind == "power":
+            factor = different.have, different.found
+            powers = (
+                n
+                for n, t in bare.items()
+                if t.op == "mul" and factor in zip(t.args, t.consts[1:], strict=True)
+            )
+            return next(powers, self.root)
+        for term in (different.have, different.around):
+            for node in bare:
+                if bare[node] is term:
+                    return node
+            for node in bare:
+                if any(
+                    getattr(self.attempt.index.terms.of[arg], "bare", None) is term
+                    for arg in node.all_input_nodes
+                ):
+                    return node
+        return self.root
+
+    def _rounding_node(self, different: Moved) -> Node:
+        """The node that rounds, or that computes what should be rounded."""
+        of, found = self.attempt.index.terms.of, different.found
+        if found is None:
+            return self.root
+        rounds = (
+            (n for n in self.region if of[n].op == "cast" and of[n].args[0] is found.term)
+            if found.rounded
+            else ()
         )
-        assert failure is not None
-        want, have = failure
-        derived = self.index.terms.derive(have) if have.op != "none" else None
-        reason = f"{kind}: expected {describe(want)}, found {describe(have)}"
-        return NearMiss(self.pattern, self.root, derived[0] if derived else None, reason, self.score)
-
-
-def describe(term: Term, depth: int = 2) -> str:
-    """A term in a line: op, dtype, and its arguments down to a depth."""
-    dtype = "" if term.dtype is None else f" in {str(term.dtype).removeprefix('torch.')}"
-    if term.op in ("leaf", "var"):
-        return f"{term.consts[0]}{dtype}"
-    if term.op == "number":
-        scalar = term.consts[0]
-        return " * ".join([f"{scalar.value:g}", *(f"{n}**{p:g}" for n, p in scalar.powers)])
-    if not depth:
-        return f"{term.op}(...){dtype}"
-    parts = [describe(arg, depth - 1).split(" in ")[0] for arg in term.args]
-    if term.op == "mul":
-        powers = ("" if power == 1 else f"**{power:g}" for power in term.consts[1:])
-        parts = [part + power for part, power in zip(parts, powers, strict=True)]
-    inner = ", ".join(parts)
-    return f"{term.op}({inner}){dtype}"
+        computes = (n for n in self.region if of[n] is found.term)
+        return next(itertools.chain(rounds, computes), self.root)
