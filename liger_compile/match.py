@@ -41,7 +41,7 @@ from liger_compile.terms.unify import Bindings, Unifier
 # dtypes for one skeleton: bounds that keep matching linear in the graph.
 NEARBY, ASSIGNMENTS = 24, 32
 NEAR_MISS = 0.6  # the share of a pattern that must agree for a place to look like it
-FAULT = 0.05  # what each difference takes off that share
+FAULT = 0.03  # what each difference takes off that share
 REGION = 32  # how many nodes a place that looks like a pattern may have
 
 
@@ -98,6 +98,7 @@ class _Skeleton:
     outputs: tuple[Term, ...]
     tensors: tuple[str, ...]  # the tensor captures
     optional: frozenset[str]  # those that may be absent
+    text: str  # of the first output, the same for patterns that only round differently
 
 
 _skeletons: dict[Pattern, _Skeleton] = {}
@@ -111,7 +112,7 @@ def _skeleton(pattern: Pattern) -> _Skeleton:
         optional = frozenset(name for name in tensors if "None" in str(pattern.parameters[name].annotation))
         with torch._subclasses.FakeTensorMode():
             outputs = _traced(pattern, {n: (tuple(examples[n].shape), examples[n].dtype) for n in tensors})
-        _skeletons[pattern] = _Skeleton(outputs, tensors, optional)
+        _skeletons[pattern] = _Skeleton(outputs, tensors, optional, repr(outputs[0].bare))
     return _skeletons[pattern]
 
 
@@ -243,6 +244,10 @@ class _Attempt:
         self._bare = Unifier(space, self._can_bind_bare, is_exact=False)
         self._exact = Unifier(space, self._can_bind_exact, is_exact=True)
 
+    @property
+    def is_single(self) -> bool:
+        return len(self.skeleton.outputs) == 1
+
     def match(self) -> Match | None:
         for places, wanted, _ in self.candidates():
             exact = next(self._outputs(self._exact, wanted, places), None)
@@ -252,7 +257,7 @@ class _Attempt:
         return None
 
     def candidates(self) -> Iterator[tuple[list[Term], tuple[Term, ...], Bindings]]:
-        """For each skeleton match, the bare terms of its outputs, search traced for what is captured there, and that."""
+        """For each skeleton match, the bare terms of its outputs, search traced for that, and the bindings."""
         tried: set[tuple] = set()
         of = self.index.terms.of
         for nodes, env in self._outputs(self._bare, [output.bare for output in self.skeleton.outputs]):
@@ -405,15 +410,17 @@ def _near_misses(failed: Sequence[_Attempt], matches: Sequence[Match], index: _I
         for node in match.nodes:
             if isinstance(term := index.terms.of[node], Term):
                 covered[term.bare] = max(weight, covered.get(term.bare, 0.0))
-    compared: dict[
-        tuple[str, Term], Comparison | None
-    ] = {}  # patterns that only round differently have one skeleton
+    compared: dict[tuple[str, Term], Comparison | None] = {}
     near: list[_Near] = []
     for attempt in failed:
         want, have = attempt.skeleton.outputs[0].bare, index.terms.of[attempt.root].bare
-        key = repr(want), have
+        key = attempt.skeleton.text, have
         if key not in compared:
-            compared[key] = index.bare.compare(want, have)
+            weight = index.bare.weight(want)
+            may_tell = (
+                have not in covered or covered[have] < weight * attempt.is_single
+            ) and index.bare.may_score(want, have, covered) >= NEAR_MISS * weight
+            compared[key] = index.bare.compare(want, have) if may_tell else None
         comparison = compared[key]
         found = comparison and _Near.of(attempt, comparison, covered)
         if found:
@@ -450,20 +457,21 @@ class _Near:
         if score < NEAR_MISS:
             return None
         by = max(covered.get(term, 0.0) for term in (root, *comparison.anchors))
-        is_single = len(attempt.skeleton.outputs) == 1
-        is_behind = is_single and all(each.kind in ("between", "extra") for each in comparison.differences)
+        is_behind = attempt.is_single and all(
+            each.kind in ("between", "extra") for each in comparison.differences
+        )
         if by and not (comparison.differences and is_behind and by < weight):
             return None
         if comparison.differences:
             differences, moves, bindings = comparison.differences, (), comparison.bindings
-        elif is_single:
+        elif attempt.is_single:
             differences, moves, bindings = attempt.rounded()
         else:  # the first of its outputs is there, which is no near miss of it
             return None
         if not differences and not moves:
             return None
         region = index.region(attempt.root, {term for term in bindings.values() if isinstance(term, Term)})
-        return _Near(attempt, score - FAULT * len(moves) / 2, bindings, differences, moves, region)
+        return _Near(attempt, score - FAULT / 10 * len(moves), bindings, differences, moves, region)
 
     @property
     def root(self) -> Node:

@@ -7,7 +7,7 @@ that what lies behind it is compared as well. All terms are bare; how they are r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -21,6 +21,7 @@ POWER = 0.5  # and a power other than 1: a root
 STEP = 0.25  # what an operation in between takes off
 DEEP = 3  # how many operations may stand between two that belong together
 WIDE = 8  # and how many values are looked at there
+NEAR = 64  # of how many values the ops are looked at first
 
 # Ops that stand where another of their row would: what one of them says about a place, the other half says.
 _ROTATIONS = frozenset(("rotate_half", "rotate_pairs", "cat", "roll"))
@@ -114,13 +115,42 @@ class Comparer:
     ) -> None:
         self.name, self.inside, self.has_sizes = name, inside, has_sizes
         self._weights: dict[Term, float] = {}
+        self._near: dict[Term, frozenset[str]] = {}
 
     def compare(self, want: Term, have: Term) -> Comparison | None:
         """None where `have` lacks one of the tensors that `want` is made of: it is less, and not nearly the same."""
         found = self._compare(want, have, Comparison(0.0, {}), have)
-        if any(each.kind == "missing" and each.want.op == "var" for each in found.differences):
+        if any(each.kind == "missing" and self._is_given(each.want) for each in found.differences):
             return None
         return replace(found, differences=tuple(dict.fromkeys(found.differences)))
+
+    @staticmethod
+    def _is_given(want: Term) -> bool:
+        """A capture, or a part of one."""
+        return want.op == "var" or (want.op in ("slice", "view") and want.args[0].op == "var")
+
+    def may_score(self, want: Term, have: Term, spoken_for: Container[Term]) -> float:
+        """A bound for the score of a comparison, by the ops that `have` is made of: cheap, and most stop here.
+
+        What is `spoken_for` counts for nothing, unless `have` is.
+        """
+        near = self._ops_near(have, () if have in spoken_for else spoken_for)
+        missing = 0.0
+        for op in want.operations():
+            if op not in near:
+                missing += _own_weight(op) / (2 if any(op in row and row & near for row in ALIKE) else 1)
+        return self.weight(want) - missing
+
+    def _ops_near(self, have: Term, spoken_for: Container[Term]) -> frozenset[str]:
+        if have not in self._near:
+            seen, at = [have], 0
+            while at < len(seen) < NEAR:
+                seen.extend(
+                    each for each in self.inside(seen[at]) if each not in seen and each not in spoken_for
+                )
+                at += 1
+            self._near[have] = frozenset(map(self.name, seen))
+        return self._near[have]
 
     def weight(self, want: Term) -> float:
         """What agreeing with all of a pattern's term scores."""
@@ -128,7 +158,7 @@ class Comparer:
             inner = [operand for operand in operands_of(want, "mul")[1] if operand[0].op != "var"]
             powers = POWER * sum(power != 1 for _, power in inner) if want.op == "mul" else 0.0
             args = sum(self.weight(arg) for arg in want.args if arg.op != "var")
-            self._weights[want] = _own_weight(want) + powers + args
+            self._weights[want] = _own_weight(want.op) + powers + args
         return self._weights[want]
 
     def _compare(self, want: Term, have: Term, so_far: Comparison, around: Term) -> Comparison:
@@ -139,8 +169,9 @@ class Comparer:
             is_same = is_same or (have.op == "number" and bool(want.consts[0].powers))
             return so_far if is_same else so_far.but(Difference("op", want, have, around))
         ways = [self._direct(want, have, so_far, around)]
+        ways += self._crossed(want, have, so_far, around)
         if ways[0].score - so_far.score < self.weight(want) / 2:
-            ways += [*self._crossed(want, have, so_far, around), *self._behind(want, have, so_far, around)]
+            ways += self._behind(want, have, so_far, around)
         return max(ways, key=lambda way: (way.score, -len(way.differences)))
 
     def _direct(self, want: Term, have: Term, so_far: Comparison, around: Term) -> Comparison:
@@ -148,8 +179,8 @@ class Comparer:
             return self._operands(want, have, so_far, around)
         if want.op != have.op:
             return self._alike(want, have, so_far, around)
-        anchors = (have,) if _own_weight(want) >= 1 else ()
-        found = so_far.plus(_own_weight(want), *anchors).but(*self._constants(want, have, around))
+        anchors = (have,) if _own_weight(want.op) >= 1 else ()
+        found = so_far.plus(_own_weight(want.op), *anchors).but(*self._constants(want, have, around))
         for inner, other in zip(want.args, have.args, strict=False):
             found = self._compare(inner, other, found, have)
         return found
@@ -207,7 +238,7 @@ class Comparer:
         joined = have.args[0] if have.op == "view" and want.op in _ROTATIONS else have
         if not any(want.op in row and self.name(joined) in row for row in ALIKE):
             return different
-        found = different.plus(_own_weight(want) / 2, have)
+        found = different.plus(_own_weight(want.op) / 2, have)
         inner = self.inside(have)
         if joined.op == "cat":
             sources = {_source(part) for part in joined.args}
@@ -216,7 +247,9 @@ class Comparer:
             inner = [*sources]
         for expected, other in zip(want.args, inner, strict=False):
             found = self._compare(expected, other, found, have)
-        return found
+        return replace(
+            found, differences=different.differences
+        )  # of another operation's arguments nothing is expected
 
     # Products and sums
 
@@ -230,7 +263,7 @@ class Comparer:
         ):
             return so_far.but(Difference("op", want, have, around))  # expected a square or a root
         return self._given(
-            want, have, operands_of(have, want.op)[1], so_far.plus(_own_weight(want) * is_same), around
+            want, have, operands_of(have, want.op)[1], so_far.plus(_own_weight(want.op) * is_same), around
         )
 
     def _given(
@@ -294,7 +327,8 @@ class Comparer:
             elif (other := next((o for o in left if o[0] is bound), None)) is not None:
                 left.remove(other)
                 found = found.but(Difference("power", var, bound, have, power, other[1]))
-            elif (other := next((o for o in left if o[1] == power), None)) is not None:
+            elif others := sorted((o for o in left if o[1] == power), key=lambda o: bound not in o[0].args):
+                other = others[0]
                 left.remove(other)
                 found = found.but(Difference("capture", var, other[0], have, bound, other[0]))
             else:
@@ -313,25 +347,19 @@ class Comparer:
             if constant.value and expected.value and not expected.powers:
                 found = found.scaled(unbound[-1][0], constant * expected**-1)
                 constant = expected
-        found = found.but(*(Difference("extra", want, operand, have) for operand, _ in left))
+        found = found.but(
+            *(Difference("extra", want, operand, have, expected, power) for operand, power in left)
+        )
         if expected.powers:
-            is_absent = (
-                want.op == "add"
-                and not constant.value
-                and not any(_is_number(operand) for operand, _ in left)
-            )
+            is_absent = want.op == "add" and not constant.value and not left
             return found.but(Difference("missing", want, have, around, expected)) if is_absent else found
         if close(expected.value, constant.value):
             return found
         return found.but(Difference("number", want, have, around, expected.value, constant.value))
 
 
-def _own_weight(want: Term) -> float:
-    return 0.0 if want.op in ("var", "number", "none") else WEIGHTS.get(want.op, 1.0)
-
-
-def _is_number(term: Term) -> bool:
-    return term.op == "leaf" and term.shape == ()
+def _own_weight(op: str) -> float:
+    return 0.0 if op in ("var", "number", "none") else WEIGHTS.get(op, 1.0)
 
 
 def _source(term: Term) -> Term:

@@ -25,7 +25,7 @@ class Rounding:
 
 @dataclass(frozen=True)
 class Moved:
-    """A value that is rounded otherwise: what a pattern does with it, and what a graph; None if it does not compute it."""
+    """A value that is rounded otherwise. None stands for a pattern, or a graph, that does not compute it."""
 
     value: str
     expected: Rounding | None

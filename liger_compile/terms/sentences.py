@@ -63,6 +63,8 @@ def _between(it: Difference, formula: Formula) -> str:
 
 
 def _noun(term: Term, formula: Formula) -> str:
+    if term.op == "mul" and len(term.args) == 1:
+        return "a scaling"
     return {"add": "a sum", "mul": "a product", "where": "a mask"}.get(term.op) or formula.name(term)
 
 
@@ -101,12 +103,17 @@ def _missing(it: Difference, formula: Formula) -> str:
 
 
 def _extra(it: Difference, formula: Formula) -> str:
-    return f"{formula(it.have)} is {'added' if it.want.op == 'add' else 'multiplied'} as well"
+    text = formula.power(it.have, it.found)
+    if it.want.op == "add" and it.expected.powers:
+        return f"{text} is added, expected a number, {formula.number(it.expected)}"
+    return f"{text} is one {'addend' if it.want.op == 'add' else 'factor'} more than expected"
 
 
 def _capture(it: Difference, formula: Formula) -> str:
     plain = Formula(formula.name, formula.is_call, {})
-    return f"{plain(it.found)} stands where {plain(it.expected)} is expected again, as {it.want.consts[0]}"
+    return (
+        f"{plain(it.found)} and {plain(it.expected)} stand where {it.want.consts[0]}, one tensor, is expected"
+    )
 
 
 def _moved(it: Moved) -> str:
@@ -208,13 +215,11 @@ def _no_rotation(it: Difference, formula: Formula) -> str | None:
     if it.kind != "op" or it.want.op not in _DEFINITIONS:
         return None
     definition = _DEFINITIONS[it.want.op]
-    is_joined = it.have.op == "cat" or formula.name(it.have) == "roll"
-    is_negated = any(part.op == "mul" and part.consts[0].value < 0 for part in it.have.args)
-    return (
-        f"nothing in it is negated, so pairs are mirrored and not turned; {definition}"
-        if is_joined and not is_negated
-        else definition
-    )
+    joined = it.have.args[0] if it.have.op == "view" else it.have
+    signs = [part.op == "mul" and part.consts[0].value < 0 for part in joined.args]
+    if not any(signs) and (joined.op == "cat" or formula.name(joined) == "roll"):
+        return "nothing in it is negated, so pairs are mirrored and not turned"
+    return definition
 
 
 FACTS: tuple[Callable[[Difference, Formula], str | None], ...] = (
