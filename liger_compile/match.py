@@ -33,9 +33,9 @@ from liger_compile.terms.build import Terms, trace
 from liger_compile.terms.compare import Comparer, Comparison, Difference
 from liger_compile.terms.formula import Formula
 from liger_compile.terms.roundings import Moved, moved, roundings
-from liger_compile.terms.sentences import rounding_sentence, sentence
+from liger_compile.terms.sentences import rounding_sentence, sentence, telling
 from liger_compile.terms.term import Term
-from liger_compile.terms.unify import Bindings, Unifier
+from liger_compile.terms.unify import Bindings, Unifier, operands_of
 
 # How many nodes on each side of the first output are tried as a further output, and how many assignments of
 # dtypes for one skeleton: bounds that keep matching linear in the graph.
@@ -485,38 +485,30 @@ class _Near:
     def told(self) -> NearMiss:
         formula = self.attempt.index.formula(self.bindings)
         if self.differences:
-            reason = sentence(self.differences, formula)
-            culprit = self._culprit(self.differences[0])
+            differences = telling(self.differences, formula)
+            reason, culprit = sentence(differences, formula), self._culprit(differences[0])
         else:
-            reason = rounding_sentence(self.roundings)
-            culprit = self._rounding_node(self.roundings[0])
+            reason, culprit = rounding_sentence(self.roundings), self._rounding_node(self.roundings[0])
         return NearMiss(self.attempt.pattern, self.root, culprit, reason, self.score)
 
     def _culprit(self, different: Difference) -> Node:
         """The node that differs: the first that computes it, or what reads it where it comes from elsewhere."""
-        bare = {
-            node: term.bare
-            for node in self.region
-            if isinstance(term := self.attempt.index.terms.of[node], Term)
-        }
+        of = self.attempt.index.terms.of
+        bare = {node: of[node].bare for node in self.region}
         if different.kind == "power":
             factor = different.have, different.found
-            powers = (
-                n
-                for n, t in bare.items()
-                if t.op == "mul" and factor in zip(t.args, t.consts[1:], strict=True)
+            return next(
+                (n for n, t in bare.items() if t.op == "mul" and factor in operands_of(t, "mul")[1]),
+                self.root,
             )
-            return next(powers, self.root)
         for term in (different.have, different.around):
-            for node in bare:
-                if bare[node] is term:
-                    return node
-            for node in bare:
-                if any(
-                    getattr(self.attempt.index.terms.of[arg], "bare", None) is term
-                    for arg in node.all_input_nodes
-                ):
-                    return node
+            makes = (node for node in bare if bare[node] is term)
+            reads = (n for n in bare for arg in n.all_input_nodes if getattr(of[arg], "bare", None) is term)
+            alike = (
+                n for n in bare if bare[n].op == term.op
+            )  # of another shape, before a view was moved through it
+            if (node := next(itertools.chain(makes, reads, alike), None)) is not None:
+                return node
         return self.root
 
     def _rounding_node(self, different: Moved) -> Node:
@@ -524,10 +516,7 @@ class _Near:
         of, found = self.attempt.index.terms.of, different.found
         if found is None:
             return self.root
-        rounds = (
-            (n for n in self.region if of[n].op == "cast" and of[n].args[0] is found.term)
-            if found.rounded
-            else ()
-        )
+        casts = (n for n in self.region if of[n].op == "cast" and of[n].args[0] is found.term)
+        rounds = casts if found.rounded else ()
         computes = (n for n in self.region if of[n] is found.term)
         return next(itertools.chain(rounds, computes), self.root)

@@ -10,7 +10,6 @@ import dataclasses
 import itertools
 import json
 import logging
-import operator
 import os
 import re
 import textwrap
@@ -213,16 +212,13 @@ def _near(miss: NearMiss) -> Near:
 
 
 def _inserted_ops(gm: GraphModule) -> dict[str, tuple[str, ...]]:
-    """Pattern name -> what its replacement called; rewrite.py marks the nodes that stand for an output."""
+    """Pattern name -> the ops that its replacement called; rewrite.py marks what it inserts."""
     ops: dict[str, dict[str, None]] = {}
     graphs = [module.graph for module in gm.modules() if isinstance(module, GraphModule)]
     for node in itertools.chain.from_iterable(graph.nodes for graph in graphs):
-        if pattern := node.meta.get("liger_compile"):
-            # One output of several, or a view of the output, says less than where it comes from.
-            while node.op == "call_method" or node.target is operator.getitem:
-                node = node.all_input_nodes[0]
-            if isinstance(node.target, OpOverload):
-                ops.setdefault(pattern, {})[node.target.name()] = None
+        pattern = node.meta.get("liger_compile")
+        if pattern and isinstance(node.target, OpOverload):
+            ops.setdefault(pattern, {})[node.target.name()] = None
     return {pattern: tuple(names) for pattern, names in ops.items()}
 
 

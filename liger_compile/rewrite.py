@@ -99,9 +99,10 @@ def _splice(
     for output, node in zip(match.outputs, nodes, strict=True):
         assert node is not None
         node.meta["example_value"] = output.meta["example_value"]
-        node.meta["liger_compile"] = match.pattern.name
         output.replace_all_uses_with(node)
         replaced[output] = node
+    for node in splicer.inserted:
+        node.meta["liger_compile"] = match.pattern.name
     return None
 
 

@@ -58,7 +58,7 @@ def narrows(wide: torch.dtype | None, narrow: torch.dtype | None) -> bool:
 
 
 def moved(want: Mapping[str, Rounding], have: Mapping[str, Rounding]) -> list[Moved]:
-    """The values that are not computed in the dtype, or not rounded, as expected: what is found first."""
+    """The values that are not computed in the dtype, or not rounded, as expected; what the graph does first, first."""
     different = []
     for text in {**have, **want}:
         expected, found = want.get(text), have.get(text)
@@ -68,4 +68,4 @@ def moved(want: Mapping[str, Rounding], have: Mapping[str, Rounding]) -> list[Mo
             is_other = (expected.computed, expected.rounded) != (found.computed, found.rounded)
         if is_other:
             different.append(Moved(text, expected, found))
-    return sorted(different, key=lambda each: each.found is None)
+    return sorted(different, key=lambda each: (each.found is None, len(each.value)))

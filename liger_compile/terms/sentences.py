@@ -17,17 +17,17 @@ from liger_compile.terms.roundings import Moved
 from liger_compile.terms.term import Scalar, Term
 
 TOLD = 2  # differences of one place
-_HIDDEN = ("view", "expand", "permute")  # moves elements and computes nothing
+
+
+def telling(differences: Sequence[Difference], formula: Formula) -> Sequence[Difference]:
+    """Those that the field has a word for, or all where it has none."""
+    return [each for each in differences if _fact(each, formula)] or differences
 
 
 def sentence(differences: Sequence[Difference], formula: Formula) -> str:
-    """What differs: where the field has a word for some of it, that alone."""
-    told = {difference: _fact(difference, formula) for difference in differences}
-    known = {difference: fact for difference, fact in told.items() if fact} or told
-    texts = [
-        _general(difference, formula) + (f": {fact}" if fact else "") for difference, fact in known.items()
-    ]
-    return _joined(texts)
+    """What differs, and what that is called."""
+    facts = [(_general(each, formula), _fact(each, formula)) for each in differences]
+    return _joined([f"{general}: {fact}" if fact else general for general, fact in facts])
 
 
 def rounding_sentence(different: Sequence[Moved]) -> str:
@@ -74,7 +74,7 @@ def _constant(it: Difference, formula: Formula) -> str:
         return f"the {op} is taken over {_dims(it.found)}, expected over {_dims(it.expected)}"
     if op == "slice":
         return f"{formula(it.have)} stands where {formula(it.want)} is expected"
-    if op in _HIDDEN:
+    if it.name == "shape":
         return f"its elements are in the shape {tuple(it.found)}, expected {tuple(it.expected)}"
     return f"{op} has {it.name or 'a constant'} {it.found!r}, expected {it.expected!r}"
 
