@@ -478,9 +478,9 @@ class _Near:
         return self.attempt.root
 
     @property
-    def rank(self) -> tuple[float, int, int]:
-        """Nearest first; of equals the pattern of fewer outputs, and the one that takes in more."""
-        return -self.score, len(self.attempt.skeleton.outputs), -len(self.bindings)
+    def rank(self) -> tuple[int, float, int]:
+        """Nearest first, and of equals what takes in more; a pattern of several outputs where no simpler one tells."""
+        return len(self.attempt.skeleton.outputs), -self.score, -len(self.bindings)
 
     def told(self) -> NearMiss:
         formula = self.attempt.index.formula(self.bindings)
@@ -489,7 +489,7 @@ class _Near:
             reason, culprit = sentence(differences, formula), self._culprit(differences[0])
         else:
             reason, culprit = rounding_sentence(self.roundings), self._rounding_node(self.roundings[0])
-        return NearMiss(self.attempt.pattern, self.root, culprit, reason, self.score)
+        return NearMiss(self.attempt.pattern, self.root, culprit, reason, self.score, tuple(self.region))
 
     def _culprit(self, different: Difference) -> Node:
         """The node that differs: the first that computes it, or what reads it where it comes from elsewhere."""

@@ -153,7 +153,7 @@ class GraphReport:
         nearest_first = sorted(self.near_misses, key=lambda near: -near.score)
         groups = _grouped(nearest_first, key=lambda near: (near.pattern, near.reason, near.place.source))
         rows = [_near_row(group) for group in groups[:MAX_NEAR_MISSES]]
-        lines += _section("Near misses", rows)
+        lines += _section("Near misses: look like a pattern, and are left because they differ from it", rows)
         if len(groups) > MAX_NEAR_MISSES:
             lines.append(f"  and {len(groups) - MAX_NEAR_MISSES} more, in to_dict()")
         if self.notes:
@@ -208,7 +208,9 @@ def _site(decision: Decision, ops: Mapping[str, Iterable[str]]) -> Site:
 
 def _near(miss: NearMiss) -> Near:
     culprit = miss.culprit if miss.culprit is not None and "stack_trace" in miss.culprit.meta else miss.root
-    return Near(miss.pattern.name, miss.reason, Place.of([miss.root], culprit), round(miss.score, 2))
+    return Near(
+        miss.pattern.name, miss.reason, Place.of(miss.nodes or [miss.root], culprit), round(miss.score, 2)
+    )
 
 
 def _inserted_ops(gm: GraphModule) -> dict[str, tuple[str, ...]]:
