@@ -70,12 +70,16 @@ def _block_mask(q: Tensor, window: int | None, mask: Callable[..., Tensor]) -> B
     reach = (
         None if window is None else (window + BLOCK_SIZE - 2) // BLOCK_SIZE
     )  # how far back some key of a block is seen
-    whole = None if window is None else max(0, (window - BLOCK_SIZE) // BLOCK_SIZE)  # and how far back all are
+    whole = (
+        None if window is None else max(0, (window - BLOCK_SIZE) // BLOCK_SIZE)
+    )  # and how far back all are
 
     first = torch.zeros_like(block) if reach is None else (block - reach).clamp(min=0)
     farthest = last.expand_as(block) if reach is None else torch.minimum(block + reach, last)
     before = block if whole is None else block.clamp(max=whole)
-    before = torch.where(at + BLOCK_SIZE <= length, before, 0)  # of each block of queries, whole blocks of keys
+    before = torch.where(
+        at + BLOCK_SIZE <= length, before, 0
+    )  # of each block of queries, whole blocks of keys
     after = ((length - at) // BLOCK_SIZE - 1).clamp(min=0)
     after = (
         after if whole is None else after.clamp(max=whole)

@@ -7,6 +7,8 @@ Matching has two passes, because a search function is traced for one set of dtyp
 2. The *exact* match: search, traced again with the dtypes and shapes of these values, against the graph's terms as
    they are. Now casts count: a place with another rounding is a near miss.
 
+Where a place nearly is a pattern, and is none, terms/compare.py says what differs, and terms/sentences.py says it.
+
 Products and sums match as multisets. A capture in a product takes the factors that are left over, as long as
 the graph computes their product somewhere.
 """
@@ -16,6 +18,8 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
+import operator
+import re
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,13 +31,19 @@ from torch.fx import Graph, Node
 from liger_compile.pattern import Capture, Match, NearMiss, Pattern
 from liger_compile.terms.build import Terms, trace
 from liger_compile.terms.call import Draw
+from liger_compile.terms.compare import Comparer, Comparison, Difference
+from liger_compile.terms.formula import Formula
+from liger_compile.terms.roundings import Moved, moved, roundings
+from liger_compile.terms.sentences import rounding_sentence, sentence, telling
 from liger_compile.terms.term import Term
-from liger_compile.terms.unify import Bindings, Unifier
+from liger_compile.terms.unify import Bindings, Unifier, operands_of
 
 # How many nodes on each side of the first output are tried as a further output, and how many assignments of
 # dtypes for one skeleton: bounds that keep matching linear in the graph.
 NEARBY, ASSIGNMENTS = 24, 32
-NEAR_MISS = 0.6  # the share of a pattern that must match for a place to look like it
+NEAR_MISS = 0.6  # the share of a pattern that must agree for a place to look like it
+FAULT = 0.03  # what each difference takes off that share
+REGION = 32  # how many nodes a place that looks like a pattern may have
 
 
 def find_matches(
@@ -50,7 +60,7 @@ def find_matches(
         by_op.setdefault(skeleton.outputs[0].bare.op, []).append((pattern, skeleton))
 
     found: list[tuple[int, Match]] = []  # with the number of operations in it, casts counted
-    attempts: list[NearMiss] = []
+    failed: list[_Attempt] = []
     taken: set[tuple[Pattern, Node]] = set()
     for node in graph.nodes:
         term = terms.of[node]
@@ -64,8 +74,8 @@ def find_matches(
             if match is not None:
                 found.append((attempt.size, match))
                 taken.update((pattern, output) for output in match.outputs)
-            elif attempt.score >= NEAR_MISS:
-                attempts.append(attempt.near_miss())
+            else:
+                failed.append(attempt)
     order = {pattern: rank for rank, pattern in enumerate(patterns)}
     found.sort(  # of two as large, the one that takes in more of the graph: a bias that is added separately
         key=lambda item: (
@@ -76,27 +86,7 @@ def find_matches(
         )
     )
     matches = [match for _, match in found]
-    return matches, _worth_telling(attempts, matches, terms)
-
-
-def _worth_telling(attempts: list[NearMiss], matches: list[Match], terms: Terms) -> list[NearMiss]:
-    """The best attempt for each place that no match covers; a cast of what one covers is the same place."""
-    covered = {terms.of[node].bare for m in matches for node in m.nodes if isinstance(terms.of[node], Term)}
-    told: dict[Node, NearMiss] = {}  # by every node that the attempt may have been about
-    for attempt in sorted(attempts, key=lambda attempt: -attempt.score):
-        around = _inputs(attempt.root)
-        if terms.of[attempt.root].bare not in covered and not any(node in told for node in around):
-            told.update(dict.fromkeys(around, attempt))
-    return list(dict.fromkeys(told.values()))
-
-
-def _inputs(root: Node, count: int = 12) -> list[Node]:
-    """`root` and the nodes that it is computed from, so many of them: about as many as a pattern has."""
-    found, at = [root], 0
-    while at < len(found) < count:
-        found.extend(arg for arg in found[at].all_input_nodes if arg.op != "placeholder" and arg not in found)
-        at += 1
-    return found
+    return matches, _near_misses(failed, matches, index)
 
 
 # Tracing search functions
@@ -109,10 +99,7 @@ class _Skeleton:
     outputs: tuple[Term, ...]
     tensors: tuple[str, ...]  # the tensor captures
     optional: frozenset[str]  # those that may be absent
-
-    def weight(self, index: _Index) -> float:
-        """What matching all of it would score."""
-        return sum(index.weight(op) for output in self.outputs for op in output.bare.operations())
+    text: str  # of the first output, the same for patterns that only round differently
 
 
 _skeletons: dict[Pattern, _Skeleton] = {}
@@ -126,7 +113,7 @@ def _skeleton(pattern: Pattern) -> _Skeleton:
         optional = frozenset(name for name in tensors if "None" in str(pattern.parameters[name].annotation))
         with torch._subclasses.FakeTensorMode():
             outputs = _traced(pattern, {n: (tuple(examples[n].shape), examples[n].dtype) for n in tensors})
-        _skeletons[pattern] = _Skeleton(outputs, tensors, optional)
+        _skeletons[pattern] = _Skeleton(outputs, tensors, optional, repr(outputs[0].bare))
     return _skeletons[pattern]
 
 
@@ -171,10 +158,36 @@ class _Index:
             term = terms.of[node]
             if isinstance(term, Term) and node not in terms.passes_through:
                 self.by_op.setdefault(term.bare.op, []).append(node)
+        # What a pattern's skeleton is compared with, and a search that was traced for the sizes of a place.
+        self.bare, self.sized = (Comparer(self.called, self.inside, has_sizes) for has_sizes in (False, True))
 
-    def weight(self, op: str) -> float:
-        """What finding this op says about a place: more, the rarer it is in the graph."""
-        return 1 / (1 + len(self.by_op.get(op, ())))
+    def node_of(self, term: Term) -> Node | None:
+        """The first node that has the value of a term, or of a bare one but for casts."""
+        same = (term,) if term.dtype is not None else self.terms.space.same_bare.get(term, ())
+        return next((nodes[0] for each in same if (nodes := self.terms.nodes.get(each))), None)
+
+    def inside(self, bare: Term) -> Sequence[Term]:
+        """What a bare term is made of; what an opaque one is, its node knows."""
+        node = self.node_of(bare) if bare.op == "leaf" else None
+        if node is None:
+            return bare.args
+        values = (self.terms.of[arg] for arg in _call_of(node).all_input_nodes)
+        return [value.bare for value in values if isinstance(value, Term)]
+
+    def called(self, term: Term) -> str:
+        """What a person calls the operation that made `term`, or the input that it is."""
+        node = self.node_of(term) if term.op == "leaf" else None
+        if node is None:
+            return str(term.consts[0] if term.op in ("leaf", "var") else term.op.rpartition(".")[2])
+        if not self.is_call(term):
+            return _NAMING.sub(lambda found: "." if found["inner"] else "", node.name)
+        target = _call_of(node).target
+        name = target if isinstance(target, str) else getattr(target, "__name__", str(target))
+        return name.rstrip("_")
+
+    def is_call(self, term: Term) -> bool:
+        node = self.node_of(term) if term.op == "leaf" else None
+        return node is not None and node.op in ("call_function", "call_method")
 
     def described(self, bare: Term) -> set[tuple[Any, Any]]:
         """The (shape, dtype) of every value in the graph, or a cheap step from one, that is `bare` but for casts."""
@@ -184,12 +197,42 @@ class _Index:
             return self.described(bare.args[0])  # scaled by a number, as -sin is
         return found
 
+    def formula(self, bindings: Bindings) -> Formula:
+        """Writes the graph's terms, and those of a pattern that is bound like this."""
+        captures = {term.bare: name for name, term in bindings.items() if isinstance(term, Term)}
+        numbers = {name: value for name, value in bindings.items() if isinstance(value, float)}
+        return Formula(self.called, self.is_call, captures, numbers)
+
+    def region(self, root: Node, captured: set[Term]) -> list[Node]:
+        """`root` and what it is computed from, as far as what is captured, in graph order."""
+        found, at = [root], 0
+        while at < len(found) < REGION:
+            for arg in found[at].all_input_nodes:
+                value = self.terms.of[arg]
+                is_inner = isinstance(value, Term) and value.bare not in captured
+                if is_inner and arg.op not in ("placeholder", "get_attr") and arg not in found:
+                    found.append(arg)
+            at += 1
+        return sorted(found, key=self.position.__getitem__)
+
     def nearby(self, op: str, node: Node) -> Iterable[Node]:
         """Nodes of this op, the nearest to `node` first."""
         nodes = self.by_op.get(op, [])
         at = bisect_left(nodes, self.position[node], key=self.position.__getitem__)
         window = nodes[max(0, at - NEARBY) : at + NEARBY]
         return sorted(window, key=lambda other: abs(self.position[other] - self.position[node]))
+
+
+# How Dynamo names an input: l_self_modules_head_parameters_weight_, of self.head.weight.
+_NAMING = re.compile(
+    r"^[lg]_(self_)?(modules_|parameters_|buffers_)?|(?P<inner>_(modules|parameters|buffers)_)|_+$"
+)
+
+
+def _call_of(node: Node) -> Node:
+    """The call that made a value, of which `node` may be one of several."""
+    is_part = node.target is operator.getitem and node.all_input_nodes
+    return node.all_input_nodes[0] if is_part and node.all_input_nodes[0].op != "placeholder" else node
 
 
 class _Attempt:
@@ -199,27 +242,34 @@ class _Attempt:
         self.pattern, self.skeleton, self.index, self.root = pattern, skeleton, index, root
         self.size = 0  # of the pattern as it was matched, casts counted
         space = index.terms.space
-        self._bare = Unifier(space, self._can_bind_bare, index.weight, is_exact=False)
-        self._exact = Unifier(space, self._can_bind_exact, index.weight, is_exact=True)
+        self._bare = Unifier(space, self._can_bind_bare, is_exact=False)
+        self._exact = Unifier(space, self._can_bind_exact, is_exact=True)
+
+    @property
+    def is_single(self) -> bool:
+        return len(self.skeleton.outputs) == 1
 
     def match(self) -> Match | None:
+        for places, wanted, _ in self.candidates():
+            exact = next(self._outputs(self._exact, wanted, places), None)
+            if exact is not None:
+                self.size = sum(len(output.operations()) for output in wanted)
+                return self._made(*exact)
+        return None
+
+    def candidates(self) -> Iterator[tuple[list[Term], tuple[Term, ...], Bindings]]:
+        """For each skeleton match, the bare terms of its outputs, search traced for that, and the bindings."""
         tried: set[tuple] = set()
         of = self.index.terms.of
         for nodes, env in self._outputs(self._bare, [output.bare for output in self.skeleton.outputs]):
             places = [of[node].bare for node in nodes]
             for tensors in self._assignments(env):
                 key = (*places, *tensors.items())
-                if key in tried:
-                    continue
-                tried.add(key)
-                wanted = self._exact_terms(tensors)
-                if wanted is None:
-                    continue
-                exact = next(self._outputs(self._exact, wanted, places), None)
-                if exact is not None:
-                    self.size = sum(len(output.operations()) for output in wanted)
-                    return self._made(*exact)
-        return None
+                if key not in tried:
+                    tried.add(key)
+                    wanted = self._exact_terms(tensors)
+                    if wanted is not None:
+                        yield places, wanted, env
 
     def _outputs(
         self, unifier: Unifier, outputs: Sequence[Term], places: Sequence[Term] | None = None
@@ -242,6 +292,16 @@ class _Attempt:
                         yield from extend((*nodes, node), extended)
 
         return extend((), {})
+
+    def rounded(self) -> tuple[Sequence[Difference], Sequence[Moved], Bindings]:
+        """What the same mathematics has otherwise: its roundings, or its sizes; of the nearest candidate, and that."""
+        have, found = self.index.terms.of[self.root], []
+        for _, wanted, env in self.candidates():
+            formula = self.index.formula(env)
+            moves = moved(roundings(wanted[0], formula), roundings(have, formula))
+            comparison = None if moves else self.index.sized.compare(wanted[0].bare, have.bare)
+            found.append((comparison.differences if comparison else (), moves, env))
+        return min(found, key=lambda each: len(each[0]) + len(each[1]), default=((), (), {}))
 
     def _can_bind_bare(self, want: Term, have: Term) -> bool:
         if have.op == "none":
@@ -339,44 +399,125 @@ class _Attempt:
         in_order = sorted(found, key=self.index.position.__getitem__)
         return tuple(n for n in in_order if not found[n]), tuple(n for n in in_order if found[n])
 
-    @property
-    def score(self) -> float:
-        """The share of the pattern that matched; what matched but for rounding and sizes is ahead of the
-        rest.
-        """
-        if self._exact.failure:
-            return 1.0
-        root = self.skeleton.outputs[0].bare.op
-        if self._bare.score <= self.index.weight(root):
-            return 0.0  # the root alone says little
-        return min(1.0, self._bare.score / self.skeleton.weight(self.index))
 
-    def near_miss(self) -> NearMiss:
-        kind, failure = (
-            ("rounds elsewhere", self._exact.failure)
-            if self._exact.failure
-            else ("differs", self._bare.failure)
+# Near misses
+
+
+def _near_misses(failed: Sequence[_Attempt], matches: Sequence[Match], index: _Index) -> list[NearMiss]:
+    """The best attempt for each place that no match covers, or only a smaller one behind something in between."""
+    covered: dict[Term, float] = {}  # with what the largest match there weighs
+    for match in matches:
+        weight = index.bare.weight(_skeleton(match.pattern).outputs[0].bare)
+        for node in match.nodes:
+            if isinstance(term := index.terms.of[node], Term):
+                covered[term.bare] = max(weight, covered.get(term.bare, 0.0))
+    compared: dict[tuple[str, Term], Comparison | None] = {}
+    near: list[_Near] = []
+    for attempt in failed:
+        want, have = attempt.skeleton.outputs[0].bare, index.terms.of[attempt.root].bare
+        key = attempt.skeleton.text, have
+        if key not in compared:
+            weight = index.bare.weight(want)
+            may_tell = (
+                have not in covered or covered[have] < weight * attempt.is_single
+            ) and index.bare.may_score(want, have, covered) >= NEAR_MISS * weight
+            compared[key] = index.bare.compare(want, have) if may_tell else None
+        comparison = compared[key]
+        found = comparison and _Near.of(attempt, comparison, covered)
+        if found:
+            near.append(found)
+    told: list[_Near] = []
+    for one in sorted(near, key=lambda each: each.rank):
+        if not any(one.root in other.region or other.root in one.region for other in told):
+            told.append(one)
+    return [one.told() for one in told]
+
+
+@dataclass(frozen=True, eq=False)
+class _Near:
+    """A place that one pattern nearly is.
+
+    Args:
+        differences: what its mathematics has otherwise; or where it is the same, `roundings`.
+        region: the nodes from the root to what the captures would be.
+    """
+
+    attempt: _Attempt
+    score: float
+    bindings: Mapping[str, Any]
+    differences: Sequence[Difference]
+    roundings: Sequence[Moved]
+    region: Sequence[Node]
+
+    @staticmethod
+    def of(attempt: _Attempt, comparison: Comparison, covered: Mapping[Term, float]) -> _Near | None:
+        """None if it is not near enough, or is no place of its own."""
+        index, root = attempt.index, attempt.index.terms.of[attempt.root].bare
+        weight = index.bare.weight(attempt.skeleton.outputs[0].bare)
+        score = comparison.score / weight - FAULT * len(comparison.differences)
+        if score < NEAR_MISS:
+            return None
+        by = max(covered.get(term, 0.0) for term in (root, *comparison.anchors))
+        is_behind = attempt.is_single and all(
+            each.kind in ("between", "extra") for each in comparison.differences
         )
-        assert failure is not None
-        want, have = failure
-        derived = self.index.terms.derive(have) if have.op != "none" else None
-        reason = f"{kind}: expected {describe(want)}, found {describe(have)}"
-        return NearMiss(self.pattern, self.root, derived[0] if derived else None, reason, self.score)
+        if by and not (comparison.differences and is_behind and by < weight):
+            return None
+        if comparison.differences:
+            differences, moves, bindings = comparison.differences, (), comparison.bindings
+        elif attempt.is_single:
+            differences, moves, bindings = attempt.rounded()
+        else:  # the first of its outputs is there, which is no near miss of it
+            return None
+        if not differences and not moves:
+            return None
+        region = index.region(attempt.root, {term for term in bindings.values() if isinstance(term, Term)})
+        return _Near(attempt, score - FAULT / 10 * len(moves), bindings, differences, moves, region)
 
+    @property
+    def root(self) -> Node:
+        return self.attempt.root
 
-def describe(term: Term, depth: int = 2) -> str:
-    """A term in a line: op, dtype, and its arguments down to a depth."""
-    dtype = "" if term.dtype is None else f" in {str(term.dtype).removeprefix('torch.')}"
-    if term.op in ("leaf", "var"):
-        return f"{term.consts[0]}{dtype}"
-    if term.op == "number":
-        scalar = term.consts[0]
-        return " * ".join([f"{scalar.value:g}", *(f"{n}**{p:g}" for n, p in scalar.powers)])
-    if not depth:
-        return f"{term.op}(...){dtype}"
-    parts = [describe(arg, depth - 1).split(" in ")[0] for arg in term.args]
-    if term.op == "mul":
-        powers = ("" if power == 1 else f"**{power:g}" for power in term.consts[1:])
-        parts = [part + power for part, power in zip(parts, powers, strict=True)]
-    inner = ", ".join(parts)
-    return f"{term.op}({inner}){dtype}"
+    @property
+    def rank(self) -> tuple[int, float, int]:
+        """Nearest first, and of equals what takes in more; a pattern of several outputs where no simpler one tells."""
+        return len(self.attempt.skeleton.outputs), -self.score, -len(self.bindings)
+
+    def told(self) -> NearMiss:
+        formula = self.attempt.index.formula(self.bindings)
+        if self.differences:
+            differences = telling(self.differences, formula)
+            reason, culprit = sentence(differences, formula), self._culprit(differences[0])
+        else:
+            reason, culprit = rounding_sentence(self.roundings), self._rounding_node(self.roundings[0])
+        return NearMiss(self.attempt.pattern, self.root, culprit, reason, self.score, tuple(self.region))
+
+    def _culprit(self, different: Difference) -> Node:
+        """The node that differs: the first that computes it, or what reads it where it comes from elsewhere."""
+        of = self.attempt.index.terms.of
+        bare = {node: of[node].bare for node in self.region}
+        if different.kind == "power":
+            factor = different.have, different.found
+            return next(
+                (n for n, t in bare.items() if t.op == "mul" and factor in operands_of(t, "mul")[1]),
+                self.root,
+            )
+        for term in (different.have, different.around):
+            makes = (node for node in bare if bare[node] is term)
+            reads = (n for n in bare for arg in n.all_input_nodes if getattr(of[arg], "bare", None) is term)
+            alike = (
+                n for n in bare if bare[n].op == term.op
+            )  # of another shape, before a view was moved through it
+            if (node := next(itertools.chain(makes, reads, alike), None)) is not None:
+                return node
+        return self.root
+
+    def _rounding_node(self, different: Moved) -> Node:
+        """The node that rounds, or that computes what should be rounded."""
+        of, found = self.attempt.index.terms.of, different.found
+        if found is None:
+            return self.root
+        casts = (n for n in self.region if of[n].op == "cast" and of[n].args[0] is found.term)
+        rounds = casts if found.rounded else ()
+        computes = (n for n in self.region if of[n] is found.term)
+        return next(itertools.chain(rounds, computes), self.root)

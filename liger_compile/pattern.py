@@ -157,5 +157,6 @@ class NearMiss:
     pattern: Pattern
     root: Node  # the node at which matching began
     culprit: Node | None  # the node that differs
-    reason: str  # what was expected and what stands there
-    score: float = field(default=0.0)  # share of the pattern that did match, 0 to 1
+    reason: str  # what stands there and what is expected, for the author of the model
+    score: float = field(default=0.0)  # share of the pattern that agrees, 0 to 1
+    nodes: tuple[Node, ...] = ()  # what computes the root from what the captures would be, the root included

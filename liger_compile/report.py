@@ -7,15 +7,13 @@ are written where they arise (a pattern's check, decide.py); here they are only 
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
 import logging
-import operator
 import os
 import re
 import textwrap
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,11 +96,10 @@ class GraphReport:
         seconds: float | None = None,
     ) -> GraphReport:
         """Reads the nodes, keeps none of them. `gm` has been rewritten; `seconds` is what that took."""
-        ops = _inserted_ops(gm)
         return GraphReport(
             name=str(gm.meta.get("dynamo_compile_id", "?")),
             num_nodes=len(gm.graph.nodes),
-            sites=tuple(_site(decision, ops) for decision in decisions),
+            sites=tuple(_site(decision) for decision in decisions),
             near_misses=tuple(_near(miss) for miss in near_misses),
             notes=tuple(notes),
             seconds=seconds,
@@ -160,7 +157,7 @@ class GraphReport:
         nearest_first = sorted(self.near_misses, key=lambda near: -near.score)
         groups = _grouped(nearest_first, key=lambda near: (near.pattern, near.reason, near.place.source))
         rows = [_near_row(group) for group in groups[:MAX_NEAR_MISSES]]
-        lines += _section("Near misses", rows)
+        lines += _section("Near misses: look like a pattern, and are left because they differ from it", rows)
         if len(groups) > MAX_NEAR_MISSES:
             lines.append(f"  and {len(groups) - MAX_NEAR_MISSES} more, in to_dict()")
         if self.notes:
@@ -200,14 +197,16 @@ def clear_reports() -> None:
 # From nodes to strings.
 
 
-def _site(decision: Decision, ops: Mapping[str, Iterable[str]]) -> Site:
+def _site(decision: Decision) -> Site:
     match = decision.match
     return Site(
         pattern=match.pattern.name,
         kind=decision.kind,
         reason=decision.reason,
         place=Place.of(match.nodes, match.outputs[0]),
-        ops=tuple(ops.get(match.pattern.name, ())) if decision.kind == "replace" else (),
+        ops=tuple(
+            dict.fromkeys(n.target.name() for n in decision.inserted if isinstance(n.target, OpOverload))
+        ),
         result=_counted(_describe(node.meta.get("example_value")) for node in match.outputs),
         saved_bytes=decision.saved_bytes,
     )
@@ -215,21 +214,9 @@ def _site(decision: Decision, ops: Mapping[str, Iterable[str]]) -> Site:
 
 def _near(miss: NearMiss) -> Near:
     culprit = miss.culprit if miss.culprit is not None and "stack_trace" in miss.culprit.meta else miss.root
-    return Near(miss.pattern.name, miss.reason, Place.of([miss.root], culprit), round(miss.score, 2))
-
-
-def _inserted_ops(gm: GraphModule) -> dict[str, tuple[str, ...]]:
-    """Pattern name -> what its replacement called; rewrite.py marks the nodes that stand for an output."""
-    ops: dict[str, dict[str, None]] = {}
-    graphs = [module.graph for module in gm.modules() if isinstance(module, GraphModule)]
-    for node in itertools.chain.from_iterable(graph.nodes for graph in graphs):
-        if pattern := node.meta.get("liger_compile"):
-            # One output of several, or a view of the output, says less than where it comes from.
-            while node.op == "call_method" or node.target is operator.getitem:
-                node = node.all_input_nodes[0]
-            if isinstance(node.target, OpOverload):
-                ops.setdefault(pattern, {})[node.target.name()] = None
-    return {pattern: tuple(names) for pattern, names in ops.items()}
+    return Near(
+        miss.pattern.name, miss.reason, Place.of(miss.nodes or [miss.root], culprit), round(miss.score, 2)
+    )
 
 
 def _describe(value: Any) -> str:

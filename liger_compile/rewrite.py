@@ -105,7 +105,6 @@ def _splice(
     for output, node in zip(match.outputs, nodes, strict=True):
         assert node is not None
         node.meta["example_value"] = output.meta["example_value"]
-        node.meta["liger_compile"] = match.pattern.name
         output.replace_all_uses_with(node)
         replaced[output] = node
     return tuple(splicer.inserted)

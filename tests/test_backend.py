@@ -205,6 +205,16 @@ def test_logits_of_a_loss_elsewhere_are_noted(run_liger):
     assert not report.notes
 
 
+def test_a_head_is_told_by_the_tokens_that_the_graph_embeds(run_liger):
+    table, head, up = torch.nn.Embedding(24, 16), torch.nn.Linear(16, 24), torch.nn.Linear(16, 160)
+    ids = torch.tensor([1, 2, 3])
+    _, (report,) = run_liger(lambda ids: head(table(ids).tanh()), ids)  # not much wider than the model
+    assert len(report.notes) == 1 and "looks like logits, 24 wide" in report.notes[0]
+    torch._dynamo.reset()
+    _, (report,) = run_liger(lambda ids: up(table(ids).tanh()), ids)  # much wider, and no tokens
+    assert not report.notes
+
+
 def test_near_misses_name_the_step(run_liger):
     def rounds_the_inverse(x, w):  # as Inkling does: the inverse is rounded before the product
         inverse = torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + 1e-6).to(x.dtype)

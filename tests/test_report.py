@@ -81,12 +81,9 @@ def lines_of(report: GraphReport) -> list[str]:
 def test_layers_are_folded_into_one_group():
     gm = layer_graph(layers=4)
     decisions = [
-        Decision(match, "replace", saved_bytes=512 * 1024) for match in matches(gm, "rms_norm.llama")
+        Decision(match, "replace", saved_bytes=512 * 1024, inserted=match.outputs)
+        for match in matches(gm, "rms_norm.llama")
     ]
-    for decision in decisions:
-        decision.match.outputs[0].meta["liger_compile"] = (
-            "rms_norm.llama"  # as rewrite.py marks what it inserts
-        )
     assert lines_of(GraphReport.of(gm, decisions, seconds=0.25)) == [
         "liger_compile  graph ?, 10 nodes: 4 replaced, 0 left alone, 0 near misses; "
         "2.0 MiB less kept for backward (0.25 s)",
@@ -138,7 +135,7 @@ def test_near_misses_show_the_line_that_differs_nearest_first():
     report = GraphReport.of(gm, [], [far, *near])
     assert lines_of(report)[1:] == [
         "",
-        "Near misses",
+        "Near misses: look like a pattern, and are left because they differ from it",
         "  rms_norm.gemma   2x   88% alike   model.layers.{0..1}.norm (LlamaRMSNorm)",
         "                                    modeling_llama.py:65  return self.weight * hidden_states",
         "      expected 1 + weight, found weight",
@@ -246,6 +243,23 @@ def test_nodes_without_metadata_are_reported_without_a_place():
     match = Match(pattern("op.spelling"), {}, (y,), (y,))
     report = GraphReport.of(fx.GraphModule(nn.Module(), graph), [Decision(match, "leave", "no reason")])
     assert lines_of(report)[2:] == ["Left alone", "  op.spelling   1x      NoneType", "      no reason"]
+
+
+def test_all_ops_of_a_replacement_are_named(run_liger):
+    from liger_compile import functional
+
+    def replace(x):
+        return functional.rms_norm(functional.rms_norm(x, None, 1e-6), None, 1e-6) * functional.swiglu(x, x)
+
+    twice = Pattern(
+        "twice.test",
+        search=lambda x: torch.erf(torch.erf(x)),
+        replace=replace,
+        examples={"x": torch.empty(3, 16)},
+    )
+    _, (report,) = run_liger(lambda x: torch.erf(torch.erf(x)), torch.randn(2, 16), patterns=(twice,))
+    (site,) = report.sites
+    assert sorted(site.ops) == ["liger_compile::gated_activation", "liger_compile::rms_norm"]
 
 
 # Programs.

@@ -26,29 +26,25 @@ STEPS = 4000  # one attempt takes a few dozen; more means that it is lost among 
 
 @dataclass
 class Unifier:
-    """One attempt to match terms, which remembers how far it came.
+    """Matches terms of a pattern with a graph's.
 
     Args:
         space: of the graph's terms.
         can_bind: whether a tensor capture (a `var` term) may stand for a term.
-        weight: what finding an op says about a place; the score of an attempt is the sum over what it found.
         is_exact: False for bare terms traced with other sizes, which are then not compared.
     """
 
     space: Space
     can_bind: Callable[[Term, Term], bool]
-    weight: Callable[[str], float]
     is_exact: bool
-    score: float = -1.0
-    failure: Goal | None = None
     _steps: int = field(default=0, repr=False)
 
     def unify(self, want: Term, have: Term, env: Bindings) -> Iterator[Bindings]:
         """Every extension of `env` under which `want` is `have`."""
         self._steps = 0
-        return self._solve([(want, have)], env, 0.0)
+        return self._solve([(want, have)], env)
 
-    def _solve(self, goals: list[Goal], env: Bindings, done: float) -> Iterator[Bindings]:
+    def _solve(self, goals: list[Goal], env: Bindings) -> Iterator[Bindings]:
         if not goals:
             yield env
             return
@@ -57,47 +53,36 @@ class Unifier:
             return
         (want, have), rest = goals[0], goals[1:]
         if want.op == "var":
-            yield from self._bind(want, have, rest, env, done)
+            yield from self._bind(want, have, rest, env)
         elif want.op in ("view", "slice") and want.args[0].op == "var" and have.op == want.op:
-            yield from self._part(want, have, rest, env, done)
+            yield from self._part(want, have, rest, env)
         elif want.op in ("mul", "add"):
-            yield from self._multiset(want, have, rest, env, done)
+            yield from self._multiset(want, have, rest, env)
         elif want.op == "number":
             scaled = self._scale(want.consts[0], have.consts[0], env) if have.op == "number" else None
             if scaled is not None and scaled[0] == normalize.ONE:
-                yield from self._solve(rest, scaled[1], done)
-            else:
-                self._fail(want, have, done)
+                yield from self._solve(rest, scaled[1])
         else:
             extended = self._same_head(want, have, env)
-            if extended is None:
-                self._fail(want, have, done)
-                return
-            inner = [*zip(want.args, have.args, strict=True), *rest]
-            yield from self._solve(inner, extended, done + self.weight(want.op))
+            if extended is not None:
+                inner = [*zip(want.args, have.args, strict=True), *rest]
+                yield from self._solve(inner, extended)
 
-    def _bind(
-        self, want: Term, have: Term, rest: list[Goal], env: Bindings, done: float
-    ) -> Iterator[Bindings]:
+    def _bind(self, want: Term, have: Term, rest: list[Goal], env: Bindings) -> Iterator[Bindings]:
         name = want.consts[0]
         bound = env.get(name)
         if bound is have:
-            yield from self._solve(rest, env, done)
+            yield from self._solve(rest, env)
         elif bound is None and self.can_bind(want, have):
-            yield from self._solve(rest, {**env, name: have}, done)
-        else:
-            self._fail(want, have, done)
+            yield from self._solve(rest, {**env, name: have})
 
-    def _part(
-        self, want: Term, have: Term, rest: list[Goal], env: Bindings, done: float
-    ) -> Iterator[Bindings]:
+    def _part(self, want: Term, have: Term, rest: list[Goal], env: Bindings) -> Iterator[Bindings]:
         """A view of a capture: views of views and slices of slices are one term, so the capture may be what the
         graph's term is made of, or another part of that.
         """
         (var,), (base,) = want.args, have.args
         bound = env.get(var.consts[0])
         parts = [part for part in self.space.parts.get(base, ()) if part.op == want.op][:PARTS]
-        found = False
         for whole in (base, *parts) if bound is None else (bound,):
             if bound is None and not self.can_bind(var, whole):
                 continue
@@ -107,10 +92,7 @@ class Unifier:
                 is_part = want.op == "view" or want.consts[0] == have.consts[0]
                 is_part = is_part and (whole is base or whole in parts)
             if is_part:
-                found = True
-                yield from self._solve(rest, {**env, var.consts[0]: whole}, done + self.weight(want.op))
-        if not found:
-            self._fail(want, have, done)
+                yield from self._solve(rest, {**env, var.consts[0]: whole})
 
     def _same_head(self, want: Term, have: Term, env: Bindings) -> Bindings | None:
         """The bindings if op, dtype and constants agree."""
@@ -132,36 +114,28 @@ class Unifier:
 
     # Products and sums
 
-    def _multiset(
-        self, want: Term, have: Term, rest: list[Goal], env: Bindings, done: float
-    ) -> Iterator[Bindings]:
+    def _multiset(self, want: Term, have: Term, rest: list[Goal], env: Bindings) -> Iterator[Bindings]:
         """Every operand of the pattern takes one of the graph's: numbers first, then inner terms, then
         captures.
         """
         is_product = want.op == "mul"
         if have.dtype != want.dtype or not (have.op == want.op or is_product):
-            self._fail(want, have, done)
             return
-        (expected, wanted), (constant, operands) = _operands(want, want.op), _operands(have, want.op)
+        (expected, wanted), (constant, operands) = operands_of(want, want.op), operands_of(have, want.op)
         numbers = self._numbers if is_product else self._offset
         bound = numbers(expected, constant, operands, env) if expected.powers else (constant, operands, env)
         if bound is None:
-            self._fail(want, have, done)
             return
         constant, operands, env = bound
         if expected.powers:
             expected = normalize.ONE if is_product else normalize.ZERO
         inner = [operand for operand in wanted if operand[0].op != "var"]
         captures = [operand for operand in wanted if operand[0].op == "var"]
-        found = done + self.weight(want.op) * (have.op == want.op)
-        for goals, left in self._assigned(want, have, inner, operands, found):
+        for goals, left in self._assigned(inner, operands):
             # What the inner operands bind decides which captures are known when their turn comes.
-            for extended in self._solve(goals, env, found):
-                more = None
+            for extended in self._solve(goals, env):
                 for more in self._captured(want, captures, left, (expected, constant), extended):
-                    yield from self._solve([*more, *rest], extended, found)
-                if more is None:
-                    self._fail(want, have, done)
+                    yield from self._solve([*more, *rest], extended)
 
     def _numbers(
         self, want: Scalar, have: Scalar, operands: list[Operand], env: Bindings
@@ -225,23 +199,18 @@ class Unifier:
         return (normalize.ONE if close(ratio, 1.0) else Scalar(ratio)), env
 
     def _assigned(
-        self, want: Term, have: Term, inner: list[Operand], operands: list[Operand], done: float
+        self, inner: list[Operand], operands: list[Operand]
     ) -> Iterator[tuple[list[Goal], list[Operand]]]:
         """Every way to give each inner operand of the pattern one of the graph's, and what is left."""
         if not inner:
             yield [], operands
             return
         (term, power), others = inner[0], inner[1:]
-        found = False
         for at, (operand, exponent) in enumerate(operands):
             if exponent == power and term.op in (operand.op, "mul"):
-                found = True
                 left = operands[:at] + operands[at + 1 :]
-                for goals, still_left in self._assigned(want, have, others, left, done):
+                for goals, still_left in self._assigned(others, left):
                     yield [(term, operand), *goals], still_left
-        if not found:
-            is_alone = len(operands) == 1 and operands[0][0].op != term.op
-            self._fail(*((term, operands[0][0]) if is_alone else (want, have)), done)
 
     def _captured(
         self,
@@ -258,7 +227,7 @@ class Unifier:
             if bound is None:
                 unbound.append((var, power))
                 continue
-            remaining = _without(left, bound, power)
+            remaining = without(left, bound, power)
             if remaining is None:
                 return
             left, scalar = remaining
@@ -292,15 +261,11 @@ class Unifier:
             goals.append((var, normalize.mul(self.space, factors, scale, dtype, shape)))
         return goals if ratio == normalize.ONE else None
 
-    def _fail(self, want: Term, have: Term, done: float) -> None:
-        if done > self.score:
-            self.score, self.failure = done, (want, have)
 
-
-def _operands(term: Term, op: str) -> tuple[Scalar, list[Operand]]:
+def operands_of(term: Term, op: str) -> tuple[Scalar, list[Operand]]:
     """The constant of a product or sum, and its operands; any other term is one times itself."""
     if term.op != op:
-        return normalize.ONE, [(term, 1)]
+        return (normalize.ONE if op == "mul" else normalize.ZERO), [(term, 1)]
     powers = term.consts[1:] if op == "mul" else (1,) * len(term.args)
     return term.consts[0], list(zip(term.args, powers, strict=True))
 
@@ -310,7 +275,7 @@ def _is_symbol(term: Term) -> bool:
     return term.op == "leaf" and term.dtype is None and term.shape == ()
 
 
-def _without(operands: list[Operand], bound: Term, power: float) -> tuple[list[Operand], Scalar] | None:
+def without(operands: list[Operand], bound: Term, power: float) -> tuple[list[Operand], Scalar] | None:
     """The operands less `bound ** power`, which may be several and a number; None if it is not there."""
     wanted, scalar = [(bound, power)], normalize.ONE
     if (bound, power) not in operands and bound.op == "mul":

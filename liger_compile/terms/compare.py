@@ -1,0 +1,369 @@
+"""How far a graph's term is from a pattern's, where the two do not unify: what agrees, and each thing that differs.
+
+unify.py says whether two terms are one under some bindings; this says why they are not. It never backtracks: an operand
+is given to the one that it is most like, and what does not agree is written down as a Difference and passed over, so
+that what lies behind it is compared as well. All terms are bare; how they are rounded is roundings.py's business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from liger_compile.terms import normalize
+from liger_compile.terms.term import ConstVar, Scalar, Term, close
+from liger_compile.terms.unify import Operand, operands_of, without
+
+# What finding an op says about a place. Any graph is full of these; of all others there are few.
+WEIGHTS = {**dict.fromkeys(("mul", "add", "view", "slice", "cat", "permute", "expand"), 0.25), "linear": 0.5}
+POWER = 0.5  # and a power other than 1: a root
+STEP = 0.25  # what an operation in between takes off
+DEEP = 3  # how many operations may stand between two that belong together
+WIDE = 8  # and how many values are looked at there
+NEAR = 64  # of how many values the ops are looked at first
+
+# Ops that stand where another of their row would: what one of them says about a place, the other half says.
+_ROTATIONS = frozenset(("rotate_half", "rotate_pairs", "cat", "roll"))
+ALIKE = (
+    frozenset(("silu", "gelu", "relu", "sigmoid", "tanh", "softplus", "mish", "elu", "leaky_relu", "hardswish",
+               "hardsigmoid", "relu6", "selu", "celu")),
+    frozenset(("mean", "sum", "amax", "amin", "max", "median", "var", "std", "norm", "logsumexp")),
+    _ROTATIONS,
+    frozenset(("softmax", "log_softmax")),
+)  # fmt: skip
+
+# What the constants of a term are called; those of a reduction are all dims.
+CONSTANTS: Mapping[str, tuple[str, ...]] = {
+    "gelu": ("approximate",),
+    "softmax": ("dim",),
+    "log_softmax": ("dim",),
+    "slice": ("dim", "start", "stop", "step"),
+    "cat": ("dim",),
+    "attention": ("is_causal", "dropout_p", "scale"),
+    "cross_entropy": ("ignore_index", "reduction", "label_smoothing"),
+    "repeat_interleave": ("repeats", "dim"),
+}
+REDUCTIONS = ("mean", "sum")
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One thing that a graph's term has otherwise than a pattern's.
+
+    Args:
+        kind: "op" another operation, "between" one more operation around what is wanted, "constant" another constant
+            of an operation, "number" another number, "power" another power of a factor, "missing" an operand that is
+            not there, "extra" one too many, "capture" another value than a capture has elsewhere.
+        want, have: the terms. `have` is the whole sum or product where something is missing in it.
+        around: what the graph has around `have`.
+        expected, found: the constant, the power, the number, or what a capture is bound to.
+        name: of the constant.
+    """
+
+    kind: str
+    want: Term
+    have: Term
+    around: Term
+    expected: Any = None
+    found: Any = None
+    name: str = ""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What came of a comparison; while it lasts, of what has been compared so far.
+
+    Args:
+        score: the sum of the weights of what agrees.
+        bindings: capture -> the term that it is bound to.
+        differences: in the order of the comparison, from the outside in.
+        anchors: the terms that agree and are telling.
+        scales: capture -> the number that it has taken in of a product.
+    """
+
+    score: float
+    bindings: Mapping[str, Term]
+    differences: tuple[Difference, ...] = ()
+    anchors: tuple[Term, ...] = ()
+    scales: Mapping[str, Scalar] = field(default_factory=dict)
+
+    def plus(self, score: float, *anchors: Term) -> Comparison:
+        return replace(self, score=self.score + score, anchors=(*self.anchors, *anchors))
+
+    def but(self, *differences: Difference) -> Comparison:
+        return replace(self, differences=(*self.differences, *differences))
+
+    def bound(self, var: Term, have: Term) -> Comparison:
+        return replace(self, bindings={**self.bindings, var.consts[0]: have})
+
+    def scaled(self, var: Term, by: Scalar) -> Comparison:
+        return replace(self, scales={**self.scales, var.consts[0]: by})
+
+
+class Comparer:
+    """Compares terms of patterns with a graph's.
+
+    Args:
+        name: what an opaque term is called: the operator that made it.
+        inside: what a term is made of, also of an opaque one.
+        has_sizes: False for a pattern that was traced with other sizes, which are then not compared.
+    """
+
+    def __init__(
+        self, name: Callable[[Term], str], inside: Callable[[Term], Sequence[Term]], has_sizes: bool
+    ) -> None:
+        self.name, self.inside, self.has_sizes = name, inside, has_sizes
+        self._weights: dict[Term, float] = {}
+        self._near: dict[Term, frozenset[str]] = {}
+
+    def compare(self, want: Term, have: Term) -> Comparison | None:
+        """None where `have` lacks one of the tensors that `want` is made of: it is less, and not nearly the same."""
+        found = self._compare(want, have, Comparison(0.0, {}), have)
+        if any(each.kind == "missing" and self._is_given(each.want) for each in found.differences):
+            return None
+        return replace(found, differences=tuple(dict.fromkeys(found.differences)))
+
+    @staticmethod
+    def _is_given(want: Term) -> bool:
+        """A capture, or a part of one."""
+        return want.op == "var" or (want.op in ("slice", "view") and want.args[0].op == "var")
+
+    def may_score(self, want: Term, have: Term, spoken_for: Container[Term]) -> float:
+        """A bound for the score of a comparison, by the ops that `have` is made of: cheap, and most stop here.
+
+        What is `spoken_for` counts for nothing, unless `have` is.
+        """
+        near = self._ops_near(have, () if have in spoken_for else spoken_for)
+        missing = 0.0
+        for op in want.operations():
+            if op not in near:
+                missing += _own_weight(op) / (2 if any(op in row and row & near for row in ALIKE) else 1)
+        return self.weight(want) - missing
+
+    def _ops_near(self, have: Term, spoken_for: Container[Term]) -> frozenset[str]:
+        if have not in self._near:
+            seen, at = [have], 0
+            while at < len(seen) < NEAR:
+                seen.extend(
+                    each for each in self.inside(seen[at]) if each not in seen and each not in spoken_for
+                )
+                at += 1
+            self._near[have] = frozenset(map(self.name, seen))
+        return self._near[have]
+
+    def weight(self, want: Term) -> float:
+        """What agreeing with all of a pattern's term scores."""
+        if want not in self._weights:
+            inner = [operand for operand in operands_of(want, "mul")[1] if operand[0].op != "var"]
+            powers = POWER * sum(power != 1 for _, power in inner) if want.op == "mul" else 0.0
+            args = sum(self.weight(arg) for arg in want.args if arg.op != "var")
+            self._weights[want] = _own_weight(want.op) + powers + args
+        return self._weights[want]
+
+    def _compare(self, want: Term, have: Term, so_far: Comparison, around: Term) -> Comparison:
+        if want.op == "var":
+            return self._capture(want, have, so_far, around)
+        if want.op == "number":
+            is_same = have.op == "number" and close(want.consts[0].value, have.consts[0].value)
+            is_same = is_same or (have.op == "number" and bool(want.consts[0].powers))
+            return so_far if is_same else so_far.but(Difference("op", want, have, around))
+        ways = [self._direct(want, have, so_far, around)]
+        ways += self._crossed(want, have, so_far, around)
+        if ways[0].score - so_far.score < self.weight(want) / 2:
+            ways += self._behind(want, have, so_far, around)
+        return max(ways, key=lambda way: (way.score, -len(way.differences)))
+
+    def _direct(self, want: Term, have: Term, so_far: Comparison, around: Term) -> Comparison:
+        if want.op in ("mul", "add"):
+            return self._operands(want, have, so_far, around)
+        if want.op != have.op:
+            return self._alike(want, have, so_far, around)
+        anchors = (have,) if _own_weight(want.op) >= 1 else ()
+        found = so_far.plus(_own_weight(want.op), *anchors).but(*self._constants(want, have, around))
+        for inner, other in zip(want.args, have.args, strict=False):
+            found = self._compare(inner, other, found, have)
+        return found
+
+    def _behind(self, want: Term, have: Term, so_far: Comparison, around: Term) -> Iterator[Comparison]:
+        """`want` in what `have` is made of, with something standing in between."""
+        level = [have] if self.weight(want) > WEIGHTS["add"] else []
+        for _ in range(DEEP):
+            level = [inner for term in level for inner in self.inside(term)][:WIDE]
+            for inner in level:
+                if inner.op == want.op:
+                    between = so_far.plus(-STEP).but(Difference("between", want, have, around, found=inner))
+                    found = self._direct(want, inner, between, have)
+                    if found.score - so_far.score >= self.weight(want) / 2:
+                        yield found
+                        return
+
+    def _crossed(self, want: Term, have: Term, so_far: Comparison, around: Term) -> Iterator[Comparison]:
+        """A sum where a product is wanted, and the other way round, of the same operands."""
+        if {want.op, have.op} == {"mul", "add"} and len(want.args) == len(have.args):
+            difference = Difference("op", want, have, around)
+            yield self._given(want, have, operands_of(have, have.op)[1], so_far.but(difference), around)
+
+    def _capture(self, want: Term, have: Term, so_far: Comparison, around: Term) -> Comparison:
+        bound = so_far.bindings.get(want.consts[0])
+        if bound is None:
+            return so_far.bound(want, have)
+        is_part = bound.op in ("view", "slice") and _source(bound) is _source(
+            have
+        )  # another view of one tensor
+        return (
+            so_far
+            if bound is have or is_part
+            else so_far.but(Difference("capture", want, have, around, bound, have))
+        )
+
+    def _constants(self, want: Term, have: Term, around: Term) -> Iterator[Difference]:
+        if want.op in (*REDUCTIONS, "view", "expand"):
+            is_dims = want.op in REDUCTIONS
+            if want.consts != have.consts and (is_dims or self.has_sizes):
+                yield Difference(
+                    "constant", want, have, around, want.consts, have.consts, "dims" if is_dims else "shape"
+                )
+            return
+        names = CONSTANTS.get(want.op, ())
+        for at, (expected, found) in enumerate(zip(want.consts, have.consts, strict=False)):
+            is_size = want.op == "slice" and not self.has_sizes and at in (1, 2)
+            if not isinstance(expected, ConstVar) and expected != found and not is_size:
+                yield Difference(
+                    "constant", want, have, around, expected, found, names[at] if at < len(names) else ""
+                )
+
+    def _alike(self, want: Term, have: Term, so_far: Comparison, around: Term) -> Comparison:
+        different = so_far.but(Difference("op", want, have, around))
+        joined = have.args[0] if have.op == "view" and want.op in _ROTATIONS else have
+        if not any(want.op in row and self.name(joined) in row for row in ALIKE):
+            return different
+        found = different.plus(_own_weight(want.op) / 2, have)
+        inner = self.inside(have)
+        if joined.op == "cat":
+            sources = {_source(part) for part in joined.args}
+            if len(sources) > 1:
+                return different
+            inner = [*sources]
+        for expected, other in zip(want.args, inner, strict=False):
+            found = self._compare(expected, other, found, have)
+        return replace(
+            found, differences=different.differences
+        )  # of another operation's arguments nothing is expected
+
+    # Products and sums
+
+    def _operands(self, want: Term, have: Term, so_far: Comparison, around: Term) -> Comparison:
+        is_same = want.op == have.op
+        wanted = operands_of(want, want.op)[1]
+        if (
+            not is_same
+            and want.op == "mul"
+            and all(term.op == "var" and power != 1 for term, power in wanted)
+        ):
+            return so_far.but(Difference("op", want, have, around))  # expected a square or a root
+        return self._given(
+            want, have, operands_of(have, want.op)[1], so_far.plus(_own_weight(want.op) * is_same), around
+        )
+
+    def _given(
+        self, want: Term, have: Term, operands: Sequence[Operand], so_far: Comparison, around: Term
+    ) -> Comparison:
+        """Each operand that is wanted gets the one that is most like it: inner terms first, then captures."""
+        wanted, left, found = operands_of(want, want.op)[1], [*operands], so_far
+        outside = have if len(operands) > 1 or want.op == have.op else around
+        inner = sorted((each for each in wanted if each[0].op != "var"), key=self._worth)
+        captures = [each for each in wanted if each[0].op == "var"]
+        for position, (term, power) in enumerate(inner):
+            ways = [(operand, self._compare(term, operand[0], found, outside)) for operand in left]
+            ways = [way for way in ways if way[1].score > found.score or not self.weight(term)] or [
+                # Nothing is like it: if one operand is left for each that is wanted, that one stands in its place.
+                way for way in ways if len(left) == len(inner) - position + len(captures)
+            ][:1]  # fmt: skip
+            if not ways:
+                found = found.but(Difference("missing", term, have, around, power))
+                continue
+            operand, way = max(ways, key=lambda way: self._rank(way, power))
+            left.remove(operand)
+            if operand[1] != power:
+                different = Difference("power", term, operand[0], outside, power, operand[1])
+                way = replace(
+                    way,
+                    differences=(*found.differences, different, *way.differences[len(found.differences) :]),
+                )
+            found = way.plus(POWER if operand[1] == power != 1 else 0.0)
+        return self._captured(want, have, captures, left, found, around)
+
+    @staticmethod
+    def _rank(way: tuple[Operand, Comparison], power: float) -> tuple[float, int]:
+        operand, found = way
+        return found.score + POWER * (operand[1] == power), -len(found.differences)
+
+    def _worth(self, operand: Operand) -> float:
+        return -(self.weight(operand[0]) + POWER * (operand[1] != 1))
+
+    def _captured(
+        self,
+        want: Term,
+        have: Term,
+        captures: Sequence[Operand],
+        left: list[Operand],
+        so_far: Comparison,
+        around: Term,
+    ) -> Comparison:
+        """What the captures have of the operands that are left, and whether the numbers agree."""
+        expected = operands_of(want, want.op)[0]
+        constant, found, unbound = operands_of(have, want.op)[0], so_far, []
+        for var, power in captures:
+            bound = so_far.bindings.get(var.consts[0])
+            if bound is None:
+                unbound.append((var, power))
+                continue
+            expected = expected * so_far.scales.get(var.consts[0], normalize.ONE) ** power
+            remaining = without(left, bound, power)
+            if remaining is not None:
+                left, scalar = remaining
+                constant = constant * scalar**-1
+            elif (other := next((o for o in left if o[0] is bound), None)) is not None:
+                left.remove(other)
+                found = found.but(Difference("power", var, bound, have, power, other[1]))
+            elif others := sorted((o for o in left if o[1] == power), key=lambda o: bound not in o[0].args):
+                other = others[0]
+                left.remove(other)
+                found = found.but(Difference("capture", var, other[0], have, bound, other[0]))
+            else:
+                found = found.but(Difference("missing", var, have, around, power))
+        for var, power in unbound:
+            if not left:
+                found = found.but(Difference("missing", var, have, around, power))
+                continue
+            other = next((operand for operand in left if operand[1] == power), left[0])
+            left.remove(other)
+            found = found.bound(var, other[0])
+            if other[1] != power and (want.op == "add" or not left):
+                found = found.but(Difference("power", var, other[0], have, power, other[1]))
+        if unbound and want.op == "mul":  # the last takes in what is left
+            left = []
+            if constant.value and expected.value and not expected.powers:
+                found = found.scaled(unbound[-1][0], constant * expected**-1)
+                constant = expected
+        found = found.but(
+            *(Difference("extra", want, operand, have, expected, power) for operand, power in left)
+        )
+        if expected.powers:
+            is_absent = want.op == "add" and not constant.value and not left
+            return found.but(Difference("missing", want, have, around, expected)) if is_absent else found
+        if close(expected.value, constant.value):
+            return found
+        return found.but(Difference("number", want, have, around, expected.value, constant.value))
+
+
+def _own_weight(op: str) -> float:
+    return 0.0 if op in ("var", "number", "none") else WEIGHTS.get(op, 1.0)
+
+
+def _source(term: Term) -> Term:
+    """What a part is a part of: below slices, views and signs."""
+    while term.op in ("slice", "view") or (term.op == "mul" and term.consts[1:] == (1,)):
+        term = term.args[0]
+    return term

@@ -1,0 +1,92 @@
+"""A term as a formula that a model's author can read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from liger_compile.terms.normalize import MINUS_ONE
+from liger_compile.terms.term import Scalar, Term
+
+DEPTH = 3  # operations that a formula shows, one in the other
+_HIDDEN = ("view", "expand", "permute", "cast")  # computes nothing
+
+
+class Formula:
+    """Writes terms as formulas.
+
+    Args:
+        name: what an operation, or an input of the graph, is called: "clamp", "x".
+        is_call: whether an opaque term is an operation, and no input.
+        captures: the names of terms that captures are bound to.
+        numbers: what number captures are bound to.
+    """
+
+    def __init__(
+        self,
+        name: Callable[[Term], str],
+        is_call: Callable[[Term], bool],
+        captures: Mapping[Term, str],
+        numbers: Mapping[str, float] | None = None,
+    ) -> None:
+        self.name, self.is_call, self.captures, self.numbers = name, is_call, captures, numbers or {}
+
+    def __call__(self, term: Term, depth: int = DEPTH) -> str:
+        if term in self.captures:
+            return self.captures[term]
+        if term.op == "var":
+            return term.consts[0]
+        if term.op == "number":
+            return self.number(term.consts[0])
+        if term.op == "leaf":
+            return f"{self.name(term)}(...)" if self.is_call(term) else self.name(term)
+        if term.op in _HIDDEN:
+            return self(term.args[0], depth)
+        if not depth:
+            return "..."
+        if term.op == "mul":
+            return self._product(term, depth - 1)
+        if term.op == "add":
+            return self._sum(term, depth - 1)
+        if term.op == "slice":
+            return self._slice(term, depth)
+        return (
+            f"{self.name(term)}({', '.join(self(arg, depth - 1) for arg in term.args if arg.op != 'none')})"
+        )
+
+    def power(self, term: Term, power: float, depth: int = DEPTH) -> str:
+        """A factor under its power."""
+        text = self(term, depth)
+        if power in (0.5, -0.5):
+            return f"{'sqrt' if power > 0 else 'rsqrt'}({text})"
+        text = f"({text})" if " + " in text or " - " in text else text
+        return text if power == 1 else f"1 / {text}" if power == -1 else f"{text}**{power:g}"
+
+    def number(self, scalar: Scalar) -> str:
+        value, names = scalar.value, []
+        for name, power in scalar.powers:
+            if name in self.numbers:
+                value *= self.numbers[name] ** power
+            else:
+                names.append(name if power == 1 else f"{name}**{power:g}")
+        return " * ".join([*([f"{value:g}"] if value != 1 or not names else []), *names])
+
+    def _product(self, term: Term, depth: int) -> str:
+        scalar, *powers = term.consts
+        factors = [self.power(arg, power, depth) for arg, power in zip(term.args, powers, strict=True)]
+        factors.sort(key=lambda factor: (len(factor), factor))
+        if scalar == MINUS_ONE:
+            return "-" + " * ".join(factors)
+        return " * ".join([*([] if scalar.is_number(1) else [self.number(scalar)]), *factors])
+
+    def _sum(self, term: Term, depth: int) -> str:
+        parts = sorted(
+            (self(arg, depth) for arg in term.args), key=lambda part: (part[0] == "-", len(part), part)
+        )
+        constant = term.consts[0]
+        parts += [] if constant.is_number(0) else [self.number(constant)]
+        return " + ".join(parts).replace("+ -", "- ")
+
+    def _slice(self, term: Term, depth: int) -> str:
+        (x,), (dim, start, stop, step) = term.args, term.consts
+        bounds = f"{start or ''}:{'' if stop == x.shape[dim] else stop}" + (f":{step}" if step != 1 else "")
+        return f"{self(x, depth)}[..., {', '.join([bounds, *[':'] * (-1 - dim)])}]"

@@ -1,0 +1,71 @@
+"""Where a term rounds, and what differs between two that are the same mathematics and round elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from liger_compile.terms.formula import Formula
+from liger_compile.terms.term import Term
+
+_MOVES = ("view", "expand", "permute", "slice", "cat", "rotate_half", "rotate_pairs")  # and rounds nothing
+WHOLE = 50  # the depth of a formula that shows everything
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """A value of a computation: the dtype that it is computed in, and what it is rounded to, if it is."""
+
+    term: Term
+    computed: torch.dtype | None
+    rounded: torch.dtype | None
+
+
+@dataclass(frozen=True)
+class Moved:
+    """A value that is rounded otherwise. None stands for a pattern, or a graph, that does not compute it."""
+
+    value: str
+    expected: Rounding | None
+    found: Rounding | None
+
+
+def roundings(term: Term, formula: Formula) -> dict[str, Rounding]:
+    """The values that make up a term, by their formulas: the same mathematics has the same."""
+    found: dict[str, Rounding] = {}
+    stack: list[tuple[Term, torch.dtype | None]] = [(term, None)]
+    while stack:
+        term, rounded = stack.pop()
+        if term.op == "cast":
+            (inner,) = term.args
+            stack.append((inner, term.dtype if narrows(inner.dtype, term.dtype) else rounded))
+            continue
+        text = formula(term.bare, depth=WHOLE)
+        is_captured = term.op in ("leaf", "var") or term.bare in formula.captures
+        if term.dtype is not None and term.op not in _MOVES and (rounded or not is_captured):
+            rounded = rounded or (found[text].rounded if text in found else None)
+            found[text] = Rounding(term, None if is_captured else term.dtype, rounded)
+        if not is_captured:
+            stack.extend((arg, rounded if term.op in _MOVES else None) for arg in term.args)
+    return found
+
+
+def narrows(wide: torch.dtype | None, narrow: torch.dtype | None) -> bool:
+    """Whether a cast from one to the other rounds."""
+    return wide is not None and narrow is not None and narrow.itemsize < wide.itemsize
+
+
+def moved(want: Mapping[str, Rounding], have: Mapping[str, Rounding]) -> list[Moved]:
+    """The values that are not computed in the dtype, or not rounded, as expected; what the graph does first, first."""
+    different = []
+    for text in {**have, **want}:
+        expected, found = want.get(text), have.get(text)
+        if expected is None or found is None:
+            is_other = bool((expected or found).rounded)  # pyright: ignore[reportOptionalMemberAccess]
+        else:
+            is_other = (expected.computed, expected.rounded) != (found.computed, found.rounded)
+        if is_other:
+            different.append(Moved(text, expected, found))
+    return sorted(different, key=lambda each: (each.found is None, len(each.value)))
