@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 BLOCK_SIZE = 128  # what Inductor's templates are tuned for
-SMALLEST_HEAD = 16  # tl.dot takes no fewer channels; other sizes than powers of two are padded
+SMALLEST_HEAD = 16  # its kernels multiply no smaller tiles; other sizes than powers of two are padded
 
 
 def windowed_attention(
