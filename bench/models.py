@@ -18,15 +18,17 @@ class Model:
     config: str
     sizes: Mapping[str, Any] = field(default_factory=dict)
 
-    def build(self, device: torch.device, dtype: torch.dtype, layers: int | None = None) -> nn.Module:
-        """The same weights in every process, also where other classes stand in for some of transformers'."""
+    def build(
+        self, device: torch.device, dtype: torch.dtype, layers: int | None = None, seed: int = 0
+    ) -> nn.Module:
+        """The same weights for a seed in every process, also where other classes stand in for some of transformers'."""
         import transformers
 
         more = {} if layers is None else {"num_hidden_layers": layers}
         config = getattr(transformers, self.config)(**{**self.sizes, **more})
         with device:
             model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).train()
-            random = torch.Generator(device).manual_seed(0)
+            random = torch.Generator(device).manual_seed(seed)
             for parameter in model.parameters():
                 if parameter.dim() > 1:
                     nn.init.normal_(parameter, std=config.initializer_range, generator=random)
@@ -52,6 +54,7 @@ def _llama(
 
 MODELS: Mapping[str, Model] = {
     "tiny": _llama(64, 96, 2, 128, 4, 2, tied=True),
+    "small": _llama(512, 1536, 6, 10240, 8, 4, tied=True),  # trains in seconds
     "llama-1b": _llama(2048, 8192, 16, 128256, 32, 8, tied=True),  # Llama 3.2
     "llama-8b-6l": _llama(4096, 14336, 6, 128256, 32, 8, tied=False),  # Llama 3, of 32 layers
     "qwen3-0.6b": Model(

@@ -1,9 +1,9 @@
 """Draws the figures of docs/ from the CSVs of bench/results.
 
-    python -m bench.plot                    of every ops_*.csv and train_step_*.csv there
+    python -m bench.plot                    of every ops_*.csv, train_step_*.csv and convergence_*.csv there
     python -m bench.plot ops_nvidia_h200    of this one
 
-One figure for each op, docs/<file>_<op>.svg, and one for the training steps, docs/<file>.svg.
+One figure for each op, docs/<file>_<op>.svg, and one for the training steps and the loss curves, docs/<file>.svg.
 """
 
 from __future__ import annotations
@@ -44,6 +44,8 @@ def main(names: Sequence[str] = (), results: Path = RESULTS, docs: Path = DOCS) 
                 _draw_op(str(op), of_op, docs / f"{path.stem}_{op}.svg")
         elif path.stem.startswith("train_step_"):
             _draw_steps(rows, docs / f"{path.stem}.svg")
+        elif path.stem.startswith("convergence_"):
+            _draw_curves(rows, docs / f"{path.stem}.svg")
 
 
 def _draw_op(op: str, rows: pd.DataFrame, path: Path) -> None:
@@ -78,6 +80,22 @@ def _draw_steps(rows: pd.DataFrame, path: Path) -> None:
     _bars(axes[0], rows, "case", "step_ms", "ms a step", low="low_ms", high="high_ms")
     _bars(axes[1], rows, "case", "peak_gib", "GiB above the weights, at the peak")
     figure.suptitle(f"forward + backward, {rows['device'].iloc[0]}, torch {rows['torch'].iloc[0]}")
+    _save(figure, axes, path)
+
+
+def _draw_curves(rows: pd.DataFrame, path: Path) -> None:
+    """The loss of each run, and how far it is from eager code's."""
+    figure, axes = _panels(2)
+    curves = {str(run): of_run.set_index("step")["loss"] for run, of_run in rows.groupby("run", sort=False)}
+    for run, curve in curves.items():
+        axes[0].plot(curve, label=run, linewidth=1)
+        apart = (curve - curves["eager"]).abs()
+        axes[1].plot(apart.rolling(10, min_periods=1).mean(), linewidth=1)
+    axes[1].set_yscale("log")
+    for ax, title in zip(axes, ("loss", "difference from eager, mean of 10 steps"), strict=True):
+        ax.set_title(title, fontsize=9)
+        ax.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(f"{rows['model'].iloc[0]}, AdamW, {rows['dtype'].iloc[0]}, {rows['device'].iloc[0]}")
     _save(figure, axes, path)
 
 

@@ -13,6 +13,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import fcntl
+import gc
 import importlib
 import json
 import os
@@ -37,6 +39,10 @@ from liger_compile.registry import default_patterns
 OURS, LIGER_KERNEL, INDUCTOR, FLOOR = "liger-compile", "liger-kernel", "inductor", "floor"
 PATTERN_OPS = tuple(dict.fromkeys(pattern.name.partition(".")[0] for pattern in default_patterns()))
 BUDGET = 0.8  # of what would be kept for backward; 0.5 was slower and larger (Llama-3.2-1B, 4x2048, H100, 2026-11-22)
+LOCK = "BENCH_TRAIN_STEP_LOCK"  # variable of the environment: a file that processes lock
+COPIED_ELEMENTS = 2**28  # of the floor at once
+LONGEST, MOST_SEQUENCES = 2**18, 2**10  # that are tried
+SCALE = "scale"  # what a variant's process reads instead of a number of steps
 WARMUP = 2  # steps that are not measured: after the first, which compiles, and in each turn
 
 PACKAGES = ("triton", "transformers", "liger-kernel")
@@ -62,6 +68,8 @@ WIDTHS = {
     "peak_of_liger_kernel": 20,
     "error": 0,
 }
+
+SCALE_WIDTHS = {"variant": 29, "longest": 8, "sequences": 9, "length": 7, "seconds": 7, "error": 0}
 
 
 @dataclass(frozen=True)
@@ -120,12 +128,40 @@ class Case:
         return torch.float32 if self.device == "cpu" else torch.bfloat16
 
 
+def largest(fits: Callable[[int], bool], first: int, most: int) -> int:
+    """The largest number up to `most` that fits, to an eighth: doubled from `first`, then between the last two.
+
+    0 if `first` does not fit.
+    """
+    low, high = 0, first
+    while fits(high):
+        low, high = high, min(2 * high, most)
+        if low == most:
+            return most
+    precision = max((high - low) // 8, 1)
+    while low and high - low > precision:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """Of the processes that are started at once, only one is in here."""
+    if LOCK not in os.environ:
+        yield
+        return
+    with open(os.environ[LOCK], "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 class Step:
     """The step of a variant, in the process that is the variant's own."""
 
     def __init__(self, case: Case, variant: Variant) -> None:
         torch.set_float32_matmul_precision("highest")
-        self._device = torch.device(case.device)
+        self._device, self._variant = torch.device(case.device), variant
         model = MODELS[case.model]
         if variant.patched:
             peer = importlib.import_module("liger_kernel.transformers")
@@ -134,16 +170,19 @@ class Step:
             functorch_config.activation_memory_budget = variant.memory_budget
         self.model: Any = model.build(self._device, case.dtype, case.layers)
 
+        self._case = case
+        self._inputs = self._inputs_of(*map(int, case.tokens.split("x")))
+        self._loss = self._compiled(case, variant)
+
+    def _inputs_of(self, batch: int, length: int) -> dict[str, Any]:
         random = torch.Generator().manual_seed(1)
-        batch, length = map(int, case.tokens.split("x"))
         ids = torch.randint(self.model.config.vocab_size, (batch, length), generator=random).to(self._device)
         inputs: dict[str, Any] = {"input_ids": ids, "labels": ids}
-        if case.use_cache == "off":
+        if self._case.use_cache == "off":
             inputs["use_cache"] = False
-        if case.attention_mask == "ones":
+        if self._case.attention_mask == "ones":
             inputs["attention_mask"] = torch.ones_like(ids)
-        self._inputs = inputs
-        self._loss = self._compiled(case, variant)
+        return inputs
 
     def _compiled(self, case: Case, variant: Variant) -> Callable[..., torch.Tensor]:
         def loss_alone(**inputs: Any) -> torch.Tensor:
@@ -160,7 +199,14 @@ class Step:
 
     def first(self) -> Row:
         """Compiles and warms up: seconds of compiling, loss and gradients, peak memory, what was replaced."""
-        seconds = [self._clocked() for _ in range(1 + WARMUP)]
+        is_compiled = self._variant.compile is not None
+        with contextlib.nullcontext() if is_compiled else alone():
+            compiling = self._compiling()
+        with alone():
+            return self._first(compiling)
+
+    def _first(self, compiling: float) -> Row:
+        seconds = [self._clocked() for _ in range(WARMUP)]
         loss = self.run()
         norms = [p.grad.float().norm() for p in self.model.parameters() if p.grad is not None]
         grad_norm = torch.stack(norms).norm().item()
@@ -172,7 +218,7 @@ class Step:
 
         reports = liger_compile.reports()
         return {
-            "compile_s": round(seconds[0] - seconds[-1], 1),
+            "compile_s": round(compiling - seconds[-1], 1),
             "loss": round(loss, 5),
             "grad_norm": round(grad_norm, 5),
             "peak_gib": "" if peak is None else round(peak, 2),
@@ -219,6 +265,37 @@ class Step:
         self._run(mark)  # the CPU may run ahead, as it does in training: no loss is read
         return tuple(marks)
 
+    def fits(self, batch: int, length: int) -> bool:
+        """Whether a step of that many tokens fits on the GPU."""
+        self._clear()  # of what the step before has left, whole or broken off
+        self._inputs = self._inputs_of(batch, length)
+        with contextlib.suppress(torch.OutOfMemoryError):
+            self.run()
+            return True
+        return False
+
+    def scale(self) -> Row:
+        """The longest sequence, and the most sequences of the case's length, of which a step fits on the GPU."""
+        batch, length = map(int, self._case.tokens.split("x"))
+        most = getattr(self.model.config, "max_position_embeddings", 2**20)
+        longest = largest(lambda count: self.fits(1, count), length, min(most, LONGEST))
+        sequences = largest(lambda count: self.fits(count, length), batch, MOST_SEQUENCES)
+        return {"longest": longest, "sequences": sequences, "length": length}
+
+    def _compiling(self) -> float:
+        """Seconds of the first step. Where others have taken the memory, it has another try when they have stopped."""
+        begin = time.perf_counter()
+        with contextlib.suppress(torch.OutOfMemoryError):
+            self.run()
+            seconds = time.perf_counter() - begin
+            self._clear()
+            return seconds
+        with alone():
+            self._clear()
+            self.run()
+            self._clear()
+        return time.perf_counter() - begin
+
     def _clocked(self) -> float:
         begin = time.perf_counter()
         self.run()
@@ -230,11 +307,12 @@ class Step:
         """Leaves the GPU's memory to the next process, but for the weights."""
         self.model.zero_grad(set_to_none=True)
         if self._device.type == "cuda":
+            gc.collect()
             torch.cuda.empty_cache()
 
 
 class Floor(Step):
-    """The GEMMs of all linear layers and causal attention, with nothing around them; loss and memory mean nothing."""
+    """The GEMMs of all linear layers, causal attention, and the bytes of the rest; loss and memory mean nothing."""
 
     def __init__(self, case: Case) -> None:
         super().__init__(case, VARIANTS[FLOOR])
@@ -252,6 +330,9 @@ class Floor(Step):
         heads = (config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads)
         self._qkv = [random(batch, n, length, config.head_dim).requires_grad_() for n in heads]
         self._upstream = torch.randn_like(self._qkv[0])
+        self._source = random(COPIED_ELEMENTS)
+        self._copied = torch.empty_like(self._source)
+        self._elements = traffic(self.model, num_tokens)
 
     def first(self) -> Row:
         for _ in range(1 + WARMUP):
@@ -269,14 +350,43 @@ class Floor(Step):
             for weight in self._weights:
                 outer, inner = weight.shape
                 torch.mm(self._rows[inner], weight.t(), out=self._products[outer])
+            self._copy(self._elements[0])
             mark()
             for weight in self._weights:
                 outer, inner = weight.shape
                 torch.mm(self._rows[outer], weight, out=self._products[inner])
                 torch.mm(self._rows[outer].t(), self._rows[inner], out=self._gradients[weight.shape])
+            self._copy(self._elements[1])
         for each in attended:
             torch.autograd.grad(each, self._qkv, self._upstream)
         mark()
+
+    def _copy(self, elements: int) -> None:
+        """Reads and writes so many."""
+        while elements > 0:
+            count = min(elements // 2, COPIED_ELEMENTS)
+            torch.neg(self._source[:count], out=self._copied[:count])
+            elements -= max(2 * count, 1)
+
+
+def traffic(model: Any, num_tokens: int) -> tuple[int, int]:
+    """The elements that forward and backward must at least read and write, beside their GEMMs and attention.
+
+    Each op as op_table.py has it: norms and the additions before them, rotary, gated activation, loss; the embedding.
+    """
+    config = model.config
+    hidden, inner, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
+    heads = config.num_attention_heads + config.num_key_value_heads
+    norms = [m.weight.numel() for name, m in model.named_modules() if name.endswith("norm")]
+    wide = norms.count(hidden)
+    of_heads = heads * config.head_dim * any(width == config.head_dim for width in norms)
+    forward = (2 * wide + 2 * 2 * layers) * hidden + 2 * layers * heads * config.head_dim + 3 * layers * inner
+    backward = (3 * wide + 2 * layers) * hidden + layers * (
+        2 * heads * config.head_dim + of_heads + 6 * inner
+    )
+    loss, embedding = 2 * config.vocab_size, 2 * hidden
+    forward = num_tokens * (forward + loss + embedding)
+    return forward, num_tokens * (backward + hidden) + config.vocab_size * hidden
 
 
 def serve(case: Case, variant: str) -> None:
@@ -284,7 +394,7 @@ def serve(case: Case, variant: str) -> None:
     step = Floor(case) if variant == FLOOR else Step(case, VARIANTS[variant])
     print(json.dumps(step.first()), flush=True)
     for line in sys.stdin:
-        print(json.dumps(step.turn(int(line))), flush=True)
+        print(json.dumps(step.scale() if line.strip() == SCALE else step.turn(int(line))), flush=True)
 
 
 class Process:
@@ -293,7 +403,8 @@ class Process:
     def __init__(self, case: Case, variant: str, folder: Path) -> None:
         folder.mkdir(exist_ok=True)
         self._errors = (folder / "stderr").open("w+")
-        caches = {
+        variables = {
+            LOCK: str(folder.parent / "lock"),
             "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"),
             "TRITON_CACHE_DIR": str(folder / "triton"),
         }
@@ -308,7 +419,7 @@ class Process:
         self._process = subprocess.Popen(
             command,
             cwd=ROOT,
-            env={**os.environ, **caches},
+            env={**os.environ, **variables},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
@@ -326,7 +437,7 @@ class Process:
         lines = [line for line in self._errors.read().splitlines() if line.strip()]
         raise RuntimeError("\n".join(lines[-30:]) or f"ended with {self._process.returncode} and no word")
 
-    def turn(self, steps: int) -> Row:
+    def turn(self, steps: int | str) -> Row:
         assert self._process.stdin is not None
         self._process.stdin.write(f"{steps}\n")
         self._process.stdin.flush()
@@ -362,7 +473,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=3, help="measured in a turn")
     parser.add_argument("--warm", action="store_true", help="also compile again from the caches")
     parser.add_argument(
-        "--at-once", action="store_true", help="start all at the same time: quicker, for a look"
+        "--at-once",
+        action="store_true",
+        help="compile all at the same time; they still take turns to be measured",
+    )
+    parser.add_argument(
+        "--scale", action="store_true", help="instead: the longest sequence and the largest batch that fit"
     )
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the CSV")
@@ -371,6 +487,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     names = [n for part in chosen.variants.split(",") for n in GROUPS.get(part, (part,))]
     if unknown := set(names) - set(VARIANTS):
         parser.error(f"expected variants of {', '.join(VARIANTS)}, got {', '.join(unknown)}")
+
+    if chosen.scale:
+        found = scaled(case, [name for name in dict.fromkeys(names) if name != FLOOR])
+        rows = [
+            {**_described(case, name), **row, **machine(case.device, PACKAGES)} for name, row in found.items()
+        ]
+        for row in rows:
+            print_row(row, SCALE_WIDTHS, header=row is rows[0])
+        merge_csv(file_name("scale", case.device), rows, KEYS, chosen.out)
+        return
 
     print(f"{case.model}, {case.tokens} tokens, returns {case.returns}", flush=True)
     facts = measure(
@@ -435,6 +561,22 @@ def measure(
             fact["step_ms"], fact["low_ms"], fact["high_ms"] = round(median, 2), round(low, 2), round(high, 2)
             fact["forward_ms"] = round(spread(samples[name]["forward_ms"])[0], 2)
             fact["rounds"] = len(samples[name]["step_ms"])
+    return facts
+
+
+def scaled(case: Case, names: Sequence[str]) -> dict[str, Row]:
+    """What `Step.scale` found, of one variant after the other: each has the GPU to itself."""
+    facts: dict[str, Row] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name in names:
+            with _failing_into(facts, name), contextlib.ExitStack() as opened:
+                process = Process(case, name, Path(folder) / name.replace(" ", "_"))
+                opened.callback(process.close)
+                begin = time.perf_counter()
+                process.answer()
+                facts[name] = process.turn(SCALE)
+                facts[name]["seconds"] = round(time.perf_counter() - begin)
+                print(f"  {name}: {facts[name]}", flush=True)
     return facts
 
 

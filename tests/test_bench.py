@@ -108,8 +108,63 @@ def test_the_floor_of_a_step_is_all_its_gemms(module):
     # Two layers: q and o 64 x 64, k and v 64 x 32, three of 64 x 96; and the head.
     weights = 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 96) + 64 * 128
     assert flops.get_flop_counts()["Global"][torch.ops.aten.mm] == 3 * 2 * 32 * weights
+    # A layer: two norms after additions, rotary of 6 heads of 16, the gate; then the last norm, loss and embedding.
+    assert floor._elements == (
+        32 * (2 * (2 * 4 * 64 + 2 * 6 * 16 + 3 * 96) + 2 * 64 + 2 * 128 + 2 * 64),
+        32 * (2 * (2 * 4 * 64 + 2 * 6 * 16 + 6 * 96) + 3 * 64 + 64) + 128 * 64,
+    )
     (forward,), (step,) = floor.turn(1).values()
     assert 0 < forward < step
+
+
+@pytest.mark.parametrize("limit", [0, 5, 7, 8, 100, 2047, 2048, 9000])
+def test_the_largest_that_fits_is_found_to_an_eighth(module, limit):
+    tried = []
+
+    def fits(count):
+        tried.append(count)
+        return count <= limit
+
+    found = module("train_step").largest(fits, 8, 2048)
+    assert found <= limit and len(tried) < 15 and max(tried) <= 2048
+    assert found == min(limit, 2048) or limit < 8 or found > limit - max(limit // 8, 1)
+
+
+def test_scale_is_told_for_each_variant(module, tmp_path, monkeypatch):
+    train_step = module("train_step")
+    monkeypatch.setattr(train_step.Step, "fits", lambda self, batch, length: batch * length <= 100)
+    step = train_step.Step(train_step.Case("tiny", "2x16", device="cpu"), train_step.VARIANTS["eager"])
+    assert step.scale() == {"longest": 96, "sequences": 6, "length": 16}
+
+
+def test_processes_at_once_take_turns(module, tmp_path):
+    train_step = module("train_step")
+    arguments = ["--model", "tiny", "--tokens", "2x16", "--layers", "1", "--device", "cpu", "--rounds", "1"]
+    train_step.main([*arguments, "--variants", "floor,eager", "--at-once", "--out", str(tmp_path)])
+    floor, eager = rows_of(tmp_path, "train_step_cpu.csv")
+    assert "error" not in floor and float(eager["of_floor"]) > 0 and "compile_s" not in eager
+
+
+def test_curves_are_compared_with_what_rounding_does(module):
+    convergence = module("convergence")
+    curves = {
+        name: [3.0, 2.0 + apart]
+        for name, apart in zip(
+            (convergence.EAGER, convergence.NUDGED, convergence.OTHER_WEIGHTS, convergence.OURS),
+            (0.0, 0.01, 0.1, 0.015),
+            strict=True,
+        )
+    }
+    ours = convergence.compared(curves)[convergence.OURS]
+    assert ours["of_nudged"] == pytest.approx(1.5) and ours["of_other_weights"] == pytest.approx(0.15)
+    assert ours["max_difference"] == pytest.approx(2 * ours["mean_difference"]) == pytest.approx(0.015)
+
+
+def test_training_with_liger_converges_as_eager_does(module, tmp_path):
+    arguments = ["--device", "cpu", "--model", "tiny", "--steps", "3", "--batch", "2x16"]
+    assert module("convergence").main([*arguments, "--compiler", "aot_eager", "--out", str(tmp_path)]) == 0
+    rows = rows_of(tmp_path, "convergence_cpu.csv")
+    assert len(rows) == 5 * 3 and {row["step"] for row in rows} == {"0", "1", "2"}
 
 
 @pytest.mark.gpu
