@@ -7,7 +7,9 @@ Sources  Hugging Face's masking_utils (T x T booleans of positions) and repeat_k
 With a mask in memory, scaled_dot_product_attention does without its fastest kernels, and reads B x T x T flags. In a
 graph changed by hand, before this pattern, on one H100 (torch 2.11.0, 2026-11-22, Llama-3.2-1B, 4 x 2048 tokens, bf16,
 forward and backward): 33.9 ms of GPU time a step, against 14.5 ms with the flag and without repeated keys and values.
-This code itself has not been measured on a GPU.
+With this code, one H100, torch 2.11.0, 2026-11-25, a step of 4 layers: 4 x 2048 tokens 46.2 ms against 51.7 ms without the
+pattern; Gemma-2-2B's capped scores and windows, 8 layers, 2 x 4096 tokens, by flex_attention: 122.0 ms against 143.6 ms
+(bench/results/profit_nvidia_h100.csv).
 
 Attention that is written out in full is the same term. On a CPU (one core of two, torch 2.13.0, 2026-11-25, forward
 and backward as Inductor compiles it, written out and replaced, B x H x G x T x D):
