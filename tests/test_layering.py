@@ -27,6 +27,7 @@ ALLOWED = {
     "remat": ("pattern",),
     "compile": ("pattern",),
     "report": ("pattern",),
+    "variants": ("terms.mutation",),
     "registry": ("pattern", "terms", "patterns"),
     "patterns": ("pattern", "patterns", "functional", "ops.dispatch"),
 }
