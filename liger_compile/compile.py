@@ -85,11 +85,14 @@ def when_called(compile: Callable[[Sequence[Any]], Callable[..., Any]]) -> Calla
     def call(*args: Any) -> Any:
         nonlocal compile
         if not compiled:
-            # Nothing of the first trace is left: Dynamo has let go of its fake tensors.
-            sizes = ShapeEnv(assume_static_by_default=True)
-            context = TracingContext(torch._subclasses.FakeTensorMode(shape_env=sizes))
-            with compile_context(logged_as), tracing(context):
+            # Nothing of the first trace is left: Dynamo has let go of its fake tensors. A fake mode remembers the
+            # tensors that it has made fakes of, so that AOTAutograd gets these, and no symbols for their sizes.
+            fake_mode = torch._subclasses.FakeTensorMode(shape_env=ShapeEnv())
+            tensors = (arg for arg in args if isinstance(arg, torch.Tensor))
+            fakes = [fake_mode.from_tensor(tensor, static_shapes=True) for tensor in tensors]
+            with compile_context(logged_as), tracing(TracingContext(fake_mode)):
                 compiled.append(compile(args))
+            del fakes
             del compile
         return compiled[0](*args)
 

@@ -51,7 +51,8 @@ def copied(gm: GraphModule) -> GraphModule:
         copy.meta.pop("grapharg", None)  # the example input
         if hasattr(node, "_dynamo_source"):  # which AOTAutograd asks for
             copy._dynamo_source = node._dynamo_source  # pyright: ignore[reportAttributeAccessIssue]
-    module = GraphModule(gm, graph)
+    # Every module has a class of its own; the base of Dynamo's writes its code only when somebody wants to run it.
+    module = type(gm).__bases__[0](gm, graph)
     module.meta = dict(gm.meta)
     for name, value in vars(gm).items():  # as where Dynamo says what the inputs are called
         vars(module).setdefault(name, value)

@@ -28,6 +28,9 @@ ALLOWED = {
     "compile": ("pattern",),
     "report": ("pattern",),
     "flex": (),
+    "variants": ("terms.mutation",),
+    "lazy": (),
+    "outputs": ("lazy", "terms"),
     "registry": ("pattern", "terms", "patterns"),
     "patterns": ("pattern", "patterns", "functional", "flex", "ops.dispatch"),
 }

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 import liger_compile
 from liger_compile import variants
+from liger_compile.compile import when_called
 
 BATCH, LENGTH = 2, 12
 OPTIONS = {"liger.inner": "aot_eager", "liger.strict": True, "liger.policy": "always"}
@@ -120,6 +121,13 @@ def test_a_row_that_is_padding_alone():
         assert_as_in_eager(fast, additive, *inputs(), hidden)
 
 
+def test_masks_that_are_views():
+    fast, (ones, left, _) = compiled(causal), masks(2 * LENGTH)
+    for mask in (ones[:, :LENGTH], left[:, :LENGTH], ones[:, ::2], ones[:1, LENGTH:].expand(BATCH, -1)):
+        assert_as_in_eager(fast, causal, *inputs(), mask)
+    assert BOTH["without"] in found() and BOTH["general"] in found()
+
+
 def test_only_ones_are_ones():
     fast, (ones, left, _) = compiled(expanded), masks()
     for mask in (2 * ones, ones + left):  # true, and yet not what the other graph was made for
@@ -149,6 +157,20 @@ def test_automatic_dynamic(inner):
         assert len(found()) == expected
     assert_as_in_eager(fast, causal, *inputs(17), masks(17)[1])
     assert len(found()) == 3
+
+
+def test_what_is_compiled_later_has_no_symbols():
+    sizes = []
+
+    def compile(args):
+        mode = torch._guards.TracingContext.get().fake_mode
+        sizes.extend(mode.from_tensor(arg).shape for arg in args)  # as AOTAutograd does
+        return lambda *args: len(args)
+
+    later = when_called(compile)
+    assert [later(*inputs()), later(*inputs())] == [3, 3]
+    assert sizes == [(BATCH, LENGTH, 16)] * 3
+    assert all(isinstance(size, int) for shape in sizes for size in shape)
 
 
 def test_sizes_that_were_marked_but_turned_out_static():

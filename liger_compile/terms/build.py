@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_map
 
 from liger_compile.terms import identities
 from liger_compile.terms.call import IntVar, NumberVar, StrVar, Value, opaque
+from liger_compile.terms.indices import OPERATIONS
 from liger_compile.terms.mutation import Mutations
 from liger_compile.terms.operators import call
 from liger_compile.terms.term import ConstVar, Scalar, Space, Term, sizes_of
@@ -81,7 +82,7 @@ class Terms:
         return tuple(self._read(arg, call) if isinstance(arg, Node) else arg for arg in handed)
 
     def _handed_in(self, placeholder: Node) -> Term | None:
-        """The term that all callers hand in, if it is made of positions and flags alone: a mask."""
+        """The term that all callers hand in, if it is made of positions and flags alone, as masks are."""
         terms = {
             _brought_in(self.space, value) if isinstance(value, Term) else None
             for value in self._from_outside.get(placeholder, ())
@@ -122,12 +123,13 @@ class Terms:
 
 
 def _brought_in(space: Space, term: Term) -> Term | None:
-    """A term of the graph around, as a term of this one; None if it reads floating-point values."""
+    """A term of the graph around, as a term of this one; None if it is not what masks are made of."""
     parts: set[Term] = set()
     stack = [term]
     while stack:
         part = stack.pop()
-        if part.op == "leaf" and part.dtype is not None and part.dtype.is_floating_point:
+        is_float = part.dtype is not None and part.dtype.is_floating_point
+        if is_float if part.op == "leaf" else part.op not in OPERATIONS:
             return None
         if part not in parts:
             parts.add(part)

@@ -24,6 +24,29 @@ HIDES = -1e30
 MAX_COEFFICIENT, MAX_CONSTANT = 64, 2**30
 MAX_ALTERNATIVES = 16
 
+# What masks are made of beside constants, sizes and named values: what the reader below reads.
+OPERATIONS = frozenset(
+    (
+        *(
+            "arange",
+            "full",
+            "number",
+            "cast",
+            "add",
+            "mul",
+            "le",
+            "lt",
+            "eq",
+            "not",
+            "and",
+            "or",
+            "where",
+            "none",
+        ),
+        *("tril", "triu", "cumsum", "diff", "expand", "view", "permute", "slice", "index"),
+    )
+)
+
 _NAMES = {-1: "key", -2: "query", -3: "head", -4: "batch"}
 
 

@@ -102,11 +102,9 @@ def test_automatic_dynamic() -> None:
         assert len(liger_compile.reports()) == compiles
 
 
-def test_retain_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_retain_graph() -> None:
     model, (ids, labels) = LLAMA.build(), batch(LLAMA)
     fast = compiled(loss)
-    # Otherwise Inductor and AOTAutograd refuse it for this graph, whatever the backend.
-    monkeypatch.setattr(torch._functorch.config, "donated_buffer", False)
 
     def run(function: Callable[..., Tensor], mask: Tensor) -> Step:
         model.zero_grad()
