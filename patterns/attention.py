@@ -20,6 +20,9 @@ and backward as Inductor compiles it, written out and replaced, B x H x G x T x 
 
 and forward alone 0.31 and 0.33 ms, then 0.72 and less of the time. The T x T weights are not kept for backward.
 
+Windows and capped scores, which scaled_dot_product_attention does not know, become flex_attention: see flex.py. Not
+measured on a GPU yet: `python -m bench.ops window_attention capped_attention capped_window_attention` does.
+
 Which masks are causal is found by terms/indices.py; repeats and what is written out by terms/attention.py.
 """
 
@@ -32,7 +35,7 @@ from torch.fx import Node
 from liger_compile import flex
 from liger_compile.pattern import Match, Pattern
 
-FEWEST = 1024  # tokens from which flex_attention is used
+FEWEST = 1024  # tokens from which flex_attention is used: eight of its blocks; to be measured
 
 
 def _attend(q, k, v, mask, dropout_p, scale):
@@ -156,11 +159,11 @@ def _flex(q, k, v, scale, softcap=None, window=None, inner="inductor"):
 
 
 def _fits_flex(match: Match) -> str | None:
-    q, k, v, size = match["q"], match["k"], match["v"], match.captures.get("window", 1)
-    if q.shape[1] % k.shape[1]:
-        return f"{q.shape[1]} heads of queries are no multiple of {k.shape[1]} of keys"
-    if size < 1:
-        return f"its window of {size} hides everything"
+    q, v = match["q"], match["v"]
+    if isinstance(match["scale"], torch.SymFloat):
+        return "its scale is known at run time only, as dynamic=True makes it"
+    if "window" in match.captures and match["window"] < 1:
+        return f"its window of {match['window']} hides everything"
     if q.device.type == "cuda" and min(q.shape[-1], v.shape[-1]) < flex.SMALLEST_HEAD:
         return f"flex_attention takes no heads with fewer than {flex.SMALLEST_HEAD} channels"
     if q.device.type == "cuda" and q.dtype is torch.float64:

@@ -36,6 +36,7 @@ class Terms:
         self.nodes: dict[Term, list[Node]] = {}  # in graph order
         self.passes_through: set[Node] = set()  # nodes that only give back a value that they come from
         self.mutations = mutations
+        self.space.shape_env = _shape_env(graph)
         # Dynamo restores the mode of the frame around the backend.
         self._has_gradients, self._no_grad = torch.is_grad_enabled(), False
         for node in graph.nodes:
@@ -91,6 +92,11 @@ class Terms:
         step = _step(term)
         base = self.derive(term.args[0]) if step else None
         return None if base is None or step is None else (base[0], (*base[1], step))
+
+
+def _shape_env(graph: Graph) -> Any:
+    sizes = (node.meta.get("example_value") for node in graph.nodes)
+    return next((size.node.shape_env for size in sizes if isinstance(size, torch.SymInt)), None)
 
 
 def _step(term: Term) -> Step | None:
