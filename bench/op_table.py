@@ -198,7 +198,7 @@ def flex_attention(
 
 
 def _compiled(function: Callable[..., Any], backend: str = "inductor") -> Callable[..., Any]:
-    options = {"liger.policy": "always"} if backend == "liger" else None
+    options: Any = {"liger.policy": "always"} if backend == "liger" else None
     return torch.compile(function, backend=backend, dynamic=False, options=options)
 
 

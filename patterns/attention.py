@@ -7,9 +7,9 @@ Sources  Hugging Face's masking_utils (T x T booleans of positions) and repeat_k
 With a mask in memory, scaled_dot_product_attention does without its fastest kernels, and reads B x T x T flags. In a
 graph changed by hand, before this pattern, on one H100 (torch 2.11.0, 2026-11-22, Llama-3.2-1B, 4 x 2048 tokens, bf16,
 forward and backward): 33.9 ms of GPU time a step, against 14.5 ms with the flag and without repeated keys and values.
-With this code, one H100, torch 2.11.0, 2026-11-25, a step of 4 layers: 4 x 2048 tokens 46.2 ms against 51.7 ms without the
-pattern; Gemma-2-2B's capped scores and windows, 8 layers, 2 x 4096 tokens, by flex_attention: 122.0 ms against 143.6 ms
-(bench/results/profit_nvidia_h100.csv).
+With this code, one H100, torch 2.11.0, 2026-11-25, a step of 4 layers: 4 x 2048 tokens 46.2 ms against 51.7 ms without
+the pattern; Gemma-2-2B's capped scores and windows, 8 layers, 2 x 4096 tokens, by flex_attention: 122.0 ms against
+143.6 ms (bench/results/profit_nvidia_h100.csv).
 
 Attention that is written out in full is the same term. On a CPU (one core of two, torch 2.13.0, 2026-11-25, forward
 and backward as Inductor compiles it, written out and replaced, B x H x G x T x D):
@@ -21,6 +21,9 @@ and backward as Inductor compiles it, written out and replaced, B x H x G x T x 
     1 x 8 x 2 x 1024 x 64               167    92.7                       1787     589
 
 and forward alone 0.31 and 0.33 ms, then 0.72 and less of the time. The T x T weights are not kept for backward.
+
+Windows and capped scores, which scaled_dot_product_attention does not know, become flex_attention: see flex.py. Not
+measured on a GPU yet: `python -m bench.ops window_attention capped_attention capped_window_attention` does.
 
 Which masks are causal is found by terms/indices.py; repeats and what is written out by terms/attention.py.
 """
@@ -34,7 +37,7 @@ from torch.fx import Node
 from liger_compile import flex
 from liger_compile.pattern import Match, Pattern
 
-FEWEST = 1024  # tokens from which flex_attention is used
+FEWEST = 1024  # tokens from which flex_attention is used: eight of its blocks; to be measured
 
 
 def _attend(q, k, v, mask, dropout_p, scale):
@@ -158,11 +161,11 @@ def _flex(q, k, v, scale, softcap=None, window=None, inner="inductor"):
 
 
 def _fits_flex(match: Match) -> str | None:
-    q, k, v, size = match["q"], match["k"], match["v"], match.captures.get("window", 1)
-    if q.shape[1] % k.shape[1]:
-        return f"{q.shape[1]} heads of queries are no multiple of {k.shape[1]} of keys"
-    if size < 1:
-        return f"its window of {size} hides everything"
+    q, v = match["q"], match["v"]
+    if isinstance(match["scale"], torch.SymFloat):
+        return "its scale is known at run time only, as dynamic=True makes it"
+    if "window" in match.captures and match["window"] < 1:
+        return f"its window of {match['window']} hides everything"
     if q.device.type == "cuda" and min(q.shape[-1], v.shape[-1]) < flex.SMALLEST_HEAD:
         return f"flex_attention takes no heads with fewer than {flex.SMALLEST_HEAD} channels"
     if q.device.type == "cuda" and q.dtype is torch.float64:

@@ -168,6 +168,19 @@ def test_a_window_no_smaller_than_the_sequence_is_causal(run_liger):
         torch.testing.assert_close(result, mistral(*inputs(), window))
 
 
+@pytest.mark.parametrize(("most", "pattern"), [(16, "causal"), (17, "window")])
+def test_a_window_no_smaller_than_any_sequence_is_causal(most, pattern):
+    options = {"liger.inner": "eager", "liger.strict": True, "liger.policy": "always"}
+    compiled = torch.compile(mistral, backend="liger", options=options)
+    for length in (12, 16):
+        args = inputs(length=length)
+        for x in args:
+            torch._dynamo.mark_dynamic(x, 2, min=2, max=most)
+        torch.testing.assert_close(compiled(*args, window=16), mistral(*args, window=16))
+    (report,) = liger_compile.reports()
+    assert [site.pattern for site in report.sites] == [f"attention.{pattern}"]
+
+
 def test_nowhere_but_on_a_gpu(run_liger):
     """Where Inductor has no backward for it."""
     _, (report,) = run_liger(mistral, *inputs(), policy="auto")

@@ -25,6 +25,7 @@ from liger_compile.terms.term import ConstVar, Scalar, Size, Space, Term
 
 HEADS = -3
 STAYS = "stays written out"
+SYMBOLIC = "its scores are multiplied by numbers that are known at run time only, as dynamic=True makes them"
 DEPTH = 8  # sums, products and choices between a product of queries and keys and its softmax
 
 
@@ -195,11 +196,12 @@ class _Scores:
     cap: Scalar | None = None
 
     def times(self, space: Space, factor: Scalar | Term) -> _Scores | None:
-        if isinstance(factor, Term) or isinstance(self.factor, Term):
+        if isinstance(factor, Term):
             is_first = self.factor == ONE and not self.masks and self.cap is None
-            return replace(self, factor=factor) if is_first and isinstance(factor, Term) else None
-        is_positive = factor.value > 0 and not factor.powers
-        if not is_positive and any(mask.dtype is torch.bool for mask in self.masks):
+            return replace(self, factor=factor) if is_first else None
+        if isinstance(self.factor, Term) or not factor.value:
+            return None
+        if factor.value < 0 and any(mask.dtype is torch.bool for mask in self.masks):
             return None
         masks = (
             mask
@@ -207,14 +209,14 @@ class _Scores:
             else normalize.mul(space, ((mask, 1),), factor, mask.dtype, mask.shape)
             for mask in self.masks
         )
+        scaled = replace(self, masks=tuple(masks))
         if self.cap is not None:
-            return replace(self, cap=self.cap * factor, masks=tuple(masks))
-        return replace(self, factor=self.factor * factor, masks=tuple(masks))
+            return replace(scaled, cap=self.cap * factor)
+        return replace(scaled, factor=self.factor * factor)
 
     def capped(self) -> _Scores | None:
-        if self.masks or self.cap is not None or isinstance(self.factor, Term):
-            return None
-        return replace(self, cap=ONE)
+        is_plain = not self.masks and self.cap is None and isinstance(self.factor, Scalar)
+        return replace(self, cap=ONE) if is_plain else None
 
     def plus(self, mask: Term) -> _Scores:
         return replace(self, masks=(*self.masks, mask))
@@ -260,10 +262,11 @@ def _scores(space: Space, term: Term, depth: int = DEPTH) -> _Scores | None:
     """The scores that `term` computes; None if it computes something else."""
     if not depth:
         return None
-    if term.op == "cast":
+    if term.op == "cast" and _is_floating(term):
         return _scores(space, term.args[0], depth)
     if term.op == "matmul":
-        return _Scores(*term.args)
+        q, k = term.args
+        return _Scores(q, k)
     if term.op == "mul":
         return _scaled(space, term, depth - 1)
     if term.op == "add" and term.consts[0] == ZERO and len(term.args) == 2:
@@ -290,10 +293,14 @@ def _scaled(space: Space, term: Term, depth: int) -> _Scores | None:
             number = _number(factor)
             if number is not None:
                 scalar = scalar * number**power
-            elif factor.dtype is None and others == [(factor, 1)] and scalar == ONE:  # known at run time only
-                return scores.times(space, factor)
-            else:
+            elif factor.dtype is not None:
                 return None
+            else:
+                is_alone = others == [(factor, 1)] and scalar == ONE
+                scaled = scores.times(space, factor) if is_alone else None
+                if scaled is None:
+                    raise _LeftError(SYMBOLIC)
+                return scaled
         return scores.times(space, scalar)
     return None
 
@@ -328,14 +335,18 @@ def _undropped(term: Term) -> tuple[Term, float]:
 
 
 def _uncast(term: Term) -> Term:
-    return _uncast(term.args[0]) if term.op == "cast" else term
+    return _uncast(term.args[0]) if term.op == "cast" and _is_floating(term) else term
+
+
+def _is_floating(term: Term) -> bool:
+    return term.dtype is None or term.dtype.is_floating_point
 
 
 def _exactly(space: Space, term: Term, dtype: torch.dtype | None) -> Term | None:
     """The numbers of `term` in `dtype`, if nothing has to be rounded for that."""
-    while term.op == "cast" and torch.promote_types(term.args[0].dtype, term.dtype) == term.dtype:
+    while term.op == "cast" and normalize.widens(term.args[0].dtype, term.dtype):
         term = term.args[0]
-    return normalize.cast(space, term, dtype) if torch.promote_types(term.dtype, dtype) == dtype else None
+    return normalize.cast(space, term, dtype) if normalize.widens(term.dtype, dtype) else None
 
 
 def _name(term: Term) -> str:

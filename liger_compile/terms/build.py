@@ -38,6 +38,7 @@ class Terms:
         self.nodes: dict[Term, list[Node]] = {}  # in graph order
         self.passes_through: set[Node] = set()  # nodes that only give back a value that they come from
         self.mutations = mutations
+        self.space.shape_env = _shape_env(graph)
         # Dynamo restores the mode of the frame around the backend.
         self._has_gradients, self._no_grad = torch.is_grad_enabled(), False
         placeholders = graph.find_nodes(op="placeholder") if calls else ()
@@ -141,6 +142,11 @@ def _brought_in(space: Space, term: Term) -> Term | None:
         args = tuple(made[arg] for arg in part.args)
         made[part] = space.intern(part.op, args, consts, part.dtype, part.shape)
     return made[term]
+
+
+def _shape_env(graph: Graph) -> Any:
+    sizes = (node.meta.get("example_value") for node in graph.nodes)
+    return next((size.node.shape_env for size in sizes if isinstance(size, torch.SymInt)), None)
 
 
 def _step(term: Term) -> Step | None:

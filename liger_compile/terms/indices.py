@@ -71,16 +71,18 @@ def mask_meaning(space: Space, mask: Term, queries: Size, keys: Size) -> Meaning
     key = ("mask", mask, queries, keys)
     if key not in space.found_out:
         try:
-            space.found_out[key] = _Reader(mask, queries, keys).meaning()
+            space.found_out[key] = _Reader(space, mask, queries, keys).meaning()
         except _UnreadError as why:
-            space.found_out[key] = _but_for_padding(mask, queries, keys) or Meaning("unknown", str(why))
+            space.found_out[key] = _but_for_padding(space, mask, queries, keys) or Meaning(
+                "unknown", str(why)
+            )
     return space.found_out[key]
 
 
-def _but_for_padding(mask: Term, queries: Size, keys: Size) -> Meaning | None:
+def _but_for_padding(space: Space, mask: Term, queries: Size, keys: Size) -> Meaning | None:
     """What a mask means that is known but for padding; None if it is not."""
     try:
-        reader = _Reader(mask, queries, keys, without_padding=True)
+        reader = _Reader(space, mask, queries, keys, without_padding=True)
         kind = reader.meaning().kind
     except _UnreadError:
         return None
@@ -153,11 +155,13 @@ def _of_size(size: Size) -> _Linear:
 class _Reader:
     """Reads one mask; its coordinates range over the sizes of the scores that it is applied to."""
 
-    def __init__(self, mask: Term, queries: Size, keys: Size, *, without_padding: bool = False) -> None:
+    def __init__(
+        self, space: Space, mask: Term, queries: Size, keys: Size, *, without_padding: bool = False
+    ) -> None:
         if len(mask.shape) < 2 or mask.shape[-1] not in (1, keys) or mask.shape[-2] not in (1, queries):
             shape = ", ".join(map(str, mask.shape))
             raise _UnreadError(f"its shape ({shape}) is not that of {queries} queries and {keys} keys")
-        self.mask, self.is_square = mask, queries == keys
+        self.space, self.mask, self.is_square = space, mask, queries == keys
         self.sizes = {dim: _of_size(mask.shape[dim]) for dim in range(-len(mask.shape), 0)}
         self.sizes.update({-1: _of_size(keys), -2: _of_size(queries)})
         self.without_padding = without_padding
@@ -204,11 +208,14 @@ class _Reader:
                 most = most.plus(_Linear(0, frozenset(((part, 1),))), coefficient)
             elif coefficient > 0:
                 most = most.plus(self.sizes[part].plus(_Linear(-1)), coefficient)
-        bound = most.constant  # at sizes of one, of which it has to be a bound for all others
+        bound = most.constant  # at sizes of one, or as large as they may be
         for size, coefficient in most.parts:
-            if isinstance(size, int) or coefficient > 0 or not (size.is_integer and size.is_positive):
+            if isinstance(size, int) or not (size.is_integer and size.is_positive):
                 return False
-            bound += coefficient
+            extreme = self.space.most(size) if coefficient > 0 else 1
+            if extreme is None:
+                return False
+            bound += coefficient * extreme
         return bound <= 0
 
     def fails(self, form: _Linear) -> bool:
@@ -475,8 +482,9 @@ def _window_size(form: _Linear) -> int | ConstVar | None:
     if not form.parts:
         return int(form.constant)
     ((part, coefficient), *others) = form.parts
-    is_capture = isinstance(part, _Capture) and not others and (coefficient, form.constant) == (1, 0)
-    return ConstVar(part.name) if is_capture else None
+    if isinstance(part, _Capture) and not others and (coefficient, form.constant) == (1, 0):
+        return ConstVar(part.name)
+    return None
 
 
 def _is_whole(number: float) -> bool:

@@ -62,12 +62,12 @@ def cast(space: Space, term: Term, dtype: torch.dtype | None) -> Term:
     """term in `dtype`; no cast where it has that dtype, and none through a wider one and back."""
     if dtype is None or term.dtype is None or term.dtype == dtype:
         return term
-    if term.op == "cast" and _widens(term.args[0].dtype, term.dtype):
+    if term.op == "cast" and widens(term.args[0].dtype, term.dtype):
         return cast(space, term.args[0], dtype)
     return space.intern("cast", (term,), (dtype,), dtype, term.shape)
 
 
-def _widens(narrow: torch.dtype | None, wide: torch.dtype | None) -> bool:
+def widens(narrow: torch.dtype | None, wide: torch.dtype | None) -> bool:
     """Every value of `narrow` is a value of `wide`."""
     if narrow is None or wide is None or not (narrow.is_floating_point and wide.is_floating_point):
         return False

@@ -16,6 +16,7 @@ from typing import Any
 
 import sympy
 import torch
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 Size = int | sympy.Expr  # a dimension: static, or symbolic as in SymInt.node.expr
 
@@ -128,7 +129,8 @@ class Space:
         self._make_bare = make_bare
         self.same_bare: dict[Term, list[Term]] = {}  # bare -> the terms that round it in different ways
         self.parts: dict[Term, list[Term]] = {}  # term -> its views and slices
-        self.found_out: dict[Any, Any] = {}  # by indices.py, of masks
+        self.found_out: dict[Any, Any] = {}  # by indices.py, of masks, and by attention.py
+        self.shape_env: ShapeEnv | None = None  # that knows the ranges of symbolic sizes
         self.none = self.intern("none", (), (), None, ())
 
     def intern(
@@ -152,6 +154,13 @@ class Space:
             if op in ("view", "slice"):
                 self.parts.setdefault(args[0], []).append(term)
         return term
+
+    def most(self, size: Size) -> int | None:
+        """The largest that a size may be, as the guards of the graph have it; None if nothing is known."""
+        if isinstance(size, int) or self.shape_env is None:
+            return size if isinstance(size, int) else None
+        upper = self.shape_env.bound_sympy(size).upper
+        return int(upper) if upper.is_Integer else None
 
     def number(self, scalar: Scalar) -> Term:
         """A constant."""

@@ -49,7 +49,9 @@ def test_dynamic(name: str) -> None:
     for length in LENGTHS:
         inputs = batch(family, length)
         assert_within(step(function, model, *inputs), step(family.loss, model, *inputs), EXACT)
-    assert_replaced(family.counts)  # and so compiled once
+    # A cap is a number that is known at run time only, which flex_attention does not take.
+    capped = {op for op in family.counts if op.startswith("attention.capped")}
+    assert_replaced({op: n for op, n in family.counts.items() if op not in capped})  # and so compiled once
 
 
 def test_dynamic_where_not_all_sites_are_found() -> None:

@@ -220,12 +220,6 @@ def by_an_input(q, k, v):
     return F.scaled_dot_product_attention(q, k, v, causal_mask(q) & (k[:, 0, :, 0] > -9)[:, None, None, :])
 
 
-def window(q, k, v):
-    i = torch.arange(q.shape[-2])
-    mask = (i[None, :] <= i[:, None]) & (i[None, :] > i[:, None] - 4)
-    return F.scaled_dot_product_attention(q, k, v, mask)
-
-
 def written_over(q, k, v):
     mask = torch.ones(q.shape[-2], q.shape[-2], dtype=torch.bool).tril()
     mask[0, 1] = True
@@ -237,7 +231,7 @@ def later_keys(q, k, v):
     return F.scaled_dot_product_attention(q, k, v, (i[None, :] + 1 <= i[:, None] + 1) & (i[None, :] != 3))
 
 
-@pytest.mark.parametrize("function", [off_by_one, by_an_input, window, written_over, later_keys])
+@pytest.mark.parametrize("function", [off_by_one, by_an_input, written_over, later_keys])
 @pytest.mark.parametrize("is_dynamic", [False, True], ids=["static", "dynamic"])
 def test_other_masks_are_kept_and_it_says_why(function, is_dynamic):
     args = inputs(HEADS)

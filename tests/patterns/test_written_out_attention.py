@@ -289,12 +289,6 @@ def bias(q):
     return torch.linspace(-1, 1, q.shape[-2]).expand(q.shape[-2], -1)
 
 
-def fixed_window(q, k, v):
-    i = torch.arange(q.shape[-2])
-    mask = (i[None, :] <= i[:, None]) & (i[None, :] > i[:, None] - 4)
-    return attended(q, k, v, torch.zeros(()).masked_fill(~mask, -math.inf))
-
-
 def mildly_hidden(q, k, v):
     scores = (q @ repeat_kv(k).mT).masked_fill(~lower(q), -1e9)
     return scores.softmax(-1) @ repeat_kv(v)
@@ -314,6 +308,14 @@ def in_another_precision(q, k, v):
     return (q @ repeat_kv(k).mT * 0.25 + additive(q)).softmax(-1).bfloat16() @ repeat_kv(v).bfloat16()
 
 
+def in_whole_numbers(q, k, v):
+    return (q @ repeat_kv(k).mT + additive(q)).softmax(-1).mul(9).long().to(q.dtype) @ repeat_kv(v)
+
+
+def of_whole_numbers(q, k, v):
+    return (q @ repeat_kv(k).mT).long().float().softmax(-1) @ repeat_kv(v)
+
+
 def written_over(q, k, v):
     scores = q @ repeat_kv(k).mT * 0.25
     scores.masked_fill_(~lower(q), -math.inf)
@@ -326,11 +328,11 @@ STAYS = {
         lambda q, k, v: attended(q, k, v, v[:, :, 0, :12].mean()),
         "for its mask 1x: its",
     ),
-    "a window": (fixed_window, "for its mask 1x: it is causal within a window of 4"),
     "-1e9": (mildly_hidden, "1x: it sets what it hides to -1e+09, and not to -inf"),
     "a negative scale": (hidden_and_negative, "1x: what its softmax is taken of"),
     "sinks": (sinks, "1x: its softmax takes in other scores"),
     "weights of another precision": (in_another_precision, "1x: its scores are of float32 and float32"),
+    "scores cut off": (of_whole_numbers, "1x: what its softmax is taken of"),
     "written over": (written_over, "1x: what its softmax is taken of"),
 }
 
@@ -345,7 +347,8 @@ def test_what_stays_says_why(run_liger, name):
 
 def test_a_softmax_over_something_else_is_no_attention(run_liger):
     def f(q, k, v):
-        return (q @ repeat_kv(k).mT).softmax(-2) @ repeat_kv(v), q.softmax(-1) @ v[:, :1].mT
+        first = (q @ repeat_kv(k).mT).softmax(-2) @ repeat_kv(v)
+        return first, q[..., :LENGTH].softmax(-1) @ v[:, :1], in_whole_numbers(q, k, v)
 
     result, sites, _ = sites_and_notes(run_liger, f, *inputs())
     assert not sites
