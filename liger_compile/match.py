@@ -48,7 +48,9 @@ def find_matches(
         skeleton = _skeleton(pattern)
         by_op.setdefault(skeleton.outputs[0].bare.op, []).append((pattern, skeleton))
 
-    found: list[tuple[int, Match]] = []  # with the number of operations in it, casts counted
+    found: list[
+        tuple[tuple[int, int], Match]
+    ] = []  # with the number of operations, without casts and with them
     attempts: list[NearMiss] = []
     taken: set[tuple[Pattern, Node]] = set()
     for node in graph.nodes:
@@ -68,7 +70,7 @@ def find_matches(
     order = {pattern: rank for rank, pattern in enumerate(patterns)}
     found.sort(  # of two as large, the one that takes in more of the graph: a bias that is added separately
         key=lambda item: (
-            -item[0],
+            *(-size for size in item[0]),
             -len(item[1].nodes),
             order[item[1].pattern],
             index.position[item[1].outputs[0]],
@@ -196,7 +198,7 @@ class _Attempt:
 
     def __init__(self, pattern: Pattern, skeleton: _Skeleton, index: _Index, root: Node) -> None:
         self.pattern, self.skeleton, self.index, self.root = pattern, skeleton, index, root
-        self.size = 0  # of the pattern as it was matched, casts counted
+        self.size = (0, 0)  # of the pattern as it was matched: without casts, and with them
         space = index.terms.space
         self._bare = Unifier(space, self._can_bind_bare, index.weight, is_exact=False)
         self._exact = Unifier(space, self._can_bind_exact, index.weight, is_exact=True)
@@ -216,7 +218,8 @@ class _Attempt:
                     continue
                 exact = next(self._outputs(self._exact, wanted, places), None)
                 if exact is not None:
-                    self.size = sum(len(output.operations()) for output in wanted)
+                    forms = ([output.bare for output in wanted], wanted)
+                    self.size = tuple(sum(len(o.operations()) for o in outputs) for outputs in forms)
                     return self._made(*exact)
         return None
 

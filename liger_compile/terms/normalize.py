@@ -64,6 +64,8 @@ def cast(space: Space, term: Term, dtype: torch.dtype | None) -> Term:
         return term
     if term.op == "cast" and _widens(term.args[0].dtype, term.dtype):
         return cast(space, term.args[0], dtype)
+    if term.op in ("rotate_half", "rotate_pairs"):  # here it moves in, so that what is turned is one value
+        return space.intern(term.op, (cast(space, term.args[0], dtype),), (), dtype, term.shape)
     return space.intern("cast", (term,), (dtype,), dtype, term.shape)
 
 
