@@ -6,6 +6,7 @@ Sources  Su et al. 2021, "RoFormer". Which channels make a pair, and how the tab
          half           channel i with i + R/2, full tables       Llama, GPT-NeoX and most others
          interleaved    channel 2i with 2i + 1, full tables       GPT-J, Cohere, GLM-4
          half_tables    as half, tables for half of the channels  GPT-OSS
+         interleaved_tables  as interleaved, tables likewise
          to_half        reads interleaved, writes halves          DeepSeek-V3
          complex        as interleaved, one complex table         Meta's Llama, torchtitan
 
@@ -38,6 +39,11 @@ def half_tables(x, cos, sin):
     return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
 
 
+def interleaved_tables(x, cos, sin):
+    a, b = x[..., ::2], x[..., 1::2]
+    return torch.stack((a * cos - b * sin, b * cos + a * sin), -1).flatten(-2)
+
+
 def to_half(x, cos, sin):
     a, b = x[..., ::2], x[..., 1::2]
     return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
@@ -53,6 +59,7 @@ LAYOUTS = {
     half: {"layout": "half"},
     interleaved: {"layout": "interleaved"},
     half_tables: {"layout": "half", "half_tables": True},
+    interleaved_tables: {"layout": "interleaved", "half_tables": True},
     to_half: {"layout": "interleaved_to_half", "half_tables": True},
 }
 
@@ -65,7 +72,7 @@ def check(match: Match) -> str | None:
     return None
 
 
-def _check_width(is_half: bool, is_partial: bool) -> Callable[[Match], str | None]:
+def _check_width(is_half: bool, is_partial: bool, keeps_dtype: bool) -> Callable[[Match], str | None]:
     """Tables that broadcast along the channels are no tables of angles."""
 
     def check_width(match: Match) -> str | None:
@@ -73,6 +80,8 @@ def _check_width(is_half: bool, is_partial: bool) -> Callable[[Match], str | Non
         turned = 2 * cos if is_half else cos
         if cos != sin or turned % 2 or (turned > channels if is_partial else turned != channels):
             return f"cos and sin have {cos} and {sin} channels, which is no angle for each pair of {channels}"
+        if keeps_dtype and "k" in match.captures and match["q"].dtype != match["k"].dtype:
+            return f"q is {match['q'].dtype} and k {match['k'].dtype}, and the op would round both to one of the two"
         return check(match)
 
     return check_width
@@ -122,7 +131,7 @@ def _pattern(layout: Callable, keeps_dtype: bool, is_partial: bool, is_pair: boo
         name="rotary." + "_".join([layout.__name__, *(trait for trait, has in traits.items() if has)]),
         search=search_pair if is_pair else search,
         replace=replace,
-        check=_check_width("half_tables" in LAYOUTS[layout], is_partial),
+        check=_check_width("half_tables" in LAYOUTS[layout], is_partial, keeps_dtype),
         saves=lambda match: 0,
         examples={**heads, "cos": table, "sin": table},
     )

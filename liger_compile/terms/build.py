@@ -17,7 +17,7 @@ from torch.fx.node import map_arg
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
-from liger_compile.terms import identities
+from liger_compile.terms import identities, normalize
 from liger_compile.terms.call import IntVar, NumberVar, StrVar, Value, opaque
 from liger_compile.terms.mutation import Mutations
 from liger_compile.terms.operators import call
@@ -90,6 +90,10 @@ class Terms:
             return nodes[0], ()
         step = _step(term)
         base = self.derive(term.args[0]) if step else None
+        if base is None and term.op == "cast" and term.args[0].op == "mul":
+            factor = term.args[0]  # a sign moves into a cast, and may have to come out of it again
+            if len(factor.args) == 1 and factor.consts == (normalize.MINUS_ONE, 1):
+                base, step = self.derive(normalize.cast(self.space, factor.args[0], term.dtype)), operator.neg
         return None if base is None or step is None else (base[0], (*base[1], step))
 
 
