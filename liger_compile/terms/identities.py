@@ -26,7 +26,6 @@ from liger_compile.terms.normalize import (
 )
 from liger_compile.terms.term import Scalar, Size, Space, Term, close
 
-
 NO_CLASS = -100  # what cross_entropy ignores where it ignores nothing
 
 
