@@ -72,7 +72,7 @@ def check(match: Match) -> str | None:
     return None
 
 
-def _check_width(is_half: bool, is_partial: bool, keeps_dtype: bool) -> Callable[[Match], str | None]:
+def _check_width(is_half: bool, is_partial: bool) -> Callable[[Match], str | None]:
     """Tables that broadcast along the channels are no tables of angles."""
 
     def check_width(match: Match) -> str | None:
@@ -80,8 +80,6 @@ def _check_width(is_half: bool, is_partial: bool, keeps_dtype: bool) -> Callable
         turned = 2 * cos if is_half else cos
         if cos != sin or turned % 2 or (turned > channels if is_partial else turned != channels):
             return f"cos and sin have {cos} and {sin} channels, which is no angle for each pair of {channels}"
-        if keeps_dtype and "k" in match.captures and match["q"].dtype != match["k"].dtype:
-            return f"q is {match['q'].dtype} and k {match['k'].dtype}, and the op would round both to one of the two"
         return check(match)
 
     return check_width
@@ -118,7 +116,8 @@ def _pattern(layout: Callable, keeps_dtype: bool, is_partial: bool, is_pair: boo
         return rotation(q, cos, sin)
 
     def search_pair(q, k, cos, sin):
-        return rotation(q, cos, sin), rotation(k, cos, sin)
+        turned = rotation(k, cos, sin)  # the op gives both in one dtype
+        return rotation(q, cos, sin), turned.to(q.dtype) if keeps_dtype else turned
 
     def replace(q, cos, sin, k=None):
         out_dtype = q.dtype if keeps_dtype else None
@@ -131,7 +130,7 @@ def _pattern(layout: Callable, keeps_dtype: bool, is_partial: bool, is_pair: boo
         name="rotary." + "_".join([layout.__name__, *(trait for trait, has in traits.items() if has)]),
         search=search_pair if is_pair else search,
         replace=replace,
-        check=_check_width("half_tables" in LAYOUTS[layout], is_partial, keeps_dtype),
+        check=_check_width("half_tables" in LAYOUTS[layout], is_partial),
         saves=lambda match: 0,
         examples={**heads, "cos": table, "sin": table},
     )
@@ -142,7 +141,7 @@ def _complex_pattern(is_pair: bool) -> Pattern:
         return complex_(q, freqs)
 
     def search_pair(q, k, freqs):
-        return complex_(q, freqs), complex_(k, freqs)
+        return complex_(q, freqs), complex_(k, freqs).to(q.dtype)
 
     def replace(q, freqs, k=None):
         return functional.rotary_complex(q, k, freqs)
