@@ -59,7 +59,9 @@ def find_matches(
         skeleton = _skeleton(pattern)
         by_op.setdefault(skeleton.outputs[0].bare.op, []).append((pattern, skeleton))
 
-    found: list[tuple[int, Match]] = []  # with the number of operations in it, casts counted
+    found: list[
+        tuple[tuple[int, int], Match]
+    ] = []  # with the number of operations, without casts and with them
     failed: list[_Attempt] = []
     taken: set[tuple[Pattern, Node]] = set()
     for node in graph.nodes:
@@ -79,7 +81,7 @@ def find_matches(
     order = {pattern: rank for rank, pattern in enumerate(patterns)}
     found.sort(  # of two as large, the one that takes in more of the graph: a bias that is added separately
         key=lambda item: (
-            -item[0],
+            *(-size for size in item[0]),
             -len(item[1].nodes),
             order[item[1].pattern],
             index.position[item[1].outputs[0]],
@@ -240,7 +242,7 @@ class _Attempt:
 
     def __init__(self, pattern: Pattern, skeleton: _Skeleton, index: _Index, root: Node) -> None:
         self.pattern, self.skeleton, self.index, self.root = pattern, skeleton, index, root
-        self.size = 0  # of the pattern as it was matched, casts counted
+        self.size = (0, 0)  # of the pattern as it was matched: without casts, and with them
         space = index.terms.space
         self._bare = Unifier(space, self._can_bind_bare, is_exact=False)
         self._exact = Unifier(space, self._can_bind_exact, is_exact=True)
@@ -253,7 +255,9 @@ class _Attempt:
         for places, wanted, _ in self.candidates():
             exact = next(self._outputs(self._exact, wanted, places), None)
             if exact is not None:
-                self.size = sum(len(output.operations()) for output in wanted)
+                forms = ([output.bare for output in wanted], wanted)
+                without, with_casts = (sum(len(o.operations()) for o in outputs) for outputs in forms)
+                self.size = without, with_casts
                 return self._made(*exact)
         return None
 
@@ -316,13 +320,15 @@ class _Attempt:
 
     def _assignments(self, env: Bindings) -> Iterator[dict[str, Any]]:
         """The shapes and dtypes that the captures of a skeleton match may have."""
-        choices = []
+        choices, dtype = [], self.index.terms.of[self.root].dtype
         for name in self.skeleton.tensors:
             bare = env.get(name)
             if bare is None or bare.op == "none":
                 choices.append([(name, None)])
                 continue
-            choices.append([(name, each) for each in sorted(self.index.described(bare), key=str)])
+            # Those in the dtype of the output first: there are more ways to combine them than are tried.
+            described = sorted(self.index.described(bare), key=lambda each: (each[1] != dtype, str(each)))
+            choices.append([(name, each) for each in described])
         yield from (dict(choice) for choice in itertools.islice(itertools.product(*choices), ASSIGNMENTS))
 
     def _exact_terms(self, tensors: dict[str, Any]) -> tuple[Term, ...] | None:

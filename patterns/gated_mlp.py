@@ -23,6 +23,11 @@ def geglu(gate, up, approximate: str):
     return F.gelu(gate, approximate=approximate) * up
 
 
+def swiglu_upcast(gate, up):
+    """In float32, rounded once to the dtype of up: the gates of gated norms."""
+    return (F.silu(gate.float()) * up.float()).to(up.dtype)
+
+
 def check(match: Match) -> str | None:
     """Gate and up have to be of one shape: a gate that broadcasts is something else."""
     if "gate_up" in match.captures:
@@ -123,6 +128,14 @@ PATTERNS = (
     Pattern(
         name="gated_mlp.swiglu_product",
         search=swiglu,
+        replace=lambda gate, up: functional.swiglu(gate, up),
+        check=check,
+        saves=lambda match: 0,
+        examples=_GATE_AND_UP,
+    ),
+    Pattern(
+        name="gated_mlp.swiglu_product_upcast",
+        search=swiglu_upcast,
         replace=lambda gate, up: functional.swiglu(gate, up),
         check=check,
         saves=lambda match: 0,

@@ -53,7 +53,7 @@ def saved_bytes(match: Match) -> int | None:
     return bytes_ if isinstance(bytes_, int) else None
 
 
-def _pattern(rounding: str, has_softcap: bool) -> Pattern:
+def _pattern(rounding: str, has_softcap: bool, is_negative: bool = False) -> Pattern:
     after_head, before_loss = _ROUNDINGS[rounding]
 
     def loss_of(logits, target, class_weight, ignore_index, reduction, label_smoothing):
@@ -80,6 +80,20 @@ def _pattern(rounding: str, has_softcap: bool) -> Pattern:
         logits = after_head(F.linear(x, weight, bias)) * scale
         return loss_of(logits, target, class_weight, ignore_index, reduction, label_smoothing)
 
+    def search_negative(
+        x,
+        weight,
+        bias: torch.Tensor | None,
+        target,
+        class_weight: torch.Tensor | None,
+        scale: float,
+        ignore_index: int,
+        reduction: str,
+        label_smoothing: float,
+    ):
+        """Log-probabilities, as they are gathered from a log_softmax."""
+        return -search(x, weight, bias, target, class_weight, scale, ignore_index, reduction, label_smoothing)
+
     def search_softcap(
         x,
         weight,
@@ -99,8 +113,11 @@ def _pattern(rounding: str, has_softcap: bool) -> Pattern:
         loss = functional.linear_cross_entropy(
             x, weight, target, bias, logit_scale=scale, softcap=softcap, memory=loss_memory, **loss_arguments
         )
-        return loss.to(x.dtype) if not rounding else loss
+        loss = loss.to(x.dtype) if not rounding else loss
+        return -loss if is_negative else loss
 
+    by_name = {"plain": search, "softcap": search_softcap, "log_probability": search_negative}
+    name = "softcap" if has_softcap else "log_probability" if is_negative else "plain"
     examples = {
         "x": torch.empty(6, 8),
         "weight": torch.empty(11, 8),
@@ -114,8 +131,8 @@ def _pattern(rounding: str, has_softcap: bool) -> Pattern:
         "label_smoothing": 0.1,
     }
     return Pattern(
-        name=f"linear_cross_entropy.{'softcap' if has_softcap else 'plain'}{rounding}",
-        search=search_softcap if has_softcap else search,
+        name=f"linear_cross_entropy.{name}{rounding}",
+        search=by_name[name],
         replace=replace,
         profit=profit,
         saves=saved_bytes,
@@ -124,4 +141,7 @@ def _pattern(rounding: str, has_softcap: bool) -> Pattern:
     )
 
 
-PATTERNS = tuple(_pattern(rounding, has_softcap) for has_softcap in (True, False) for rounding in _ROUNDINGS)
+PATTERNS = (
+    *(_pattern(rounding, has_softcap) for has_softcap in (True, False) for rounding in _ROUNDINGS),
+    *(_pattern(rounding, has_softcap=False, is_negative=True) for rounding in _ROUNDINGS),
+)

@@ -6,6 +6,7 @@ Sources  Su et al. 2021, "RoFormer". Which channels make a pair, and how the tab
          half           channel i with i + R/2, full tables       Llama, GPT-NeoX and most others
          interleaved    channel 2i with 2i + 1, full tables       GPT-J, Cohere, GLM-4
          half_tables    as half, tables for half of the channels  GPT-OSS
+         interleaved_tables  as interleaved, tables likewise
          to_half        reads interleaved, writes halves          DeepSeek-V3
          complex        as interleaved, one complex table         Meta's Llama, torchtitan
 
@@ -38,6 +39,11 @@ def half_tables(x, cos, sin):
     return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
 
 
+def interleaved_tables(x, cos, sin):
+    a, b = x[..., ::2], x[..., 1::2]
+    return torch.stack((a * cos - b * sin, b * cos + a * sin), -1).flatten(-2)
+
+
 def to_half(x, cos, sin):
     a, b = x[..., ::2], x[..., 1::2]
     return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
@@ -53,6 +59,7 @@ LAYOUTS = {
     half: {"layout": "half"},
     interleaved: {"layout": "interleaved"},
     half_tables: {"layout": "half", "half_tables": True},
+    interleaved_tables: {"layout": "interleaved", "half_tables": True},
     to_half: {"layout": "interleaved_to_half", "half_tables": True},
 }
 
@@ -109,7 +116,8 @@ def _pattern(layout: Callable, keeps_dtype: bool, is_partial: bool, is_pair: boo
         return rotation(q, cos, sin)
 
     def search_pair(q, k, cos, sin):
-        return rotation(q, cos, sin), rotation(k, cos, sin)
+        turned = rotation(k, cos, sin)  # the op gives both in one dtype
+        return rotation(q, cos, sin), turned.to(q.dtype) if keeps_dtype else turned
 
     def replace(q, cos, sin, k=None):
         out_dtype = q.dtype if keeps_dtype else None
@@ -133,7 +141,7 @@ def _complex_pattern(is_pair: bool) -> Pattern:
         return complex_(q, freqs)
 
     def search_pair(q, k, freqs):
-        return complex_(q, freqs), complex_(k, freqs)
+        return complex_(q, freqs), complex_(k, freqs).to(q.dtype)
 
     def replace(q, freqs, k=None):
         return functional.rotary_complex(q, k, freqs)

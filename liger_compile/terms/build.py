@@ -17,7 +17,7 @@ from torch.fx.node import map_arg
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
-from liger_compile.terms import identities
+from liger_compile.terms import identities, normalize
 from liger_compile.terms.call import IntVar, NumberVar, StrVar, Value, opaque
 from liger_compile.terms.indices import OPERATIONS
 from liger_compile.terms.mutation import Mutations
@@ -118,9 +118,24 @@ class Terms:
         nodes = self.nodes.get(term)
         if nodes:
             return nodes[0], ()
+        moved = self._before_moving(term)
+        if moved is not None:
+            return moved
         step = _step(term)
         base = self.derive(term.args[0]) if step else None
         return None if base is None or step is None else (base[0], (*base[1], step))
+
+    def _before_moving(self, term: Term) -> tuple[Node, tuple[Step, ...]] | None:
+        """A slice, a view or the negative of a cast: terms have the cast outside, where no node may have it."""
+        inner = term.args[0] if term.op == "cast" else term
+        is_negative = inner.op == "mul" and inner.consts == (normalize.MINUS_ONE, 1)
+        step = _step(inner) if inner.op in ("slice", "view", "permute") or is_negative else None
+        if step is None or inner is term:
+            return None
+        whole = normalize.cast(self.space, inner.args[0], term.dtype)
+        nodes = self.nodes.get(whole)
+        base = (nodes[0], ()) if nodes else self._before_moving(whole)
+        return None if base is None else (base[0], (*base[1], step))
 
 
 def _brought_in(space: Space, term: Term) -> Term | None:

@@ -27,6 +27,8 @@ from liger_compile.terms.normalize import (
 )
 from liger_compile.terms.term import Scalar, Size, Space, Term, close
 
+NO_CLASS = -100  # what cross_entropy ignores where it ignores nothing
+
 
 def new_space() -> Space:
     """An empty space whose terms are normalised by the identities of this file."""
@@ -352,6 +354,41 @@ def _nll_of_log_softmax(space: Space, term: Term) -> Term | None:
     return apply(space, "cross_entropy", args, (*term.consts, 0.0), term.dtype, term.shape)
 
 
+def _gathered_log_softmax(space: Space, term: Term) -> Term | None:
+    """gather(log_softmax(x), t) -> -cross_entropy(x, t), token by token; an index is a class, so none is ignored"""
+    scores, index = term.args
+    if scores.op != "log_softmax" or scores.consts != term.consts or not _picks_one(term):
+        return None
+    return _picked_loss(space, scores.args[0], index, term, MINUS_ONE)
+
+
+def _logsumexp_less_gathered(space: Space, term: Term) -> Term | None:
+    """logsumexp(x) - gather(x, t) -> cross_entropy(x, t), token by token"""
+    for total, picked in _addends(term):
+        total, logits = _unviewed(total), _unviewed(_negated(picked) or total)
+        is_loss = total.op == "logsumexp" and logits.op == "gather" and _picks_one(logits)
+        if is_loss and total.args[0] is logits.args[0] and total.consts == logits.consts:
+            return _picked_loss(space, *logits.args, term, ONE)
+    return None
+
+
+def _picks_one(gathered: Term) -> bool:
+    """One class of each token, and not of some of them."""
+    scores, index = gathered.args
+    return gathered.consts == (-1,) and index.shape == (*scores.shape[:-1], 1)
+
+
+def _picked_loss(space: Space, logits: Term, index: Term, like: Term, sign: Scalar) -> Term:
+    target, dtype = view(space, index, *index.shape[:-1]), logits.dtype
+    args, consts = (logits, target, space.none), (NO_CLASS, "none", 0.0)
+    loss = apply(space, "cross_entropy", args, consts, dtype, target.shape)
+    return view(space, mul(space, ((loss, 1),), sign, dtype, target.shape), *like.shape)
+
+
+def _unviewed(term: Term) -> Term:
+    return term.args[0] if term.op == "view" else term
+
+
 def _loss_over_tokens(space: Space, term: Term) -> Term | None:
     """cross_entropy(view(x, (n, v)), view(t, n)) -> cross_entropy(x, t): tokens come in any leading shape"""
     logits, target, weight = term.args
@@ -428,7 +465,8 @@ RULES: Mapping[str, tuple[Callable[[Space, Term], Term | None], ...]] = {
         _softmax_of_batches,
     ),
     "matmul": (_matmul_is_linear, written_out),
-    "add": (_linear_with_bias,),
+    "add": (_linear_with_bias, _logsumexp_less_gathered),
+    "gather": (_gathered_log_softmax,),
     "nll_loss": (_nll_of_log_softmax,),
     "cross_entropy": (_loss_over_tokens,),
 }

@@ -64,6 +64,8 @@ def cast(space: Space, term: Term, dtype: torch.dtype | None) -> Term:
         return term
     if term.op == "cast" and widens(term.args[0].dtype, term.dtype):
         return cast(space, term.args[0], dtype)
+    if term.op in ("rotate_half", "rotate_pairs"):  # here it moves in, so that what is turned is one value
+        return space.intern(term.op, (cast(space, term.args[0], dtype),), (), dtype, term.shape)
     return space.intern("cast", (term,), (dtype,), dtype, term.shape)
 
 
@@ -169,6 +171,9 @@ def _unbroadcast(space: Space, term: Term) -> Term:
     if term.op == "cast":
         return cast(space, _unbroadcast(space, term.args[0]), term.dtype)
     inner = term.args[0] if term.args else term
+    if term.op == "mul" and len(term.args) == 1 and inner.shape == term.shape:
+        inner = _unbroadcast(space, inner)  # a view moves into a product with a number
+        return mul(space, ((inner, term.consts[1]),), term.consts[0], term.dtype, inner.shape)
     adds_ones = term.op == "view" and term.shape == (1,) * (len(term.shape) - len(inner.shape)) + inner.shape
     return _unbroadcast(space, inner) if term.op == "expand" or adds_ones else term
 

@@ -262,6 +262,18 @@ def _softmax(op: str):
     return make
 
 
+def _logsumexp(call, input, dim, keepdim=False):
+    dims = dim if isinstance(dim, (tuple, list)) else (dim,)
+    if len(dims) != 1:
+        return None
+    return _reduce("logsumexp")(call, input, dims, keepdim)
+
+
+def _gather(call, input, dim, index, *, sparse_grad=False):
+    consts = (negative(dim, len(input.shape)),)
+    return normalize.apply(call.space, "gather", (input, index), consts, call.dtype, call.shape)
+
+
 def _rms_norm(call, input, normalized_shape, weight=None, eps=None):
     """Written out as its formula, in float32 at least, as torch computes it."""
     space, shape, dims = call.space, call.shape, tuple(range(-len(normalized_shape), 0))
@@ -423,7 +435,7 @@ TABLE: Mapping[str, Callable[..., Any]] = {
     "mean": _reduce("mean"), "sum": _reduce("sum"), "norm": _norm, "linalg_vector_norm": _vector_norm,
     "vector_norm": _vector_norm, "softmax": _softmax("softmax"), "log_softmax": _softmax("log_softmax"),
     "rms_norm": _rms_norm, "layer_norm": _layer_norm, "linear": _linear, "addmm": _addmm, "matmul": _matmul,
-    "baddbmm": _baddbmm, "einsum": _einsum, "complex": _complex,
+    "baddbmm": _baddbmm, "einsum": _einsum, "complex": _complex, "logsumexp": _logsumexp, "gather": _gather,
     "cross_entropy": _cross_entropy, "nll_loss": _nll_loss, "scaled_dot_product_attention": attention,
     **LAYOUT_TABLE, **INDEX_TABLE,
     "view_as_complex": _reinterpreted("view_as_complex"), "view_as_real": _reinterpreted("view_as_real"),

@@ -54,7 +54,7 @@ class Unifier:
         (want, have), rest = goals[0], goals[1:]
         if want.op == "var":
             yield from self._bind(want, have, rest, env)
-        elif want.op in ("view", "slice") and want.args[0].op == "var" and have.op == want.op:
+        elif want.op in ("view", "slice") and want.args[0].op == "var" and _uncast(have).op == want.op:
             yield from self._part(want, have, rest, env)
         elif want.op in ("mul", "add"):
             yield from self._multiset(want, have, rest, env)
@@ -80,16 +80,18 @@ class Unifier:
         """A view of a capture: views of views and slices of slices are one term, so the capture may be what the
         graph's term is made of, or another part of that.
         """
-        (var,), (base,) = want.args, have.args
+        (var,), inner = want.args, _uncast(have)  # a cast of a part is a part of the cast
+        base = normalize.cast(self.space, inner.args[0], have.dtype)
         bound = env.get(var.consts[0])
-        parts = [part for part in self.space.parts.get(base, ()) if part.op == want.op][:PARTS]
+        parts = [part for part in self.space.parts.get(inner.args[0], ()) if part.op == want.op][:PARTS]
+        parts = [normalize.cast(self.space, part, have.dtype) for part in parts]
         for whole in (base, *parts) if bound is None else (bound,):
             if bound is None and not self.can_bind(var, whole):
                 continue
             if self.is_exact:
                 is_part = normalize.LAYOUT[want.op](self.space, whole, *want.consts) is have
             else:  # bounds and sizes are the exact pass's business, the dimension of a slice is not
-                is_part = want.op == "view" or want.consts[0] == have.consts[0]
+                is_part = want.op == "view" or want.consts[0] == inner.consts[0]
                 is_part = is_part and (whole is base or whole in parts)
             if is_part:
                 yield from self._solve(rest, {**env, var.consts[0]: whole})
@@ -207,7 +209,7 @@ class Unifier:
             return
         (term, power), others = inner[0], inner[1:]
         for at, (operand, exponent) in enumerate(operands):
-            if exponent == power and term.op in (operand.op, "mul"):
+            if exponent == power and term.op in (operand.op, _uncast(operand).op, "mul"):
                 left = operands[:at] + operands[at + 1 :]
                 for goals, still_left in self._assigned(others, left):
                     yield [(term, operand), *goals], still_left
@@ -241,15 +243,18 @@ class Unifier:
         if scaled is None:
             return
         for parts in _partitions(left, unbound, may_join=True):
-            goals = self._products(parts, scaled[0], want.dtype)
-            if goals is not None:
-                yield goals
+            for taker in range(len(parts) if scaled[0] != normalize.ONE else 1):
+                goals = self._products(parts, scaled[0], taker, want.dtype)
+                if goals is not None:
+                    yield goals
 
-    def _products(self, parts: list, ratio: Scalar, dtype: torch.dtype | None) -> list[Goal] | None:
-        """Binds each capture to the product of its share; the first takes the number that is left."""
+    def _products(
+        self, parts: list, ratio: Scalar, taker: int, dtype: torch.dtype | None
+    ) -> list[Goal] | None:
+        """Binds each capture to the product of its share; one of them takes the number that is left."""
         goals = []
-        for var, power, operands in parts:
-            takes = power == 1 or ratio.value > 0
+        for at, (var, power, operands) in enumerate(parts):
+            takes = at == taker and (power == 1 or ratio.value > 0)
             scale, ratio = (ratio ** (1 / power), normalize.ONE) if takes else (normalize.ONE, ratio)
             shape = normalize.broadcast(operand.shape for operand, _ in operands)
             if shape is None:
@@ -268,6 +273,10 @@ def operands_of(term: Term, op: str) -> tuple[Scalar, list[Operand]]:
         return (normalize.ONE if op == "mul" else normalize.ZERO), [(term, 1)]
     powers = term.consts[1:] if op == "mul" else (1,) * len(term.args)
     return term.consts[0], list(zip(term.args, powers, strict=True))
+
+
+def _uncast(term: Term) -> Term:
+    return term.args[0] if term.op == "cast" else term
 
 
 def _is_symbol(term: Term) -> bool:

@@ -6,6 +6,7 @@ people spell theirs. A key of the counts is an op ("rms_norm": any pattern of it
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,7 @@ from meta_llama_style import MetaLlama
 from nanogpt_style import NanoGPT
 from torch import Tensor, nn
 from torchtitan_style import Titan, cross_entropy_loss
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 VOCAB, WIDTH, INNER, LAYERS, HEADS, KV_HEADS = 128, 64, 96, 2, 4, 2
 
@@ -70,37 +72,56 @@ def titan_positions_loss(model: nn.Module, ids: Tensor, labels: Tensor) -> Tenso
     return cross_entropy_loss(model(ids, positions), labels)
 
 
-def _hf(name: str, config: str, counts: Mapping[str, int], **overrides: Any) -> Family:
+# What transformers' configs call sizes, whatever the family: each takes those that it has.
+_TRANSFORMERS_SIZES = {
+    "vocab_size": VOCAB,
+    **dict.fromkeys(("hidden_size", "d_model", "n_embd", "embedding_size"), WIDTH),
+    **dict.fromkeys(("intermediate_size", "d_ff", "ffn_dim", "encoder_ffn_dim", "decoder_ffn_dim"), INNER),
+    **dict.fromkeys(
+        ("num_hidden_layers", "n_layer", "num_layers", "encoder_layers", "decoder_layers"), LAYERS
+    ),
+    **dict.fromkeys(("num_attention_heads", "n_head", "num_heads", "attention_heads"), HEADS),
+    **dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads"), HEADS),
+    **dict.fromkeys(("head_dim", "d_kv", "v_head_dim"), 16),
+    **dict.fromkeys(("max_position_embeddings", "n_positions"), 64),
+    **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size"), 32),
+    **dict.fromkeys(("q_lora_rank", "kv_lora_rank"), 32),
+    **dict.fromkeys(("qk_rope_head_dim", "qk_nope_head_dim"), 8),
+    # Every token takes every expert, so that rounding cannot send one elsewhere.
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "num_experts_per_tok"), 2),
+    **dict.fromkeys(("n_shared_experts", "n_group", "topk_group"), 1),
+    "num_key_value_heads": KV_HEADS,
+    "patch_size": 4,
+    "image_size": 8,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+def config(kind: Any, **overrides: Any) -> Any:
+    """A config of transformers, by its class or model_type, small and without dropout, and its inner ones alike."""
+    cls = CONFIG_MAPPING[kind] if isinstance(kind, str) else kind
+    fields = {field.name: field.default for field in dataclasses.fields(cls)}
+    made = {name: size for name, size in _TRANSFORMERS_SIZES.items() if name in fields}
+    made |= {name: 0.0 for name, value in fields.items() if "drop" in name and isinstance(value, float)}
+    for name, inner in cls.sub_configs.items():
+        if inner is not transformers.AutoConfig:
+            made[name] = config(inner)
+    return cls(**{**made, **overrides})
+
+
+def hf(
+    name: str, model: str, counts: Mapping[str, int] | None = None, of: Any = None, **overrides: Any
+) -> Family:
+    """A model of transformers; `of` is its config's class where that is not the model's own."""
+
     def make(**more: Any) -> nn.Module:
-        sizes = {
-            "vocab_size": VOCAB,
-            "hidden_size": WIDTH,
-            "intermediate_size": INNER,
-            "num_hidden_layers": LAYERS,
-            "num_attention_heads": HEADS,
-            "num_key_value_heads": KV_HEADS,
-            "max_position_embeddings": 64,
-            "bos_token_id": 1,
-            "eos_token_id": 2,
-            "pad_token_id": 0,
-        }
-        made = getattr(transformers, config)(**{**sizes, **overrides, **more})
-        return transformers.AutoModelForCausalLM.from_config(made)
+        cls = getattr(transformers, model)
+        given = {key: value() if callable(value) else value for key, value in {**overrides, **more}.items()}
+        return cls(config(of or cls.config_class, **given))
 
-    return Family(name, make, hf_loss, counts)
-
-
-def _t5(**more: Any) -> nn.Module:
-    sizes = {
-        "vocab_size": VOCAB,
-        "d_model": WIDTH,
-        "d_kv": 16,
-        "d_ff": INNER,
-        "num_layers": LAYERS,
-        "num_heads": HEADS,
-    }
-    rest = {"feed_forward_proj": "gated-gelu", "dropout_rate": 0.0, "decoder_start_token_id": 0}
-    return transformers.T5ForConditionalGeneration(transformers.T5Config(**{**sizes, **rest, **more}))
+    return Family(name, make, hf_loss, counts or {})
 
 
 _SIZES = {"vocab": VOCAB, "width": WIDTH, "layers": LAYERS, "heads": HEADS}
@@ -122,35 +143,31 @@ _GPT2 = {"n_inner": INNER, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 
 _PACKED = {"gated_mlp.swiglu_packed": 2}
 
 FAMILIES = (
-    _hf("llama", "LlamaConfig", {**_LLAMA, **_CAUSAL}),
-    _hf("mistral", "MistralConfig", {**_LLAMA, **_CAUSAL}),
-    _hf("mistral_window", "MistralConfig", {**_LLAMA, "attention.window": 2}, sliding_window=5),
-    # Every token takes every expert, so that rounding cannot send one elsewhere. Experts' down projection is
-    # a grouped product, so the gate and up are multiplied alone.
-    _hf(
+    hf("llama", "LlamaForCausalLM", {**_LLAMA, **_CAUSAL}),
+    hf("mistral", "MistralForCausalLM", {**_LLAMA, **_CAUSAL}),
+    hf("mistral_window", "MistralForCausalLM", {**_LLAMA, "attention.window": 2}, sliding_window=5),
+    # Experts' down projection is a grouped product, so the gate and up are multiplied alone.
+    hf(
         "mixtral",
-        "MixtralConfig",
+        "MixtralForCausalLM",
         {**_PRE_NORM, **_ROTARY, "gated_mlp.swiglu_product": 2, **_CAUSAL, **_LOSS},
-        num_local_experts=2,
-        num_experts_per_tok=2,
     ),
-    _hf("qwen2", "Qwen2Config", {**_LLAMA, **_CAUSAL}),
+    hf("qwen2", "Qwen2ForCausalLM", {**_LLAMA, **_CAUSAL}),
     # q and k are normed a head, and rotated: before their heads go in front of the tokens, and after.
-    _hf("qwen3", "Qwen3Config", {**_PRE_NORM, **_NORM_ROTARY, **_SWIGLU, **_CAUSAL, **_LOSS}, head_dim=16),
-    _hf("gemma", "GemmaConfig", {**_PRE_NORM, **_ROTARY, **_GEGLU, **_CAUSAL, **_LOSS}, head_dim=16),
+    hf("qwen3", "Qwen3ForCausalLM", {**_PRE_NORM, **_NORM_ROTARY, **_SWIGLU, **_CAUSAL, **_LOSS}),
+    hf("gemma", "GemmaForCausalLM", {**_PRE_NORM, **_ROTARY, **_GEGLU, **_CAUSAL, **_LOSS}),
     # The cap is low, so that it bends these logits.
-    _hf(
+    hf(
         "gemma2",
-        "Gemma2Config",
+        "Gemma2ForCausalLM",
         {**_TWO_MORE, **_ROTARY, **_GEGLU, **_CAPPED, **_LOSS},
-        head_dim=16,
         final_logit_softcapping=3.0,
         attn_logit_softcapping=2.0,
     ),
     # Every other layer sees the last few tokens only.
-    _hf(
+    hf(
         "gemma2_window",
-        "Gemma2Config",
+        "Gemma2ForCausalLM",
         {
             **_TWO_MORE,
             **_ROTARY,
@@ -159,32 +176,36 @@ FAMILIES = (
             "attention.capped_causal": 1,
             **_LOSS,
         },
-        head_dim=16,
         sliding_window=5,
         attn_logit_softcapping=2.0,
     ),
-    _hf(
+    hf(
         "gemma3",
-        "Gemma3TextConfig",
+        "Gemma3ForCausalLM",
         {**_TWO_MORE, "norm_rotary.gemma_half_pair_as_it_is": 2, **_GEGLU, **_CAUSAL, **_LOSS},
-        head_dim=16,
     ),
     # LayerNorm and an MLP without a gate.
-    _hf("phi", "PhiConfig", {**_ROTARY, **_CAUSAL, **_LOSS}, num_key_value_heads=HEADS),
-    _hf("phi3", "Phi3Config", {**_PRE_NORM, **_ROTARY, **_PACKED, **_CAUSAL, **_LOSS}),
+    hf("phi", "PhiForCausalLM", {**_ROTARY, **_CAUSAL, **_LOSS}, num_key_value_heads=HEADS),
+    hf("phi3", "Phi3ForCausalLM", {**_PRE_NORM, **_ROTARY, **_PACKED, **_CAUSAL, **_LOSS}),
     # One norm a layer: LayerNorm without a bias, which is RMSNorm of what is left when the mean is taken off.
-    _hf("cohere", "CohereConfig", {"rms_norm": 3, **_ROTARY, **_SWIGLU, **_CAUSAL, **_LOSS}),
+    hf("cohere", "CohereForCausalLM", {"rms_norm": 3, **_ROTARY, **_SWIGLU, **_CAUSAL, **_LOSS}),
     # LayerNorm without weights.
-    _hf("olmo", "OlmoConfig", {**_ROTARY, **_SWIGLU, **_CAUSAL, **_LOSS}),
-    _hf("glm4", "Glm4Config", {**_TWO_MORE, **_ROTARY, **_PACKED, **_CAUSAL, **_LOSS}, head_dim=16),
-    _hf("stablelm", "StableLmConfig", {**_ROTARY, **_SWIGLU, **_CAUSAL, **_LOSS}, num_key_value_heads=HEADS),
+    hf("olmo", "OlmoForCausalLM", {**_ROTARY, **_SWIGLU, **_CAUSAL, **_LOSS}),
+    hf("glm4", "Glm4ForCausalLM", {**_TWO_MORE, **_ROTARY, **_PACKED, **_CAUSAL, **_LOSS}),
+    hf(
+        "stablelm",
+        "StableLmForCausalLM",
+        {**_ROTARY, **_SWIGLU, **_CAUSAL, **_LOSS},
+        num_key_value_heads=HEADS,
+    ),
     # Encoder 2 x 2 + 1 norms and decoder 2 x 3 + 1, of each the first without an add; no rotary.
     # The decoder's own attention has a learned bias, and its attention to the encoder a mask of zeros.
-    Family(
+    hf(
         "t5",
-        _t5,
-        hf_loss,
+        "T5ForConditionalGeneration",
         {"add_rms_norm": 10, "rms_norm": 2, "gated_mlp.geglu": 4, "attention.unmasked": 2, **_LOSS},
+        feed_forward_proj="gated-gelu",
+        decoder_start_token_id=0,
     ),
     Family("nanogpt", lambda **more: NanoGPT(**_SIZES, **more), nanogpt_loss, _LOSS, ignore_index=-1),
     Family(
@@ -194,9 +215,15 @@ FAMILIES = (
         {**_CAUSAL, **_LOSS},
         ignore_index=-1,
     ),
-    _hf("llama_written_out", "LlamaConfig", {**_LLAMA, **_CAUSAL}, **_EAGER),
-    _hf("phi_written_out", "PhiConfig", {**_ROTARY, **_CAUSAL, **_LOSS}, num_key_value_heads=HEADS, **_EAGER),
-    _hf("gpt2_written_out", "GPT2Config", {**_CAUSAL, **_LOSS}, **_GPT2, **_EAGER),
+    hf("llama_written_out", "LlamaForCausalLM", {**_LLAMA, **_CAUSAL}, **_EAGER),
+    hf(
+        "phi_written_out",
+        "PhiForCausalLM",
+        {**_ROTARY, **_CAUSAL, **_LOSS},
+        num_key_value_heads=HEADS,
+        **_EAGER,
+    ),
+    hf("gpt2_written_out", "GPT2LMHeadModel", {**_CAUSAL, **_LOSS}, **_GPT2, **_EAGER),
     Family("meta_llama", lambda **more: MetaLlama(**_SIZES, **_GQA, **more), meta_loss, _LLAMA),
     Family("torchtitan", lambda **more: Titan(**_SIZES, **_GQA, **more), titan_loss, _LLAMA),
     Family("torchtitan_packed", lambda **more: Titan(**_SIZES, **_GQA, **more), titan_positions_loss, _LLAMA),

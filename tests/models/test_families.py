@@ -69,7 +69,7 @@ def float64(family: Family) -> nn.Module:
     model = family.build(torch.bfloat16)
     for parameter in model.parameters():
         parameter.data = parameter.data.double()
-    if family.name == "mixtral":
+    if any("Experts" in type(module).__name__ for module in model.modules()):
         model.set_experts_implementation("eager")  # the grouped product has no float64
     return model
 

@@ -74,8 +74,21 @@ def weighted_tokens(x, w, labels):
     return (losses * torch.arange(18)).sum() / 7
 
 
+def gathered(x, w, labels):
+    scores = F.log_softmax(F.linear(x, w)[:, :-1].float(), dim=-1)
+    labels, counts = labels[:, 1:], labels[:, 1:] != -100
+    picked = scores.gather(-1, labels.masked_fill(~counts, 0).unsqueeze(-1)).squeeze(-1)
+    return -(picked * counts).sum() / counts.sum()
+
+
+def less_gathered(x, w, labels):
+    logits, labels = F.linear(x, w).float(), labels.clamp(min=0)
+    losses = torch.logsumexp(logits, -1) - torch.gather(logits, -1, labels[..., None])[..., 0]
+    return losses.mean()
+
+
 ALL = (hugging_face, num_items, nanogpt, shifted_logits, torchtitan, cohere, granite, gemma2, padded_head,
-       classes_second, smoothed, weighted_tokens)  # fmt: skip
+       classes_second, smoothed, weighted_tokens, gathered, less_gathered)  # fmt: skip
 
 
 @pytest.mark.parametrize("function", ALL, ids=lambda f: f.__name__)
@@ -104,6 +117,23 @@ def test_the_bias_of_the_head(run_liger, liger_is_as_right_as_eager):
         assert [site.kind for site in report.sites] == ["replace"]
         torch._dynamo.reset()
         liger_is_as_right_as_eager(function, X, W, B, LABELS)
+
+
+@pytest.mark.parametrize(
+    "pick",
+    [
+        lambda scores, labels: scores.gather(-1, labels[..., None].expand(-1, -1, 2))[..., 0],
+        lambda scores, labels: scores.gather(1, labels[..., None])[..., 0],
+        lambda scores, labels: scores[:, 1:].gather(-1, labels[:, :-2, None])[..., 0],
+        lambda scores, labels: F.log_softmax(scores, 1).gather(-1, labels[..., None])[..., 0],
+    ],
+)
+def test_what_is_gathered_otherwise_is_right(run_liger, pick):
+    def f(x, w, labels):
+        return pick(F.log_softmax(F.linear(x, w).float(), -1), labels.clamp(0, 5)).sum()
+
+    result, _ = run_liger(f, X, W, LABELS)
+    torch.testing.assert_close(result, f(X, W, LABELS))
 
 
 @pytest.mark.parametrize("frozen", [(0,), (1,)])

@@ -73,6 +73,16 @@ def deepseek(q, k, cos, sin):
     return turn(q), turn(k)
 
 
+def unbound(q, k, cos, sin):
+    cos, sin = cos[..., ::2].unsqueeze(1), sin[..., ::2].unsqueeze(1)
+
+    def turn(x):
+        a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
+        return torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2)
+
+    return turn(q), turn(k)
+
+
 def meta(q, k, cos, sin):
     freqs = torch.complex(cos[0, :, :8].float(), sin[0, :, :8].float()).view(1, 1, S, 8)
 
@@ -91,6 +101,7 @@ LAYOUTS = {
     phi: (COS, SIN, "half_partial"),
     gpt_oss: (COS, SIN, "half_tables"),
     deepseek: (COS, SIN, "to_half"),
+    unbound: (PAIRED_COS, PAIRED_SIN, "interleaved_tables"),
     meta: (COS, SIN, "complex"),
 }
 
@@ -130,6 +141,57 @@ def test_the_opposite_sign_is_a_negated_table(run_liger):
     result, (report,) = run_liger(f, Q, COS, SIN)
     assert [site.pattern for site in report.sites] == ["rotary.half"]
     torch.testing.assert_close(result, f(Q, COS, SIN))
+
+
+def opposite(q, k, cos, sin):
+    return llama(q, k, cos, -sin)
+
+
+def scaled(q, k, cos, sin):
+    return llama(q, k, (cos.float() * 1.25).to(q.dtype), (sin.float() * 1.25).to(q.dtype))
+
+
+@pytest.mark.parametrize("function", [llama, olmo, phi, gpt_oss, deepseek, cohere, opposite, scaled])
+def test_what_is_turned_was_rounded_right_before(run_liger, function):
+    """A cast of a slice is a slice of the cast: the terms have the one, the code the other."""
+
+    def norm(x):
+        return x.float().sigmoid().to(x.dtype)
+
+    def f(q, k, cos, sin):
+        return function(norm(q), norm(k), cos, sin)
+
+    tables = (PAIRED_COS, PAIRED_SIN) if function is cohere else (COS, SIN)
+    args = [t.bfloat16() for t in (Q, KEY, *tables)]
+    result, (report,) = run_liger(f, *args)
+    assert [site.kind for site in report.sites] == ["replace"] and "_pair" in report.sites[0].pattern
+    torch.testing.assert_close(result, f(*args), rtol=2e-2, atol=2e-2)
+
+
+def test_q_before_it_is_rounded_is_no_pair_with_k_after(run_liger):
+    def f(q, k, cos, sin):
+        a, b = llama(q, k, cos, sin)
+        return a.to(q.dtype), b.to(k.dtype)
+
+    args = Q.bfloat16(), KEY.bfloat16(), COS, SIN
+    result, (report,) = run_liger(f, *args)
+    assert [(site.pattern, site.kind) for site in report.sites] == [
+        ("rotary.half_keeps_dtype_pair", "replace")
+    ]
+    torch.testing.assert_close(result, f(*args), rtol=2e-2, atol=2e-2)
+
+
+def test_a_norm_after_the_rotation_does_not_take_its_sum(run_liger):
+    def f(q, k, cos, sin):
+        return tuple(
+            torch.rms_norm(x, (D,), torch.ones(D, dtype=x.dtype), 1e-6) for x in llama(q, k, cos, sin)
+        )
+
+    args = [t.bfloat16() for t in (Q, KEY, COS, SIN)]
+    result, (report,) = run_liger(f, *args)
+    names = sorted(site.pattern for site in report.sites if site.kind == "replace")
+    assert names == ["rms_norm.upcast_weight"] * 2 + ["rotary.half_pair"]
+    torch.testing.assert_close(result, f(*args), rtol=2e-2, atol=2e-2)
 
 
 def test_strided_heads_keep_their_layout(run_liger):

@@ -1,0 +1,77 @@
+"""Of the zoo's families, those that differ most in how they spell things: what is found, and what it computes.
+
+The others, in half precision too, are `python -m tests.zoo`, whose result is docs/coverage.md.
+"""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import zoo
+from zoo import Specimen
+
+BY_NAME = {str(specimen): specimen for specimen in zoo.SPECIMENS}
+
+# Each has a spelling that none before it has.
+SPELLINGS = (
+    "afmoe",  # experts, output gates that look like gated MLPs, a weight multiplied in float32
+    "aya_vision",  # LayerNorm without a bias, interleaved rotation, tied head that is scaled
+    "deepseek_v3",  # rotation that is read in pairs and written in halves, copied into a key
+    "flint",  # layers without a rotation, a shared expert
+    "gemma3n",  # pow(-0.5), norms without a weight, one tensor turned at a time, per-layer gates
+    "glm4v",  # partial and interleaved rotation with tables of three axes
+    "gpt_oss",  # half tables, and a gate that no op has
+    "gptj",  # partial rotation as GPT-J has it, a head with a bias
+    "gte_mlm",  # packed gate and up with a GELU, no shift of labels
+    "helium",  # repeated half tables, the weight upcast
+    "hunyuan_v1_dense",  # norms after the rotation
+    "llama_yarn",  # scaled tables
+    "mamba2",  # grouped and gated norms, a residual stream in float32
+    "nanochat",  # rotation the other way, norms without a weight, softcap
+    "olmo_hybrid",  # rotation in float32 that is rounded after, gates of gated norms
+    "phi3",  # packed gate and up, partial rotation
+    "stablelm",  # partial rotation outside of the function
+    "t5",  # the statistics of an upcast, the product without
+    "zamba2",  # one block for many layers, LoRA on gate and up
+    "own_gptj",
+    "own_unbind",
+    "own_chunks",
+)
+
+
+@pytest.mark.parametrize("specimen", [BY_NAME[name] for name in SPELLINGS], ids=str)
+def test_float32(specimen: Specimen) -> None:
+    row = zoo.examine(specimen, ["float32"])
+    assert not row.problems, "\n".join(row.problems)
+
+
+@pytest.mark.parametrize("name", ["gemma3n", "nanochat", "olmo_hybrid", "llama_yarn", "hunyuan_v1_dense"])
+def test_bfloat16(name: str) -> None:
+    row = zoo.examine(BY_NAME[name], ["bfloat16"])
+    assert not row.problems, "\n".join(row.problems)
+
+
+def test_what_the_page_says_is_what_the_table_says() -> None:
+    """The page is the table's, found and present; `python -m tests.zoo` makes sure that the table is right."""
+    rows = re.findall(r"^\| (\w+) \|(.*)\|$", zoo.PAGE.read_text(), re.MULTILINE)
+    cells = {name: [cell.strip() for cell in rest.split(" | ")] for name, rest in rows}
+    for specimen in zoo.SPECIMENS:
+        for kind, cell in zip(zoo.KINDS, cells[str(specimen)], strict=False):
+            expected = {way: specimen.expected(way)[kind] for way in specimen.ways}
+            assert cell == zoo.counted(specimen.present[kind], expected), (str(specimen), kind)
+
+
+def test_nearly_all_is_found() -> None:
+    """At least 95% of the sites of each kind, in each way."""
+    for way in zoo.WAYS:
+        specimens = [specimen for specimen in zoo.SPECIMENS if way in specimen.ways]
+        for kind in zoo.KINDS:
+            present = sum(specimen.present[kind] for specimen in specimens)
+            assert sum(specimen.expected(way)[kind] for specimen in specimens) >= 0.95 * present, (way, kind)
+
+
+def test_what_is_left_has_a_reason() -> None:
+    for specimen in zoo.SPECIMENS:
+        for left in specimen.left.values():
+            assert left.why.endswith(".") and (left.float32 or left.bfloat16 or left.autocast), str(specimen)

@@ -1,0 +1,620 @@
+"""What is found in each of many model families: `python -m tests.zoo` trains them all and writes docs/coverage.md.
+
+`python -m tests.zoo llama gemma2` tries these and writes nothing. SPECIMENS has one line a family: how the model is
+made, how many sites there are in it, as read from its source, and which of them are left, and why. Nothing of this
+comes from the matcher; `present` counts the sites once more, by the modules and functions that run in eager mode.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import inspect
+import logging
+import re
+import sys
+import time
+import traceback
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(Path(__file__).parent / "models"))  # where the imports below are
+
+import torch
+import transformers
+from families import BY_NAME, HEADS, INNER, LAYERS, VOCAB, WIDTH, Family, config, hf, hf_loss
+from harness import batch, errors, step
+from own_styles import STYLES, Styled
+from torch import nn
+
+import liger_compile
+from liger_compile.backend import liger
+from liger_compile.patterns import DEFAULT_PATTERNS
+from liger_compile.report import GraphReport
+
+KINDS = ("norms", "rotary", "mlps", "loss")
+WAYS = ("float32", "bfloat16", "autocast")
+PAGE = ROOT / "docs" / "coverage.md"
+EXACT = 1e-5
+OPTIONS = {"liger.inner": "aot_eager", "liger.strict": True, "liger.policy": "always"}
+
+
+@dataclass(frozen=True)
+class Left:
+    """Sites that are not found, how many of them in each of WAYS, and a sentence that says why."""
+
+    why: str
+    float32: int = 0
+    bfloat16: int = 0
+    autocast: int = 0
+
+
+def _never(count: int, why: str) -> Left:
+    return Left(why, *(count,) * len(WAYS))
+
+
+@dataclass(frozen=True)
+class Specimen:
+    """A family, and what there is in it.
+
+    A site of rotary is one tensor that is turned, so q and k are two. `inner` is "eager" where AOTAutograd fails on the
+    model with any backend, and `note` says what is to be known of the family beside what is left.
+    """
+
+    family: Family
+    norms: int = 0
+    rotary: int = 0
+    mlps: int = 0
+    loss: int = 1
+    left: Mapping[str, Left] = field(default_factory=dict)
+    inner: str = "aot_eager"
+    note: str = ""
+    ways: Sequence[str] = WAYS  # those in which eager mode runs
+
+    def __str__(self) -> str:
+        return self.family.name
+
+    @property
+    def is_own(self) -> bool:
+        return str(self) in STYLES or (str(self) in BY_NAME and self.family.loss is not hf_loss)
+
+    @property
+    def present(self) -> dict[str, int]:
+        return {kind: getattr(self, kind) for kind in KINDS}
+
+    def expected(self, way: str) -> dict[str, int]:
+        missed = {kind: getattr(left, way) for kind, left in self.left.items()}
+        return {kind: count - missed.get(kind, 0) for kind, count in self.present.items()}
+
+
+_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+_TWO_ROPES = {"full_attention": _ROPE, "sliding_attention": _ROPE}
+_MIXED = {"layer_types": ["sliding_attention", "full_attention"]}
+_LINEAR = {"layer_types": ["linear_attention", "full_attention"]}
+_CONV = {"layer_types": ["conv", "full_attention"]}
+_MHA = {"num_key_value_heads": HEADS}
+_DENSE_FIRST = {"first_k_dense_replace": 1}
+_GATED = {"feed_forward_proj": "gated-gelu", "decoder_start_token_id": 0}
+
+_NO_HALF = "Eager mode itself fails in bfloat16 unless some of its parameters or buffers stay in float32."
+
+_PER_LAYER = Left(
+    "Under autocast the gates of the per-layer inputs are bfloat16 and the inputs float32, and the op takes one dtype.",
+    autocast=2,
+)
+_EINSUM = Left("Under autocast einsum takes the sum of squares in bfloat16, as no op does.", autocast=5)
+_LEFT: Mapping[str, Mapping[str, Left]] = {
+    "gemma3n": {"mlps": _PER_LAYER},
+    "gemma4_text": {"mlps": _PER_LAYER},
+    "gpt_oss": {
+        "mlps": _never(
+            2, "The gate is clamped, and times sigmoid(1.702 * gate), and one is added to up: no op has that."
+        )
+    },
+    "inkling2_text": {"mlps": _never(2, "Gate and up are each capped by a tanh: no op has that.")},
+    "longt5": {
+        "loss": _never(
+            1, "Dynamo cannot trace the local mask, and runs head and loss in eager mode, with any backend."
+        )
+    },
+    "own_gptj": {"norms": _EINSUM},
+    "own_unbind": {
+        "mlps": _never(2, "The product is written into the activation in place, which is refused.")
+    },
+    "own_roll": {
+        "norms": _EINSUM,
+        "rotary": _never(4, "A row of signs, times what torch.roll gives, is not read as a rotation."),
+    },
+}
+
+
+def _of(name: str, model: str, *counts: int, of: Any = None, **overrides: Any) -> Specimen:
+    """A family of transformers with (norms, rotary, mlps)."""
+    more = {key: overrides.pop(key) for key in ("inner", "note", "ways") if key in overrides}
+    return Specimen(hf(name, model, of=of, **overrides), *counts, left=_LEFT.get(name, {}), **more)
+
+
+def _own(name: str, losses: int = 1) -> Specimen:
+    sizes = {"vocab": VOCAB, "width": WIDTH, "inner": INNER, "layers": LAYERS, "heads": HEADS}
+    family = Family(name, lambda: Styled(STYLES[name], **sizes), lambda model, *inputs: model(*inputs), {})
+    return Specimen(family, 5, 4, 2, losses, left=_LEFT.get(name, {}))
+
+
+SPECIMENS: tuple[Specimen, ...] = (
+    _of("afmoe", "AfmoeForCausalLM", 13, 4, 3),
+    _of("apertus", "ApertusForCausalLM", 9, 4, 0),
+    _of("arcee", "ArceeForCausalLM", 5, 4, 0),
+    _of("aya_vision", "AyaVisionForConditionalGeneration", 3, 4, 2,
+        text_config=lambda: config("cohere2"), vision_config=lambda: config("siglip_vision_model")),
+    _of("bert", "BertLMHeadModel", is_decoder=True),
+    _of("bert_mlm", "BertForMaskedLM"),
+    _of("camembert", "CamembertForCausalLM", is_decoder=True),
+    _of("cohere", "CohereForCausalLM", 3, 4, 2),
+    _of("cohere_compass_text", "CohereCompassForCausalLM", 3, 4, 2, rope_parameters=_TWO_ROPES, **_MIXED),
+    _of("deepseek_v3", "DeepseekV3ForCausalLM", 9, 4, 3, **_MHA, **_DENSE_FIRST),
+    _of("deepseek_v32", "DeepseekV32ForCausalLM", 9, 8, 3, **_MHA, **_DENSE_FIRST,
+        index_head_dim=16, index_n_heads=2, index_topk=8),
+    _of("dots1", "Dots1ForCausalLM", 9, 4, 3, **_DENSE_FIRST),
+    _of("electra_mlm", "ElectraForMaskedLM"),
+    _of("emu3", "Emu3ForCausalLM", 5, 4, 2, of=transformers.Emu3TextConfig),
+    _of("flint", "FlintForCausalLM", 9, 2, 3, mlp_only_layers=[0], **_MIXED),
+    _of("gemma", "GemmaForCausalLM", 5, 4, 2),
+    _of("gemma2", "Gemma2ForCausalLM", 9, 4, 2, final_logit_softcapping=3.0),
+    Specimen(BY_NAME["gemma3"], 13, 4, 2),
+    _of("gemma3n", "Gemma3nForCausalLM", 24, 4, 4, num_kv_shared_layers=0, laurel_rank=8,
+        hidden_size_per_layer_input=16, vocab_size_per_layer_input=VOCAB,
+        activation_sparsity_pattern=[0.0, 0.0], **_MIXED),
+    _of("gemma4_text", "Gemma4ForCausalLM", 18, 4, 4, hidden_size_per_layer_input=16,
+        vocab_size_per_layer_input=VOCAB, final_logit_softcapping=3.0, **_MIXED),
+    _of("glm4", "Glm4ForCausalLM", 9, 4, 2),
+    _of("glm4_moe", "Glm4MoeForCausalLM", 5, 4, 3, **_DENSE_FIRST),
+    _of("glm4_moe_lite", "Glm4MoeLiteForCausalLM", 9, 4, 3, **_MHA),
+    _of("glm4v", "Glm4vForConditionalGeneration", 9, 4, 2, text_config=lambda: config(
+        "glm4v_text", rope_parameters={**_ROPE, "mrope_section": [1, 1, 2], "partial_rotary_factor": 0.5})),
+    _of("gpt2", "GPT2LMHeadModel"),
+    _of("gpt_bigcode", "GPTBigCodeForCausalLM"),
+    _of("gpt_neo", "GPTNeoForCausalLM", attention_types=[[["global", "local"], 1]]),
+    _of("gpt_neox_japanese", "GPTNeoXJapaneseForCausalLM", 0, 4),
+    _of("gpt_oss", "GptOssForCausalLM", 5, 4, 2),
+    _of("gptj", "GPTJForCausalLM", 0, 4, rotary_dim=8),
+    _of("gte_mlm", "GteForMaskedLM", 0, 4, 2),
+    _of("helium", "HeliumForCausalLM", 5, 4, 2),
+    _of("hrm_text", "HrmTextForCausalLM", 40, 32, 16),
+    _of("hunyuan_v1_dense", "HunYuanDenseV1ForCausalLM", 9, 4, 2),
+    _of("hy_v3", "HYV3ForCausalLM", 9, 4, 3),
+    _of("hyperclovax", "HyperCLOVAXForCausalLM", 9, 4, 2),
+    _of("inkling2_text", "Inkling2ForCausalLM", 16, 0, 2, sliding_window_size=16, swa_num_attention_heads=4,
+        swa_num_key_value_heads=2, swa_head_dim=16, d_rel=8, rel_extent=16, unpadded_vocab_size=VOCAB,
+        final_logit_softcapping=3.0, ways=("float32", "autocast"), note=_NO_HALF, **_MIXED),
+    _of("internvl", "InternVLForConditionalGeneration", 5, 4, 2, text_config=lambda: config("qwen2")),
+    _of("jais2", "Jais2ForCausalLM", 0, 4),
+    _of("kolibri1", "Kolibri1ForCausalLM", 13, 4, 4),
+    _of("laguna", "LagunaForCausalLM", 9, 4, 3),
+    _of("lfm2", "Lfm2ForCausalLM", 7, 2, 2, **_CONV),
+    _of("lfm3", "Lfm3ForCausalLM", 11, 2, 2, **_CONV),
+    _of("llama", "LlamaForCausalLM", 5, 4, 2),
+    _of("llama_yarn", "LlamaForCausalLM", 5, 4, 2, rope_parameters={
+        "rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16}),
+    _of("llama_llama3", "LlamaForCausalLM", 5, 4, 2, rope_parameters={
+        "rope_type": "llama3", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16,
+        "low_freq_factor": 1.0, "high_freq_factor": 4.0}),
+    _of("llama_gelu", "LlamaForCausalLM", 5, 4, 2, hidden_act="gelu", mlp_bias=True, attention_bias=True),
+    _of("llama_eager", "LlamaForCausalLM", 5, 4, 2, tie_word_embeddings=True, attn_implementation="eager"),
+    _of("llava", "LlavaForConditionalGeneration", 5, 4, 2,
+        text_config=lambda: config("llama"), vision_config=lambda: config("clip_vision_model")),
+    _of("longt5", "LongT5ForConditionalGeneration", 12, 0, 4, local_radius=7, **_GATED),
+    _of("m2m_100", "M2M100ForConditionalGeneration", ways=("float32", "autocast"), note=_NO_HALF),
+    _of("mamba2", "Mamba2ForCausalLM", 5, 0, 2, num_heads=8, head_dim=16, state_size=16, n_groups=2, chunk_size=8),
+    _of("marian", "MarianMTModel", decoder_start_token_id=0),
+    _of("mbart", "MBartForConditionalGeneration"),
+    _of("minicpm3", "MiniCPM3ForCausalLM", 9, 4, 2, **_MHA),
+    _of("mistral", "MistralForCausalLM", 5, 4, 2, sliding_window=16),
+    _of("mixtral", "MixtralForCausalLM", 5, 4, 2),
+    _of("modernbert_decoder", "ModernBertDecoderForCausalLM", 0, 4, 2),
+    _of("modernbert_mlm", "ModernBertForMaskedLM", 0, 4, 2),
+    _of("nanochat", "NanoChatForCausalLM", 10, 4, final_logit_softcapping=3.0),
+    _of("olmo", "OlmoForCausalLM", 0, 4, 2),
+    _of("olmo_hybrid", "OlmoHybridForCausalLM", 8, 2, 3, inner="eager", **_LINEAR),
+    _of("olmoe", "OlmoeForCausalLM", 9, 4, 2),
+    _of("paligemma", "PaliGemmaForConditionalGeneration", 5, 4, 2,
+        note="Dynamo itself computes another loss than eager mode, with any backend; ours is Dynamo's.",
+        text_config=lambda: config("gemma"), vision_config=lambda: config("siglip_vision_model")),
+    _of("phi", "PhiForCausalLM", 0, 4, **_MHA),
+    _of("phi3", "Phi3ForCausalLM", 5, 4, 2),
+    _of("phimoe", "PhimoeForCausalLM", 0, 4, 2),
+    _of("qwen2", "Qwen2ForCausalLM", 5, 4, 2),
+    _of("qwen2_moe", "Qwen2MoeForCausalLM", 5, 4, 4),
+    _of("qwen2_vl", "Qwen2VLForConditionalGeneration", 5, 4, 2, text_config=lambda: config(
+        "qwen2_vl_text", rope_parameters={**_ROPE, "mrope_section": [2, 3, 3]})),
+    _of("qwen3", "Qwen3ForCausalLM", 9, 4, 2),
+    _of("qwen3_5_text", "Qwen3_5ForCausalLM", 8, 2, 3, inner="eager", **_LINEAR),
+    _of("roberta_mlm", "RobertaForMaskedLM"),
+    _of("seed_oss", "SeedOssForCausalLM", 5, 4, 2),
+    _of("smolvlm", "SmolVLMForConditionalGeneration", 5, 4, 2, text_config=lambda: config("llama")),
+    _of("stablelm", "StableLmForCausalLM", 0, 4, 2),
+    _of("t5", "T5ForConditionalGeneration", 12, 0, 4, **_GATED),
+    _of("t5gemma", "T5GemmaForConditionalGeneration", 22, 8, 4),
+    _of("xglm", "XGLMForCausalLM", ways=("float32", "autocast"), note=_NO_HALF),
+    _of("zamba2", "Zamba2ForCausalLM", 7, 2, 3, layers_block_type=["linear_attention", "hybrid"],
+        n_mamba_heads=8, mamba_d_state=16, mamba_ngroups=2, chunk_size=8, use_mem_rope=True,
+        use_shared_attention_adapter=True, adapter_rank=8, **_MHA),
+    Specimen(BY_NAME["nanogpt"]),
+    Specimen(BY_NAME["meta_llama"], 5, 4, 2),
+    Specimen(BY_NAME["torchtitan"], 5, 4, 2),
+    Specimen(BY_NAME["torchtitan_packed"], 5, 4, 2),
+    _own("own_gptj"),
+    _own("own_unbind"),
+    _own("own_roll"),
+    _own("own_chunks", losses=2),
+)  # fmt: skip
+
+
+# What is present, seen in eager mode.
+
+_NORM = re.compile(r"rsqrt|-0\.5|rms_norm|\b_norm\(")
+_ACT = r"(?:\w*act_fn|activation_fn|act|silu|gelu|activations|hidden_gelu)"
+_MLP = re.compile(rf"{_ACT}\([^*]*\) ?\* ?|\* ?(?:self\.|F\.)?{_ACT}\(|\b{_ACT} \* ")
+
+
+def present(specimen: Specimen) -> dict[str, int]:
+    """Counts norms and MLPs by the classes that run, and rotations by transformers' functions for them."""
+    found: Counter[str] = Counter()
+    model, inputs = specimen.family.build(), batch(specimen.family)
+    for module in model.modules():
+        kinds = _kinds(module)
+        module.register_forward_hook(lambda *_, kinds=kinds: found.update(kinds))
+    with _counted_rotations(model, found):
+        specimen.family.loss(model, *inputs)
+    return {kind: found[kind] for kind in ("norms", "rotary", "mlps")}
+
+
+def _kinds(module: nn.Module) -> list[str]:
+    """What there is in a module itself: a norm, a gated MLP, both (a gated norm) or none."""
+    cls = type(module)
+    if cls.__module__.startswith("torch."):
+        return ["norms"] if cls is nn.RMSNorm else []
+    source = " ".join(inspect.getsource(cls.forward).split())
+    if "Norm" in cls.__name__:
+        return [*(["norms"] if _NORM.search(source) else []), *(["mlps"] if " gate" in source else [])]
+    is_gate = "Experts" in cls.__name__ or hasattr(module, "per_layer_input_gate")
+    return ["mlps"] if is_gate or _MLP.search(source) else []
+
+
+@contextlib.contextmanager
+def _counted_rotations(model: nn.Module, found: Counter[str]) -> Iterator[None]:
+    depth = 0
+
+    def counting(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            nonlocal depth
+            depth += 1
+            try:
+                result = function(*args, **kwargs)
+            finally:
+                depth -= 1
+            if not depth:
+                found["rotary"] += len(result) if isinstance(result, tuple) else 1
+            return result
+
+        return call
+
+    replaced = []
+    for name in {type(module).__module__ for module in model.modules()}:
+        space = vars(sys.modules[name])
+        for key, value in list(space.items()):
+            if re.match(r"apply.*(rotary|rope)", key) and inspect.isfunction(value):
+                replaced.append((space, key, value))
+                space[key] = counting(value)
+    try:
+        yield
+    finally:
+        for space, key, value in replaced:
+            space[key] = value
+
+
+# What is found.
+
+
+@dataclass
+class Runs:
+    """A backend that remembers which graphs ran, so that one that runs for each layer counts as often."""
+
+    inner: str = "aot_eager"
+    reports: list[GraphReport] = field(default_factory=list)
+    attentions: list[int] = field(
+        default_factory=list
+    )  # calls of scaled_dot_product_attention, graph by graph
+    num_graphs: int = 0
+
+    def __call__(self, gm: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        self.num_graphs += 1
+        attention = torch._C._nn.scaled_dot_product_attention
+        attentions = sum(node.target is attention for node in gm.graph.nodes)
+        compiled = liger(gm, inputs, options={**OPTIONS, "liger.inner": self.inner})
+        report = liger_compile.reports()[-1]
+
+        def run(*args: Any) -> Any:
+            self.reports.append(report)
+            self.attentions.append(attentions)
+            return compiled(*args)
+
+        return run
+
+    @property
+    def patterns(self) -> Counter[str]:
+        sites = (site for report in self.reports for site in report.sites)
+        return Counter(site.pattern for site in sites if site.kind != "leave")
+
+    @property
+    def found(self) -> dict[str, int]:
+        total: Counter[str] = Counter()
+        for pattern, count in self.patterns.items():
+            for kind, worth in _worth(pattern).items():
+                total[kind] += worth * count
+        return {kind: total[kind] for kind in KINDS}
+
+    @property
+    def attention(self) -> str:
+        """What became of the calls of attention."""
+        patterns = self.patterns
+        found = {p.partition(".")[2]: n for p, n in sorted(patterns.items()) if p.startswith("attention.")}
+        left = sum(self.attentions) - sum(found.values())
+        return ", ".join([*(f"{n} {name}" for name, n in found.items()), *([f"{left} left"] if left else [])])
+
+
+def _worth(pattern: str) -> dict[str, int]:
+    op = pattern.partition(".")[0]
+    turned = 2 if "pair" in pattern else 1
+    return {
+        "rms_norm": {"norms": 1},
+        "add_rms_norm": {"norms": 1},
+        "norm_rotary": {"norms": 2, "rotary": 2},
+        "rotary": {"rotary": turned},
+        "gated_mlp": {"mlps": 1},
+        "linear_cross_entropy": {"loss": 1},
+        "cross_entropy": {"loss": 1},
+    }.get(op, {})
+
+
+def fresh() -> None:
+    torch._dynamo.reset()
+    liger_compile.clear_reports()
+    gc.collect()
+
+
+BATCHES = 8  # a loss, or a small gradient, is right by luck in one
+
+
+def trained(specimen: Specimen, way: str) -> tuple[Runs, list[str]]:
+    """What was found in a step, and what is wrong with its numbers.
+
+    In float32 loss and gradients have to be eager's; in half precision, or where they are not, as close to float64's,
+    within a factor of 2 in the mean square over some batches.
+    """
+    fresh()
+    family, runs = specimen.family, Runs(specimen.inner if way == "float32" else "eager")
+    dtype = torch.bfloat16 if way == "bfloat16" else torch.float32
+    context = torch.autocast("cpu", torch.bfloat16) if way == "autocast" else contextlib.nullcontext()
+    model, compiled = family.build(dtype), torch.compile(family.loss, backend=runs)
+    seen = 0
+    if way == "float32":
+        inputs = batch(family)
+        got, expected = step(compiled, model, *inputs), step(family.loss, model, *inputs)
+        seen = len(runs.reports)
+        if max(errors(got, expected).values()) <= EXACT:
+            return runs, []
+        stock = step(torch.compile(family.loss, backend="eager"), model, *inputs)
+        if max(errors(got, stock).values()) <= EXACT:
+            return runs, []
+    ours: list[Mapping[str, float]] = []
+    eager: list[Mapping[str, float]] = []
+    exact = float64(family, dtype)
+    for seed in range(BATCHES):
+        inputs = batch(family, seed=2 + seed)
+        truth = step(family.loss, exact, *inputs)
+        with context:
+            got, plain = step(compiled, model, *inputs), step(family.loss, model, *inputs)
+        seen = seen or len(runs.reports)
+        ours.append(errors(got, truth))
+        eager.append(errors(plain, truth))
+        if not _worse(ours, eager):
+            break
+    del runs.reports[seen:], runs.attentions[seen:]
+    worse = _worse(ours, eager)
+    return runs, [f"{name} is {mine:.1e} off, eager's {theirs:.1e}" for name, (mine, theirs) in worse.items()]
+
+
+Errors = Sequence[Mapping[str, float]]
+
+
+def _worse(ours: Errors, eager: Errors) -> dict[str, tuple[float, float]]:
+    """Where our error, in the mean square over the batches, is more than twice eager's: both."""
+
+    def over(found: Errors, name: str) -> float:
+        return (sum(each[name] ** 2 for each in found) / len(found)) ** 0.5
+
+    pairs = {name: (over(ours, name), over(eager, name)) for name in eager[0]}
+    return {name: (mine, theirs) for name, (mine, theirs) in pairs.items() if not mine <= 2 * theirs}
+
+
+def float64(family: Family, dtype: torch.dtype) -> nn.Module:
+    """The model with the very weights of the one in `dtype`, in float64."""
+    model = family.build(dtype)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.double()
+    if any("Experts" in type(module).__name__ for module in model.modules()):
+        model.set_experts_implementation("eager")  # the grouped product has no float64
+    return model
+
+
+def stock_graphs(specimen: Specimen, way: str) -> int:
+    """How many graphs Dynamo makes of a step with another backend."""
+    fresh()
+    count = 0
+
+    def backend(gm: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        nonlocal count
+        count += 1
+        return gm.forward
+
+    family = specimen.family
+    model = family.build(torch.bfloat16 if way == "bfloat16" else torch.float32)
+    with torch.autocast("cpu", torch.bfloat16) if way == "autocast" else contextlib.nullcontext():
+        step(torch.compile(family.loss, backend=backend), model, *batch(family))
+    return count
+
+
+# The page.
+
+
+@dataclass
+class Row:
+    specimen: Specimen
+    runs: dict[str, Runs]  # by way
+    problems: list[str]
+    seconds: float
+
+    def found(self, kind: str) -> str:
+        return counted(
+            self.specimen.present[kind], {way: runs.found[kind] for way, runs in self.runs.items()}
+        )
+
+
+def counted(present: int, found: Mapping[str, int]) -> str:
+    """ "4/4", or what it is in each way where that differs; nothing where there is nothing."""
+    if not present and not any(found.values()):
+        return ""
+    if len(set(found.values())) == 1:
+        return f"{next(iter(found.values()))}/{present}"
+    return ", ".join(f"{way} {number}/{present}" for way, number in found.items())
+
+
+def examine(specimen: Specimen, ways: Sequence[str] = WAYS) -> Row:
+    """Everything about a family; an exception is a problem like others."""
+    start = time.perf_counter()
+    problems: list[str] = []
+    every: dict[str, Runs] = {}
+    try:
+        problems += _miscounted(specimen)
+        for way in specimen.ways:
+            if way not in ways:
+                continue
+            runs, wrong = trained(specimen, way)
+            every[way] = runs
+            problems += [f"{way}: {each}" for each in wrong]
+            if runs.found != specimen.expected(way):
+                problems.append(f"{way}: found {runs.found}, expected {specimen.expected(way)}")
+            if runs.num_graphs > 1 and runs.num_graphs > (stock := stock_graphs(specimen, way)):
+                problems.append(f"{way}: {runs.num_graphs} graphs, without us {stock}")
+    except Exception as error:
+        problems.append("".join(traceback.format_exception(error, limit=-3)))
+    return Row(specimen, every, problems, time.perf_counter() - start)
+
+
+def _miscounted(specimen: Specimen) -> list[str]:
+    """Whether the table and eager mode disagree about a model of transformers."""
+    if specimen.is_own:
+        return []
+    seen = present(specimen)
+    told = {kind: specimen.present[kind] for kind in seen}
+    return [] if seen == told else [f"the table has {told}, and eager mode runs {seen}"]
+
+
+def page(rows: Sequence[Row]) -> str:
+    """docs/coverage.md"""
+    lines = [
+        "# What is found in which model",
+        "",
+        f"{len(rows)} families, tiny and with random weights, trained a step in float32, in bfloat16 and under autocast, "
+        f'with `liger.policy="always"` (torch {torch.__version__}, transformers {transformers.__version__}). '
+        "`python -m tests.zoo` does that and writes this page. Loss and every gradient are eager's in float32, and in half "
+        "precision at most twice as far from float64 as eager's; and Dynamo makes no more graphs than for another backend.",
+        "",
+        "A number is sites found / sites present, the same in all three ways unless each is given. What is present was "
+        "counted in the models' source and by the modules that run in eager mode, not by the matcher. Rotary counts "
+        "tensors: q and k are two. A gated MLP is an activation times another projection, so experts and the gates of "
+        "gated norms are some. LayerNorm is none of the norms, but for Cohere's, which is an RMSNorm of what is left "
+        "when the mean is taken off. Attention counts calls of `scaled_dot_product_attention`, by the pattern that "
+        "replaced them; what is left of it keeps its mask ([known gaps](known_gaps.md)).",
+        "",
+        "| | " + " | ".join(TITLES.values()) + " |",
+        "|---" * (len(KINDS) + 1) + "|",
+    ]
+    for way in WAYS:
+        found, present = Counter(), Counter()
+        for row in rows:
+            if way in row.runs:
+                found.update(row.runs[way].found)
+                present.update(row.specimen.present)
+        cells = [f"{found[kind]}/{present[kind]} ({found[kind] / present[kind]:.1%})" for kind in KINDS]
+        lines.append(f"| {way} | " + " | ".join(cells) + " |")
+    ops = Counter(pattern.name.partition(".")[0] for pattern in DEFAULT_PATTERNS)
+    searches = Counter(
+        {op: len({_source(p) for p in DEFAULT_PATTERNS if p.name.startswith(op + ".")}) for op in ops}
+    )
+    lines += [
+        "",
+        "Search functions, and the patterns made of them (other dtypes, one tensor or two, ...): "
+        + ", ".join(f"{op} {searches[op]} ({ops[op]})" for op in ops)
+        + ". Each is another computation or another rounding, none a spelling.",
+        "",
+        "| family | " + " | ".join(TITLES.values()) + " | attention | graphs | what is left, and why |",
+        "|---" * (len(KINDS) + 4) + "|",
+    ]
+    for row in rows:
+        specimen, runs = row.specimen, next(iter(row.runs.values()), Runs())
+        why = " ".join([*(left.why for left in specimen.left.values()), specimen.note]).strip()
+        cells = [
+            str(specimen),
+            *(row.found(kind) for kind in KINDS),
+            runs.attention,
+            str(runs.num_graphs),
+            why,
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+TITLES = {"norms": "norms", "rotary": "rotary", "mlps": "gated MLP", "loss": "loss"}
+
+
+def _source(pattern: Any) -> Any:
+    return pattern.search.__code__
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m tests.zoo", description=__doc__)
+    parser.add_argument("names", nargs="*", help="families to try; if none, all are, and the page is written")
+    parser.add_argument("--way", choices=WAYS, help="in this way only")
+    parser.add_argument("--report", action="store_true", help="print what happened to each site")
+    arguments = parser.parse_args()
+    transformers.logging.set_verbosity_error()
+    logging.getLogger("torch").setLevel(logging.ERROR)
+    warnings.simplefilter("ignore")
+    rows = []
+    for specimen in SPECIMENS:
+        if arguments.names and str(specimen) not in arguments.names:
+            continue
+        row = examine(specimen, [arguments.way] if arguments.way else WAYS)
+        rows.append(row)
+        found = "  ".join(f"{kind} {row.found(kind)}" for kind in KINDS if row.found(kind))
+        print(f"{specimen!s:20} {found}  ({row.seconds:.0f} s)", flush=True)
+        for problem in row.problems:
+            print("   ", problem, flush=True)
+        if arguments.report:
+            for runs in row.runs.values():
+                for report in dict.fromkeys(runs.reports):
+                    print(report)
+    if not arguments.names and not arguments.way:
+        PAGE.write_text(page(rows))
+    sys.exit(any(row.problems for row in rows))
+
+
+if __name__ == "__main__":
+    main()
