@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
-SPAN = 128  # what Inductor's templates are tuned for
+BLOCK_SIZE = 128  # what Inductor's templates are tuned for
 SMALLEST_HEAD = 16  # a product of tiles takes no fewer channels; other sizes than powers of two are padded
 
 
@@ -64,19 +64,23 @@ def _block_mask(q: Tensor, window: int | None, mask: Callable[..., Tensor]) -> B
     itself is complete: all that is causal and near enough for the last query and the first key of a pair of blocks.
     """
     length, device = q.shape[-2], q.device
-    at = torch.arange(0, length, SPAN, dtype=torch.int32, device=device)  # where each block begins
-    block = at // SPAN
+    at = torch.arange(0, length, BLOCK_SIZE, dtype=torch.int32, device=device)  # where each block begins
+    block = at // BLOCK_SIZE
     last = block[-1:]
     reach = (
-        None if window is None else (window + SPAN - 2) // SPAN
+        None if window is None else (window + BLOCK_SIZE - 2) // BLOCK_SIZE
     )  # how far back some key of a block is seen
-    whole = None if window is None else max(0, (window - SPAN) // SPAN)  # and how far back all are
+    whole = (
+        None if window is None else max(0, (window - BLOCK_SIZE) // BLOCK_SIZE)
+    )  # and how far back all are
 
     first = torch.zeros_like(block) if reach is None else (block - reach).clamp(min=0)
     farthest = last.expand_as(block) if reach is None else torch.minimum(block + reach, last)
     before = block if whole is None else block.clamp(max=whole)
-    before = torch.where(at + SPAN <= length, before, 0)  # of each block of queries, whole blocks of keys
-    after = ((length - at) // SPAN - 1).clamp(min=0)
+    before = torch.where(
+        at + BLOCK_SIZE <= length, before, 0
+    )  # of each block of queries, whole blocks of keys
+    after = ((length - at) // BLOCK_SIZE - 1).clamp(min=0)
     after = (
         after if whole is None else after.clamp(max=whole)
     )  # of each block of keys, whole blocks of queries
@@ -106,6 +110,6 @@ def _block_mask(q: Tensor, window: int | None, mask: Callable[..., Tensor]) -> B
         indices(queries),
         numbers(after),
         indices(block[:, None] + nth + 1),
-        BLOCK_SIZE=(SPAN, SPAN),
+        BLOCK_SIZE=(BLOCK_SIZE, BLOCK_SIZE),
         mask_mod=mask,
     )

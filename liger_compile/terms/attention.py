@@ -57,9 +57,8 @@ def attention(
     dropout_p = const_of(dropout_p)
     if type(dropout_p) is float and dropout_p:
         dropout_p = Draw(dropout_p)
-    q, k, v = (
-        normalize.cast(call.space, each, call.dtype) for each in (query, key, value)
-    )  # as autocast does
+    # As autocast does:
+    q, k, v = (normalize.cast(call.space, each, call.dtype) for each in (query, key, value))
     mask = call.space.none if attn_mask is None else attn_mask
     consts = (is_causal, dropout_p, const_of(scale))
     return _attention(call.space, "keeps its mask", mask, q, k, v, consts, call.shape)
@@ -278,7 +277,7 @@ def _scores(space: Space, term: Term, depth: int = DEPTH) -> _Scores | None:
         scores = _scores(space, term.args[0], depth - 1)
         return None if scores is None else scores.capped()
     if term.op == "where":
-        return _filled(space, *term.args, depth - 1)
+        return _filled(space, term, depth - 1)
     return None
 
 
@@ -312,8 +311,9 @@ def _number(term: Term) -> Scalar | None:
     return Scalar(float(term.consts[0])) if term.op == "full" and not term.shape else None
 
 
-def _filled(space: Space, condition: Term, chosen: Term, other: Term, depth: int) -> _Scores | None:
+def _filled(space: Space, term: Term, depth: int) -> _Scores | None:
     """where(condition, scores, -inf), or the other way round"""
+    condition, chosen, other = term.args
     for product, fill, hides in ((chosen, other, False), (other, chosen, True)):
         number = _number(fill)
         scores = _scores(space, product, depth) if number is not None else None

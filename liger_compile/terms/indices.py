@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import sympy
 import torch
@@ -132,7 +132,7 @@ class _Capture(sympy.Symbol):
     """A number that a pattern's search takes: positive, as far as its mask means anything."""
 
 
-def _of_number(scalar: Scalar) -> _Linear:
+def _of_number(scalar: Any) -> _Linear:
     if scalar.value == 1 and len(scalar.powers) == 1 and scalar.powers[0][1] == 1:
         return _Linear(0, frozenset(((_Capture(scalar.powers[0][0], integer=True, positive=True), 1),)))
     return _Linear(_plain(scalar))
