@@ -70,7 +70,7 @@ class _Deferred(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         inputs, wanted = list(ctx.inputs), []
         for i, saved in zip(ctx.positions, ctx.saved_tensors, strict=True):
             inputs[i] = saved.detach().requires_grad_(ctx.needs_input_grad[3 + i])
@@ -230,11 +230,12 @@ class _Copy:
     """The values of `source` in another dtype, when they are needed."""
 
     def __init__(self, source: Callable[[], Tensor], kwargs: dict[str, Any]) -> None:
-        self._source, self._kwargs = source, kwargs
-        self._values: Tensor | None = None
+        self._source: Callable[[], Tensor] | None = source
+        self._kwargs = kwargs
+        self._values: Any = None
 
     def __call__(self) -> Tensor:
-        if self._values is None:
+        if self._source is not None:
             self._values = _COPY(self._source(), **self._kwargs)
             self._source = None
         return self._values

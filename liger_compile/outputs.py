@@ -61,8 +61,9 @@ def logits_in(graph: Graph, terms: Terms) -> list[Logits]:
     heads = {head for loss in losses if (head := _head(loss.args[0].bare)) is not None}
     outputs = graph.output_node().args[0]
     found = []
-    for node in dict.fromkeys(outputs if isinstance(outputs, tuple) else ()):
-        term = terms.of.get(node) if isinstance(node, Node) else None
+    nodes = [each for each in outputs if isinstance(each, Node)] if isinstance(outputs, tuple) else []
+    for node in dict.fromkeys(nodes):
+        term = terms.of.get(node)
         head = _head(term.bare) if isinstance(term, Term) else None
         if head in heads and (logits := _walk(node, head, terms)) is not None:
             found.append(logits)

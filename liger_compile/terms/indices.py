@@ -47,6 +47,7 @@ OPERATIONS = frozenset(
     )
 )
 
+_BUT_FOR_PADDING = {"causal": "is causal", "all": "hides nothing", "window": "is causal within a window"}
 _NAMES = {-1: "key", -2: "query", -3: "head", -4: "batch"}
 
 
@@ -86,11 +87,10 @@ def _but_for_padding(space: Space, mask: Term, queries: Size, keys: Size) -> Mea
         kind = reader.meaning().kind
     except _UnreadError:
         return None
-    if kind not in ("causal", "all"):
+    if kind not in _BUT_FOR_PADDING:
         return None
     names = tuple(sorted(reader.padding))
-    means = "is causal" if kind == "causal" else "hides nothing"
-    return Meaning("unknown", f"it {means} but for the padding in {' and '.join(names)}", padding=names)
+    return Meaning("unknown", f"it {_BUT_FOR_PADDING[kind]} but for the padding in {' and '.join(names)}", padding=names)
 
 
 class _UnreadError(Exception):
