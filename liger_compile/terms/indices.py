@@ -26,25 +26,8 @@ MAX_ALTERNATIVES = 16
 
 # What masks are made of beside constants, sizes and named values: what the reader below reads.
 OPERATIONS = frozenset(
-    (
-        *(
-            "arange",
-            "full",
-            "number",
-            "cast",
-            "add",
-            "mul",
-            "le",
-            "lt",
-            "eq",
-            "not",
-            "and",
-            "or",
-            "where",
-            "none",
-        ),
-        *("tril", "triu", "cumsum", "diff", "expand", "view", "permute", "slice", "index"),
-    )
+    "arange full number cast add mul le lt eq not and or where none tril triu cumsum diff expand view permute slice "
+    "index".split()
 )
 
 _BUT_FOR_PADDING = {"causal": "is causal", "all": "hides nothing", "window": "is causal within a window"}
@@ -90,7 +73,8 @@ def _but_for_padding(space: Space, mask: Term, queries: Size, keys: Size) -> Mea
     if kind not in _BUT_FOR_PADDING:
         return None
     names = tuple(sorted(reader.padding))
-    return Meaning("unknown", f"it {_BUT_FOR_PADDING[kind]} but for the padding in {' and '.join(names)}", padding=names)
+    reason = f"it {_BUT_FOR_PADDING[kind]} but for the padding in {' and '.join(names)}"
+    return Meaning("unknown", reason, padding=names)
 
 
 class _UnreadError(Exception):
