@@ -10,6 +10,7 @@ of their weight in float32; a second kernel adds that up in a fixed order, so th
 
 # What Triton's decorator makes of a kernel, a type checker does not see.
 # pyright: reportArgumentType=false, reportGeneralTypeIssues=false, reportOperatorIssue=false
+# pyright: reportAssignmentType=false, reportAttributeAccessIssue=false
 
 from __future__ import annotations
 
