@@ -10,6 +10,7 @@ of their weight in float32; a second kernel adds that up in a fixed order, so th
 
 # What Triton's decorator makes of a kernel, a type checker does not see.
 # pyright: reportArgumentType=false, reportGeneralTypeIssues=false, reportOperatorIssue=false
+# pyright: reportAssignmentType=false, reportAttributeAccessIssue=false
 
 from __future__ import annotations
 
@@ -34,20 +35,17 @@ class Config(NamedTuple):
 
 
 VECTOR_BYTES = 16  # that a thread reads at once
-MOST_HEADS, MOST_AHEAD = (
-    (4, 8),
-    (4, 2),
-)  # of forward and of backward, which has a row of sums for each program
+# Of forward and of backward, which has a row of sums for each program.
+HEADS, AHEAD = (4, 8), (4, 2)
 SUM_ROWS, SUM_COLUMNS = 512, 8  # the tile of the kernel that adds up the gradients of the weights
 
 
-def config(width: int, num_heads: int, itemsize: int, is_backward: bool) -> Config:
-    """The tile of a program, for `num_heads` heads of `width` channels."""
+def config(width: int, itemsize: int, is_backward: bool) -> Config:
+    """The tile of a program, for heads of `width` channels."""
     pairs = triton.next_power_of_2(width // 2)
     num_warps = max(4, pairs // 256)
     tokens = max(1, 32 * num_warps * VECTOR_BYTES // itemsize // pairs)
-    heads = min(triton.next_power_of_2(num_heads), MOST_HEADS[is_backward])
-    return Config(tokens, heads, min(heads, MOST_AHEAD[is_backward]), pairs, num_warps)
+    return Config(tokens, HEADS[is_backward], AHEAD[is_backward], pairs, num_warps)
 
 
 def forward(
@@ -75,7 +73,7 @@ def forward(
     batch, num_tokens, num_q_heads = _sizes(q, heads_axis)
     _, _, num_k_heads = _sizes(k, heads_axis)
     width = q.shape[-1]
-    tile = config(width, num_q_heads, q.itemsize, is_backward=False)
+    tile = config(width, q.itemsize, is_backward=False)
     num_groups = triton.cdiv(num_q_heads, tile.heads) + triton.cdiv(num_k_heads, tile.heads)
     launch(_forward_kernel)[(batch * triton.cdiv(num_tokens, tile.tokens) * num_groups,)](
         q,
@@ -137,7 +135,7 @@ def backward(
     batch, num_tokens, num_q_heads = _sizes(q, heads_axis)
     _, _, num_k_heads = _sizes(k, heads_axis)
     width = q.shape[-1]
-    tile = config(width, num_q_heads, q.itemsize, is_backward=True)
+    tile = config(width, q.itemsize, is_backward=True)
     num_tiles = batch * triton.cdiv(num_tokens, tile.tokens)
     num_q_groups, num_k_groups = (
         0 if dy is None else triton.cdiv(count, tile.heads)

@@ -10,7 +10,8 @@ read before the first is written, so that the memory always has something to do.
 """
 
 # What Triton's decorator makes of a kernel, a type checker does not see.
-# pyright: reportGeneralTypeIssues=false
+# pyright: reportGeneralTypeIssues=false, reportArgumentType=false, reportAssignmentType=false
+# pyright: reportAttributeAccessIssue=false
 
 from __future__ import annotations
 
@@ -37,19 +38,18 @@ class Config(NamedTuple):
 
 
 VECTOR_BYTES = 16  # that a thread reads at once
-NUM_WARPS, MOST_HEADS, MOST_AHEAD = 4, 4, 4
+NUM_WARPS, HEADS, MOST_AHEAD = 4, 4, 4
 PAIRS_AHEAD, REST_AT_ONCE = 4096, 4096
 
 
-def config(channels: int, width: int, num_heads: int, itemsize: int) -> Config:
-    """The tile of a program, for `num_heads` heads of `channels` channels of which `width` are rotated."""
+def config(channels: int, width: int, itemsize: int) -> Config:
+    """The tile of a program, for heads of `channels` channels of which `width` are rotated."""
     pairs = triton.next_power_of_2(width // 2)
     rest = triton.next_power_of_2(max(1, channels - width))
     vectors = 32 * NUM_WARPS * VECTOR_BYTES // itemsize
     tokens = max(1, min(vectors // pairs, REST_AT_ONCE // rest))
-    heads = min(triton.next_power_of_2(num_heads), MOST_HEADS)
-    ahead = max(1, min(heads, MOST_AHEAD, PAIRS_AHEAD // (tokens * pairs)))
-    return Config(tokens, heads, ahead, pairs, rest, NUM_WARPS)
+    ahead = max(1, min(MOST_AHEAD, PAIRS_AHEAD // (tokens * pairs)))
+    return Config(tokens, HEADS, ahead, pairs, rest, NUM_WARPS)
 
 
 class Heads(NamedTuple):
@@ -137,7 +137,7 @@ def _launch(
     no_strides = 0, 0, 0
     width = 2 * cos.shape[-1] if half_tables else cos.shape[-1]
     channels = q.x.shape[-1]
-    tile = config(channels, width, num_q_heads, q.x.itemsize)
+    tile = config(channels, width, q.x.itemsize)
     num_groups = triton.cdiv(num_q_heads, tile.heads) + triton.cdiv(num_k_heads, tile.heads)
     launch(_rotary_kernel)[(batch * triton.cdiv(num_tokens, tile.tokens) * num_groups,)](
         q.x,

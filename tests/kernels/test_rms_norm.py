@@ -15,6 +15,7 @@ from liger_compile.kernels import rms_norm as kernels
 
 from .bar import (
     DTYPES,
+    assert_alike,
     assert_compiled_alike,
     assert_no_worse_than_eager,
     assert_reference,
@@ -125,11 +126,14 @@ def test_only_what_is_needed_is_made(device, width):
     dy, ds, x = (randn(9, width, device=device) for _ in range(3))
     weight = randn(width, device=device)
     rstd = torch.rsqrt(x.square().mean(-1) + EPS)
+    # What is not needed is not compiled: other code, which may round otherwise.
     dx, dweight = kernels.backward(dy, ds, x, weight, rstd, 1.0, True, True)
     for needs_dx, needs_dweight in ((True, False), (False, True), (False, False)):
         some = kernels.backward(dy, ds, x, weight, rstd, 1.0, needs_dx, needs_dweight)
         for needed, full, found in zip((needs_dx, needs_dweight), (dx, dweight), some, strict=True):
-            assert torch.equal(found, full) if needed else found.numel() == 0
+            if needed:
+                assert_alike(found, full)
+            assert needed or found.numel() == 0
     assert kernels.backward(dy, None, x, None, rstd, 0.0, True, True)[1].numel() == 0
 
 
