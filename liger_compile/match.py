@@ -320,15 +320,13 @@ class _Attempt:
 
     def _assignments(self, env: Bindings) -> Iterator[dict[str, Any]]:
         """The shapes and dtypes that the captures of a skeleton match may have."""
-        choices, dtype = [], self.index.terms.of[self.root].dtype
+        choices = []
         for name in self.skeleton.tensors:
             bare = env.get(name)
             if bare is None or bare.op == "none":
                 choices.append([(name, None)])
                 continue
-            # Those in the dtype of the output first: there are more ways to combine them than are tried.
-            described = sorted(self.index.described(bare), key=lambda each: (each[1] != dtype, str(each)))
-            choices.append([(name, each) for each in described])
+            choices.append([(name, each) for each in sorted(self.index.described(bare), key=str)])
         yield from (dict(choice) for choice in itertools.islice(itertools.product(*choices), ASSIGNMENTS))
 
     def _exact_terms(self, tensors: dict[str, Any]) -> tuple[Term, ...] | None:

@@ -128,8 +128,8 @@ class Terms:
     def _before_moving(self, term: Term) -> tuple[Node, tuple[Step, ...]] | None:
         """A slice, a view or the negative of a cast: terms have the cast outside, where no node may have it."""
         inner = term.args[0] if term.op == "cast" else term
-        is_negative = inner.op == "mul" and inner.consts == (normalize.MINUS_ONE, 1)
-        step = _step(inner) if inner.op in ("slice", "view", "permute") or is_negative else None
+        is_moved = inner.op in ("slice", "view", "permute") or normalize.is_negative(inner)
+        step = _step(inner) if is_moved else None
         if step is None or inner is term:
             return None
         whole = normalize.cast(self.space, inner.args[0], term.dtype)

@@ -19,6 +19,7 @@ from liger_compile.terms.normalize import (
     apply,
     cast,
     cat,
+    is_negative,
     make_bare,
     mul,
     permute,
@@ -224,9 +225,7 @@ def _unstacked(term: Term) -> Term | None:
 
 
 def _negated(term: Term) -> Term | None:
-    if term.op == "mul" and len(term.args) == 1 and term.consts == (MINUS_ONE, 1):
-        return term.args[0]
-    return None
+    return term.args[0] if is_negative(term) else None
 
 
 def _view_of_elementwise(space: Space, term: Term) -> Term | None:

@@ -87,6 +87,8 @@ def mul(
     powers: dict[Term, float] = {}
     for term, power in factors:
         term = cast(space, term, dtype)
+        if term.op == "cast" and is_negative(term.args[0]) and power == 1:  # a sign commutes with a cast
+            term, scalar = cast(space, term.args[0].args[0], dtype), scalar * MINUS_ONE
         if term.op == "number":
             scalar = scalar * term.consts[0] ** power
         elif term.op == "mul" and term.dtype == dtype and _distributes(term, power):
@@ -117,6 +119,11 @@ def mul(
             return cast(space, mul(space, ((x, 1),), scalar, x.dtype, shape), dtype)
     terms = sorted(powers, key=lambda term: term.serial)
     return space.intern("mul", tuple(terms), (scalar, *(powers[t] for t in terms)), dtype, shape)
+
+
+def is_negative(term: Term) -> bool:
+    """-x"""
+    return term.op == "mul" and term.consts == (MINUS_ONE, 1)
 
 
 def _distributes(product: Term, power: float) -> bool:
