@@ -26,8 +26,31 @@ MAX_ALTERNATIVES = 16
 
 # What masks are made of beside constants, sizes and named values: what the reader below reads.
 OPERATIONS = frozenset(
-    "arange full number cast add mul le lt eq not and or where none tril triu cumsum diff expand view permute slice "
-    "index".split()
+    [
+        "arange",
+        "full",
+        "number",
+        "cast",
+        "add",
+        "mul",
+        "le",
+        "lt",
+        "eq",
+        "not",
+        "and",
+        "or",
+        "where",
+        "none",
+        "tril",
+        "triu",
+        "cumsum",
+        "diff",
+        "expand",
+        "view",
+        "permute",
+        "slice",
+        "index",
+    ]
 )
 
 _BUT_FOR_PADDING = {"causal": "is causal", "all": "hides nothing", "window": "is causal within a window"}
