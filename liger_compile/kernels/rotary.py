@@ -4,9 +4,9 @@ q and k go in one launch. A program takes some heads of q or of k for some token
 once: 4 bytes an element in half precision. Inputs have any strides, such as those of slices of one projection; results
 have their order of dimensions, without gaps.
 
-A tile is one head of some tokens, as many as give each thread of the program twice 16 bytes of either half. The heads of a
-program follow each other in the same threads, which keep the tables of their tokens in registers; `ahead` of them are
-read before the first is written, so that the memory always has something to do.
+A tile is one head of some tokens, as many as give each thread of the program twice 16 bytes of either half. The heads
+of a program follow each other in the same threads, which keep the tables of their tokens in registers; `ahead` of them
+are read before the first is written, so that the memory always has something to do.
 """
 
 # What Triton's decorator makes of a kernel, a type checker does not see.

@@ -25,33 +25,9 @@ MAX_COEFFICIENT, MAX_CONSTANT = 64, 2**30
 MAX_ALTERNATIVES = 16
 
 # What masks are made of beside constants, sizes and named values: what the reader below reads.
-OPERATIONS = frozenset(
-    [
-        "arange",
-        "full",
-        "number",
-        "cast",
-        "add",
-        "mul",
-        "le",
-        "lt",
-        "eq",
-        "not",
-        "and",
-        "or",
-        "where",
-        "none",
-        "tril",
-        "triu",
-        "cumsum",
-        "diff",
-        "expand",
-        "view",
-        "permute",
-        "slice",
-        "index",
-    ]
-)
+_OF_NUMBERS = ("arange", "full", "number", "cast", "add", "mul", "cumsum", "diff", "index")
+_OF_TRUTHS = ("le", "lt", "eq", "not", "and", "or", "where", "tril", "triu")
+OPERATIONS = frozenset((*_OF_NUMBERS, *_OF_TRUTHS, "none", "expand", "view", "permute", "slice"))
 
 _BUT_FOR_PADDING = {"causal": "is causal", "all": "hides nothing", "window": "is causal within a window"}
 _NAMES = {-1: "key", -2: "query", -3: "head", -4: "batch"}
