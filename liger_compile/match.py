@@ -218,8 +218,8 @@ class _Attempt:
                     continue
                 exact = next(self._outputs(self._exact, wanted, places), None)
                 if exact is not None:
-                    forms = ([output.bare for output in wanted], wanted)
-                    self.size = tuple(sum(len(o.operations()) for o in outputs) for outputs in forms)
+                    without_casts = sum(len(output.bare.operations()) for output in wanted)
+                    self.size = without_casts, sum(len(output.operations()) for output in wanted)
                     return self._made(*exact)
         return None
 

@@ -563,8 +563,10 @@ def page(rows: Sequence[Row]) -> str:
     )
     lines += [
         "",
-        "Search functions of each op, and in brackets the patterns made of them with a norm, a layout, a rounding or one "
-        "tensor or two as parameters: " + ", ".join(f"{op} {searches[op]} ({ops[op]})" for op in ops) + ". "
+        "Search functions of each op, and in brackets the patterns made of them with a norm, a layout, a rounding or "
+        "one tensor or two as parameters: "
+        + ", ".join(f"{op} {searches[op]} ({ops[op]})" for op in ops)
+        + ". "
         "Each pattern is another computation, another layout of memory or another rounding; none is another spelling.",
         "",
         "| family | " + " | ".join(TITLES.values()) + " | attention | graphs | what is left, and why |",

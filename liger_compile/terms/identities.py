@@ -340,7 +340,8 @@ def _logsumexp_less_gathered(space: Space, term: Term) -> Term | None:
         total, logits = _unviewed(total), _unviewed(_negated(picked) or total)
         is_loss = total.op == "logsumexp" and logits.op == "gather" and _picks_one(logits)
         if is_loss and total.args[0] is logits.args[0] and total.consts == logits.consts:
-            return _picked_loss(space, *logits.args, term, ONE)
+            scores, index = logits.args
+            return _picked_loss(space, scores, index, term, ONE)
     return None
 
 
