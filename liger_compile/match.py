@@ -255,9 +255,8 @@ class _Attempt:
         for places, wanted, _ in self.candidates():
             exact = next(self._outputs(self._exact, wanted, places), None)
             if exact is not None:
-                forms = ([output.bare for output in wanted], wanted)
-                without, with_casts = (sum(len(o.operations()) for o in outputs) for outputs in forms)
-                self.size = without, with_casts
+                without_casts = sum(len(output.bare.operations()) for output in wanted)
+                self.size = without_casts, sum(len(output.operations()) for output in wanted)
                 return self._made(*exact)
         return None
 

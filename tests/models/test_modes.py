@@ -42,7 +42,7 @@ def test_gradient_checkpointing(inner: str) -> None:
     assert_replaced(CHECKPOINTED)
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2"])
+@pytest.mark.parametrize("name", ["llama", "gemma2", "glm4", "phi", "torchtitan"])
 def test_dynamic(name: str) -> None:
     family = BY_NAME[name]
     model, function = family.build(), compiled(family.loss, dynamic=True)
