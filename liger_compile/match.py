@@ -59,9 +59,7 @@ def find_matches(
         skeleton = _skeleton(pattern)
         by_op.setdefault(skeleton.outputs[0].bare.op, []).append((pattern, skeleton))
 
-    found: list[
-        tuple[tuple[int, int], Match]
-    ] = []  # with the number of operations, without casts and with them
+    found: list[tuple[tuple[int, int], Match]] = []  # with its operations, without casts and with them
     failed: list[_Attempt] = []
     taken: set[tuple[Pattern, Node]] = set()
     for node in graph.nodes:
@@ -76,7 +74,7 @@ def find_matches(
             if match is not None:
                 found.append((attempt.size, match))
                 taken.update((pattern, output) for output in match.outputs)
-            else:
+            elif pattern.replace is not None:  # what would only be marked is no loss to anybody
                 failed.append(attempt)
     order = {pattern: rank for rank, pattern in enumerate(patterns)}
     found.sort(  # of two as large, the one that takes in more of the graph: a bias that is added separately

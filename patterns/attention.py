@@ -153,7 +153,7 @@ def _window_mask(q, window):
     return _causal_mask(q) & (at[:, None] < at + window)
 
 
-def _flex(q, k, v, scale, softcap=None, window=None, inner="inductor"):
+def _flex(q, k, v, scale, softcap=None, window=None, inner=None):
     if inner == "inductor" and q.device.type != "cuda":
         raise ValueError("Inductor trains with flex_attention on NVIDIA GPUs only")
     scale = q.shape[-1] ** -0.5 if scale is None else scale

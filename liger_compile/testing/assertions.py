@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from liger_compile.pattern import Pattern
+from liger_compile.registry import patterns_in_use
 from liger_compile.report import GraphReport, Site, reports
 from liger_compile.testing import precision
 
@@ -63,14 +64,17 @@ def assert_refuses(
         pattern: the name of a pattern, `"rms_norm.llama"`, or of an op, `"rms_norm"`.
         reason: a regular expression that is found in what a report says of such a place: of one that is left, or
             of a near miss. Empty: there need not be one.
-        patterns, policy: as in `assert_rewrites`.
+        patterns, policy: as in `assert_rewrites`; others than `pattern` are left out, so that none takes its place.
     """
-    compiled = _compiled(function, patterns, policy, dynamic)
-    made, _ = _with_reports(lambda: compiled(*args, **kwargs))
-    text = "\n".join(map(str, made))
 
     def is_meant(name: str) -> bool:
         return pattern in (name, name.split(".")[0])
+
+    patterns = tuple(patterns)
+    others = tuple(each.name for each in patterns_in_use(patterns) if not is_meant(each.name))
+    compiled = _compiled(function, patterns, policy, dynamic, skip=others)
+    made, _ = _with_reports(lambda: compiled(*args, **kwargs))
+    text = "\n".join(map(str, made))
 
     replaced = [site.pattern for site in _sites(made, "replace") if is_meant(site.pattern)]
     assert not replaced, f"expected no {pattern} to be replaced, got {replaced}\n{text}"
@@ -122,8 +126,10 @@ def _compiled(
     policy: str,
     dynamic: bool | None,
     inner: str = "eager",
+    skip: tuple[str, ...] = (),
 ) -> Callable[..., Any]:
     options: dict[str, Any] = {"inner": inner, "strict": True, "policy": policy, "patterns": tuple(patterns)}
+    options["skip"] = skip
     options = {f"liger.{name}": value for name, value in options.items()}
     torch._dynamo.reset()
     return torch.compile(function, backend="liger", dynamic=dynamic, options=options)

@@ -224,7 +224,12 @@ FAMILIES = (
         **_EAGER,
     ),
     hf("gpt2_written_out", "GPT2LMHeadModel", {**_CAUSAL, **_LOSS}, **_GPT2, **_EAGER),
-    Family("meta_llama", lambda **more: MetaLlama(**_SIZES, **_GQA, **more), meta_loss, _LLAMA),
+    Family(
+        "meta_llama",
+        lambda **more: MetaLlama(**_SIZES, **_GQA, **more),
+        meta_loss,
+        {**_LLAMA, **_CAUSAL},
+    ),
     Family("torchtitan", lambda **more: Titan(**_SIZES, **_GQA, **more), titan_loss, _LLAMA),
     Family("torchtitan_packed", lambda **more: Titan(**_SIZES, **_GQA, **more), titan_positions_loss, _LLAMA),
 )
