@@ -15,8 +15,8 @@ import liger_compile
 
 EXACT = 1e-5
 LLAMA = BY_NAME["llama"]
-# Of what pays, without the loss.
-LEFT_TO_REPLACE = {op: LLAMA.counts[op] for op in ("rms_norm", "add_rms_norm", "rotary", "attention.causal")}
+# By default, without the loss: norms and MLPs are marked.
+REPLACED = {op: LLAMA.counts[op] for op in ("rotary", "attention.causal")}
 
 
 def assert_all_replaced(function: Any, *inputs: Any) -> None:
@@ -61,14 +61,20 @@ def test_weights_of_tokens() -> None:
     assert_all_replaced(loss, *batch(LLAMA))
 
 
-def test_whole_model_says_why_its_loss_is_not_fused() -> None:
+@pytest.mark.parametrize("logits", ["auto", "eager"])
+def test_the_whole_model(logits: str) -> None:
     model, inputs = LLAMA.build(), batch(LLAMA)
     expected = step(LLAMA.loss, model, *inputs)
     model.zero_grad()
-    loss = LLAMA.loss(compiled(model, options={"liger.policy": "auto"}), *inputs)
+    options = {"liger.policy": "auto", "liger.logits": logits}
+    loss = LLAMA.loss(compiled(model, options=options), *inputs)
     loss.backward()
     assert_within(Step(loss.detach(), gradients(model)), expected, EXACT)
-    assert_replaced(LEFT_TO_REPLACE)
-    left = [site for report in liger_compile.reports() for site in report.sites if site.kind == "leave"]
-    assert [site.pattern for site in left] == ["linear_cross_entropy.plain"]
-    assert "the graph returns them" in left[0].reason
+    is_fused = logits == "auto"
+    assert_replaced({**REPLACED, **({"linear_cross_entropy": 1} if is_fused else {})})
+    (report,) = liger_compile.reports()
+    left = [site for site in report.sites if site.kind == "leave"]
+    (note,) = report.notes
+    assert [site.pattern for site in left] == ([] if is_fused else ["linear_cross_entropy.plain"])
+    assert ("computed when they are read" if is_fused else "liger.logits is 'eager'") in note
+    assert is_fused or "the graph returns them" in left[0].reason
