@@ -41,9 +41,10 @@ def _sigmoid_written_out(space, powers, scalar, dtype):
     for term, power in powers.items():
         if power <= -1 and term.op == "add" and term.consts[0].is_number(1) and len(term.args) == 1:
             (e,) = term.args
-            if e.op == "exp" and e.args[0].op == "mul" and e.args[0].consts[0].is_number(-1):
-                inner = e.args[0]
-                x = mul(space, zip(inner.args, inner.consts[1:], strict=True), ONE, inner.dtype, inner.shape)
+            exponent = e.args[0] if e.op == "exp" else term
+            inner = exponent.args[0] if exponent.op == "cast" else exponent  # a sign stands inside of a cast
+            if inner.op == "mul" and inner.consts[0].is_number(-1):
+                x = mul(space, ((exponent, 1),), MINUS_ONE, exponent.dtype, exponent.shape)
                 sigmoid = apply(space, "sigmoid", (x,), (), dtype, x.shape)
                 return _replaced(powers, {term: -1}, sigmoid), scalar
     return None
