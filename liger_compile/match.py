@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch._dispatch.python import enable_python_dispatcher
 from torch.fx import Graph, Node
 
 from liger_compile.pattern import Capture, Match, NearMiss, Pattern
@@ -337,7 +338,8 @@ class _Attempt:
                 name: d if d is None else (tuple(map(self._real_size, d[0])), d[1])
                 for name, d in tensors.items()
             }
-            with mode:
+            # As Dynamo does: in 2.11 F.linear takes no symbolic sizes otherwise.
+            with mode, contextlib.nullcontext() if is_static else enable_python_dispatcher():
                 try:
                     traced[key] = _traced(self.pattern, real)
                 except (RuntimeError, ValueError, TypeError, IndexError):

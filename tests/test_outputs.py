@@ -53,7 +53,9 @@ LAZY = (head_and_loss, upcast_first, softcap, scaled_for_the_caller_only, sliced
 
 def arguments(dtype=torch.float32, length=5):
     x = torch.randn(3, length, H, dtype=dtype, requires_grad=True)
-    w = torch.randn(V, H, dtype=dtype, requires_grad=True)
+    w = torch.nn.Parameter(
+        torch.randn(V, H, dtype=dtype)
+    )  # whose sizes stay static where those of inputs do not
     return x, w, torch.randint(V, (3, length))
 
 
