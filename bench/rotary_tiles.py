@@ -87,9 +87,6 @@ def rotary_tiles(channels: int) -> dict[str, Any]:
             found[f"{num_warps} warps, {heads} heads, {ahead} ahead"] = rotary.Config(
                 vectors, heads, ahead, pairs, 1, num_warps
             )
-    for heads, ahead in ((2, 2), (4, 4), (8, 4)):
-        tile = rotary.Config(1024 // pairs, heads, ahead, pairs, 1, 4, "evict_first")
-        found[f"4 warps, {heads} heads, {ahead} ahead, evict_first"] = tile
     found["4 warps, 2 vectors, 2 heads, 2 ahead"] = rotary.Config(2048 // pairs, 2, 2, pairs, 1, 4)
     return found
 

@@ -34,7 +34,6 @@ class Config(NamedTuple):
     pairs: int  # half of the rotated channels, to the next power of two
     rest: int  # the other channels, to the next power of two; at least 1
     num_warps: int
-    eviction: str = ""  # policy of the cache for what is rotated
 
 
 # Of these tiles, the best or within 1.5% of it at each shape of bench.rotary_tiles (H100, torch 2.11.0, triton 3.6.0,
@@ -170,7 +169,6 @@ def _launch(
         AHEAD=tile.ahead,
         PAIRS=tile.pairs,
         REST=tile.rest,
-        EVICTION=tile.eviction,
         num_warps=tile.num_warps,
     )
 
@@ -215,7 +213,6 @@ def _rotary_kernel(
     AHEAD: tl.constexpr,
     PAIRS: tl.constexpr,
     REST: tl.constexpr,
-    EVICTION: tl.constexpr,
 ):
     num_q_groups = tl.cdiv(num_q_heads, HEADS)
     num_groups = num_q_groups + tl.cdiv(num_k_heads, HEADS)
@@ -237,8 +234,8 @@ def _rotary_kernel(
         cos_b = cos_a
         sin_b = sin_a
     else:
-        cos_a, cos_b = _read(cos_at, cos_channel_stride, is_token, WIDTH, WRITES_INTERLEAVED, PAIRS, "")
-        sin_a, sin_b = _read(sin_at, sin_channel_stride, is_token, WIDTH, WRITES_INTERLEAVED, PAIRS, "")
+        cos_a, cos_b = _read(cos_at, cos_channel_stride, is_token, WIDTH, WRITES_INTERLEAVED, PAIRS)
+        sin_a, sin_b = _read(sin_at, sin_channel_stride, is_token, WIDTH, WRITES_INTERLEAVED, PAIRS)
     cos_a, cos_b = cos_a.to(tl.float32), cos_b.to(tl.float32)
     sin_a, sin_b = sin_a.to(tl.float32), sin_b.to(tl.float32)
     if TRANSPOSE:
@@ -272,7 +269,6 @@ def _rotary_kernel(
             AHEAD,
             PAIRS,
             REST,
-            EVICTION,
         )
     else:
         if k_ptr is not None:
@@ -297,7 +293,6 @@ def _rotary_kernel(
                 AHEAD,
                 PAIRS,
                 REST,
-                EVICTION,
             )
 
 
@@ -323,14 +318,13 @@ def _rotate_heads(
     AHEAD: tl.constexpr,
     PAIRS: tl.constexpr,
     REST: tl.constexpr,
-    EVICTION: tl.constexpr,
 ):
     read = ()
     for step in tl.static_range(HEADS + AHEAD - 1):
         if step < HEADS:
             head = (first + step).to(tl.int64)
             is_row = row_mask(tokens, num_tokens, head < num_heads)
-            pairs = _read(x_at + head * x_head_stride, 1, is_row, WIDTH, READS_INTERLEAVED, PAIRS, EVICTION)
+            pairs = _read(x_at + head * x_head_stride, 1, is_row, WIDTH, READS_INTERLEAVED, PAIRS)
             read = read + (pairs,)  # noqa: RUF005, which Triton does not know
         if step >= AHEAD - 1:
             head = (first + step - (AHEAD - 1)).to(tl.int64)
@@ -360,23 +354,18 @@ def _read(
     WIDTH: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     PAIRS: tl.constexpr,
-    EVICTION: tl.constexpr,
 ):
     """(a, b) of every pair; of those that are none, anything."""
     half: tl.constexpr = WIDTH // 2
     if INTERLEAVED:
         channel = tl.arange(0, 2 * PAIRS)[None, :]
-        x = tl.load(
-            at + channel * channel_stride,
-            _is_channel(is_row, channel, WIDTH, 2 * PAIRS),
-            eviction_policy=EVICTION,
-        )
+        x = tl.load(at + channel * channel_stride, _is_channel(is_row, channel, WIDTH, 2 * PAIRS))
         a, b = tl.split(tl.reshape(x, [at.shape[0], PAIRS, 2]))
     else:
         pair = tl.arange(0, PAIRS)[None, :]
         mask = _is_channel(is_row, pair, half, PAIRS)
-        a = tl.load(at + pair * channel_stride, mask, eviction_policy=EVICTION)
-        b = tl.load(at + (half + pair) * channel_stride, mask, eviction_policy=EVICTION)
+        a = tl.load(at + pair * channel_stride, mask)
+        b = tl.load(at + (half + pair) * channel_stride, mask)
     return a, b
 
 
