@@ -43,10 +43,12 @@ def compile_graph(
     inner: str = "inductor",
     patterns: Iterable[Pattern] = (),
     key: str = "",
+    frees_buffers: bool = False,
 ) -> Callable[..., Any]:
     """Compiles `gm`, and takes ownership of it.
 
     `patterns` are those in use and `key` whatever else decided what `gm` is: both go into the cache key.
+    With `frees_buffers`, Inductor frees a GPU's buffer after its last use, unless its options say otherwise.
     Raises what torch.compile(backend="inductor") raises for a wrong mode or option, whatever `inner` is.
     """
     patches = _inductor_patches(mode, inductor_options)
@@ -66,6 +68,8 @@ def compile_graph(
     # the backward is compiled later.
     name = "unsafe_marked_cacheable_functions"
     patches[name] = {**patches.get(name, getattr(config, name)), "liger_compile": digest}
+    if frees_buffers and any(isinstance(each, torch.Tensor) and each.is_cuda for each in example_inputs):
+        patches.setdefault("allow_buffer_reuse", False)
     compiled: Any = compile_fx(gm, example_inputs, config_patches=patches)
     return compiled
 
