@@ -298,7 +298,7 @@ def linear_cross_entropy(
         target: (...) or (N): class indices, int64, one for each row of x.
         bias: (V), in the dtype of x, or None.
         class_weight: (V), or None, as weight in `cross_entropy`, whose other arguments mean the same here.
-        memory: bytes for a chunk of the logits, or None for a default: 512 MiB on a GPU. A chunk has 128 tokens at the
+        memory: bytes for a chunk of the logits, or None for a default: 600 MiB on a GPU. A chunk has 128 tokens at the
             least, and in half precision more rather than have a sum of weight's gradient in float32 that is larger.
 
     Returns:
