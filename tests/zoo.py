@@ -368,8 +368,24 @@ class Runs:
         """What became of the calls of attention."""
         patterns = self.patterns
         found = {p.partition(".")[2]: n for p, n in sorted(patterns.items()) if p.startswith("attention.")}
-        left = sum(self.attentions) - sum(found.values())
-        return ", ".join([*(f"{n} {name}" for name, n in found.items()), *([f"{left} left"] if left else [])])
+        found["left"] = sum(count for _, _, count in self.notes_on_attention)
+        found["as it is"] = max(0, sum(self.attentions) - sum(found.values()))
+        return ", ".join(f"{n} {name}" for name, n in found.items() if n)
+
+    @property
+    def notes_on_attention(self) -> list[tuple[str, str, int]]:
+        """What calls do that are left, why, and how many of them."""
+        notes = [_NOTE.fullmatch(note) for report in self.reports for note in report.notes]
+        return [(note["what"], note["why"], int(note["count"])) for note in notes if note]
+
+    @property
+    def why_left(self) -> list[str]:
+        """A sentence for each reason why attention is left; its numbered inputs are one."""
+        notes = ((what, re.sub(r"_\d+\b", "", why)) for what, why, _ in self.notes_on_attention)
+        return [f"Attention {what}: {why}." for what, why in dict.fromkeys(notes)]
+
+
+_NOTE = re.compile(r"attention (?P<what>.*) (?P<count>\d+)x: (?P<why>.*)")
 
 
 def _worth(pattern: str) -> dict[str, int]:
@@ -543,8 +559,9 @@ def page(rows: Sequence[Row]) -> str:
         "counted in the models' source and by the modules that run in eager mode, not by the matcher. Rotary counts "
         "tensors: q and k are two. A gated MLP is an activation times another projection, so experts and the gates of "
         "gated norms are some. LayerNorm is none of the norms, but for Cohere's, which is an RMSNorm of what is left "
-        "when the mean is taken off. Attention counts calls of `scaled_dot_product_attention`, by the pattern that "
-        "replaced them; what is left of it keeps its mask ([known gaps](known_gaps.md)).",
+        "when the mean is taken off. Attention counts by pattern what was replaced: `scaled_dot_product_attention` "
+        "with a mask, or attention that is written out; what is left of either, for the reasons in the last column; "
+        "and calls without a mask, in which there is nothing to replace (`as it is`).",
         "",
         "| | " + " | ".join(TITLES.values()) + " |",
         "|---" * (len(KINDS) + 1) + "|",
@@ -574,7 +591,9 @@ def page(rows: Sequence[Row]) -> str:
     ]
     for row in rows:
         specimen, runs = row.specimen, next(iter(row.runs.values()), Runs())
-        why = " ".join([*(left.why for left in specimen.left.values()), specimen.note]).strip()
+        why = " ".join(
+            [*(left.why for left in specimen.left.values()), specimen.note, *runs.why_left]
+        ).strip()
         cells = [
             str(specimen),
             *(row.found(kind) for kind in KINDS),
