@@ -162,8 +162,7 @@ def _rewritten(
             lambda m, at=mutations.position: insertion_point(m, at.__getitem__),
             settings={"loss_memory": options.loss_memory, "inner": options.inner},
         )
-        cheap = {node for d in rewritten if d.kind == "annotate" for node in d.match.nodes}
-        filled.extend(settle(module.graph, deferred, options.logits == "none", cheap, mutations))
+        filled.extend(settle(module.graph, deferred, is_dropped=options.logits == "none"))
         if is_top_level and options.recompute == "auto":  # in a checkpoint body the user has decided already
             mark_for_recompute(rewritten)
         decisions.extend(rewritten)

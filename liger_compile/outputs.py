@@ -12,8 +12,7 @@ their gradient: AOTAutograd makes one of zeros for every output that is not used
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,11 +20,9 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from liger_compile.lazy import Recipe, lazy
 from liger_compile.terms.build import Terms
-from liger_compile.terms.mutation import Mutations
 from liger_compile.terms.term import Term
 
 # On the way from a head to its loss, or to an output. All logits stay there.
@@ -163,18 +160,11 @@ def _autocast_at(head: Node) -> tuple[str, torch.dtype] | None:
     return None if states[-1] is None else (device, states[-1])
 
 
-def settle(
-    graph: Graph,
-    deferred: Sequence[Deferred],
-    is_dropped: bool,
-    cheap: Collection[Node],
-    mutations: Mutations,
-) -> list[Filled]:
+def settle(graph: Graph, deferred: Sequence[Deferred], is_dropped: bool) -> list[Filled]:
     """What to put in the place of outputs whose head is gone from `graph`; the other outputs come back.
 
     Args:
         is_dropped: None is put there.
-        cheap: nodes that backward computes again.
     """
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
     found = []
@@ -182,67 +172,14 @@ def settle(
         if not each.head._erased:
             _put_back(graph, each)
             continue
-        inputs = each.inputs
         if is_dropped:
             _return(graph, each.positions, None)
-        else:
-            inputs += _begin_earlier(graph, each, cheap, mutations)
         for node in each.recipe.nodes:
             node.meta.clear()  # fake tensors
         function = GraphModule(torch.nn.Module(), each.recipe)
         recipe = None if is_dropped else Recipe(function, "logits", _ADVICE, each.autocast)
-        found.append(Filled(each.positions, tuple(map(placeholders.index, inputs)), recipe))
+        found.append(Filled(each.positions, tuple(map(placeholders.index, each.inputs)), recipe))
     return found
-
-
-def _begin_earlier(
-    graph: Graph, deferred: Deferred, cheap: Collection[Node], mutations: Mutations
-) -> tuple[Node, ...]:
-    """Returns what a cheap hidden state is computed from in its place: that is kept for backward anyway, and the hidden
-    state need not be. The graph's inputs that the recipe takes besides."""
-    outputs: Any = graph.output_node().args[0]
-    hidden = outputs[deferred.positions[0]]
-    origin, between = _origin(hidden, cheap)
-    if not (between and mutations.is_clean(origin) and _autocast_at(between[0]) == deferred.autocast):
-        return ()
-    _return(graph, deferred.positions, origin)
-    recipe = deferred.recipe
-    given = recipe.find_nodes(op="placeholder")
-    users, first = list(given[0].users), next(node for node in recipe.nodes if node.op != "placeholder")
-    copies = dict(zip((origin, *deferred.inputs), given, strict=True))
-    read = dict.fromkeys(arg for node in between for arg in node.all_input_nodes if arg.op == "placeholder")
-    more = tuple(node for node in read if node not in copies)
-    with recipe.inserting_before(first):
-        copies.update((node, recipe.placeholder(node.name)) for node in more)
-        for node in between:
-            copies[node] = recipe.node_copy(node, copies.__getitem__)
-    for user in users:
-        user.replace_input_with(given[0], copies[hidden])
-    return more
-
-
-def _origin(hidden: Node, cheap: Collection[Node]) -> tuple[Node, list[Node]]:
-    """The earliest tensor like the hidden state of which cheap nodes compute it, with inputs of the graph; and these
-    nodes, none if there is no other."""
-    position = {node: i for i, node in enumerate(hidden.graph.nodes)}
-    origin, passed, last = hidden, [], 0
-    ahead = {hidden}
-    while ahead and (node := max(ahead, key=position.__getitem__)) in cheap:
-        passed.append(node)
-        ahead = {*ahead, *node.all_input_nodes} - {node}
-        ahead = {each for each in ahead if each.op != "placeholder"}
-        if len(ahead) == 1 and _is_like(hidden, *ahead):
-            (origin,), last = ahead, len(passed)
-    return origin, passed[:last][::-1]
-
-
-def _is_like(a: Node, b: Node) -> bool:
-    one, other = a.meta.get("example_value"), b.meta.get("example_value")
-    if not isinstance(one, Tensor) or not isinstance(other, Tensor) or one.dtype != other.dtype:
-        return False
-    return one.dim() == other.dim() and all(
-        map(statically_known_true, map(operator.eq, one.shape, other.shape))
-    )
 
 
 def _put_back(graph: Graph, deferred: Deferred) -> None:
