@@ -51,12 +51,12 @@ class Config(NamedTuple):
     vector: int  # elements
 
 
-def config(classes: int, itemsize: int, is_plain: bool) -> Config:
-    """`is_plain`: an element needs no more registers than for the loss as it is, without smoothing or softcap."""
+def config(classes: int, itemsize: int, is_lean: bool) -> Config:
+    """`is_lean`: both passes, and neither smoothing nor softcap, which take registers for each element."""
     programs = max(1, min(MOST_PROGRAMS, ROWS_IN_L2 // (classes * itemsize)))
     num_warps = min(MOST_WARPS, 2 ** ((WARPS_PER_MULTIPROCESSOR // programs).bit_length() - 1))
     vector = VECTOR_BYTES // itemsize
-    vectors = VECTORS_OF_LONG_ROWS if programs == 1 and is_plain else VECTORS_PER_THREAD
+    vectors = VECTORS_OF_LONG_ROWS if programs == 1 and is_lean else VECTORS_PER_THREAD
     lanes = min(32 * num_warps * vectors, triton.next_power_of_2(triton.cdiv(classes, vector)))
     return Config(programs, num_warps, lanes, vector)
 
@@ -284,9 +284,10 @@ def _launch(
         return
     mass = class_weight.sum(dtype=torch.float32) if class_weight is not None and label_smoothing else None
     inner_scale = logit_scale if softcap is None else logit_scale / softcap
-    is_plain = not label_smoothing and softcap is None
-    programs, num_warps, lanes, vector = config(classes, logits.element_size(), is_plain)
-    if dlogits is None or losses is None:  # one pass, which the cache has nothing to keep for
+    is_in_one_pass = dlogits is None or losses is None
+    is_lean = not (is_in_one_pass or label_smoothing or softcap is not None)
+    programs, num_warps, lanes, vector = config(classes, logits.element_size(), is_lean)
+    if is_in_one_pass:  # which the cache has nothing to keep for
         programs *= 2
     grid = (min(rows, programs * num_multiprocessors(logits.device)),)
     with torch.cuda.device_of(logits):

@@ -255,11 +255,11 @@ def test_more_than_2_to_the_31_logits(device, stride):
     assert torch.equal(losses[last], expected[0]) and torch.equal(logits[last], expected[1])
 
 
-@pytest.mark.parametrize("is_plain", [True, False])
+@pytest.mark.parametrize("is_lean", [True, False])
 @pytest.mark.parametrize("itemsize", [2, 4])
 @pytest.mark.parametrize("classes", [1, 2, 37, 1000, 4096, 32000, 50257, 128256, 151936, 262144, 2**21])
-def test_configs(classes, itemsize, is_plain):
-    programs, num_warps, lanes, vector = kernels.config(classes, itemsize, is_plain)
+def test_configs(classes, itemsize, is_lean):
+    programs, num_warps, lanes, vector = kernels.config(classes, itemsize, is_lean)
     assert programs == 1 or programs * classes * itemsize <= kernels.ROWS_IN_L2
     assert programs * num_warps <= kernels.WARPS_PER_MULTIPROCESSOR and num_warps in (1, 2, 4, 8, 16, 32)
     assert lanes & (lanes - 1) == 0 and vector * itemsize == kernels.VECTOR_BYTES
