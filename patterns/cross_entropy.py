@@ -57,8 +57,8 @@ def replace_as_is(logits, target, weight, ignore_index, reduction, label_smoothi
 def profit(match: Match) -> str | None:
     """Whether the op is faster: it keeps what Inductor keeps, the logits.
 
-    H200, torch 2.11.0, triton 3.6.0, bf16, 2026-11-22, forward and backward: 8192 x 128256 takes 1.71 ms with the
-    kernel and 2.59 ms as Inductor compiles it; 16384 x 32000 takes 0.96 ms and 1.37 ms.
+    H100, torch 2.11.0, triton 3.6.0, bf16, 2026-11-25, forward and backward: 8192 x 128256 takes 2.23 ms with the
+    kernel and 2.88 ms as Inductor compiles it; 16384 x 32000 takes 1.15 ms and 1.51 ms (ops_nvidia_h100_80gb_hbm3.csv).
     """
     if match.result.device.type == "cpu":
         # 2 cores, torch 2.13.0, 2026-11-22: a step of a 2-layer Llama (1024 tokens, hidden 256, vocabulary 10240, fp32)

@@ -320,9 +320,9 @@ def mish_gate(gate, up, w):
     return F.linear(gate * up, w)
 
 
-@tells("gated_mlp", "leaky_relu(gate) stands where silu(gate) is expected", X, Y, DOWN)
-def leaky_gate(gate, up, w):
-    gate = F.leaky_relu(gate)  # here
+@tells("gated_mlp", "mish(gate) stands where silu(gate) is expected", X, Y, DOWN)
+def mish_gate(gate, up, w):
+    gate = F.mish(gate)  # here
     return F.linear(gate * up, w)
 
 
