@@ -33,10 +33,10 @@ _ROUNDINGS = {
 def profit(match: Match) -> str | None:
     """Where the logits are needed anyway, the fused op would compute the head a second time.
 
-    H100, torch 2.11.0, triton 3.6.0, bf16, 2026-11-25, forward and backward: 8192 tokens, hidden 4096, vocabulary 128256:
-    35.9 ms and 501 MiB beside the gradients, 38.5 ms and 2004 MiB as Inductor compiles it; hidden 1024, vocabulary
-    151936: 11.9 ms and 594 MiB, 12.8 ms and 2374 MiB (ops_nvidia_h100_80gb_hbm3.csv). A step of a Llama of 4 layers,
-    hidden 2048, 4 x 2048 tokens, the model returned whole, peaks at 2.65 GiB with the op and 8.00 GiB without.
+    H100, torch 2.11.0, triton 3.6.0, bf16, 2026-11-25, forward and backward of 8192 tokens: hidden 4096, vocabulary
+    128256 takes 35.9 ms and 501 MiB beside the gradients, 38.5 ms and 2004 MiB as Inductor compiles it; hidden 1024,
+    vocabulary 151936 11.9 ms and 594 MiB, 12.8 ms and 2374 MiB (ops_nvidia_h100_80gb_hbm3.csv). A step of a Llama of 4
+    layers, hidden 2048, 4 x 2048 tokens, returned whole, peaks at 2.65 GiB with the op and 8.00 GiB without.
     """
     vocab = match["weight"].shape[0]
     for node in match.escaping():

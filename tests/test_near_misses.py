@@ -320,9 +320,9 @@ def mish_gate(gate, up, w):
     return F.linear(gate * up, w)
 
 
-@tells("gated_mlp", "mish(gate) stands where silu(gate) is expected", X, Y, DOWN)
-def mish_gate(gate, up, w):
-    gate = F.mish(gate)  # here
+@tells("gated_mlp", "hardsigmoid(gate) stands where silu(gate) is expected", X, Y, DOWN)
+def hardsigmoid_gate(gate, up, w):
+    gate = F.hardsigmoid(gate)  # here
     return F.linear(gate * up, w)
 
 
