@@ -92,9 +92,9 @@ def _canonical(name: str) -> str:
 
 def _is_wider(arg: Value, out: Any) -> bool:
     """Whether an operand does not fit into the dtype of the result; a number, also one in a tensor, takes it."""
-    if not isinstance(arg, Term) or not isinstance(out, torch.Tensor) or not arg.shape:
+    if not isinstance(arg, Term) or not isinstance(out, torch.Tensor) or not arg.shape or arg.dtype is None:
         return False
-    return not normalize.widens(arg.dtype, out.dtype)
+    return torch.promote_types(arg.dtype, out.dtype) != out.dtype
 
 
 @functools.cache
