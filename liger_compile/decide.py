@@ -118,7 +118,7 @@ class _Context:
     graph: Graph
     mutations: Mutations
     is_top_level: bool
-    switches: list[int] = field(default_factory=list)
+    switches: dict[Node, int] = field(default_factory=dict)  # with their positions
     depth: dict[Node, int] = field(default_factory=dict)  # of torch.func transforms around a node
 
     def __post_init__(self) -> None:
@@ -126,7 +126,7 @@ class _Context:
         for node in self.graph.nodes:
             name = getattr(node.target, "__name__", "") if node.op == "call_function" else ""
             if name in _CONTEXT_SWITCHES or name.endswith(_NESTING):
-                self.switches.append(self.position(node))
+                self.switches[node] = self.position(node)
             self.depth[node] = depth = depth + name.endswith(_NESTING[0]) - name.endswith(_NESTING[1])
 
     def position(self, node: Node) -> int:
@@ -174,9 +174,32 @@ def _refuse_several_regions(match: Match, context: _Context) -> str | None:
     # Integers and booleans are the same in every region: the positions that a mask is made of.
     floating = [node for node in match.nodes if not _is_of_integers(node)] or match.nodes
     first, last = context.position(floating[0]), context.position(match.nodes[-1])
-    if any(first < switch < max(last, context.span(match)[1]) for switch in context.switches):
-        return "grad mode or autocast changes within it"
+    last = max(last, context.span(match)[1])
+    for switch, at in context.switches.items():
+        if first < at < last:
+            before = max((n for n in floating if context.position(n) < at), key=context.position)
+            after = next((n for n in match.nodes if context.position(n) > at), None)
+            after = after or insertion_point(match, context.position)
+            return (
+                f"{_switched(switch)} between {before.name} and {after.name}, and a replacement runs in one mode; "
+                "compute all of it on one side of that"
+            )
     return None
+
+
+def _switched(switch: Node) -> str:
+    """What a call that switches a mode does, in words."""
+    name = getattr(switch.target, "__name__", "")
+    if name == "_set_grad_enabled":
+        return f"gradients are switched {'on' if switch.args[0] else 'off'}"
+    change = "begins" if "_enter" in name else "ends"
+    if "inference" in name:
+        return f"inference mode {change}"
+    enter = switch.args[0] if isinstance(switch.args[0], Node) else switch
+    _, dtype, is_enabled, *_ = enter.args
+    if not is_enabled:
+        return f"a region without autocast {change}"
+    return f"autocast to {str(dtype).removeprefix('torch.')} {change}" if dtype else f"autocast {change}"
 
 
 def _is_of_integers(node: Node) -> bool:
@@ -201,9 +224,22 @@ def _refuse_mutation(match: Match, context: _Context) -> str | None:
         # What is captured is read where the replacement stands, and has to be by then what it was when it was made.
         since = context.position(node) if node in captured else first - 1
         at = context.mutations.write_between(node, since, last + 1)
-        if at is not None:
+        if at is not None and not (node in inner and _is_private(node, match, context.mutations)):
             return f"{node.name} is written in place while it is in use{_source(context, at)}"
     return None
+
+
+def _is_private(node: Node, match: Match, mutations: Mutations) -> bool:
+    """Whether the memory of a value inside of a match is the match's own, made and read there alone.
+
+    Then a write into it, which the term knows of, is a step of the computation: `F.silu(gate).mul_(up)`.
+    """
+    storages, inside = storages_of(node), set(match.nodes)
+    is_lent = any(storages & storages_of(other) for other in (*match.operands, *captured_nodes(match)))
+    if is_lent or not mutations.is_known(node):
+        return False
+    sharing = (n for n in match.nodes if n not in match.outputs and storages & storages_of(n))
+    return all(user in inside for each in sharing for user in each.users)
 
 
 def _source(context: _Context, position: int) -> str:

@@ -1,5 +1,8 @@
 """Legality, then check, then profit: each refusal is a sentence, and leaves the numbers alone."""
 
+import contextlib
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -93,6 +96,90 @@ def test_every_kind_of_write_is_seen(run_liger, write):
     torch.testing.assert_close(result, f(X.clone(), W))
 
 
+GATE, UP, DOWN = torch.randn(4, 12), torch.randn(4, 12), torch.randn(8, 12)
+
+
+@pytest.mark.parametrize(
+    "gated",
+    [
+        lambda gate, up, down: F.linear(F.silu(gate).mul_(up), down),
+        lambda gate, up, down: F.linear(F.silu(gate).mul_(up).view(-1, 12), down),
+        lambda gate, up, down: F.silu(gate).mul_(up),
+        lambda gate, up, down: F.silu(gate).mul_(up).add_(1),
+    ],
+    ids=["linear", "view", "product", "written again"],
+)
+def test_a_write_into_what_is_read_there_alone_is_a_step(run_liger, liger_is_as_right_as_eager, gated):
+    _, reports = run_liger(gated, GATE, UP, DOWN)
+    assert [site.kind for site in sites(reports)] == ["replace"]
+    torch._dynamo.reset()
+    liger_is_as_right_as_eager(gated, GATE, UP, DOWN, frozen=(2,))
+
+
+def augmented(gate, up, down):
+    h = F.silu(gate)
+    h *= up
+    return F.linear(h, down)
+
+
+def read_before(gate, up, down):
+    h = F.silu(gate)
+    return h.sum() + F.linear(h.mul_(up), down)
+
+
+def read_after(gate, up, down):
+    h = F.silu(gate)
+    return F.linear(h.mul_(up), down) + h.sum()
+
+
+def view_read_after(gate, up, down):
+    h = F.silu(gate)
+    part = h[..., :8]
+    return F.linear(h.mul_(up), down) + part
+
+
+def written_twice(gate, up, down):
+    h = F.silu(gate)
+    y = h.mul_(up)
+    h.add_(1)
+    return F.linear(y, down)
+
+
+def part_written_before(gate, up, down):
+    h = F.silu(gate)
+    h[..., 0] = 2.0
+    return F.linear(h.mul_(up), down)
+
+
+def activated_in_place(gate, up, down):
+    return F.linear(F.silu(gate, inplace=True) * up, down) + gate.sum()
+
+
+def test_an_augmented_assignment_is_a_step_too(run_liger):
+    result, reports = run_liger(augmented, GATE, UP, DOWN)
+    assert [site.kind for site in sites(reports)] == ["replace"]
+    torch.testing.assert_close(result, augmented(GATE, UP, DOWN))
+
+
+@pytest.mark.parametrize(
+    "function",
+    [read_before, read_after, view_read_after, written_twice, part_written_before, activated_in_place],
+)
+def test_a_write_into_what_others_read_is_none(run_liger, function):
+    result, reports = run_liger(function, GATE.clone(), UP, DOWN)
+    assert not [site for site in sites(reports) if site.kind == "replace"]
+    torch.testing.assert_close(result, function(GATE.clone(), UP, DOWN))
+
+
+def test_a_product_that_is_rounded_when_it_is_written_is_not_one_of_rounded_factors(run_liger):
+    def f(gate, up):
+        return F.silu(gate).mul_(up)
+
+    result, reports = run_liger(f, GATE.bfloat16(), UP)
+    assert not [site for site in sites(reports) if site.kind == "replace"]
+    torch.testing.assert_close(result, f(GATE.bfloat16(), UP), rtol=0, atol=0)
+
+
 def test_a_write_elsewhere_does_not_matter(run_liger):
     def f(x, w, buffer):
         buffer.add_(1)
@@ -129,7 +216,39 @@ def test_a_change_of_grad_mode_within_is_left(run_liger):
     f(expected, W).sum().backward()
     torch.testing.assert_close(x.grad, expected.grad)
     torch._dynamo.reset()
-    assert_left(run_liger, f, X, W, reason="grad mode or autocast changes within it")
+    assert_left(run_liger, f, X, W, reason="gradients are switched on between variance and add")
+
+
+@pytest.mark.parametrize(
+    "first, then, what",
+    [
+        (torch.no_grad, contextlib.nullcontext, "gradients are switched on"),
+        (contextlib.nullcontext, torch.no_grad, "gradients are switched off"),
+        (torch.inference_mode, contextlib.nullcontext, "inference mode ends"),
+        (
+            contextlib.nullcontext,
+            partial(torch.autocast, "cpu", torch.bfloat16),
+            "autocast to bfloat16 begins",
+        ),
+        (partial(torch.autocast, "cpu", torch.float16), contextlib.nullcontext, "autocast to float16 ends"),
+        (
+            partial(torch.autocast, "cpu", enabled=False),
+            contextlib.nullcontext,
+            "a region without autocast ends",
+        ),
+    ],
+)
+def test_which_mode_changes_and_where(run_liger, first, then, what):
+    def f(x, w):
+        with first():
+            variance = x.pow(2).mean(-1, keepdim=True)
+        with then():
+            return w * (x * torch.rsqrt(variance + 1e-6))
+
+    reason = (
+        f"{what} between variance and add, and a replacement runs in one mode; compute all of it on one side"
+    )
+    assert_left(run_liger, f, X, W, reason=reason)
 
 
 def gradient_of(function):

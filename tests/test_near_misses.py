@@ -289,17 +289,12 @@ def squared_relu_gate(gate, up, w):
     return F.linear(gate.square() * up, w)
 
 
-@tells("gated_mlp", "this is the quick GELU, silu with a slope of 1.702", X, Y, DOWN)
-def quick_gelu_gate(gate, up, w):
-    slope = torch.sigmoid(1.702 * gate)  # here
-    return F.linear(gate * slope * up, w)
-
-
-@tells("gated_mlp", "this is the quick GELU, silu with a slope of 1.702", X, Y, DOWN)
-def gpt_oss(gate, up, w):
-    gate, up = gate.clamp(max=7), up.clamp(-7, 7)
-    slope = torch.sigmoid(1.702 * gate)  # here
-    return F.linear((up + 1) * (gate * slope), w)
+@tells(
+    "gated_mlp", "this is the quick GELU, silu with a slope of 1.702", X.to(HALF), Y.to(HALF), DOWN.to(HALF)
+)
+def quick_gelu_gate_in_float32(gate, up, w):
+    slope = torch.sigmoid(1.702 * gate.float())  # here
+    return F.linear((gate * slope).to(up.dtype) * up, w)
 
 
 @tells("gated_mlp", "up + silu(gate) stands where up * silu(gate) is expected", X, Y, DOWN)

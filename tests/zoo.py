@@ -107,29 +107,19 @@ _GATED = {"feed_forward_proj": "gated-gelu", "decoder_start_token_id": 0}
 
 _NO_HALF = "Eager mode itself fails in bfloat16 unless some of its parameters or buffers stay in float32."
 
-_PER_LAYER = Left(
-    "Under autocast the gates of the per-layer inputs are bfloat16 and the inputs float32, and the op takes one dtype.",
-    autocast=2,
-)
 _EINSUM = Left("Under autocast einsum takes the sum of squares in bfloat16, as no op does.", autocast=5)
 _LEFT: Mapping[str, Mapping[str, Left]] = {
-    "gemma3n": {"mlps": _PER_LAYER},
-    "gemma4_text": {"mlps": _PER_LAYER},
-    "gpt_oss": {
+    "inkling2_text": {
         "mlps": _never(
-            2, "The gate is clamped, and times sigmoid(1.702 * gate), and one is added to up: no op has that."
+            2, "Gate and up are each capped by a tanh, but not the gate in its sigmoid: no pattern has that."
         )
     },
-    "inkling2_text": {"mlps": _never(2, "Gate and up are each capped by a tanh: no op has that.")},
     "longt5": {
         "loss": _never(
             1, "Dynamo cannot trace the local mask, and runs head and loss in eager mode, with any backend."
         )
     },
     "own_gptj": {"norms": _EINSUM},
-    "own_unbind": {
-        "mlps": _never(2, "The product is written into the activation in place, which is refused.")
-    },
     "own_roll": {
         "norms": _EINSUM,
         "rotary": _never(4, "A row of signs, times what torch.roll gives, is not read as a rotation."),

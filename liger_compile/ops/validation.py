@@ -152,7 +152,8 @@ def check_loss(
         raise TypeError(
             f"{name}: expected class indices in int64 as target, got {target.dtype}; cast them with .long()"
         )
-    is_flat = target.dim() == 1 and not differ(target.shape, (rows.shape[:-1].numel(),))
+    is_flat = 1 in (target.dim(), rows.dim() - 1)  # then only their number counts
+    is_flat = is_flat and not differ((target.numel(),), (rows.shape[:-1].numel(),))
     if not is_flat and differ(target.shape, rows.shape[:-1]):
         raise ValueError(
             f"{name}: expected one target for each row of {label}, shape {tuple(rows.shape[:-1])}, got "

@@ -58,11 +58,15 @@ def written_arguments(node: Node) -> Iterator[Node]:
                 yield from _nodes(node.kwargs.get(argument.name))
         return
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    in_place = name in _OPERATORS or (name.endswith("_") and not name.endswith("__"))
     if node.target in (operator.and_, operator.or_):  # named so because "and" and "or" are taken
         return
-    if in_place or _inplace_flag(node):
+    if is_in_place(name) or _inplace_flag(node):
         yield from _nodes(node.args[0] if node.args else node.kwargs.get("input"))
+
+
+def is_in_place(name: str) -> bool:
+    """Whether an operator of this name writes into its first argument: x.mul_(y), x *= y, x[i] = y."""
+    return name in _OPERATORS or (name.endswith("_") and not name.endswith("__"))
 
 
 def _inplace_flag(node: Node) -> bool:
@@ -105,19 +109,22 @@ class Mutations:
         """True if nothing ever writes into what the node stands for."""
         return all(s not in self._writes and s not in self._everywhere for s in storages_of(node))
 
+    def is_known(self, node: Node) -> bool:
+        """True if all writes into what the node stands for are nodes of the graph that were recognised."""
+        return not storages_of(node) & self._everywhere
+
     def epoch(self, node: Node, position: int) -> int | None:
         """How many writes what `node` stands for has seen before `position`; None if that is not known."""
-        storages = storages_of(node)
-        if storages & self._everywhere:
+        if not self.is_known(node):
             return None
+        storages = storages_of(node)
         return sum(at < position for storage in storages for at in self._writes.get(storage, ()))
 
     def write_between(self, node: Node, first: int, last: int) -> int | None:
         """The position of a write into what `node` stands for, after `first` and before `last`."""
-        storages = storages_of(node)
-        if storages & self._everywhere:
+        if not self.is_known(node):
             return first
-        for storage in storages:
+        for storage in storages_of(node):
             for at in self._writes.get(storage, ()):
                 if first < at < last:
                     return at

@@ -19,15 +19,19 @@ from liger_compile.terms.attention import attention
 from liger_compile.terms.call import Call, Draw, Value, const_of, negative, opaque, scalar_of, term_of
 from liger_compile.terms.index_operators import INDEX_TABLE
 from liger_compile.terms.layout_operators import LAYOUT_TABLE, halves
+from liger_compile.terms.mutation import is_in_place
 from liger_compile.terms.term import ConstVar, Scalar, Space, Term
 
 
 def call(space: Space, target: Any, args: Any, kwargs: Any, out: Any, name: str) -> Value:
     """The value of target(*args, **kwargs), whose result is `out`; opaque if the table does not know it."""
-    operator = _canonical_name(target) or ""
+    name_in_torch = _name(target)
+    operator = _canonical(name_in_torch)
     make = TABLE.get(operator) or _elementwise(target, operator)
     if make is None or not isinstance(out, (torch.Tensor, tuple, list)) or kwargs.get("out") is not None:
         return opaque(space, out, name)
+    if is_in_place(name_in_torch) and any(_is_wider(arg, out) for arg in args):
+        return opaque(space, out, name)  # computed in the wider dtype, and rounded when it is written
     try:
         value = make(Call(space, out), *args, **kwargs)
     except (TypeError, AttributeError, IndexError, ValueError):
@@ -66,19 +70,31 @@ _ALIASES = {
 }  # fmt: skip
 
 
-def _canonical_name(target: Any) -> str | None:
-    """The table's name of an operator, however it was called; None for what is not torch's own."""
+def _name(target: Any) -> str:
+    """What torch calls an operator, however it was called; nothing for what is not torch's own."""
     if isinstance(target, torch._ops.OpOverload):
-        name = target._schema.name.removeprefix("aten::") if target.namespace == "aten" else None
+        name = target._schema.name.removeprefix("aten::") if target.namespace == "aten" else ""
     elif isinstance(target, str):
         name = target
     elif target is getattr or (getattr(target, "__module__", None) or "torch") in _MODULES:
         name = getattr(target, "__name__", None)
     else:
-        name = None
-    if name and name.endswith("_") and not name.endswith("__"):
-        name = name[:-1]  # x.mul_(y) has the value of x * y; that x changes is decide.py's business
-    return _ALIASES.get(name, name) if name else None
+        name = ""
+    return name or ""
+
+
+def _canonical(name: str) -> str:
+    """The table's name: x.mul_(y) has the value of x * y; that x changes is decide.py's business."""
+    if name.endswith("_") and not name.endswith("__"):
+        name = name[:-1]
+    return _ALIASES.get(name, name)
+
+
+def _is_wider(arg: Value, out: Any) -> bool:
+    """Whether an operand does not fit into the dtype of the result; a number, also one in a tensor, takes it."""
+    if not isinstance(arg, Term) or not isinstance(out, torch.Tensor) or not arg.shape or arg.dtype is None:
+        return False
+    return torch.promote_types(arg.dtype, out.dtype) != out.dtype
 
 
 @functools.cache

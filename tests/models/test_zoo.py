@@ -21,7 +21,7 @@ SPELLINGS = (
     "flint",  # layers without a rotation, a shared expert
     "gemma3n",  # pow(-0.5), norms without a weight, one tensor turned at a time, per-layer gates
     "glm4v",  # partial and interleaved rotation with tables of three axes
-    "gpt_oss",  # half tables, and a gate that no op has
+    "gpt_oss",  # half tables, and a gate that is only marked
     "gptj",  # partial rotation as GPT-J has it, a head with a bias
     "gte_mlm",  # packed gate and up with a GELU, no shift of labels
     "helium",  # repeated half tables, the weight upcast
