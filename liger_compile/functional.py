@@ -230,7 +230,7 @@ def cross_entropy(
 
     Args:
         logits: (..., V), any floating dtype. Classes are last, unlike in `F.cross_entropy`.
-        target: (...) or (N), or of any shape if logits is (N, C): class indices, int64, one for each row of logits.
+        target: (...) or (N), or of any shape if logits is (N, V): class indices, int64, one for each row of logits.
         weight: (V), a weight for each class, or None. It gets no gradient.
         ignore_index: a target that counts for nothing.
         reduction: "mean" divides by the number of tokens that count, or by the sum of the weights of their classes.
@@ -295,7 +295,7 @@ def linear_cross_entropy(
     Args:
         x: (..., H).
         weight: (V, H), in the dtype of x.
-        target: (...) or (N), or of any shape if x is (N, I): class indices, int64, one for each row of x.
+        target: (...) or (N), or of any shape if x is (N, H): class indices, int64, one for each row of x.
         bias: (V), in the dtype of x, or None.
         class_weight: (V), or None, as weight in `cross_entropy`, whose other arguments mean the same here.
         memory: bytes for a chunk of the logits, or None for a default: 600 MiB on a GPU. A chunk has 128 tokens at the
