@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch._dynamo.callback import callback_handler
 from torch._inductor import config as inductor_config
-from torch._subclasses import FakeTensor
+from torch._subclasses import FakeTensor, FakeTensorMode
 
 from liger_compile.compile import (
     cache_key,
@@ -55,6 +55,26 @@ def captured(function, *arguments):
 def test_the_inner_compilers_agree_with_eager(inner):
     compiled = torch.compile(loss_of, backend=partial(compile_graph, inner=inner), fullgraph=True)
     torch.testing.assert_close(loss_and_gradients(compiled), loss_and_gradients(loss_of))
+
+
+@pytest.mark.parametrize(
+    ("device", "frees", "options", "expected"),
+    [
+        ("cuda", True, {}, False),
+        ("cuda", True, {"allow_buffer_reuse": True}, True),
+        ("cuda", False, {}, None),
+        ("cpu", True, {}, None),
+    ],
+)
+def test_buffers_of_a_gpu_are_freed_early(device, frees, options, expected, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        "torch._inductor.compile_fx.compile_fx", lambda gm, _, config_patches: seen.append(config_patches)
+    )
+    with FakeTensorMode():
+        arguments = [torch.empty(4, 8, device=device), torch.empty(8, 8, device=device)]
+    compile_graph(captured(loss_of, *inputs()), arguments, inductor_options=options, frees_buffers=frees)
+    assert seen[0].get("allow_buffer_reuse") is expected
 
 
 def test_mode_and_options_hold_for_forward_and_for_the_backward_compiled_later():
