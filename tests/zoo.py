@@ -12,6 +12,8 @@ import contextlib
 import gc
 import inspect
 import logging
+import multiprocessing
+import os
 import re
 import sys
 import time
@@ -19,6 +21,7 @@ import traceback
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -602,29 +605,43 @@ def _source(pattern: Any) -> Any:
     return pattern.search.__code__
 
 
+def _start() -> None:
+    """In each process."""
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
+    logging.getLogger("torch").setLevel(logging.ERROR)
+    warnings.simplefilter("ignore")
+
+
+def _examined(index: int, ways: Sequence[str]) -> tuple[dict[str, Runs], list[str], float]:
+    """What goes from one process to another: a specimen does not."""
+    row = examine(SPECIMENS[index], ways)
+    return row.runs, row.problems, row.seconds
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.zoo", description=__doc__)
     parser.add_argument("names", nargs="*", help="families to try; if none, all are, and the page is written")
     parser.add_argument("--way", choices=WAYS, help="in this way only")
     parser.add_argument("--report", action="store_true", help="print what happened to each site")
+    parser.add_argument("--processes", type=int, default=os.cpu_count())
     arguments = parser.parse_args()
-    transformers.logging.set_verbosity_error()
-    logging.getLogger("torch").setLevel(logging.ERROR)
-    warnings.simplefilter("ignore")
+    chosen = [i for i, s in enumerate(SPECIMENS) if not arguments.names or str(s) in arguments.names]
+    ways = [arguments.way] if arguments.way else WAYS
     rows = []
-    for specimen in SPECIMENS:
-        if arguments.names and str(specimen) not in arguments.names:
-            continue
-        row = examine(specimen, [arguments.way] if arguments.way else WAYS)
-        rows.append(row)
-        found = "  ".join(f"{kind} {row.found(kind)}" for kind in KINDS if row.found(kind))
-        print(f"{specimen!s:20} {found}  ({row.seconds:.0f} s)", flush=True)
-        for problem in row.problems:
-            print("   ", problem, flush=True)
-        if arguments.report:
-            for runs in row.runs.values():
-                for report in dict.fromkeys(runs.reports):
-                    print(report)
+    spawned = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(arguments.processes, spawned, initializer=_start) as pool:
+        for index, found in zip(chosen, pool.map(_examined, chosen, [ways] * len(chosen)), strict=True):
+            row = Row(SPECIMENS[index], *found)
+            rows.append(row)
+            counts = "  ".join(f"{kind} {row.found(kind)}" for kind in KINDS if row.found(kind))
+            print(f"{row.specimen!s:20} {counts}  ({row.seconds:.0f} s)", flush=True)
+            for problem in row.problems:
+                print("   ", problem, flush=True)
+            if arguments.report:
+                for runs in row.runs.values():
+                    for report in dict.fromkeys(runs.reports):
+                        print(report)
     if not arguments.names and not arguments.way:
         PAGE.write_text(page(rows))
     sys.exit(any(row.problems for row in rows))
