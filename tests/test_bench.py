@@ -100,9 +100,9 @@ def test_training_steps_agree(module, tmp_path):
 
 
 def test_the_floor_of_a_step_is_all_its_gemms(module):
-    train_step = module("train_step")
+    step = module("step")
     flops = FlopCounterMode(display=False)
-    floor = train_step.Floor(train_step.Case("tiny", "2x16", device="cpu"))
+    floor = step.Floor(step.Case("tiny", "2x16", device="cpu"))
     with flops:
         floor._run(lambda: None)
     # Two layers: q and o 64 x 64, k and v 64 x 32, three of 64 x 96; and the head.
@@ -113,8 +113,8 @@ def test_the_floor_of_a_step_is_all_its_gemms(module):
         32 * (2 * (2 * 4 * 64 + 2 * 6 * 16 + 3 * 96) + 2 * 64 + 2 * 128 + 2 * 64),
         32 * (2 * (2 * 4 * 64 + 2 * 6 * 16 + 6 * 96) + 3 * 64 + 64) + 128 * 64,
     )
-    (forward,), (step,) = floor.turn(1).values()
-    assert 0 < forward < step
+    (forward,), (whole,) = floor.turn(1).values()
+    assert 0 < forward < whole
 
 
 @pytest.mark.parametrize("limit", [0, 5, 7, 8, 100, 2047, 2048, 9000])
@@ -125,16 +125,16 @@ def test_the_largest_that_fits_is_found_to_an_eighth(module, limit):
         tried.append(count)
         return count <= limit
 
-    found = module("train_step").largest(fits, 8, 2048)
+    found = module("step").largest(fits, 8, 2048)
     assert found <= limit and len(tried) < 15 and max(tried) <= 2048
     assert found == min(limit, 2048) or limit < 8 or found > limit - max(limit // 8, 1)
 
 
 def test_scale_is_told_for_each_variant(module, tmp_path, monkeypatch):
-    train_step = module("train_step")
-    monkeypatch.setattr(train_step.Step, "fits", lambda self, batch, length: batch * length <= 100)
-    step = train_step.Step(train_step.Case("tiny", "2x16", device="cpu"), train_step.VARIANTS["eager"])
-    assert step.scale() == {"longest": 96, "sequences": 6, "length": 16}
+    step = module("step")
+    monkeypatch.setattr(step.Step, "fits", lambda self, batch, length: batch * length <= 100)
+    eager = step.Step(step.Case("tiny", "2x16", device="cpu"), step.VARIANTS["eager"])
+    assert eager.scale() == {"longest": 96, "sequences": 6, "length": 16}
 
 
 def test_processes_at_once_take_turns(module, tmp_path):

@@ -1,0 +1,339 @@
+"""One training step of a model, in the ways that bench.train_step compares: what a process of that bench runs."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import gc
+import importlib
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch._functorch.config as functorch_config
+import torch.nn.functional as F
+
+from bench.common import Row
+from bench.models import MODELS
+from bench.timing import peak_bytes
+from liger_compile.registry import default_patterns
+
+OURS, LIGER_KERNEL, INDUCTOR, FLOOR = "liger-compile", "liger-kernel", "inductor", "floor"
+PATTERN_OPS = tuple(dict.fromkeys(pattern.name.partition(".")[0] for pattern in default_patterns()))
+BUDGET = 0.8  # of what would be kept for backward; 0.5 was slower and larger (Llama-3.2-1B, 4x2048, H100, 2026-11-22)
+LOCK = "BENCH_TRAIN_STEP_LOCK"  # variable of the environment: a file that processes lock
+COPIED_ELEMENTS = 2**28  # of the floor at once
+LONGEST, MOST_SEQUENCES = 2**18, 2**10  # that are tried
+WARMUP = 2  # steps that are not measured: after the first, which compiles, and in each turn
+
+
+@dataclass(frozen=True)
+class Variant:
+    """How the step is compiled. `compile`: arguments of torch.compile; None is eager."""
+
+    compile: Mapping[str, Any] | None = None
+    returns: str | None = None  # what leaves the compiled function, where that is not the user's to choose
+    patched: bool = False  # by liger-kernel
+    memory_budget: float | None = None
+
+
+def _ours(*skip: str) -> Variant:
+    return Variant({"backend": "liger", "options": {"liger.skip": skip}})
+
+
+VARIANTS: Mapping[str, Variant] = {
+    FLOOR: Variant(),
+    "eager": Variant(),
+    INDUCTOR: Variant({}),
+    "inductor loss": Variant({}, returns="loss"),
+    "inductor auto_chunker": Variant({"options": {"auto_chunker.enable": True}}, returns="loss"),
+    f"inductor memory_budget={BUDGET}": Variant({}, memory_budget=BUDGET),
+    LIGER_KERNEL: Variant(patched=True),
+    "liger-kernel inductor": Variant({}, patched=True),
+    OURS: _ours(),
+    **{f"only {op}": _ours(*(other for other in PATTERN_OPS if other != op)) for op in PATTERN_OPS},
+    **{f"without {op}": _ours(op) for op in PATTERN_OPS},
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One training step. `tokens` is batch x length."""
+
+    model: str
+    tokens: str
+    layers: int | None = None
+    returns: str = "model"
+    use_cache: str = "off"
+    attention_mask: str = "none"
+    device: str = "cuda"
+    options: str = "{}"  # more of torch.compile's for backend="liger", in JSON
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.float32 if self.device == "cpu" else torch.bfloat16
+
+
+def largest(fits: Callable[[int], bool], first: int, most: int) -> int:
+    """The largest number up to `most` that fits, to an eighth: doubled from `first`, then between the last two.
+
+    0 if `first` does not fit.
+    """
+    low, high = 0, first
+    while fits(high):
+        low, high = high, min(2 * high, most)
+        if low == most:
+            return most
+    precision = max((high - low) // 8, 1)
+    while low and high - low > precision:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """Of the processes that are started at once, only one is in here."""
+    if LOCK not in os.environ:
+        yield
+        return
+    with open(os.environ[LOCK], "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+class Step:
+    """The step of a variant, in the process that is the variant's own."""
+
+    def __init__(self, case: Case, variant: Variant) -> None:
+        torch.set_float32_matmul_precision("highest")
+        self._device, self._variant = torch.device(case.device), variant
+        model = MODELS[case.model]
+        if variant.patched:
+            peer = importlib.import_module("liger_kernel.transformers")
+            getattr(peer, f"apply_liger_kernel_to_{model.family}")()
+        if variant.memory_budget is not None:
+            functorch_config.activation_memory_budget = variant.memory_budget
+        self.model: Any = model.build(self._device, case.dtype, case.layers)
+
+        self._case = case
+        self._inputs = self._inputs_of(*map(int, case.tokens.split("x")))
+        self._loss = self._compiled(case, variant)
+
+    def _inputs_of(self, batch: int, length: int) -> dict[str, Any]:
+        random = torch.Generator().manual_seed(1)
+        ids = torch.randint(self.model.config.vocab_size, (batch, length), generator=random).to(self._device)
+        inputs: dict[str, Any] = {"input_ids": ids, "labels": ids}
+        if self._case.use_cache == "off":
+            inputs["use_cache"] = False
+        if self._case.attention_mask == "ones":
+            inputs["attention_mask"] = torch.ones_like(ids)
+        return inputs
+
+    def _compiled(self, case: Case, variant: Variant) -> Callable[..., torch.Tensor]:
+        def loss_alone(**inputs: Any) -> torch.Tensor:
+            return self.model(**inputs).loss
+
+        returns = variant.returns or case.returns
+        function = loss_alone if returns == "loss" else self.model
+        if variant.compile is not None:
+            arguments = dict(variant.compile)
+            if arguments.get("backend") == "liger":
+                arguments["options"] = {**arguments["options"], **json.loads(case.options)}
+            function = torch.compile(function, **arguments)
+        return function
+
+    def first(self) -> Row:
+        """Compiles and warms up: seconds of compiling, loss and gradients, peak memory, what was replaced."""
+        is_compiled = self._variant.compile is not None
+        with contextlib.nullcontext() if is_compiled else alone():
+            compiling = self._compiling()
+        with alone():
+            return self._first(compiling)
+
+    def _first(self, compiling: float) -> Row:
+        seconds = [self._clocked() for _ in range(WARMUP)]
+        loss = self.run()
+        norms = [p.grad.float().norm() for p in self.model.parameters() if p.grad is not None]
+        grad_norm = torch.stack(norms).norm().item()
+        self._clear()
+        peak = peak_bytes(self.run) / 2**30 if self._device.type == "cuda" else None
+        self._clear()
+
+        import liger_compile
+
+        reports = liger_compile.reports()
+        return {
+            "compile_s": round(compiling - seconds[-1], 1),
+            "loss": round(loss, 5),
+            "grad_norm": round(grad_norm, 5),
+            "peak_gib": "" if peak is None else round(peak, 2),
+            "replaced": sum(report.count("replace") for report in reports),
+            "marked": sum(report.count("annotate") for report in reports),
+        }
+
+    def turn(self, steps: int) -> Row:
+        """Milliseconds of some steps and of their forwards, after some that are not measured."""
+        marks = [self._marked() for _ in range(WARMUP + steps)][WARMUP:]
+        if self._device.type == "cuda":
+            torch.cuda.synchronize()
+            marks = [(0.0, a.elapsed_time(b), a.elapsed_time(c)) for a, b, c in marks]
+        self._clear()
+        return {
+            "forward_ms": [forward - begin for begin, forward, _ in marks],
+            "step_ms": [end - begin for begin, _, end in marks],
+        }
+
+    def run(self, mark: Callable[[], Any] = lambda: None) -> float:
+        """Forward and backward from no gradients on; returns the loss."""
+        return self._run(mark).item()
+
+    def _run(self, mark: Callable[[], Any]) -> Any:
+        self.model.zero_grad(set_to_none=True)
+        mark()
+        outputs = self._loss(**self._inputs)
+        loss = outputs if isinstance(outputs, torch.Tensor) else outputs.loss
+        mark()
+        loss.backward()
+        mark()
+        return loss.detach()
+
+    def _marked(self) -> tuple[Any, ...]:
+        marks: list[Any] = []
+
+        def mark() -> None:
+            if self._device.type == "cuda":
+                marks.append(torch.cuda.Event(enable_timing=True))
+                marks[-1].record()
+            else:
+                marks.append(1000 * time.perf_counter())
+
+        self._run(mark)  # the CPU may run ahead, as it does in training: no loss is read
+        return tuple(marks)
+
+    def fits(self, batch: int, length: int) -> bool:
+        """Whether a step of that many tokens fits on the GPU."""
+        self._clear()  # of what the step before has left, whole or broken off
+        self._inputs = self._inputs_of(batch, length)
+        with contextlib.suppress(torch.OutOfMemoryError):
+            self.run()
+            return True
+        return False
+
+    def scale(self) -> Row:
+        """The longest sequence, and the most sequences of the case's length, of which a step fits on the GPU."""
+        batch, length = map(int, self._case.tokens.split("x"))
+        most = getattr(self.model.config, "max_position_embeddings", 2**20)
+        longest = largest(lambda count: self.fits(1, count), length, min(most, LONGEST))
+        sequences = largest(lambda count: self.fits(count, length), batch, MOST_SEQUENCES)
+        return {"longest": longest, "sequences": sequences, "length": length}
+
+    def _compiling(self) -> float:
+        """Seconds of the first step. Where others have taken the memory, it has another try when they have stopped."""
+        begin = time.perf_counter()
+        with contextlib.suppress(torch.OutOfMemoryError):
+            self.run()
+            seconds = time.perf_counter() - begin
+            self._clear()
+            return seconds
+        with alone():
+            self._clear()
+            self.run()
+            self._clear()
+        return time.perf_counter() - begin
+
+    def _clocked(self) -> float:
+        begin = time.perf_counter()
+        self.run()
+        if self._device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - begin
+
+    def _clear(self) -> None:
+        """Leaves the GPU's memory to the next process, but for the weights."""
+        self.model.zero_grad(set_to_none=True)
+        if self._device.type == "cuda":
+            gc.collect()
+            torch.cuda.empty_cache()
+
+
+class Floor(Step):
+    """The GEMMs of all linear layers, causal attention, and the bytes of the rest; loss and memory mean nothing."""
+
+    def __init__(self, case: Case) -> None:
+        super().__init__(case, VARIANTS[FLOOR])
+        batch, length = map(int, case.tokens.split("x"))
+        config, num_tokens = self.model.config, batch * length
+
+        def random(*shape: int) -> torch.Tensor:
+            return torch.randn(shape, device=self._device, dtype=case.dtype)
+
+        self._weights = [m.weight for m in self.model.modules() if isinstance(m, torch.nn.Linear)]
+        widths = {width for weight in self._weights for width in weight.shape}
+        self._rows = {width: random(num_tokens, width) for width in widths}
+        self._products = {width: torch.empty_like(rows) for width, rows in self._rows.items()}
+        self._gradients = {weight.shape: torch.empty_like(weight) for weight in self._weights}
+        heads = (config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads)
+        self._qkv = [random(batch, n, length, config.head_dim).requires_grad_() for n in heads]
+        self._upstream = torch.randn_like(self._qkv[0])
+        self._source = random(COPIED_ELEMENTS)
+        self._copied = torch.empty_like(self._source)
+        self._elements = traffic(self.model, num_tokens)
+
+    def first(self) -> Row:
+        for _ in range(1 + WARMUP):
+            self._run(lambda: None)
+        return {}
+
+    def _run(self, mark: Callable[[], Any]) -> None:
+        q, k, v = self._qkv
+        mark()
+        attended = [
+            F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+            for _ in range(self.model.config.num_hidden_layers)
+        ]
+        with torch.no_grad():
+            for weight in self._weights:
+                outer, inner = weight.shape
+                torch.mm(self._rows[inner], weight.t(), out=self._products[outer])
+            self._copy(self._elements[0])
+            mark()
+            for weight in self._weights:
+                outer, inner = weight.shape
+                torch.mm(self._rows[outer], weight, out=self._products[inner])
+                torch.mm(self._rows[outer].t(), self._rows[inner], out=self._gradients[weight.shape])
+            self._copy(self._elements[1])
+        for each in attended:
+            torch.autograd.grad(each, self._qkv, self._upstream)
+        mark()
+
+    def _copy(self, elements: int) -> None:
+        """Reads and writes so many."""
+        while elements > 0:
+            count = min(elements // 2, COPIED_ELEMENTS)
+            torch.neg(self._source[:count], out=self._copied[:count])
+            elements -= max(2 * count, 1)
+
+
+def traffic(model: Any, num_tokens: int) -> tuple[int, int]:
+    """The elements that forward and backward must at least read and write, beside their GEMMs and attention.
+
+    Each op as op_table.py has it: norms and the additions before them, rotary, gated activation, loss; the embedding.
+    """
+    config = model.config
+    hidden, inner, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
+    heads = config.num_attention_heads + config.num_key_value_heads
+    norms = [m.weight.numel() for name, m in model.named_modules() if name.endswith("norm")]
+    wide = norms.count(hidden)
+    of_heads = heads * config.head_dim * any(width == config.head_dim for width in norms)
+    forward = (2 * wide + 2 * 2 * layers) * hidden + 2 * layers * heads * config.head_dim + 3 * layers * inner
+    backward = (3 * wide + 2 * layers) * hidden + layers * (
+        2 * heads * config.head_dim + of_heads + 6 * inner
+    )
+    loss, embedding = 2 * config.vocab_size, 2 * hidden
+    forward = num_tokens * (forward + loss + embedding)
+    return forward, num_tokens * (backward + hidden) + config.vocab_size * hidden
