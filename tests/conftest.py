@@ -1,6 +1,7 @@
 """What every test can ask for: a clean process, and what the backend did with a function."""
 
 import os
+from types import SimpleNamespace
 
 # Two cores, small tensors: threads cost more than they bring, and results do not depend on their number.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -12,8 +13,17 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+import torch._inductor.config
+
 import liger_compile
 from liger_compile.ops import dispatch
+
+# Dynamo measures how long the guards of each graph take, and empties the caches of the processor before: that is half
+# of the time of a small compilation, and nobody reads it.
+torch._dynamo.guards.profile_guard_manager = lambda *_: 0.0
+
+# What Inductor writes for a CPU compiles in half the time without vector instructions; what it writes is not ours.
+torch._inductor.config.cpp.simdlen = 1
 
 
 def pytest_collection_modifyitems(items):
@@ -35,6 +45,7 @@ def _clean():
 def interpreted(monkeypatch):
     """Ops run their kernels on tensors of a CPU too; not where there is a GPU, for which they are compiled."""
     if os.environ.get("TRITON_INTERPRET") != "1":
+        yield
         return
     from triton.runtime import interpreter
 
@@ -49,6 +60,14 @@ def interpreted(monkeypatch):
 
     monkeypatch.setattr(interpreter, "_convert_float", rounding)
     monkeypatch.setattr(dispatch, "INTERPRET", True)
+
+    # The interpreter replaces the functions of the language in every launch, and again in every call of a function
+    # that a kernel makes, which takes a third of the time. Once a test is enough.
+    language = SimpleNamespace(__globals__={"tl": interpreter.tl, "core": interpreter.tl.core})
+    replaced = interpreter._patch_lang(language)
+    monkeypatch.setattr(interpreter, "_patch_lang", lambda _: interpreter._LangPatchScope())
+    yield
+    replaced.restore()
 
 
 @pytest.fixture

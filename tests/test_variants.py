@@ -148,7 +148,20 @@ def test_symbolic_sizes_compile_both_at_once(how):
             assert found() == [BOTH["without"], BOTH["general"]]
 
 
-@pytest.mark.parametrize("inner", ["aot_eager", "inductor"])
+@pytest.mark.parametrize(
+    "inner",
+    [
+        "aot_eager",
+        pytest.param(
+            "inductor",
+            marks=pytest.mark.skipif(
+                torch.__version__ < (2, 12),
+                reason="of this function with symbolic sizes, torch 2.11's Inductor writes C++ that does not compile, "
+                'under backend="inductor" too: the check of an index comes before the index',
+            ),
+        ),
+    ],
+)
 def test_automatic_dynamic(inner):
     fast = compiled(causal, inner=inner)
     for length, expected in ((LENGTH, 1), (9, 3), (20, 3)):

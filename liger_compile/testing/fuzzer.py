@@ -8,14 +8,17 @@ is one that a property-based test can shrink.
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from random import Random
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Interpreter, Node
+from torch.fx._lazy_graph_module import _LazyGraphModule
 from torch.utils._pytree import tree_leaves
 
 from liger_compile.pattern import Pattern
@@ -44,7 +47,7 @@ _DOES_NOT_FIT = (
 )
 Values = Mapping[str, Sequence[Any]]
 
-_samples: dict[Any, tuple[GraphModule, tuple[Any, ...]]] = {}
+_samples: dict[Any, Sample] = {}
 
 
 def assert_respelling_matches(
@@ -58,18 +61,25 @@ def assert_respelling_matches(
             are), or None. Floating examples become random numbers in float32 or bfloat16, integers indices.
         frozen: the captures that require no gradient.
     """
-    gm, inputs = sample(pattern, random, values or {}, frozen)
-    spelled = respelled(gm, random)
-    _assert_same_meaning(spelled, gm, inputs)
+    written = sample(pattern, random, values or {}, frozen)
+    spelled = respelled(written.gm, random)
+    exact = outcome(spelled, written.inputs, double=True)
+    _assert_same_meaning(exact, written.exact)
     rewriting = graphs.rewrite(copy_of(spelled), _new(pattern))
-    expected = graphs.rewrite(copy_of(gm), _new(pattern)).replaced
+    expected = _replaced(written, _new(pattern), graphs.patterns_in_use())
     if rewriting.replaced != expected:
         reasons = "\n".join(rewriting.reasons) or "nothing came near"
         raise AssertionError(
             f"this spelling of {pattern.name!r} is replaced by {rewriting.replaced}, not by {expected}:\n"
             f"{spelled.code}\n{reasons}"
         )
-    _assert_right(spelled, rewriting, inputs, with_gradients=random.randrange(4) == 0)
+    with_gradients = random.randrange(4) == 0
+    actual, eager = (
+        outcome(each, written.inputs, with_gradients=with_gradients) for each in (rewriting.gm, spelled)
+    )
+    if not with_gradients:
+        exact = exact._replace(gradients=[])
+    _assert_right(spelled, rewriting, actual, eager, exact)
     return rewriting
 
 
@@ -80,20 +90,19 @@ def assert_mutant_is_safe(
 
     The arguments are those of `assert_respelling_matches`.
     """
-    gm, inputs = sample(pattern, random, values or {}, frozen)
-    spelled = respelled(gm, random)
-    mutant = mutated(spelled, random)
+    written = sample(pattern, random, values or {}, frozen)
+    inputs = written.inputs
+    mutant = mutated(respelled(written.gm, random), random)
     if mutant is None:
         return False
     rewriting = graphs.rewrite(copy_of(mutant), _new(pattern))
     if rewriting.replaced:
         try:
-            outcome(mutant, inputs)
-            outcome(mutant, inputs, double=True)
+            eager, exact = outcome(mutant, inputs), outcome(mutant, inputs, double=True)
         except (RuntimeError, IndexError, ValueError, TypeError):
             return False  # the mutant does not run in eager
         try:
-            outcome(rewriting.gm, inputs)
+            actual = outcome(rewriting.gm, inputs)
         except RuntimeError as error:
             if (
                 "modified by an inplace" in str(error)
@@ -102,7 +111,7 @@ def assert_mutant_is_safe(
             ):
                 return False  # backward reads what is written over; AOTAutograd makes graphs functional before that
             raise
-        _assert_right(mutant, rewriting, inputs, factor=MUTANT_FACTOR)
+        _assert_right(mutant, rewriting, actual, eager, exact, factor=MUTANT_FACTOR)
     return True
 
 
@@ -143,9 +152,19 @@ class Choices(Random):
 # Samples: a graph and inputs
 
 
-def sample(
-    pattern: Pattern, random: Random, values: Values, frozen: Collection[str]
-) -> tuple[GraphModule, tuple[Any, ...]]:
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """The graph of a search function, and inputs for it. What is asked of it for every spelling is computed once."""
+
+    gm: GraphModule
+    inputs: tuple[Any, ...]
+
+    @functools.cached_property
+    def exact(self) -> Outcome:
+        return outcome(self.gm, self.inputs, double=True)
+
+
+def sample(pattern: Pattern, random: Random, values: Values, frozen: Collection[str]) -> Sample:
     """The graph of search with a random choice of dtype and values, and inputs for it."""
     dtype = random.choice(DTYPES)
     chosen = {name: random.randrange(len(values.get(name) or (0,))) for name in pattern.parameters}
@@ -168,7 +187,7 @@ def sample(
         for name, value in inputs.items():
             if isinstance(value, Tensor) and _is_floating(value) and name not in frozen:
                 value.requires_grad_()
-        _samples[key] = graphs.capture(pattern.search, **inputs)
+        _samples[key] = Sample(*graphs.capture(pattern.search, **inputs))
     return _samples[key]
 
 
@@ -200,6 +219,12 @@ def _optional(pattern: Pattern) -> list[str]:
 def _new(pattern: Pattern) -> tuple[Pattern, ...]:
     known = graphs.patterns_in_use()
     return () if pattern in known else (pattern,)
+
+
+@functools.cache
+def _replaced(written: Sample, new: tuple[Pattern, ...], known: tuple[Pattern, ...]) -> list[str]:
+    """What is replaced in a sample, with `new` patterns besides those that are `known` at the time."""
+    return graphs.rewrite(copy_of(written.gm), new).replaced
 
 
 # Changes to a graph
@@ -285,10 +310,17 @@ AROUND = (*[written] * 12, *[without_grad] * 4)
 # Numbers
 
 
+class Outcome(NamedTuple):
+    """What a graph returns, the gradients of its inputs, and what it has written into them."""
+
+    results: list[Any]
+    gradients: list[Any]
+    arguments: list[Any]
+
+
 def outcome(
     gm: GraphModule, inputs: tuple[Any, ...], *, double: bool = False, with_gradients: bool = True
-) -> Any:
-    """What `gm` returns, the gradients of its inputs, and what it has written into them."""
+) -> Outcome:
     inputs = precision.copied(inputs, double=double)
     leaves = [one for one in inputs if isinstance(one, Tensor) and one.requires_grad]
     arguments = [one.view_as(one) if isinstance(one, Tensor) and one.requires_grad else one for one in inputs]
@@ -298,10 +330,8 @@ def outcome(
             outputs = _InDouble(gm).run(*arguments)
     else:
         outputs = gm(*arguments)
-    gradients: list[Any] = []
-    if with_gradients:
-        gradients = precision.gradients(outputs, leaves)
-    return [_detached(outputs), gradients, _detached(arguments)]
+    gradients = precision.gradients(outputs, leaves) if with_gradients else []
+    return Outcome(_detached(outputs), gradients, _detached(arguments))
 
 
 class _InDouble(Interpreter):
@@ -320,11 +350,9 @@ def _detached(values: Any) -> list[Any]:
     return [value.detach() if isinstance(value, Tensor) else value for value in values]
 
 
-def _assert_same_meaning(spelled: GraphModule, gm: GraphModule, inputs: tuple[Any, ...]) -> None:
+def _assert_same_meaning(spelled: Outcome, written: Outcome) -> None:
     """That the identities hold, as far as numbers written with ten digits can."""
-    for one, other in zip(
-        *(tree_leaves(outcome(each, inputs, double=True)) for each in (spelled, gm)), strict=True
-    ):
+    for one, other in zip(tree_leaves(spelled), tree_leaves(written), strict=True):
         if isinstance(one, Tensor):
             torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6, equal_nan=True)
 
@@ -332,13 +360,12 @@ def _assert_same_meaning(spelled: GraphModule, gm: GraphModule, inputs: tuple[An
 def _assert_right(
     original: GraphModule,
     rewriting: Rewriting,
-    inputs: tuple[Any, ...],
+    actual: Outcome,
+    eager: Outcome,
+    exact: Outcome,
     *,
-    with_gradients: bool = True,
     factor: float = 2.0,
 ) -> None:
-    actual, eager = (outcome(gm, inputs, with_gradients=with_gradients) for gm in (rewriting.gm, original))
-    exact = outcome(original, inputs, double=True, with_gradients=with_gradients)
     try:
         precision.assert_no_worse(actual, eager, exact, factor=factor)
     except AssertionError as error:
@@ -353,4 +380,4 @@ def copy_of(gm: GraphModule) -> GraphModule:
     graph = Graph()
     outputs = graph.graph_copy(gm.graph, {})
     graph.output(outputs).meta.update(gm.graph.output_node().meta)
-    return GraphModule(torch.nn.Module(), graph)
+    return _LazyGraphModule(torch.nn.Module(), graph)

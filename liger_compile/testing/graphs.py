@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch._subclasses import FakeTensor
 from torch.fx import Graph, GraphModule, Node, Proxy
+from torch.fx._lazy_graph_module import _LazyGraphModule
 from torch.fx.node import map_arg
 from torch.fx.proxy import GraphAppendingTracer
 
@@ -147,7 +148,7 @@ class Recorder(GraphAppendingTracer):
         node = self.graph.output(tuple(value.node for value in outputs))
         node.meta["example_value"] = tuple(value.fake for value in outputs)
         _without_unused(self.graph)
-        return GraphModule(torch.nn.Module(), self.graph)
+        return _LazyGraphModule(torch.nn.Module(), self.graph)  # most are changed again before they run
 
 
 def _without_unused(graph: Graph) -> None:

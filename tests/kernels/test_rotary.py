@@ -66,7 +66,7 @@ def tables(*shape, device, dtype=torch.float32):
     "channels, turned", [(2, 2), (16, 16), (48, 48), (80, 32), (40, 10)], ids=lambda size: str(size)
 )
 def test_no_worse_than_eager(device, channels, turned, half_tables, dtype, layout):
-    q, k = (projected(2, 5, heads, channels, device, dtype) for heads in (9, 3))
+    q, k = (projected(1, 5, heads, channels, device, dtype) for heads in (3, 1))
     width = turned // 2 if half_tables else turned
     assert_right(layout, q, k, *tables(5, width, device=device, dtype=dtype), half_tables)
 
@@ -75,7 +75,7 @@ def test_no_worse_than_eager(device, channels, turned, half_tables, dtype, layou
     "q_shape, k_shape, table_shape",
     [
         ((1, 1, 1, 2), None, (1, 2)),
-        ((2, 17, 150, 16), (2, 1, 150, 16), (2, 1, 150, 16)),  # tables for every sequence
+        ((2, 3, 150, 16), (2, 1, 150, 16), (2, 1, 150, 16)),  # tables for every sequence
         ((2, 4, 5, 16), (2, 4, 5, 16), (1, 1, 5, 16)),
         ((2, 5, 4, 16), (2, 5, 2, 16), (5, 1, 16)),  # tokens before heads
         ((2, 5, 4, 16), (2, 5, 2, 16), (2, 5, 1, 16)),
@@ -133,11 +133,11 @@ def test_complex_tables(device, dtype):
 
 @by_dtype
 def test_tables_of_another_dtype(device, dtype):
-    q = projected(2, 5, 3, 16, device, dtype)
+    q = projected(1, 5, 2, 16, device, dtype)
     for table_dtype in DTYPES:
         cos, sin = tables(5, 16, device=device, dtype=table_dtype)
         assert_right("half", q, None, cos, sin)
-        assert_right("half", q, projected(2, 5, 2, 16, device), cos, sin)  # of float32
+        assert_right("half", q, projected(1, 5, 1, 16, device), cos, sin)  # of float32
         for out_dtype in DTYPES:
             assert_no_worse_than_eager(
                 kernels,
@@ -223,6 +223,6 @@ def test_inputs_that_overlap_themselves(device):
 @pytest.mark.parametrize("tokens, heads, ahead", [(1, 1, 1), (4, 4, 1), (2, 4, 3), (8, 8, 8)])
 def test_any_tile(device, monkeypatch, layout, tokens, heads, ahead):
     """Whatever `config` chooses: tokens and heads that a tile has and the tensors have not, and the other way round."""
-    q, k = (projected(2, 5, count, 40, device) for count in (6, 1))
+    q, k = (projected(1, 3, count, 40, device) for count in (5, 1))
     monkeypatch.setattr(kernels, "config", lambda *_: kernels.Config(tokens, heads, ahead, 8, 32, 4))
-    assert_right(layout, q, k, *tables(5, 10, device=device))
+    assert_right(layout, q, k, *tables(3, 10, device=device))

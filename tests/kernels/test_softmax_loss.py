@@ -43,7 +43,7 @@ def blocks(request, monkeypatch):
     """As they are, and so small that every row takes several."""
     if request.param == "small":
         monkeypatch.setattr(
-            kernels, "config", lambda classes, itemsize, _: kernels.Config(2, 1, 4, 16 // itemsize)
+            kernels, "config", lambda classes, itemsize, _: kernels.Config(2, 1, 2 * itemsize, 16 // itemsize)
         )
 
 

@@ -1,6 +1,5 @@
 """Makes the modules beside the tests importable (pytest's importlib mode does not), and isolates the tests."""
 
-import gc
 import sys
 import warnings
 from pathlib import Path
@@ -23,4 +22,3 @@ def fresh():
         warnings.filterwarnings("ignore", message="Dynamo detected a call to a `functools.lru_cache`")
         yield
     torch._dynamo.reset()
-    gc.collect()

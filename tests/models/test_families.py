@@ -25,10 +25,21 @@ def test_float32(family: Family) -> None:
     assert not near_misses()
 
 
-@pytest.mark.parametrize("family", FAMILIES, ids=str)
+# Those with the same casts are left out: in bfloat16, nothing else would be tried of them.
+ROUNDED_ALIKE = {
+    "llama": ("mistral", "mistral_window", "qwen2", "llama_written_out", "meta_llama"),
+    "gemma2_window": ("gemma", "gemma2"),
+    "phi": ("olmo", "phi_written_out"),
+    "torchtitan": ("torchtitan_packed",),
+}
+
+
+@pytest.mark.parametrize(
+    "family", [each for each in FAMILIES if each.name not in sum(ROUNDED_ALIKE.values(), ())], ids=str
+)
 def test_bfloat16_is_as_exact_as_eager(family: Family) -> None:
     model, exact, inputs = family.build(torch.bfloat16), float64(family), batch(family)
-    function = compiled(family.loss)
+    function = compiled(family.loss, "eager")  # test_float32 has AOTAutograd
     truth = step(family.loss, exact, *inputs)
     ours = errors(step(function, model, *inputs), truth)
     eager = errors(step(family.loss, model, *inputs), truth)
