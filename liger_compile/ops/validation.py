@@ -5,6 +5,7 @@ Sizes and numbers may be symbolic. They are compared only as far as they are kno
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -153,7 +154,8 @@ def check_loss(
             f"{name}: expected class indices in int64 as target, got {target.dtype}; cast them with .long()"
         )
     is_flat = 1 in (target.dim(), rows.dim() - 1)  # then only their number counts
-    is_flat = is_flat and not differ((target.numel(),), (rows.shape[:-1].numel(),))
+    # Not by Size.numel(), which makes a plain number of a symbolic one, and a guard.
+    is_flat = is_flat and not differ((math.prod(target.shape),), (math.prod(rows.shape[:-1]),))
     if not is_flat and differ(target.shape, rows.shape[:-1]):
         raise ValueError(
             f"{name}: expected one target for each row of {label}, shape {tuple(rows.shape[:-1])}, got "

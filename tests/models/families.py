@@ -1,6 +1,6 @@
 """The models that the tests train: one line a family, with how many sites of each pattern must be replaced.
 
-All have two layers. The models of transformers are its own classes, unmodified; the other three are spelled as
+All have two layers. The models of transformers are its own classes, unmodified; the others are spelled as
 people spell theirs. A key of the counts is an op ("rms_norm": any pattern of it) or a pattern's full name.
 """
 
@@ -16,6 +16,7 @@ import torch.nn.functional as F
 import transformers
 from meta_llama_style import MetaLlama
 from nanogpt_style import NanoGPT
+from packed_style import Packed, packed_loss
 from torch import Tensor, nn
 from torchtitan_style import Titan, cross_entropy_loss
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -231,6 +232,7 @@ FAMILIES = (
         {**_LLAMA, **_CAUSAL},
     ),
     Family("torchtitan", lambda **more: Titan(**_SIZES, **_GQA, **more), titan_loss, _LLAMA),
+    Family("packed", lambda **more: Packed(**_SIZES, **_GQA, **more), packed_loss, _LLAMA),
     Family("torchtitan_packed", lambda **more: Titan(**_SIZES, **_GQA, **more), titan_positions_loss, _LLAMA),
 )
 

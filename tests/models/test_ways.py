@@ -1,0 +1,155 @@
+"""The same sites, the same numbers and no more graphs, in whichever way a model is compiled and run."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from families import BY_NAME, Family
+from harness import Step, assert_as_exact, assert_within, batch, step
+from torch import Tensor, nn
+from torch._dynamo.utils import counters
+from torch.utils.checkpoint import checkpoint
+from zoo import KINDS, Runs, float64, fresh
+
+EXACT = 1e-5
+LENGTHS = (24, 40, 17)
+Loss = Callable[..., Tensor]
+
+# Norms, tensors that are turned, gated MLPs, losses. The activations of `packed` are (tokens, width).
+SITES = {
+    "llama": (5, 4, 2, 1),
+    "qwen3": (9, 4, 2, 1),
+    "gemma2": (9, 4, 2, 1),
+    "packed": (5, 4, 2, 1),
+}
+
+
+def layers_of(model: Any) -> Sequence[Any]:
+    return (model.model if hasattr(model, "model") else model).layers
+
+
+def break_before(module: nn.Module) -> None:
+    module.register_forward_pre_hook(lambda *_: torch._dynamo.graph_break())
+
+
+def autocast() -> Any:
+    return torch.autocast("cpu", torch.bfloat16)
+
+
+# Each compiles a model in one way, and gives the function of (model, ids, labels) that then is called.
+
+
+def whole(family: Family, model: nn.Module, backend: Any, **kwargs: Any) -> Loss:
+    return torch.compile(family.loss, backend=backend, **kwargs)
+
+
+def layer_by_layer(family: Family, model: nn.Module, backend: Any) -> Loss:
+    for layer in layers_of(model):
+        layer.compile(backend=backend)
+    return family.loss
+
+
+def broken_between_layers(family: Family, model: nn.Module, backend: Any) -> Loss:
+    break_before(layers_of(model)[1])
+    return whole(family, model, backend)
+
+
+def broken_within_layers(family: Family, model: nn.Module, backend: Any) -> Loss:
+    for layer in layers_of(model):
+        break_before(layer.mlp)
+    return whole(family, model, backend)
+
+
+def checkpointed(family: Family, model: Any, backend: Any) -> Loss:
+    if hasattr(model, "gradient_checkpointing_enable"):
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    else:
+        for layer in layers_of(model):
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+    return whole(family, model, backend)
+
+
+def with_autocast_inside(family: Family, model: nn.Module, backend: Any) -> Loss:
+    def loss(*args: Any) -> Tensor:
+        with autocast():
+            return family.loss(*args)
+
+    return torch.compile(loss, backend=backend)
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a model is compiled, and run once for each of `lengths`.
+
+    `outside` are the sites that are not compiled; `eager` is around a step in eager mode, and `around` around ours too.
+    """
+
+    compiled: Callable[..., Loss]
+    lengths: Sequence[int] = LENGTHS[:1]
+    dtype: torch.dtype = torch.float32
+    around: Callable[[], Any] = contextlib.nullcontext
+    eager: Callable[[], Any] = contextlib.nullcontext
+    outside: Mapping[str, int] = field(default_factory=dict)
+    inner: str = "eager"  # AOTAutograd, where it may add guards or has a say in what is kept
+
+
+WAYS = {
+    "dynamic": Way(partial(whole, dynamic=True), LENGTHS, inner="aot_eager"),
+    "automatic_dynamic": Way(whole, LENGTHS, inner="aot_eager"),
+    "layer_by_layer": Way(layer_by_layer, outside={"norms": 1, "loss": 1}),
+    "broken_between_layers": Way(broken_between_layers),
+    "broken_within_layers": Way(broken_within_layers),
+    "checkpointed": Way(checkpointed, inner="aot_eager"),
+    "float16": Way(whole, dtype=torch.float16),
+    "autocast_around": Way(whole, around=autocast, eager=autocast),
+    "autocast_inside": Way(with_autocast_inside, eager=autocast),
+}
+
+
+# What differs most from model to model; the other ways are tried with the first and the last of them.
+WITH_EACH = ("dynamic", "broken_within_layers", "float16", "autocast_inside")
+CASES = [(name, way) for name in SITES for way in WAYS if name in ("llama", "packed") or way in WITH_EACH]
+
+
+@pytest.mark.parametrize(("name", "way_name"), CASES)
+def test_sites_numbers_and_graphs(name: str, way_name: str) -> None:
+    family, way = BY_NAME[name], WAYS[way_name]
+    runs = Runs(way.inner)
+    found, steps, compilations = trained(family, way, runs)
+    sites = dict(zip(KINDS, SITES[name], strict=True))
+    expected = {kind: count - way.outside.get(kind, 0) for kind, count in sites.items()}
+    assert found == [expected] * len(way.lengths), "\n".join(map(str, runs.reports))
+
+    model = family.build(way.dtype)
+    for length, got in zip(way.lengths, steps, strict=True):
+        inputs = batch(family, length)
+        with way.eager():
+            eager = step(family.loss, model, *inputs)
+        if way.dtype is torch.float32 and way.eager is not autocast:
+            assert_within(got, eager, EXACT)
+        else:
+            assert_as_exact(got, eager, step(family.loss, float64(family, way.dtype), *inputs))
+
+    assert compilations <= trained(family, way, "eager")[2]
+
+
+def trained(family: Family, way: Way, backend: Any) -> tuple[list[dict[str, int]], list[Step], int]:
+    """What was found in each step, the steps, and how often Dynamo compiled something for them."""
+    fresh()
+    counters.clear()
+    found, steps, model = [], [], family.build(way.dtype)
+    function = way.compiled(family, model, backend)
+    for length in way.lengths:
+        if isinstance(backend, Runs):
+            backend.reports.clear()
+        with way.around():
+            steps.append(step(function, model, *batch(family, length)))
+        if isinstance(backend, Runs):
+            found.append(backend.found)
+    return found, steps, counters["frames"]["ok"]
