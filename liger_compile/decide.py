@@ -148,7 +148,8 @@ def captured_nodes(match: Match) -> list[Node]:
 def insertion_point(match: Match, position: Callable[[Node], int]) -> Node:
     """The node before which the replacement can stand: the first output, or what follows the last capture."""
     first = min(match.outputs, key=position)
-    last = max(captured_nodes(match), key=position, default=first)
+    writes = (b.written_by for b in match.captures.values() if isinstance(b, Capture) and b.written_by)
+    last = max((*captured_nodes(match), *writes), key=position, default=first)
     return first if position(last) < position(first) else last.next
 
 
@@ -219,14 +220,25 @@ def _refuse_mutation(match: Match, context: _Context) -> str | None:
     first, last = context.span(match)
     last = max(last, context.position(match.nodes[-1]))
     inner = set(match.nodes) - set(match.outputs)
-    captured = set(captured_nodes(match))
-    for node in dict.fromkeys((*match.operands, *captured, *inner)):
+    made = _made_at(match, context)
+    for node in dict.fromkeys((*match.operands, *made, *inner)):
         # What is captured is read where the replacement stands, and has to be by then what it was when it was made.
-        since = context.position(node) if node in captured else first - 1
-        at = context.mutations.write_between(node, since, last + 1)
+        at = context.mutations.write_between(node, made.get(node, first - 1), last + 1)
         if at is not None and not (node in inner and _is_private(node, match, context.mutations)):
             return f"{node.name} is written in place while it is in use{_source(context, at)}"
     return None
+
+
+def _made_at(match: Match, context: _Context) -> dict[Node, int]:
+    """Since when a captured node is what it is captured as: since it is there, or since the last write into it."""
+    made: dict[Node, int] = {}
+    for bound in match.captures.values():
+        if isinstance(bound, Capture):
+            at = context.position(bound.written_by or bound.node)
+            made[bound.node] = min(at, made.get(bound.node, at))
+        elif isinstance(bound, Node):
+            made[bound] = context.position(bound)
+    return made
 
 
 def _is_private(node: Node, match: Match, mutations: Mutations) -> bool:

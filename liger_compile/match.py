@@ -372,7 +372,10 @@ class _Attempt:
             assert derived is not None, "only derivable terms are bound"
             node, steps = derived
             stops.update((bound, self.index.terms.of[node]))
-            captures[name] = node if bound.dtype is None else Capture(node, steps, self._value(node, steps))
+            captures[name] = node
+            if bound.dtype is not None:
+                written_by = self.index.terms.written_by(bound)
+                captures[name] = Capture(node, steps, self._value(node, steps), written_by)
         nodes, operands = self._between(outputs, stops)
         return Match(self.pattern, captures, outputs, nodes, operands)
 

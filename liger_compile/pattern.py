@@ -87,6 +87,9 @@ class Capture:
     node: Node
     steps: tuple[Callable[[Any], Any], ...] = ()
     value: Any = None  # the fake tensor, steps taken
+    written_by: Node | None = (
+        None  # what has made the node what is captured, if it was not from the beginning
+    )
 
     def derive(self, tensor: Any) -> Any:
         """Takes the steps on `tensor`, the value of `node`."""

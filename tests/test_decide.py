@@ -96,6 +96,57 @@ def test_every_kind_of_write_is_seen(run_liger, write):
     torch.testing.assert_close(result, f(X.clone(), W))
 
 
+Q, K, COS, SIN = (torch.randn(2, 6, 8) for _ in range(4))
+
+
+def rotated(x, cos, sin):
+    return x * cos + torch.cat((-x[..., 4:], x[..., :4]), -1) * sin
+
+
+def filled(q, k, cos, sin):
+    """As DeepSeek fills the keys of its heads."""
+    keys = k.new_empty(k.shape)
+    keys[..., :4] = k[..., :4]
+    keys[..., 4:].copy_(torch.tanh(k[..., 4:]))
+    return rotated(keys, cos, sin)
+
+
+def filled_after_the_other(q, k, cos, sin):
+    keys = torch.empty_like(k)
+    first = rotated(q, cos, sin)
+    keys.copy_(k * first.sum())
+    return 2 * first + rotated(keys, cos, sin)
+
+
+def before_and_after(q, k, cos, sin):
+    keys = k * 1
+    first = rotated(keys, cos, sin)
+    keys.mul_(3)
+    return first + rotated(keys, cos, sin)
+
+
+def between_two_writes(q, k, cos, sin):
+    keys = k * 1
+    keys.mul_(2)
+    first = rotated(keys, cos, sin)
+    keys.mul_(3)
+    return first + keys.sum()
+
+
+@pytest.mark.parametrize(
+    ("function", "count"),
+    [(filled, 1), (filled_after_the_other, 2), (before_and_after, 2), (between_two_writes, 0)],
+)
+def test_what_is_written_in_place_is_captured_after_its_last_write(run_liger, function, count):
+    leaves = [each.clone().requires_grad_() for each in (Q, K)]
+    result, reports = run_liger(function, *leaves, COS, SIN, inner="aot_eager")
+    expected = function(*leaves, COS, SIN)
+    torch.testing.assert_close(result, expected)
+    gradients = (torch.autograd.grad(each.sum(), leaves, allow_unused=True) for each in (result, expected))
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
+    assert [site.kind for site in sites(reports)] == ["replace"] * count
+
+
 GATE, UP, DOWN = torch.randn(4, 12), torch.randn(4, 12), torch.randn(8, 12)
 
 

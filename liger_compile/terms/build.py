@@ -36,6 +36,7 @@ class Terms:
         self.space = identities.new_space()
         self.of: dict[Node, Value] = {}
         self.nodes: dict[Term, list[Node]] = {}  # in graph order
+        self.written: dict[Term, Node] = {}  # what a node stands for once it has seen all writes
         self.passes_through: set[Node] = set()  # nodes that only give back a value that they come from
         self.mutations = mutations
         self.space.shape_env = _shape_env(graph)
@@ -73,7 +74,11 @@ class Terms:
             if epoch is None:
                 return opaque(self.space, example, f"{node.name} as {reader.name} reads it")
             if epoch != self.mutations.epoch(node, position[node] + 1):
-                return opaque(self.space, example, f"{node.name} after write {epoch}")
+                value = opaque(self.space, example, f"{node.name} after write {epoch}")
+                last = self.mutations.last_write(node)
+                if isinstance(value, Term) and last is not None and position[last] < position[reader]:
+                    self.written[value] = node
+                return value
         return self.of[node]
 
     def arguments(self, call: Node, body: Graph) -> tuple[Value, ...]:
@@ -118,12 +123,20 @@ class Terms:
         nodes = self.nodes.get(term)
         if nodes:
             return nodes[0], ()
+        if term in self.written:
+            return self.written[term], ()
         moved = self._before_moving(term)
         if moved is not None:
             return moved
         step = _step(term)
         base = self.derive(term.args[0]) if step else None
         return None if base is None or step is None else (base[0], (*base[1], step))
+
+    def written_by(self, term: Term) -> Node | None:
+        """The last write into the node that `term` is derived from, where that is not what the node was at first."""
+        while term not in self.written and term.args:
+            term = term.args[0]
+        return self.mutations.last_write(self.written[term]) if term in self.written else None
 
     def _before_moving(self, term: Term) -> tuple[Node, tuple[Step, ...]] | None:
         """A slice, a view or the negative of a cast: terms have the cast outside, where no node may have it."""

@@ -94,10 +94,11 @@ class Mutations:
 
     def __init__(self, graph: Graph) -> None:
         self.position: dict[Node, int] = {}
+        self._nodes = list(graph.nodes)
         self._writes: dict[int | None, list[int]] = {}
         self._everywhere: set[int | None] = set()
         written: set[int | None] = set()
-        for position, node in enumerate(graph.nodes):
+        for position, node in enumerate(self._nodes):
             self.position[node] = position
             for argument in written_arguments(node):
                 for storage in storages_of(argument):
@@ -119,6 +120,12 @@ class Mutations:
             return None
         storages = storages_of(node)
         return sum(at < position for storage in storages for at in self._writes.get(storage, ()))
+
+    def last_write(self, node: Node) -> Node | None:
+        """What writes last into what `node` stands for."""
+        writes = (at for storage in storages_of(node) for at in self._writes.get(storage, ()))
+        last = max(writes, default=None)
+        return None if last is None else self._nodes[last]
 
     def write_between(self, node: Node, first: int, last: int) -> int | None:
         """The position of a write into what `node` stands for, after `first` and before `last`."""
