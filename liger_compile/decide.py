@@ -226,6 +226,12 @@ def _refuse_mutation(match: Match, context: _Context) -> str | None:
         at = context.mutations.write_between(node, made.get(node, first - 1), last + 1)
         if at is not None and not (node in inner and _is_private(node, match, context.mutations)):
             return f"{node.name} is written in place while it is in use{_source(context, at)}"
+    escaping = match.escaping()
+    for output in match.outputs:
+        alias = next((node for node in escaping if storages_of(node) & storages_of(output)), None)
+        if alias is not None and not context.mutations.is_clean(output):
+            # The result of the replacement is other memory than what stays of the alias.
+            return f"{output.name} and {alias.name}, which is used elsewhere too, share memory that is written in place"
     return None
 
 

@@ -88,7 +88,12 @@ def _is_written_out(match: Match) -> bool:
     return not any("scaled_dot_product_attention" in str(node.target) for node in match.nodes)
 
 
-def _draws_others(match: Match) -> str | None:
+def _differs(match: Match) -> str | None:
+    """What scaled_dot_product_attention does not do as what stands there."""
+    if match["scale"] == 0:  # kernels add the flag's -inf before they scale
+        return (
+            "its scale is 0, which with a flag in the mask's place gives NaN where the mask hides something"
+        )
     p = match["dropout_p"]
     if not _is_written_out(match) or p == 0:
         return None
@@ -195,7 +200,7 @@ PATTERNS = (
             name=f"attention.{search.__name__}",
             search=search,
             replace=_replacement(search is causal),
-            check=_draws_others,
+            check=_differs,
             profit=_costs_more,
             examples={**_EXAMPLES, "dropout_p": 0.0, **more},
         )

@@ -133,6 +133,25 @@ def between_two_writes(q, k, cos, sin):
     return first + keys.sum()
 
 
+def interleaved(x, cos, sin):
+    a, b, cos, sin = x[..., ::2], x[..., 1::2], cos[..., :4], sin[..., :4]
+    return torch.stack((a * cos - b * sin, b * cos + a * sin), -1)
+
+
+def an_alias_is_written(q, k, cos, sin):
+    pairs = interleaved(k, cos, sin)
+    returned = pairs.view(2, 6, 8)
+    pairs.copy_(pairs.flip(-1))
+    return returned
+
+
+def an_alias_is_read(q, k, cos, sin):
+    pairs = interleaved(k, cos, sin)
+    returned = pairs.view(2, 6, 8)
+    returned.mul_(2)
+    return returned + pairs.sum()
+
+
 @pytest.mark.parametrize(
     ("function", "count"),
     [(filled, 1), (filled_after_the_other, 2), (before_and_after, 2), (between_two_writes, 0)],
@@ -145,6 +164,13 @@ def test_what_is_written_in_place_is_captured_after_its_last_write(run_liger, fu
     gradients = (torch.autograd.grad(each.sum(), leaves, allow_unused=True) for each in (result, expected))
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
     assert [site.kind for site in sites(reports)] == ["replace"] * count
+
+
+@pytest.mark.parametrize("function", [an_alias_is_written, an_alias_is_read])
+def test_a_result_that_shares_written_memory_stays(run_liger, function):
+    result, reports = run_liger(function, Q, K, COS, SIN)
+    torch.testing.assert_close(result, function(Q, K, COS, SIN))
+    assert not [site for site in sites(reports) if site.kind == "replace"]
 
 
 GATE, UP, DOWN = torch.randn(4, 12), torch.randn(4, 12), torch.randn(8, 12)
