@@ -36,7 +36,8 @@ def profit(match: Match) -> str | None:
     H100, torch 2.11.0, triton 3.6.0, bf16, 2026-11-25, forward and backward of 8192 tokens: hidden 4096, vocabulary
     128256 takes 35.9 ms and 501 MiB beside the gradients, 38.5 ms and 2004 MiB as Inductor compiles it; hidden 1024,
     vocabulary 151936 11.9 ms and 594 MiB, 12.8 ms and 2374 MiB (ops_nvidia_h100_80gb_hbm3.csv). A step of a Llama of 4
-    layers, hidden 2048, 4 x 2048 tokens, returned whole, peaks at 2.65 GiB with the op and 8.00 GiB without.
+    layers, hidden 2048, 4 x 2048 tokens, returned whole, peaks at 2.65 GiB with the op and 8.00 GiB without
+    (profit_nvidia_h100.csv).
     """
     vocab = match["weight"].shape[0]
     for node in match.escaping():
