@@ -99,11 +99,12 @@ def rotary_backward(dq: Tensor, dk: Tensor, q: Tensor, k: Tensor, cos: Tensor, s
 def norm_rotary_tiles(channels: int) -> dict[str, Any]:
     pairs = channels // 2
     return {
-        f"{num_warps} warps, {heads} heads, {ahead} ahead": norm_rotary.Config(
-            num_warps * 32 * 8 // pairs, heads, ahead, pairs, num_warps
+        f"{num_warps} warps, {elements} elements, {heads} heads, {ahead} ahead": norm_rotary.Config(
+            num_warps * 32 * elements // pairs, heads, ahead, pairs, num_warps
         )
         for num_warps in (2, 4, 8)
-        for heads, ahead in ((2, 1), (2, 2), (4, 1), (4, 2), (8, 1), (8, 2), (8, 4))
+        for elements in (4, 8)  # of each half of a head, that a thread reads at once
+        for heads, ahead in ((2, 2), (4, 1), (4, 2), (4, 4), (8, 1), (8, 2), (8, 4))
     }
 
 
