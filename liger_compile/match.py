@@ -342,7 +342,7 @@ class _Attempt:
             with mode, contextlib.nullcontext() if is_static else enable_python_dispatcher():
                 try:
                     traced[key] = _traced(self.pattern, real)
-                except (RuntimeError, ValueError, TypeError, IndexError):
+                except (RuntimeError, ValueError, TypeError, IndexError, AssertionError):
                     traced[key] = None
         return traced[key]
 

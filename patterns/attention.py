@@ -90,9 +90,11 @@ def _is_written_out(match: Match) -> bool:
 
 def _differs(match: Match) -> str | None:
     """What scaled_dot_product_attention does not do as what stands there."""
-    if match["scale"] == 0:  # kernels add the flag's -inf before they scale
+    scale = match["scale"]
+    if scale is not None and scale <= 0:  # kernels add the flag's -inf before they scale
         return (
-            "its scale is 0, which with a flag in the mask's place gives NaN where the mask hides something"
+            f"its scale is {scale}, which with a flag in the mask's place gives NaN or what the mask hides; "
+            "negate q instead"
         )
     p = match["dropout_p"]
     if not _is_written_out(match) or p == 0:

@@ -29,7 +29,7 @@ def traceable_op(fn: Callable[..., Any]) -> CustomOpDef:
     disabled, log.disabled = log.disabled, True
     try:
         op: Any = torch.library.triton_op(
-            f"liger_compile::{fn.__name__}", outside_autocast(fn), mutates_args=()
+            f"liger_compile::{fn.__name__}", _without_views(outside_autocast(fn)), mutates_args=()
         )
     finally:
         log.disabled = disabled
@@ -38,9 +38,20 @@ def traceable_op(fn: Callable[..., Any]) -> CustomOpDef:
 
 def opaque_op(fn: Callable[..., Any]) -> CustomOpDef:
     """An op that stays one call down to the generated code, so that its body may loop. It needs a fake."""
-    body = _launching_directly(outside_autocast(fn))
+    body = _without_views(_launching_directly(outside_autocast(fn)))
     op = torch.library.custom_op(f"liger_compile::{fn.__name__}", body, mutates_args=())
     return _first_derivative_only(op, fn.__name__)
+
+
+def _without_views(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """Its results are no views to autograd, however they were made, so that they may be written in place."""
+
+    @functools.wraps(fn)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        with torch._C._AutoDispatchBelowADInplaceOrView():
+            return fn(*args, **kwargs)
+
+    return wrapper
 
 
 def _launching_directly(fn: Callable[..., Any]) -> Callable[..., Any]:

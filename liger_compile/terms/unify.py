@@ -186,8 +186,10 @@ class Unifier:
         for name, power in want.powers:
             if name not in env:
                 unbound.append((name, power))
-            elif isinstance(env[name], float):
-                value *= env[name] ** power
+            elif isinstance(bound := env[name], float):
+                if bound == 0 and power < 0:
+                    return None
+                value *= bound**power
         if not value:
             return (normalize.ONE, env) if have.value == 0 and not unbound else None
         ratio = have.value / value

@@ -99,6 +99,8 @@ def swapped(call: Call, random: Random) -> Any:
         return call([*args[0]][::-1], *args[1:])
     if len(args) < 2 or not isinstance(args[1], (Value, int, float)):
         raise NotApplicable
+    if name_of(call.node) == "pow" and isinstance(args[1], (int, float)) and args[1] < 0:
+        raise NotApplicable  # torch.fx writes pow(-0.5, x) as -0.5 ** x, which is something else
     return call(args[1], args[0], *args[2:])
 
 

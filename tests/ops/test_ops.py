@@ -123,6 +123,17 @@ def test_a_retained_graph_gives_the_same_gradients_again(case):
     assert all(torch.equal(a, b) for a, b in zip(kept, runs[0], strict=True))  # not written to since
 
 
+@by_name
+def test_results_may_be_written_in_place(case):
+    """To autograd they are tensors of their own, also where they are made as views."""
+    inputs = case.made(torch.float32)
+    *_, last = outputs_of(case.ours(*inputs))
+    expected = torch.autograd.grad(3 * last.square().sum(), leaves(inputs), allow_unused=True)
+    *_, last = outputs_of(case.ours(*inputs))
+    found = torch.autograd.grad(last.mul_(2).square().sum() * 0.75, leaves(inputs), allow_unused=True)
+    torch.testing.assert_close(found, expected)
+
+
 @one_of_each
 def test_accumulating_over_a_retained_graph(case):
     inputs = case.made(torch.float32)

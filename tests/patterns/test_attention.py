@@ -194,6 +194,18 @@ def test_dropout_is_kept(run_liger, monkeypatch):
     assert keywords["dropout_p"] == 0.25 and keywords["is_causal"]
 
 
+@pytest.mark.parametrize("scale", [0.0, -0.25])
+def test_a_scale_that_is_not_positive_keeps_the_mask(run_liger, scale):
+    def f(q, k, v):
+        return F.scaled_dot_product_attention(q, k, v, causal_mask(q), scale=scale)
+
+    args = inputs(HEADS)
+    result, (report,) = run_liger(f, *args)
+    (site,) = report.sites
+    assert site.kind == "leave" and f"its scale is {scale}" in site.reason
+    torch.testing.assert_close(result, f(*args))
+
+
 def test_autocast(run_liger):
     def f(q, k, v):
         with torch.autocast("cpu", dtype=torch.bfloat16):

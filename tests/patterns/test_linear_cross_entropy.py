@@ -207,3 +207,12 @@ def test_the_budget_for_logits_reaches_the_op(run_liger, monkeypatch):
         result, _ = run_liger(hugging_face, X, W, LABELS, loss_memory=chosen)
         torch.testing.assert_close(result, hugging_face(X, W, LABELS))
     assert budgets == [None, 4096]
+
+
+def test_a_cap_of_zero_is_no_cap(run_liger):
+    def f(x, w, labels):
+        logits = torch.tanh(F.linear(x, w).float() / 30.0) * 0.0
+        return F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+
+    result, _ = run_liger(f, X, W, LABELS)
+    torch.testing.assert_close(result, f(X, W, LABELS))
