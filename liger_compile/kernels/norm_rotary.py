@@ -34,17 +34,18 @@ class Config(NamedTuple):
     num_warps: int
 
 
-VECTOR_BYTES = 16  # that a thread reads at once
-# Of forward and of backward, which has a row of sums for each program.
-HEADS, AHEAD = (4, 8), (4, 2)
-SUM_ROWS, SUM_COLUMNS = 512, 8  # the tile of the kernel that adds up the gradients of the weights
+# Of forward and of backward, which needs twice the registers, and has a row of sums for each program.
+VECTOR_BYTES = (16, 8)  # that a thread reads at once
+HEADS, AHEAD = (4, 8), (4, 4)
+# The tile of the kernel that adds up the gradients of the weights: few programs, which wait for memory.
+SUM_ROWS, SUM_COLUMNS, SUM_WARPS = 2048, 8, 16
 
 
 def config(width: int, itemsize: int, is_backward: bool) -> Config:
     """The tile of a program, for heads of `width` channels."""
     pairs = triton.next_power_of_2(width // 2)
     num_warps = max(4, pairs // 256)
-    tokens = max(1, 32 * num_warps * VECTOR_BYTES // itemsize // pairs)
+    tokens = max(1, 32 * num_warps * VECTOR_BYTES[is_backward] // itemsize // pairs)
     return Config(tokens, HEADS[is_backward], AHEAD[is_backward], pairs, num_warps)
 
 
@@ -191,6 +192,7 @@ def backward(
             WIDTH=width,
             ROWS=SUM_ROWS,
             COLUMNS=SUM_COLUMNS,
+            num_warps=SUM_WARPS,
         )
     return (
         q.new_empty(0) if grad_q is None else grad_q,

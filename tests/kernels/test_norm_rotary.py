@@ -7,6 +7,7 @@ import torch
 
 from liger_compile import functional as L
 from liger_compile.ops.rotary import MAX_CHANNELS
+from liger_compile.testing import precision
 
 from ..ops.cases import EPS, gemma, llama, norm_rotary
 
@@ -181,8 +182,10 @@ def test_it_rounds_where_a_norm_and_a_rotation_do(device, spelling):
         normed = (L.rms_norm(x, weight, EPS, **options) for x, weight in zip((q, k), weights, strict=True))
         expected = L.rotary(*normed, *tables)
         for found, one in zip(L.norm_rotary(q, k, *weights, *tables, EPS, **options), expected, strict=True):
-            # The mean of squares is a sum in another order: what is rounded otherwise for that is rare.
-            assert (found != one).float().mean() < 0.01
+            if found.dtype == torch.float32:  # not rounded after the rotation, which may have been contracted
+                torch.testing.assert_close(found, one)
+            else:  # The mean of squares is a sum in another order: what is rounded otherwise for that is rare.
+                assert (found != one).float().mean() < 0.01
 
 
 @pytest.mark.parametrize("needed", [(0,), (1,), (2,), (3,), (0, 3), (1, 2), (0, 1), (2, 3)], ids=str)
@@ -329,9 +332,13 @@ def test_compiled_it_gives_the_same_numbers(device, is_transposed, mode):
 @pytest.mark.gpu
 def test_compiled_for_any_number_of_tokens(device):
     compiled = torch.compile(L.norm_rotary, fullgraph=True, dynamic=True)
+    eager = norm_rotary(llama)
     weights = pair(64, device=device, dtype=torch.bfloat16)
     for batch, tokens in ((2, 300), (3, 77), (1, 1)):
         q, k = (projected(batch, tokens, heads, 64, device, torch.bfloat16) for heads in (8, 2))
         tables = pair(tokens, 64, device=device, dtype=torch.bfloat16)
-        found, expected = (op(q, k, *weights, *tables) for op in (compiled, L.norm_rotary))
-        torch.testing.assert_close(found, expected)
+        inputs = [q, k, *weights, *tables]
+        with precision.in_double():
+            exact = eager(*precision.as_double(inputs))
+        # Against the kernel, Inductor may have left out a rounding.
+        precision.assert_no_worse(compiled(*inputs, EPS), eager(*inputs), exact)
