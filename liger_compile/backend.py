@@ -99,7 +99,7 @@ def liger(
             inner=chosen.inner,
             patterns=patterns,
             key=repr((chosen.policy, chosen.skip, chosen.fuel)),
-            frees_buffers=chosen.policy != "never",
+            saves_memory=chosen.policy != "never",
         )
         # Not before: Dynamo may restart the analysis and come back with another graph of the same code.
         record(report)

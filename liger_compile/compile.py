@@ -43,12 +43,13 @@ def compile_graph(
     inner: str = "inductor",
     patterns: Iterable[Pattern] = (),
     key: str = "",
-    frees_buffers: bool = False,
+    saves_memory: bool = False,
 ) -> Callable[..., Any]:
     """Compiles `gm`, and takes ownership of it.
 
     `patterns` are those in use and `key` whatever else decided what `gm` is: both go into the cache key.
-    With `frees_buffers`, Inductor frees a GPU's buffer after its last use, unless its options say otherwise.
+    With `saves_memory`, on a GPU, Inductor frees a buffer after its last use, unless its options say otherwise, and
+    leaves the gradient of an embedding to our op.
     Raises what torch.compile(backend="inductor") raises for a wrong mode or option, whatever `inner` is.
     """
     patches = _inductor_patches(mode, inductor_options)
@@ -62,16 +63,32 @@ def compile_graph(
 
     from torch._inductor import config
     from torch._inductor.compile_fx import compile_fx
+    from torch._inductor.decomposition import select_decomp_table
 
     # The other way: Inductor's config is in the keys of both, and changing a value of this entry is the
     # documented way to change them. It has to be a config patch, not `with config.patch(...)` round the call:
     # the backward is compiled later.
     name = "unsafe_marked_cacheable_functions"
     patches[name] = {**patches.get(name, getattr(config, name)), "liger_compile": digest}
-    if frees_buffers and any(isinstance(each, torch.Tensor) and each.is_cuda for each in example_inputs):
+    decompositions = None
+    if saves_memory and any(isinstance(each, torch.Tensor) and each.is_cuda for each in example_inputs):
         patches.setdefault("allow_buffer_reuse", False)
-    compiled: Any = compile_fx(gm, example_inputs, config_patches=patches)
+        with config.patch(patches):
+            decompositions = _with_embedding_backward(select_decomp_table())
+    compiled: Any = compile_fx(gm, example_inputs, config_patches=patches, decompositions=decompositions)
     return compiled
+
+
+def _with_embedding_backward(decompositions: Mapping[Any, Callable[..., Any]]) -> dict[Any, Callable[..., Any]]:
+    """With our op for the gradient of an embedding, where Inductor would add it up in a wider dtype."""
+    whole = torch.ops.aten.embedding_dense_backward.default
+    decomposed = decompositions[whole]
+
+    def embedding_dense_backward(dy: torch.Tensor, *rest: Any) -> Any:
+        is_half = dy.is_cuda and dy.dtype.itemsize < 4
+        return (torch.ops.liger_compile.embedding_backward.default if is_half else decomposed)(dy, *rest)
+
+    return {**decompositions, whole: embedding_dense_backward}
 
 
 def when_called(compile: Callable[[Sequence[Any]], Callable[..., Any]]) -> Callable[..., Any]:

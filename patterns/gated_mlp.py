@@ -12,9 +12,8 @@ import torch
 import torch.nn.functional as F
 
 from liger_compile import functional
-from liger_compile.ops.linear_cross_entropy import DEVICE_CHUNK_BYTES
 from liger_compile.pattern import Annotate, Match, Pattern
-from liger_compile.patterns.profit import bytes_of, is_last_of_several, recomputed_input, runs_on_gpu
+from liger_compile.patterns.profit import bytes_of, recomputed_input
 
 
 def swiglu(gate, up):
@@ -55,27 +54,8 @@ def profit(match: Match) -> str | Annotate:
     H200, torch 2.11.0, triton 3.6.0, bf16, 2026-11-22, a step of a Llama of 4 layers, hidden 2048, inner 8192, 4 x 2048
     tokens: 48.5 ms and 3.17 GiB marked, 49.7 ms and 3.17 GiB as an op, 48.7 ms and 3.67 GiB as Inductor has it. On two
     CPU cores (torch 2.13.0, 2 layers, hidden 256, 1024 tokens, bf16) a step with the op takes 1.06 of one with marks.
-
-    The last of a large model is an op all the same: see sets_the_peak.
     """
-    verdict = recomputed_input(match, _MARKED)
-    return None if isinstance(verdict, Annotate) and sets_the_peak(match) else verdict
-
-
-def sets_the_peak(match: Match) -> bool:
-    """Whether a step needs most memory in this MLP's backward, which the op makes smaller.
-
-    The last of a model's MLPs is the first in backward, when all other activations are still kept. Beside gate and up,
-    Inductor makes four tensors of their size, h and the gradients of gate, up and h; the op writes h over its gradient.
-    What else might need the most is the loss, which takes DEVICE_CHUNK_BYTES.
-    """
-    made = saved_bytes(match)
-    return (
-        made is not None
-        and 4 * made > DEVICE_CHUNK_BYTES
-        and runs_on_gpu(match)
-        and is_last_of_several(match, _inner_shape(match))
-    )
+    return recomputed_input(match, _MARKED)
 
 
 def marked(match: Match) -> Annotate:
@@ -86,13 +66,6 @@ def marked(match: Match) -> Annotate:
 def saved_bytes(match: Match) -> int | None:
     """h, which is as large as up."""
     return bytes_of(match["up"]) if "up" in match.captures else bytes_of(match["gate_up"], parts=2)
-
-
-def _inner_shape(match: Match) -> tuple[int, ...]:
-    if "up" in match.captures:
-        return tuple(match["up"].shape)
-    *lead, packed = match["gate_up"].shape
-    return *lead, packed // 2
 
 
 INNER, OUTER = 8, 6  # sizes of h and of y in the examples

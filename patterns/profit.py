@@ -1,7 +1,6 @@
 """Profit rules that several patterns share, and bytes. Each rule names the measurement that it rests on."""
 
 import torch
-from torch.fx import Node
 
 from liger_compile.ops.dispatch import has_kernel
 from liger_compile.pattern import Annotate, Match
@@ -20,28 +19,6 @@ def recomputed_input(match: Match, reason: str) -> str | Annotate:
         if isinstance(value, torch.Tensor) and value.dtype.is_floating_point:
             return f"{node.name} is used elsewhere too and has to be kept, so there is nothing to save"
     return Annotate(reason, keeps_outputs=True)
-
-
-def is_last_of_several(match: Match, shape: tuple[int, ...]) -> bool:
-    """Whether values of this shape are made before the match, by other layers, and none after it."""
-    own = {*match.nodes, *match.operands}
-    nodes = iter(reversed(match.outputs[0].graph.nodes))
-    for node in nodes:
-        if node is match.outputs[0]:
-            return any(_has_shape(node, shape) for node in nodes if node not in own)
-        if _has_shape(node, shape):
-            break
-    return False
-
-
-def _has_shape(node: Node, shape: tuple[int, ...]) -> bool:
-    value = node.meta.get("example_value")
-    return isinstance(value, torch.Tensor) and tuple(value.shape) == shape
-
-
-def runs_on_gpu(match: Match) -> bool:
-    """Whether the op has a kernel for these dtypes, and its device is no CPU."""
-    return match.result.device.type != "cpu" and needs_kernel(match) is None
 
 
 def needs_kernel(match: Match) -> str | None:

@@ -58,7 +58,7 @@ def test_the_inner_compilers_agree_with_eager(inner):
 
 
 @pytest.mark.parametrize(
-    ("device", "frees", "options", "expected"),
+    ("device", "saves", "options", "expected"),
     [
         ("cuda", True, {}, False),
         ("cuda", True, {"allow_buffer_reuse": True}, True),
@@ -66,15 +66,59 @@ def test_the_inner_compilers_agree_with_eager(inner):
         ("cpu", True, {}, None),
     ],
 )
-def test_buffers_of_a_gpu_are_freed_early(device, frees, options, expected, monkeypatch):
+def test_buffers_of_a_gpu_are_freed_early(device, saves, options, expected, monkeypatch):
     seen = []
     monkeypatch.setattr(
-        "torch._inductor.compile_fx.compile_fx", lambda gm, _, config_patches: seen.append(config_patches)
+        "torch._inductor.compile_fx.compile_fx",
+        lambda gm, _, config_patches, decompositions: seen.append((config_patches, decompositions)),
     )
     with FakeTensorMode():
         arguments = [torch.empty(4, 8, device=device), torch.empty(8, 8, device=device)]
-    compile_graph(captured(loss_of, *inputs()), arguments, inductor_options=options, frees_buffers=frees)
-    assert seen[0].get("allow_buffer_reuse") is expected
+    compile_graph(captured(loss_of, *inputs()), arguments, inductor_options=options, saves_memory=saves)
+    ((patches, decompositions),) = seen
+    assert patches.get("allow_buffer_reuse") is expected
+    assert (decompositions is not None) == (device == "cuda" and saves)
+
+
+def test_the_gradient_of_an_embedding_in_half_precision_stays_whole_on_a_gpu(monkeypatch):
+    table, whole = [], torch.ops.aten.embedding_dense_backward.default
+    monkeypatch.setattr(
+        "torch._inductor.compile_fx.compile_fx", lambda *_, decompositions, **__: table.append(decompositions)
+    )
+    monkeypatch.setattr(
+        "torch._inductor.decomposition.select_decomp_table", lambda: {whole: lambda *_: "decomposed"}
+    )
+    monkeypatch.setattr(torch.ops.liger_compile.embedding_backward, "default", lambda *_: "ours")
+    with FakeTensorMode():
+        dy, ids = torch.empty(2, 3, 8, device="cuda"), torch.zeros(2, 3, dtype=torch.long, device="cuda")
+    compile_graph(captured(loss_of, *inputs()), [dy], saves_memory=True)
+    rest = ids, 11, -1, False
+    assert table[0][whole](dy.bfloat16(), *rest) == "ours"
+    assert table[0][whole](dy, *rest) == "decomposed", "there is no wider dtype"
+    assert table[0][whole](torch.empty(2, 3, 8).bfloat16(), *rest) == "decomposed", "a CPU"
+
+
+def test_the_op_of_an_embedding_gradient():
+    dy, ids = torch.randn(2, 3, 8, dtype=torch.bfloat16), torch.tensor([[1, 1, 0], [4, 1, 3]])
+    expected = torch.ops.aten.embedding_dense_backward.default(dy, ids, 5, 3, False)
+    op = torch.ops.liger_compile.embedding_backward.default
+    torch.testing.assert_close(op(dy, ids, 5, 3, False), expected, rtol=0, atol=0)
+    torch.library.opcheck(op, (dy, ids, 5, 3, False))
+
+
+@pytest.mark.gpu
+def test_an_embedding_takes_no_wider_table():
+    table = torch.randn(50000, 256, dtype=torch.bfloat16, device="cuda", requires_grad=True)
+    ids = torch.randint(50000, (4, 64), device="cuda")
+    compiled = torch.compile(lambda ids: torch.nn.functional.embedding(ids, table).sin().sum(), backend="liger")
+    (expected,) = torch.autograd.grad(torch.nn.functional.embedding(ids, table).sin().sum(), table)
+    for _ in range(2):
+        loss = compiled(ids)
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        (found,) = torch.autograd.grad(loss, table)
+    torch.testing.assert_close(found, expected)
+    assert torch.cuda.max_memory_allocated() - before < 1.5 * table.nbytes
 
 
 def test_mode_and_options_hold_for_forward_and_for_the_backward_compiled_later():

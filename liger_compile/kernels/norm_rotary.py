@@ -38,7 +38,7 @@ class Config(NamedTuple):
 VECTOR_BYTES = (16, 8)  # that a thread reads at once
 HEADS, AHEAD = (4, 8), (4, 4)
 # The tile of the kernel that adds up the gradients of the weights: few programs, which wait for memory.
-SUM_ROWS, SUM_COLUMNS, SUM_WARPS = 2048, 8, 16
+SUM_ROWS, SUM_COLUMNS, SUM_WARPS = 2048, 4, 16
 
 
 def config(width: int, itemsize: int, is_backward: bool) -> Config:

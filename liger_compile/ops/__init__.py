@@ -7,16 +7,26 @@ aliases an input. liger_compile.functional is the way to call them; a graph hold
 
 Two kinds (registration.py). AOTAutograd traces through rms_norm, add_rms_norm, rotary, norm_rotary and
 gated_activation, so that Inductor fuses them with their neighbours. gated_mlp, cross_entropy and linear_cross_entropy
-stay opaque: their bodies loop over blocks of rows (blocks.py).
+stay opaque: their bodies loop over blocks of rows (blocks.py); and so does embedding_backward, which is for compile.py.
 
 No Triton is imported here.
 """
 
-from . import add_rms_norm, cross_entropy, gated_mlp, linear_cross_entropy, norm_rotary, rms_norm, rotary
+from . import (
+    add_rms_norm,
+    cross_entropy,
+    embedding,
+    gated_mlp,
+    linear_cross_entropy,
+    norm_rotary,
+    rms_norm,
+    rotary,
+)
 
 __all__ = [
     "add_rms_norm",
     "cross_entropy",
+    "embedding",
     "gated_mlp",
     "linear_cross_entropy",
     "norm_rotary",

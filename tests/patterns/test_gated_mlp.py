@@ -1,6 +1,5 @@
 """Gated MLPs with and without their down projection, packed or not; false friends keep their code."""
 
-import importlib
 import math
 
 import pytest
@@ -183,27 +182,3 @@ def test_two_of_them_with_a_foreign_op_between(run_liger):
     result, (report,) = run_liger(f, X, GATE, UP, DOWN, inner="aot_eager")
     assert [site.pattern for site in report.sites] == ["gated_mlp.swiglu"] * 2
     torch.testing.assert_close(result, f(X, GATE, UP, DOWN))
-
-
-@pytest.mark.parametrize("mlp, up", [(packed, PACKED), (phi3, PACKED)])
-def test_the_last_of_several_that_are_large_is_an_op(run_liger, monkeypatch, mlp, up):
-    """Whose backward sets the peak of a step; on a GPU only, which is pretended here."""
-    pattern = importlib.import_module("liger_compile.patterns.gated_mlp")
-    monkeypatch.setattr(pattern, "runs_on_gpu", lambda match: True)
-
-    def f(x, w, d, layers):
-        for _ in range(layers):
-            x = x + mlp(x, w, d)
-        return x
-
-    def kinds(layers, budget):
-        monkeypatch.setattr(pattern, "DEVICE_CHUNK_BYTES", budget)
-        torch._dynamo.reset()
-        result, (report,) = run_liger(f, X, up, DOWN, layers, policy="auto")
-        torch.testing.assert_close(result, f(X, up, DOWN, layers))
-        return [site.kind for site in report.sites]
-
-    bytes_of_h = 3 * 5 * 12 * 4
-    assert kinds(3, 4 * bytes_of_h - 1) == ["annotate", "annotate", "replace"]
-    assert kinds(3, 4 * bytes_of_h) == ["annotate"] * 3, "the loss needs more"
-    assert kinds(1, 0) == ["annotate"], "a layer that is compiled alone"
