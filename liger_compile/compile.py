@@ -79,7 +79,9 @@ def compile_graph(
     return compiled
 
 
-def _with_embedding_backward(decompositions: Mapping[Any, Callable[..., Any]]) -> dict[Any, Callable[..., Any]]:
+def _with_embedding_backward(
+    decompositions: Mapping[Any, Callable[..., Any]],
+) -> dict[Any, Callable[..., Any]]:
     """With our op for the gradient of an embedding, where Inductor would add it up in a wider dtype."""
     whole = torch.ops.aten.embedding_dense_backward.default
     decomposed = decompositions[whole]

@@ -110,7 +110,9 @@ def test_the_op_of_an_embedding_gradient():
 def test_an_embedding_takes_no_wider_table():
     table = torch.randn(50000, 256, dtype=torch.bfloat16, device="cuda", requires_grad=True)
     ids = torch.randint(50000, (4, 64), device="cuda")
-    compiled = torch.compile(lambda ids: torch.nn.functional.embedding(ids, table).sin().sum(), backend="liger")
+    compiled = torch.compile(
+        lambda ids: torch.nn.functional.embedding(ids, table).sin().sum(), backend="liger"
+    )
     (expected,) = torch.autograd.grad(torch.nn.functional.embedding(ids, table).sin().sum(), table)
     for _ in range(2):
         loss = compiled(ids)

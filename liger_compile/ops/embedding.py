@@ -4,9 +4,9 @@
 
     dy (..., D), indices (...) -> dtable (rows, D), in the dtype of dy
 
-PyTorch's own kernel, which sorts the tokens, adds up in float32 what belongs to one row, and rounds once. Inductor, left
-to itself, adds into a float32 table with atomic operations and rounds that: of 128256 x 4096 in bfloat16, 2 GiB beside a
-gradient of 1 GiB, which is where a step of Llama-3-8B cut to 6 layers needed the most memory.
+PyTorch's own kernel, which sorts the tokens, adds up in float32 what belongs to one row, and rounds once. Inductor,
+left to itself, adds into a float32 table with atomic operations and rounds that: of 128256 x 4096 in bfloat16, 2 GiB
+beside a gradient of 1 GiB, which is where a step of Llama-3-8B cut to 6 layers needed the most memory.
 """
 
 from __future__ import annotations
