@@ -119,8 +119,9 @@ def test_an_embedding_takes_no_wider_table():
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         (found,) = torch.autograd.grad(loss, table)
+        taken = torch.cuda.max_memory_allocated() - before
+    assert taken < 1.5 * table.nbytes  # the second time: the first, kernels are tuned
     torch.testing.assert_close(found, expected)
-    assert torch.cuda.max_memory_allocated() - before < 1.5 * table.nbytes
 
 
 def test_mode_and_options_hold_for_forward_and_for_the_backward_compiled_later():
