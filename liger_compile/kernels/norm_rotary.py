@@ -186,8 +186,9 @@ def backward(
         launch(_sum_kernel)[(2, triton.cdiv(width, SUM_COLUMNS))](
             sums,
             dweights,
-            num_tiles * num_q_groups,
-            num_programs,
+            num_tiles,
+            num_q_groups,
+            num_k_groups,
             WIDTH=width,
             ROWS=SUM_ROWS,
             COLUMNS=SUM_COLUMNS,
@@ -425,7 +426,7 @@ def _backward_kernel(
     sin_ptr,
     grad_q_ptr,
     grad_k_ptr,
-    sums_ptr,  # (P, D) in float32, for P programs, those of q first: what each adds to dweight; or None
+    sums_ptr,  # (P, D) in float32, for P programs: what each adds to the gradient of its weight; or None
     num_tokens,
     num_q_heads,
     num_k_heads,
@@ -463,8 +464,7 @@ def _backward_kernel(
 ):
     num_groups = num_q_groups + num_k_groups
     group = tl.program_id(0) % num_groups
-    tile = tl.program_id(0) // num_groups
-    batch, tokens = _tokens(tile, num_tokens, TOKENS)
+    batch, tokens = _tokens(tl.program_id(0) // num_groups, num_tokens, TOKENS)
     is_token = tokens < num_tokens
     cos_a, cos_b = _read_wide(
         cos_ptr + batch * cos_batch_stride + tokens * cos_token_stride, is_token, WIDTH, PAIRS
@@ -485,7 +485,6 @@ def _backward_kernel(
                 grad_q_head_stride,
                 q_weight_ptr,
                 sums_ptr,
-                tile * num_q_groups + group,
                 group * HEADS,
                 num_q_heads,
                 tokens,
@@ -514,7 +513,6 @@ def _backward_kernel(
                 grad_k_head_stride,
                 k_weight_ptr,
                 sums_ptr,
-                (tl.num_programs(0) // num_groups - 1) * num_q_groups + tile * num_k_groups + group,
                 (group - num_q_groups) * HEADS,
                 num_k_heads,
                 tokens,
@@ -542,7 +540,6 @@ def _backward_of_heads(
     dx_head_stride,
     weight_ptr,
     sums_ptr,
-    sums_row,
     first,
     num_heads,
     tokens,
@@ -591,7 +588,7 @@ def _backward_of_heads(
                 )
     if sums_ptr is not None:
         _write(
-            sums_ptr + sums_row.to(tl.int64) * WIDTH + tl.arange(0, 1)[:, None],
+            sums_ptr + tl.program_id(0).to(tl.int64) * WIDTH + tl.arange(0, 1)[:, None],
             tl.sum(sum_a, 0, keep_dims=True),
             tl.sum(sum_b, 0, keep_dims=True),
             tl.full([1, 1], 1, tl.int1),
@@ -602,22 +599,23 @@ def _backward_of_heads(
 
 @triton.jit
 def _sum_kernel(
-    sums_ptr,  # (P, D), first those of q
+    sums_ptr,  # (tiles, groups of q and then of k, D)
     out_ptr,  # (2, D)
-    num_q_rows,
-    num_rows,
+    num_tiles,
+    num_q_groups,
+    num_k_groups,
     WIDTH: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
     which = tl.program_id(0)
-    first = tl.where(which == 0, 0, num_q_rows)
-    end = tl.where(which == 0, num_q_rows, num_rows)
+    count = tl.where(which == 0, num_q_groups, num_k_groups)
+    before = tl.where(which == 0, 0, num_q_groups)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     total = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for start in range(first, end, ROWS):
-        row = start + tl.arange(0, ROWS)[:, None]
-        total += tl.load(
-            sums_ptr + row.to(tl.int64) * WIDTH + column, (row < end) & (column < WIDTH), other=0.0
-        )
+    for start in range(0, num_tiles * count, ROWS):
+        index = start + tl.arange(0, ROWS)[:, None]
+        row = (index // count).to(tl.int64) * (num_q_groups + num_k_groups) + before + index % count
+        mask = (index < num_tiles * count) & (column < WIDTH)
+        total += tl.load(sums_ptr + row * WIDTH + column, mask, other=0.0)
     tl.store(out_ptr + which * WIDTH + column, tl.sum(total, 0, keep_dims=True), column < WIDTH)
