@@ -38,10 +38,11 @@ def profit(match: Match) -> str | None:
     What the op saves is the norms' way to memory and back. Without a kernel there is none, for Inductor fuses the
     references as it fuses what stands there; and a norm that is read elsewhere has to go to memory anyway.
 
-    H100, torch 2.11.0, triton 3.6.0, bf16, 2026-11-25, forward and backward: 8 x 1024 tokens, 16 + 8 heads of 128:
-    0.104 ms with the kernel, 0.229 ms as Inductor compiles it; 2 x 4096 tokens, 32 + 8 heads: 0.172 ms and 0.362 ms
+    H100, torch 2.11.0, triton 3.6.0, bf16, 2026-11-26, forward and backward: 8 x 1024 tokens, 16 + 8 heads of 128:
+    0.099 ms with the kernel, 0.227 ms as Inductor compiles it; 2 x 4096 tokens, 32 + 8 heads: 0.162 ms and 0.360 ms
     (ops_nvidia_h100_80gb_hbm3.csv). A step of Qwen3-0.6B with 4 layers, 8 x 1024 tokens: 24.1 ms and 1.69 GiB, 23.9
-    ms and 1.87 GiB if it is not run again in backward, 24.5 ms and 1.88 GiB without it (profit_nvidia_h100.csv).
+    ms and 1.87 GiB if it is not run again in backward, 24.5 ms and 1.88 GiB without it (profit_nvidia_h100.csv,
+    2026-11-25); on an H200 21.5 ms and 1.80 GiB, 22.6 ms and 1.99 GiB without it (profit_nvidia_h200.csv).
     """
     captured = [match[name] for name in match.captures]
     if not has_kernel(*(value for value in captured if isinstance(value, torch.Tensor))):

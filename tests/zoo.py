@@ -142,6 +142,18 @@ def _own(name: str, losses: int = 1) -> Specimen:
     return Specimen(family, 5, 4, 2, losses, left=_LEFT.get(name, {}))
 
 
+class _BiasedHead(transformers.LlamaForCausalLM):
+    """A Llama whose head has a bias of its own, beside the weight of the embedding."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.lm_head.bias = nn.Parameter(torch.zeros(config.vocab_size))
+
+
+def _tied_with_bias(**more: Any) -> nn.Module:
+    return _BiasedHead(config("llama", tie_word_embeddings=True, **more))
+
+
 SPECIMENS: tuple[Specimen, ...] = (
     _of("afmoe", "AfmoeForCausalLM", 13, 4, 3),
     _of("apertus", "ApertusForCausalLM", 9, 4, 0),
@@ -201,6 +213,7 @@ SPECIMENS: tuple[Specimen, ...] = (
         "rope_type": "llama3", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16,
         "low_freq_factor": 1.0, "high_freq_factor": 4.0}),
     _of("llama_gelu", "LlamaForCausalLM", 5, 4, 2, hidden_act="gelu", mlp_bias=True, attention_bias=True),
+    Specimen(Family("llama_tied_bias", _tied_with_bias, hf_loss, {}), 5, 4, 2),
     _of("llama_eager", "LlamaForCausalLM", 5, 4, 2, tie_word_embeddings=True, attn_implementation="eager"),
     _of("llava", "LlavaForConditionalGeneration", 5, 4, 2,
         text_config=lambda: config("llama"), vision_config=lambda: config("clip_vision_model")),
