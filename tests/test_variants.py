@@ -383,10 +383,12 @@ def test_a_copy_is_rewritten_apart():
 CHILD = """
 import json
 import torch
+import torch._inductor.config
 import liger_compile
 from liger_compile.compile import cache_counts
 from test_variants import causal, compiled, differentiated, found, inputs, masks
 
+torch._inductor.config.cpp.simdlen = 1  # as in conftest.py
 fast = compiled(causal, inner="inductor")
 ours = [differentiated(fast, *inputs(), mask) for mask in masks()]
 eager = [differentiated(causal, *inputs(), mask) for mask in masks()]
