@@ -6,7 +6,7 @@
 
 `llama` is what most models are like. `gemma3n` is among the largest graphs of the zoo's families: it has more nodes in
 a layer than most, norms that are near misses, and is given a padding mask, for which two graphs are rewritten and
-compiled, with and without padding.
+compiled, with and without padding. `hrm_text` runs its layers several times and is the largest single graph.
 
 The whole compile is the first forward and backward of a fresh process with empty caches, less a later one: Dynamo,
 the rewrite, AOTAutograd, Inductor and the C++ compiler. The rewrite is GraphReport.seconds, of both graphs where there
@@ -31,7 +31,11 @@ import liger_compile
 from bench.common import ROOT, machine, write_csv
 
 LAYERS = (2, 4, 8, 16, 32)
-COMPILED = {"gemma3n": 32, "llama": 16}  # the whole of it, at so many layers; the others are rewritten only
+COMPILED = {
+    "gemma3n": 32,
+    "hrm_text": 32,
+    "llama": 16,
+}  # the whole of it, at so many layers; the others are rewritten only
 REPEATS = 3
 SIZES = {
     "vocab_size": 1024,
@@ -57,6 +61,8 @@ def measure(model: str, layers: int, inner: str) -> dict[str, Any]:
 def build(name: str, layers: int) -> torch.nn.Module:
     if name == "llama":
         return transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES, num_hidden_layers=layers))
+    if name == "hrm_text":
+        return transformers.HrmTextForCausalLM(transformers.HrmTextConfig(**SIZES, num_hidden_layers=layers))
     config = transformers.Gemma3nTextConfig(
         **SIZES,
         num_hidden_layers=layers,
@@ -72,7 +78,7 @@ def build(name: str, layers: int) -> torch.nn.Module:
 
 def masks(name: str, shape: tuple[int, int]) -> list[torch.Tensor | None]:
     """The padding masks of the calls: one for each graph."""
-    if name == "llama":
+    if name != "gemma3n":
         return [None]
     padded = torch.ones(shape, dtype=torch.int64)
     padded[0, :5] = 0
