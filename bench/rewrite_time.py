@@ -31,11 +31,7 @@ import liger_compile
 from bench.common import ROOT, machine, write_csv
 
 LAYERS = (2, 4, 8, 16, 32)
-COMPILED = {
-    "gemma3n": 32,
-    "hrm_text": 32,
-    "llama": 16,
-}  # the whole of it, at so many layers; the others are rewritten only
+COMPILED = {"gemma3n": 32, "hrm_text": 32, "llama": 16}  # the whole of it, at so many layers
 REPEATS = 3
 SIZES = {
     "vocab_size": 1024,
