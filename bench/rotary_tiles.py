@@ -1,6 +1,6 @@
 """Tiles of the rotary kernels: all candidates at all shapes of op_table.py, beside Inductor and liger-kernel.
 
-    python -m bench.rotary_tiles                 about a minute on one GPU, bench/results/rotary_tiles_<device>.csv
+    python -m bench.rotary_tiles                 minutes on one GPU, bench/results/rotary_tiles_<device>.csv
     python -m bench.rotary_tiles norm_rotary     of one op
     python -m bench.rotary_tiles --device cpu    interpreted, under TRITON_INTERPRET=1: shows that it runs
 

@@ -307,15 +307,3 @@ def test_keys_repeated_and_values_not(run_liger):
     result, (report,) = run_liger(f, *args)
     assert [site.kind for site in report.sites] == ["replace"]
     torch.testing.assert_close(result, f(*args))
-
-
-def test_a_scale_of_zero_is_left(run_liger):
-    """Every key counts the same, masked ones excepted; with the flag, the kernels give NaN."""
-
-    def function(q, k, v):
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=causal_mask(q), scale=0.0)
-
-    q, k, v = inputs(HEADS)
-    result, reports = run_liger(function, q, k, v)
-    torch.testing.assert_close(result, function(q, k, v))
-    assert [site.kind for report in reports for site in report.sites] == ["leave"]
