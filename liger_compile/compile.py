@@ -25,8 +25,9 @@ from typing import Any
 import torch
 import torch._dynamo
 from torch._dynamo.callback import callback_handler
-from torch.fx import GraphModule
+from torch.fx import Graph, GraphModule
 
+from liger_compile.gradients import write_in_place
 from liger_compile.pattern import Pattern
 
 # transformers hangs these on logging.Logger and calls them between logits and loss, where Dynamo would break
@@ -48,8 +49,8 @@ def compile_graph(
     """Compiles `gm`, and takes ownership of it.
 
     `patterns` are those in use and `key` whatever else decided what `gm` is: both go into the cache key.
-    With `saves_memory`, on a GPU, Inductor frees a buffer after its last use, unless its options say otherwise, and
-    leaves the gradient of an embedding to our op.
+    With `saves_memory`, on a GPU, Inductor frees a buffer after its last use, unless its options say otherwise,
+    leaves the gradient of an embedding to our op, and has tables' gradients written in place (`gradients.py`).
     Raises what torch.compile(backend="inductor") raises for a wrong mode or option, whatever `inner` is.
     """
     patches = _inductor_patches(mode, inductor_options)
@@ -75,6 +76,7 @@ def compile_graph(
         patches.setdefault("allow_buffer_reuse", False)
         with config.patch(patches):
             decompositions = _with_embedding_backward(select_decomp_table())
+            patches["post_grad_custom_post_pass"] = _with_writes_in_place(config.post_grad_custom_post_pass)
     compiled: Any = compile_fx(gm, example_inputs, config_patches=patches, decompositions=decompositions)
     return compiled
 
@@ -91,6 +93,29 @@ def _with_embedding_backward(
         return (torch.ops.liger_compile.embedding_backward.default if is_half else decomposed)(dy, *rest)
 
     return {**decompositions, whole: embedding_dense_backward}
+
+
+def _with_writes_in_place(theirs: Any) -> Any:
+    """`theirs`, passes over what AOTAutograd has split off, and one that has gradients.py change a graph of backward."""
+    from torch._inductor import custom_graph_pass
+    from torch._inductor.utils import get_donated_idxs
+
+    class WritesInPlace(custom_graph_pass.CustomGraphPass):
+        def __call__(self, graph: Graph) -> None:
+            names = (node.name for node in graph.find_nodes(op="placeholder"))
+            if any(
+                name.startswith("tangents") for name in names
+            ):  # AOTAutograd's word for what backward is given
+                write_in_place(graph, get_donated_idxs() or ())
+
+        def uuid(self) -> Any:
+            """What the caches know it by. What is donated is not in the key otherwise, and a setting decides it."""
+            return [package_hash(), get_donated_idxs()]
+
+    if theirs is None:
+        return WritesInPlace()
+    passes = getattr(custom_graph_pass, "get_custom_graph_passes", None)
+    return (*passes(theirs), WritesInPlace()) if passes else theirs  # torch 2.11 takes one
 
 
 def when_called(compile: Callable[[Sequence[Any]], Callable[..., Any]]) -> Callable[..., Any]:

@@ -80,6 +80,23 @@ def test_buffers_of_a_gpu_are_freed_early(device, saves, options, expected, monk
     assert (decompositions is not None) == (device == "cuda" and saves)
 
 
+def test_a_users_own_pass_stays(monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        "torch._inductor.compile_fx.compile_fx", lambda *_, config_patches, **__: seen.append(config_patches)
+    )
+    with FakeTensorMode():
+        arguments = [torch.empty(4, 8, device="cuda")]
+
+    def theirs(graph):
+        pass
+
+    options = {"post_grad_custom_post_pass": theirs}
+    compile_graph(captured(loss_of, *inputs()), arguments, inductor_options=options, saves_memory=True)
+    passes = seen[0]["post_grad_custom_post_pass"]
+    assert passes is theirs or passes[0] is theirs and len(passes) == 2
+
+
 def test_the_gradient_of_an_embedding_in_half_precision_stays_whole_on_a_gpu(monkeypatch):
     table, whole = [], torch.ops.aten.embedding_dense_backward.default
     monkeypatch.setattr(

@@ -1,12 +1,13 @@
-"""The gradient of an embedding, as one op.
+"""The gradient of an embedding: alone, or added to one that its table has already.
 
     dtable[i] = sum of dy over the tokens whose index is i
 
-    dy (..., D), indices (...) -> dtable (rows, D), in the dtype of dy
+    dy (..., D), indices (...), any integers -> dtable (rows, D), in the dtype of dy
 
-PyTorch's own kernel, which sorts the tokens, adds up in float32 what belongs to one row, and rounds once. Inductor,
-left to itself, adds into a float32 table with atomic operations and rounds that: of 128256 x 4096 in bfloat16, 2 GiB
-beside a gradient of 1 GiB, which is where a step of Llama-3-8B cut to 6 layers needed the most memory.
+Row padding_idx has no gradient. Summed in float32, rounded once. Inductor, left to itself, adds into a float32 table
+with atomic operations and rounds that: of 128256 x 4096 in bfloat16, 2 GiB beside a gradient of 1 GiB, which is where a
+step of Llama-3-8B cut to 6 layers needed the most memory. PyTorch's own kernel sorts the tokens, as ours does; but
+where the table is the head's too, it fills a table of zeros first, and all of it is added to the head's gradient.
 """
 
 from __future__ import annotations
@@ -14,18 +15,44 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .registration import opaque_op
+from .dispatch import has_kernel
+from .registration import mutating_op, opaque_op
 
 
 @opaque_op
 def embedding_backward(
     dy: Tensor, indices: Tensor, num_rows: int, padding_idx: int, scales_by_frequency: bool
 ) -> Tensor:
-    return torch.ops.aten.embedding_dense_backward.default(
-        dy, indices, num_rows, padding_idx, scales_by_frequency
-    )
+    if scales_by_frequency or not has_kernel(dy):
+        return torch.ops.aten.embedding_dense_backward.default(
+            dy, indices, num_rows, padding_idx, scales_by_frequency
+        )
+    table = dy.new_zeros((num_rows, *dy.shape[indices.dim() :]))
+    _add_rows(table, dy, indices, padding_idx)
+    return table
 
 
 @embedding_backward.register_fake
 def _(dy: Tensor, indices: Tensor, num_rows: int, padding_idx: int, scales_by_frequency: bool) -> Tensor:
     return dy.new_empty((num_rows, *dy.shape[indices.dim() :]))
+
+
+@mutating_op("table")
+def add_embedding_backward(table: Tensor, dy: Tensor, indices: Tensor, padding_idx: int) -> None:
+    """table += embedding_backward(dy, indices, rows of table, padding_idx, False), rounded once."""
+    if has_kernel(table, dy) and table.is_contiguous():
+        _add_rows(table, dy, indices, padding_idx)
+        return
+    wide = torch.promote_types(dy.dtype, torch.float32)
+    table.add_(
+        torch.ops.aten.embedding_dense_backward.default(
+            dy.to(wide), indices, table.shape[0], padding_idx, False
+        )
+    )
+
+
+def _add_rows(table: Tensor, dy: Tensor, indices: Tensor, padding_idx: int) -> None:
+    from ..kernels import embedding as kernels
+
+    width = table.shape[1:].numel()
+    kernels.add_rows(table, dy.reshape(-1, width).contiguous(), indices.reshape(-1), padding_idx)

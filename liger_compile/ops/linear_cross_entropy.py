@@ -40,6 +40,7 @@ from .blocks import row_blocks, split_rows
 from .dispatch import has_kernel
 from .precision import accumulation_dtype
 from .registration import graph_is_retained, opaque_op, second_derivative_error
+from .scale import scale_into
 from .softmax_loss import SoftmaxLoss, reduce
 
 # A chunk of logits is small beside any model, and long enough for its products to run at full speed: on a CPU, and
@@ -238,7 +239,7 @@ def linear_cross_entropy(
         memory,
     )
     if rest is not None:
-        gradients = [_scale(gradient, rest, gradient) for gradient in gradients]
+        gradients = [scale_into(gradient, rest, gradient) for gradient in gradients]
     dx, dweight, dbias = gradients
     return reduce(losses, token_weight, reduction), dx, dweight, dbias
 
@@ -352,22 +353,14 @@ def _scaled(
                 f"linear_cross_entropy: expected needs_{name}=True for an input that requires grad, got False; "
                 "call liger_compile.functional.linear_cross_entropy, which sets it"
             )
-    if type(dloss) is not Tensor:  # traced: Inductor makes one kernel of it, in place where it may
-        return [(gradient.to(dloss.dtype) * dloss).to(gradient.dtype) for gradient in gradients]
+    if type(dloss) is not Tensor:  # traced: Inductor makes one kernel of it and what follows
+        scaled = [(gradient.to(dloss.dtype) * dloss).to(gradient.dtype) for gradient in gradients]
+        if needs[1] and gradients[1].is_cuda:  # but dweight is too large to be read for a factor of 1
+            scaled[1] = torch.ops.liger_compile.scale.default(gradients[1], dloss)
+        return scaled
     # In place if this was the last backward: dweight is too large to have it twice for no reason.
     keeps = graph_is_retained()
-    return [_scale(each, dloss, torch.empty_like(each) if keeps else each) for each in gradients]
-
-
-def _scale(gradient: Tensor, factor: Tensor, out: Tensor) -> Tensor:
-    """out = gradient * factor, where out may be gradient."""
-    if has_kernel(gradient, factor):
-        from ..kernels import scale as kernels
-
-        return kernels.scale(gradient, factor, out)
-    for rows in row_blocks(gradient.shape[0], gradient[:1].numel()):
-        out[rows] = gradient[rows].to(factor.dtype) * factor
-    return out
+    return [scale_into(each, dloss, torch.empty_like(each) if keeps else each) for each in gradients]
 
 
 linear_cross_entropy.register_autograd(_backward, setup_context=_setup_context)

@@ -1,4 +1,4 @@
-"""The two kinds of op, and what both have in common: no mutation, no autocast, first derivatives only.
+"""The kinds of op, and what they have in common: no autocast, first derivatives only, and no mutation but for one kind.
 
 An op is named after its function, in the namespace `liger_compile`. Until `register_autograd` gives it a
 backward, differentiating it is an error: so it stays for the ops that are the backward of another.
@@ -41,6 +41,17 @@ def opaque_op(fn: Callable[..., Any]) -> CustomOpDef:
     body = _without_views(_launching_directly(outside_autocast(fn)))
     op = torch.library.custom_op(f"liger_compile::{fn.__name__}", body, mutates_args=())
     return _first_derivative_only(op, fn.__name__)
+
+
+def mutating_op(*arguments: str) -> Callable[[Callable[..., Any]], CustomOpDef]:
+    """An opaque op that writes into these arguments and returns None. For graphs of backward that are whole already:
+    PyTorch differentiates no such op, and our patterns put none into a model."""
+
+    def register(fn: Callable[..., Any]) -> CustomOpDef:
+        body = _launching_directly(outside_autocast(fn))
+        return torch.library.custom_op(f"liger_compile::{fn.__name__}", body, mutates_args=arguments)
+
+    return register
 
 
 def _without_views(fn: Callable[..., Any]) -> Callable[..., Any]:

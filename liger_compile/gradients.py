@@ -1,0 +1,100 @@
+"""Gradients that are written in place: the last rewrite of a graph of backward, when it is whole and about to run.
+
+In: a graph of aten operators as AOTAutograd's partitioner made it and Inductor is about to compile. Out: the same
+graph, with ops that write in place where a functional one would write a copy of a table as large as the vocabulary.
+
+    scale(saved, factor)                saved is for this backward alone ("donated"): it is scaled where it is
+    total + embedding_backward(dy, ..)  total is read by nobody else: rows are added where it is, of no table of zeros
+
+Before, in a functional graph, neither could be said: AOTAutograd traces no mutation of what a backward gets, and sums
+the two gradients of a table that is embedding and head only when it has both.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+
+from . import ops as _registers_them  # noqa: F401
+
+_aten, _ours = torch.ops.aten, torch.ops.liger_compile
+
+# Operators whose result has memory of its own in any compiler, besides those of ours, which are functional. Elementwise
+# ones are not here: a compiler may find that one does nothing, and hand on its input.
+_MAKES_MEMORY = (_aten.mm.default, _aten.addmm.default)
+
+
+def write_in_place(graph: Graph, donated: Collection[int]) -> None:
+    """Changes `graph`. `donated`: positions of the placeholders that nobody reads when the graph has run."""
+    placeholders = graph.find_nodes(op="placeholder")
+    own = {node for position, node in enumerate(placeholders) if position in donated}
+    for node in graph.find_nodes(op="call_function", target=_ours.scale.default):
+        gradient, factor = node.args
+        if isinstance(gradient, Node) and _may_be_written(gradient, node, own):
+            _write(graph, node, gradient, _ours.scale_in_place.default, gradient, factor)
+    for node in graph.find_nodes(op="call_function", target=_ours.embedding_backward.default):
+        _add_into_the_other(graph, node, own)
+
+
+def _add_into_the_other(graph: Graph, node: Node, own: Collection[Node]) -> None:
+    dy, indices, _, padding_idx, scales_by_frequency = node.args
+    (reader, *others) = node.users
+    if others or scales_by_frequency or reader.kwargs:
+        return
+    if (
+        reader.target is _aten.addmm.default and reader.args[0] is node
+    ):  # what Inductor makes of a product and a sum
+        total = _product_of(graph, reader)
+    elif reader.target is _aten.add.Tensor:
+        total = next((each for each in reader.args if each is not node), None)
+    else:
+        return
+    if isinstance(total, Node) and _may_be_written(total, reader, own) and _is_alike(total, reader):
+        _write(graph, reader, total, _ours.add_embedding_backward.default, total, dy, indices, padding_idx)
+        graph.erase_node(node)
+
+
+def _product_of(graph: Graph, addmm: Node) -> Node:
+    """The product alone, and the sum as a sum."""
+    added, *factors = addmm.args
+    with graph.inserting_before(addmm):
+        product = graph.call_function(_aten.mm.default, tuple(factors))
+    product.meta["val"] = addmm.meta["val"]
+    addmm.target, addmm.args = _aten.add.Tensor, (product, added)
+    return product
+
+
+def _may_be_written(total: Node, reader: Node, own: Collection[Node]) -> bool:
+    """Whether nobody else reads `total`, or memory that it shares. Scaling it in place comes before, for `reader`."""
+    readers = [each for each in total.users if each.target is not _ours.scale_in_place.default]
+    if readers != [reader]:
+        return False
+    return total in own or _made_by(total) in _MAKES_MEMORY or _namespace(_made_by(total)) == _ours.name
+
+
+def _made_by(node: Node) -> Any:
+    """The operator, also where a node picks one of several results."""
+    if node.target is operator.getitem and isinstance(node.args[0], Node):
+        return node.args[0].target
+    return node.target
+
+
+def _namespace(target: Any) -> str:
+    return getattr(target, "namespace", "")
+
+
+def _is_alike(a: Node, b: Node) -> bool:
+    x, y = a.meta["val"], b.meta["val"]
+    return x.dtype == y.dtype and x.shape == y.shape and x.is_contiguous()
+
+
+def _write(graph: Graph, instead_of: Node, written: Node, op: Any, *args: Any) -> None:
+    """`op`, which writes into `written`, where `instead_of` gave the same as a new tensor."""
+    with graph.inserting_before(instead_of):
+        graph.call_function(op, args).meta["val"] = None
+    instead_of.replace_all_uses_with(written)
+    graph.erase_node(instead_of)

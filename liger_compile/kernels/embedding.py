@@ -1,0 +1,156 @@
+"""The gradient of an embedding, added to a table: the kernels of ops/embedding.py.
+
+    table[i] += sum of dy over the tokens whose index is i        summed in float32, rounded once
+
+Only rows that tokens point to are read and written: at most 8 bytes an element of dy in half precision, beside dy. The
+tokens are sorted, so that those of a row follow each other, a *run*, in the order that they have in the batch. The
+first of a run sums it up to the next multiple of CHUNK, so that a run as long as the batch is not one program's; where
+a run goes on beyond that, each chunk of it puts its part into a buffer, and a second kernel adds the parts.
+
+    at       0   1   2   3 | 4   5   6   7 | 8         CHUNK = 4
+    row      7   7   9   9   9   9   9   9   9
+    kernel 1 sums 0-1 into the table; 2-3, 4-7 and 8 as parts.     kernel 2 sums the parts into the table.
+"""
+
+# What Triton's decorator makes of a kernel, a type checker does not see.
+# pyright: reportGeneralTypeIssues=false, reportArgumentType=false, reportCallIssue=false
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+CHUNK = 16
+MOST_COLUMNS = 1024  # of a program
+PARTS_AT_ONCE = 8
+
+
+def add_rows(table: Tensor, dy: Tensor, indices: Tensor, padding_idx: int) -> None:
+    """table (rows, D) and dy (N, D), contiguous, of any two floating dtypes; indices (N). No row padding_idx."""
+    num_tokens, width = dy.shape
+    if not dy.numel():
+        return
+    rows, order = torch.sort(indices.to(torch.int32), stable=True)  # half the passes that 64 bits take
+    num_chunks = triton.cdiv(num_tokens, CHUNK)
+    parts = dy.new_empty((2, num_chunks, width), dtype=torch.float32)
+    columns = min(triton.next_power_of_2(width), MOST_COLUMNS)
+    num_blocks = triton.cdiv(width, columns)
+    num_warps = max(1, columns // 256)
+    with torch.cuda.device_of(dy):
+        _add_runs_kernel[(num_tokens, num_blocks)](
+            table,
+            dy,
+            rows,
+            order,
+            parts,
+            num_tokens,
+            num_chunks,
+            width,
+            table.shape[0],
+            padding_idx,
+            CHUNK=CHUNK,
+            COLUMNS=columns,
+            num_warps=num_warps,
+        )
+        _add_parts_kernel[(num_chunks, num_blocks)](
+            table,
+            rows,
+            parts,
+            num_tokens,
+            num_chunks,
+            width,
+            table.shape[0],
+            padding_idx,
+            CHUNK=CHUNK,
+            COLUMNS=columns,
+            PARTS=PARTS_AT_ONCE,
+            num_warps=num_warps,
+        )
+
+
+@triton.jit
+def _add_runs_kernel(
+    table_ptr,
+    dy_ptr,
+    rows_ptr,  # sorted
+    order_ptr,  # the token that each stands for
+    parts_ptr,  # (2, chunks, width): of a run that began before the chunk, and of one that goes on behind it
+    num_tokens,
+    num_chunks,
+    width,
+    num_rows,
+    padding_idx,
+    CHUNK: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    first = tl.program_id(0)
+    row = tl.load(rows_ptr + first)
+    begins = row != tl.load(rows_ptr + first - 1, first > 0, other=-1)
+    if (begins | (first % CHUNK == 0)) & (row != padding_idx) & (row >= 0) & (row < num_rows):
+        column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+        is_column = column < width
+        end = tl.minimum((first // CHUNK + 1) * CHUNK, num_tokens)
+        total = tl.zeros([COLUMNS], tl.float32)
+        at = first
+        same = row
+        while same == row:
+            token = tl.load(order_ptr + at)
+            total += tl.load(dy_ptr + token * width + column, is_column, other=0.0).to(tl.float32)
+            at += 1
+            same = tl.load(rows_ptr + at, at < end, other=-1)
+        goes_on = (at == end) & (tl.load(rows_ptr + end, end < num_tokens, other=-1) == row)
+        if begins & (goes_on == 0):
+            _add(table_ptr + row.to(tl.int64) * width + column, total, is_column)
+        else:
+            part = (begins.to(tl.int64) * num_chunks + first // CHUNK) * width
+            tl.store(parts_ptr + part + column, total, is_column)
+
+
+@triton.jit
+def _add_parts_kernel(
+    table_ptr,
+    rows_ptr,
+    parts_ptr,
+    num_tokens,
+    num_chunks,
+    width,
+    num_rows,
+    padding_idx,
+    CHUNK: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    chunk = tl.program_id(0)
+    end = (chunk + 1) * CHUNK
+    if end < num_tokens:
+        row = tl.load(rows_ptr + end - 1)
+        goes_on = tl.load(rows_ptr + end) == row
+        began_before = tl.load(rows_ptr + end - CHUNK - 1, chunk > 0, other=-1) == row
+        if goes_on & (began_before == 0) & (row != padding_idx) & (row >= 0) & (row < num_rows):
+            column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+            is_column = column < width
+            begun = (num_chunks + chunk).to(tl.int64) * width
+            total = tl.load(parts_ptr + begun + column, is_column, other=0.0)
+            next_chunk = chunk + 1
+            same = row
+            while same == row:
+                chunks = next_chunk + tl.arange(0, PARTS)
+                starts = chunks.to(tl.int64) * CHUNK
+                is_part = tl.load(rows_ptr + starts, starts < num_tokens, other=-1) == row
+                mask = is_part[:, None] & is_column[None, :]
+                parts = tl.load(
+                    parts_ptr + chunks.to(tl.int64)[:, None] * width + column[None, :], mask, other=0.0
+                )
+                total += tl.sum(parts, 0)
+                next_chunk += PARTS
+                start = next_chunk.to(tl.int64) * CHUNK
+                same = tl.load(rows_ptr + start, start < num_tokens, other=-1)
+            _add(table_ptr + row.to(tl.int64) * width + column, total, is_column)
+
+
+@triton.jit
+def _add(at, total, mask):
+    """In the table's dtype, rounded once."""
+    tl.store(at, (tl.load(at, mask).to(tl.float32) + total).to(at.dtype.element_ty), mask)

@@ -1,0 +1,41 @@
+"""A gradient that forward has made, times the incoming gradient, which in training is nearly always exactly 1.
+
+    gradient (...), factor () -> gradient * factor, in float32 (in factor's dtype if wider), rounded once
+
+As ops of their own, so that a compiler does not have gradients of a gigabyte read and written for a factor of 1: with
+`scale_in_place`, on a GPU, nothing is read then but the factor. `gradients.py` puts it where it may stand.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .blocks import row_blocks
+from .dispatch import has_kernel
+from .registration import mutating_op, opaque_op
+
+
+def scale_into(gradient: Tensor, factor: Tensor, out: Tensor) -> Tensor:
+    """out = gradient * factor, where out may be gradient."""
+    if has_kernel(gradient, factor):
+        from ..kernels import scale as kernels
+
+        return kernels.scale(gradient, factor, out)
+    for rows in row_blocks(gradient.shape[0], gradient[:1].numel()):
+        out[rows] = gradient[rows].to(factor.dtype) * factor
+    return out
+
+
+@opaque_op
+def scale(gradient: Tensor, factor: Tensor) -> Tensor:
+    return scale_into(gradient, factor, gradient.new_empty(gradient.shape))
+
+
+@scale.register_fake
+def _(gradient: Tensor, factor: Tensor) -> Tensor:
+    return gradient.new_empty(gradient.shape)
+
+
+@mutating_op("gradient")
+def scale_in_place(gradient: Tensor, factor: Tensor) -> None:
+    scale_into(gradient, factor, gradient)

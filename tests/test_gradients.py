@@ -1,0 +1,265 @@
+"""Writing gradients in place: the same numbers, and only what nobody else reads is written."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+import torch._dynamo
+import torch.nn.functional as F
+from torch._functorch import config as functorch_config
+from torch._inductor import config as inductor_config
+
+from liger_compile.compile import _with_writes_in_place
+from liger_compile.gradients import write_in_place
+
+_ours = torch.ops.liger_compile
+ROWS, WIDTH = 50, 8
+
+
+class MadeInForward(torch.autograd.Function):
+    """linear_cross_entropy of class 5, with the backward that it has on a GPU."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        target = torch.full((len(x),), 5)
+        terms = None, None, -100, "mean", 0.0, 1.0, None, 0.0
+        loss, dx, dweight, _ = _ours.linear_cross_entropy.default(
+            x, weight, target, *terms, True, True, False
+        )
+        ctx.save_for_backward(dx, dweight)
+        return loss
+
+    @staticmethod
+    def backward(ctx, dloss):
+        dx, dweight = ctx.saved_tensors
+        return dx * dloss, _ours.scale.default(dweight, dloss)
+
+
+class Embedding(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, indices, table):
+        ctx.save_for_backward(indices)
+        ctx.rows = table.shape[0]
+        return table[indices]
+
+    @staticmethod
+    def backward(ctx, dy):
+        return None, _ours.embedding_backward.default(dy, *ctx.saved_tensors, ctx.rows, 3, False)
+
+
+def head_made_in_forward(x, table):
+    return MadeInForward.apply(x, table)
+
+
+def head_of_products(x, table):
+    return F.linear(x, table).square().sum()
+
+
+HEADS = {
+    # what each graph of backward writes in place, where what is saved is donated and where it is not
+    head_made_in_forward: (["add_embedding_backward", "scale_in_place"], ["add_embedding_backward"]),
+    head_of_products: (["add_embedding_backward"],) * 2,
+}
+
+
+def loss_of(head, indices, table):
+    return 2.5 * head(Embedding.apply(indices, table).sin().flatten(0, -2), table)
+
+
+def compiled_with_pass(function, seen):
+    writes = _with_writes_in_place(None)
+
+    class Seen(type(writes)):
+        def __call__(self, graph):
+            super().__call__(graph)
+            seen.append(names_of_ours(graph))
+
+    options = {"post_grad_custom_post_pass": Seen()}
+    return torch.compile(function, fullgraph=True, options=options)
+
+
+def names_of_ours(graph):
+    return sorted(
+        node.target._schema.name.split("::")[1]
+        for node in graph.nodes
+        if getattr(node.target, "namespace", "") == "liger_compile"
+    )
+
+
+@pytest.fixture
+def inputs():
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    indices = torch.tensor([[1, 4, 4, 49], [4, 3, 0, 3]])
+    yield indices, torch.randn(ROWS, WIDTH, requires_grad=True)
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("donates", [True, False])
+def test_what_nobody_else_reads_is_written(head, donates, inputs):
+    indices, table = inputs
+    function, seen = partial(loss_of, head), []
+    with functorch_config.patch(donated_buffer=donates), inductor_config.patch(force_disable_caches=True):
+        compiled = compiled_with_pass(function, seen)
+        (expected,) = torch.autograd.grad(function(indices, table), table)
+        for _ in range(2):
+            (found,) = torch.autograd.grad(compiled(indices, table), table)
+            torch.testing.assert_close(found, expected)
+    expected_ops = HEADS[head][not donates]
+    assert [op for op in seen[-1] if op in ("add_embedding_backward", "scale_in_place")] == expected_ops
+    (forward, backward) = seen
+    assert "embedding_backward" not in backward
+    assert not {"add_embedding_backward", "scale_in_place"} & {*forward}
+
+
+def test_a_graph_that_is_kept_gives_the_same_twice(inputs):
+    indices, table = inputs
+    function = partial(loss_of, head_made_in_forward)
+    with functorch_config.patch(donated_buffer=False), inductor_config.patch(force_disable_caches=True):
+        loss = compiled_with_pass(function, [])(indices, table)
+        first, second = (torch.autograd.grad(loss, table, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(first, second)
+
+
+def graph_of(function, *inputs):
+    """`function` as a graph of aten operators and ours."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    return make_fx(function, tracing_mode="fake")(*inputs)
+
+
+def rows(table, dy, indices, padding_idx=-1, scales_by_frequency=False):
+    return _ours.embedding_backward.default(dy, indices, table.shape[0], padding_idx, scales_by_frequency)
+
+
+def total_returned_as_well(table, dy, indices):
+    total = _ours.scale.default(table, dy[0, 0])
+    return total + rows(table, dy, indices), total
+
+
+def a_view_of_what_is_returned(table, dy, indices):
+    total = _ours.scale.default(table, dy[0, 0])
+    return total.view(ROWS, WIDTH) + rows(table, dy, indices), total
+
+
+def total_is_an_input(table, dy, indices):
+    return table + rows(table, dy, indices)
+
+
+def total_is_broadcast(table, dy, indices):
+    return _ours.scale.default(table[:1], dy[0, 0]) + rows(table, dy, indices)
+
+
+def total_of_other_strides(table, dy, indices):
+    return torch.mm(table.t(), torch.eye(ROWS)).t() + rows(table, dy, indices)
+
+
+def a_multiple_is_added(table, dy, indices):
+    return torch.add(_ours.scale.default(table, dy[0, 0]), rows(table, dy, indices), alpha=2)
+
+
+def rows_returned_as_well(table, dy, indices):
+    found = rows(table, dy, indices)
+    return _ours.scale.default(table, dy[0, 0]) + found, found
+
+
+def rows_twice(table, dy, indices):
+    found = rows(table, dy, indices)
+    return found + found
+
+
+def by_frequency(table, dy, indices):
+    return _ours.scale.default(table, dy[0, 0]) + rows(table, dy, indices, -1, True)
+
+
+REFUSED = [
+    total_returned_as_well,
+    a_view_of_what_is_returned,
+    total_is_an_input,
+    total_is_broadcast,
+    total_of_other_strides,
+    a_multiple_is_added,
+    rows_returned_as_well,
+    rows_twice,
+    by_frequency,
+]
+
+
+@pytest.mark.parametrize("function", REFUSED, ids=lambda function: function.__name__)
+def test_what_is_read_or_laid_out_otherwise_is_left(function):
+    arguments = torch.randn(ROWS, WIDTH), torch.randn(6, WIDTH), torch.tensor([1, 1, 2, 5, 49, 2])
+    gm = graph_of(function, *arguments)
+    before = names_of_ours(gm.graph)
+    write_in_place(gm.graph, donated=())
+    assert names_of_ours(gm.graph) == before
+
+
+def test_what_is_donated_and_read_again_is_left():
+    def function(saved, factor):
+        return _ours.scale.default(saved, factor), saved.sin()
+
+    gm = graph_of(function, torch.randn(3, 4), torch.tensor(2.0))
+    write_in_place(gm.graph, donated={0})
+    assert names_of_ours(gm.graph) == ["scale"]
+
+
+@pytest.mark.parametrize("scale_first", [True, False])
+def test_the_numbers_of_the_changed_graph(scale_first):
+    def function(saved, factor, dy, indices):
+        total, found = _ours.scale.default(saved, factor), rows(saved, dy, indices, 2)
+        return total + found if scale_first else found + total
+
+    arguments = (
+        torch.randn(ROWS, WIDTH),
+        torch.tensor(3.0),
+        torch.randn(6, WIDTH),
+        torch.tensor([1, 1, 2, 5, 49, 2]),
+    )
+    expected = function(*arguments)
+    gm = graph_of(function, *arguments)
+    write_in_place(gm.graph, donated={0})
+    gm.recompile()
+    assert names_of_ours(gm.graph) == ["add_embedding_backward", "scale_in_place"]
+    found = gm(*arguments)
+    torch.testing.assert_close(found, expected)
+    assert found is arguments[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_ops_that_write(dtype):
+    table, dy = torch.randn(ROWS, WIDTH).to(dtype), torch.randn(2, 3, WIDTH).to(dtype)
+    indices = torch.tensor([[1, 1, 0], [4, 1, 3]])
+    torch.library.opcheck(_ours.add_embedding_backward.default, (table, dy, indices, 3))
+    torch.library.opcheck(_ours.scale_in_place.default, (table, torch.tensor(0.5)))
+    torch.library.opcheck(_ours.scale.default, (table, torch.tensor(0.5)))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", [None, "reduce-overhead"])
+@pytest.mark.parametrize("factor", [1.0, 0.5])
+def test_a_tied_head_on_a_gpu_has_one_table_of_gradients(mode, factor):
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    table = torch.randn(50000, 256, dtype=torch.bfloat16, device="cuda", requires_grad=True)
+    ids = torch.randint(50000, (2, 64), device="cuda")
+
+    def loss_of(ids):
+        return factor * F.cross_entropy(
+            F.linear(F.embedding(ids, table).sin(), table).view(128, -1), ids.view(-1)
+        )
+
+    compiled = torch.compile(loss_of, backend="liger", mode=mode)
+    (expected,) = torch.autograd.grad(loss_of(ids), table)
+    for _ in range(4):
+        torch.compiler.cudagraph_mark_step_begin()
+        loss = compiled(ids)
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        (found,) = torch.autograd.grad(loss, table)
+        taken = torch.cuda.max_memory_allocated() - before
+        assert (found.float() - expected.float()).norm() <= 0.01 * expected.float().norm()
+    if mode is None:  # forward has made it already
+        assert taken < 0.1 * table.nbytes
