@@ -96,7 +96,7 @@ def _with_embedding_backward(
 
 
 def _with_writes_in_place(theirs: Any) -> Any:
-    """`theirs`, passes over what AOTAutograd has split off, and one that has gradients.py change a graph of backward."""
+    """`theirs`, passes over what AOTAutograd has split off, and one that has gradients.py change one of backward."""
     from torch._inductor import custom_graph_pass
     from torch._inductor.utils import get_donated_idxs
 

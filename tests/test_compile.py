@@ -94,7 +94,7 @@ def test_a_users_own_pass_stays(monkeypatch):
     options = {"post_grad_custom_post_pass": theirs}
     compile_graph(captured(loss_of, *inputs()), arguments, inductor_options=options, saves_memory=True)
     passes = seen[0]["post_grad_custom_post_pass"]
-    assert passes is theirs or passes[0] is theirs and len(passes) == 2
+    assert passes is theirs or (passes[0] is theirs and len(passes) == 2)
 
 
 def test_the_gradient_of_an_embedding_in_half_precision_stays_whole_on_a_gpu(monkeypatch):
