@@ -212,6 +212,29 @@ capped_attention = functools.partial(eager_attention, softcap=SOFTCAP)
 capped_window_attention = functools.partial(eager_attention, window=WINDOW, softcap=SOFTCAP)
 
 
+# Embedding
+
+
+class _Embedding(torch.autograd.Function):
+    """With the backward that backend="liger" gives it in half precision."""
+
+    @staticmethod
+    def forward(ctx: Any, indices: Tensor, table: Tensor) -> Tensor:
+        ctx.save_for_backward(indices)
+        ctx.num_rows = table.shape[0]
+        return F.embedding(indices, table)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[None, Tensor]:
+        op = torch.ops.liger_compile.embedding_backward.default
+        return None, op(dy, *ctx.saved_tensors, ctx.num_rows, -1, False)
+
+
+def our_embedding(indices: Tensor, table: Tensor) -> Tensor:
+    found: Tensor = _Embedding.apply(indices, table)
+    return found
+
+
 # Gated MLP
 
 
@@ -393,6 +416,22 @@ OPS: Mapping[str, Op] = {
             "flex_attention": _compiled(functools.partial(flex_attention, window=WINDOW, softcap=SOFTCAP)),
             OURS: _compiled(capped_window_attention, "liger"),
         },
+    ),
+    "embedding": Op(  # tokens, rows of the table, width; an eighth of the tokens are one and the same
+        shapes=(
+            (8192, 128256, 4096),
+            (8192, 128256, 2048),
+            (8192, 151936, 1024),
+            (8192, 256000, 2304),
+            (8192, 32000, 1024),
+            (8192, 50257, 256),
+            (8192, 1024, 768),
+        ),
+        tiny=(16, 24, 8),
+        make=lambda n, r, w: (torch.randint(r, (n,)).clamp_(max=r - r // 8), weight(r, w)),
+        variants={"eager": F.embedding, OURS: our_embedding},
+        # Backward writes zeros, and reads and writes the rows of the tokens.
+        elements=lambda n, r, w: {"forward": 2 * n * w, "backward": r * w + 3 * n * w},
     ),
     "gated_activation": Op(  # tokens, inner width
         shapes=((8192, 8192), (8192, 14336)),

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch._dynamo
 import torch.nn.functional as F
+from torch._dynamo.utils import counters
 from torch._functorch import config as functorch_config
 from torch._inductor import config as inductor_config
 
@@ -122,6 +123,33 @@ def test_a_graph_that_is_kept_gives_the_same_twice(inputs):
         loss = compiled_with_pass(function, [])(indices, table)
         first, second = (torch.autograd.grad(loss, table, retain_graph=True)[0] for _ in range(2))
     assert torch.equal(first, second)
+
+
+def test_the_caches_know_what_was_donated(inputs):
+    """Else a graph that is kept would get the code that writes into what it keeps."""
+    from torch._inductor.utils import fresh_cache
+
+    indices, table = inputs
+    function = partial(loss_of, head_made_in_forward)
+    (expected,) = torch.autograd.grad(function(indices, table), table)
+    options = {"post_grad_custom_post_pass": _with_writes_in_place(None)}
+    with fresh_cache():
+        for donates in (True, False):
+            torch._dynamo.reset()
+            counters.clear()
+            with functorch_config.patch(donated_buffer=donates):
+                loss = torch.compile(function, fullgraph=True, options=options)(indices, table)
+                for _ in range(1 if donates else 2):
+                    (found,) = torch.autograd.grad(loss, table, retain_graph=not donates)
+                    torch.testing.assert_close(found, expected)
+        assert counters["inductor"]["fxgraph_cache_miss"] > 0
+        torch._dynamo.reset()
+        counters.clear()
+        with functorch_config.patch(donated_buffer=False):
+            loss = torch.compile(function, fullgraph=True, options=options)(indices, table)
+            (found,) = torch.autograd.grad(loss, table, retain_graph=True)  # which is in their keys
+        torch.testing.assert_close(found, expected)
+        assert counters["inductor"]["fxgraph_cache_hit"] == 2, "with a pass of ours, graphs are still kept"
 
 
 def graph_of(function, *inputs):
