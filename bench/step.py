@@ -26,6 +26,8 @@ OURS, LIGER_KERNEL, INDUCTOR, FLOOR = "liger-compile", "liger-kernel", "inductor
 PATTERN_OPS = tuple(dict.fromkeys(pattern.name.partition(".")[0] for pattern in default_patterns()))
 BUDGET = 0.8  # of what would be kept for backward; 0.5 was slower and larger (Llama-3.2-1B, 4x2048, H100, 2026-11-22)
 LOCK = "BENCH_TRAIN_STEP_LOCK"  # variable of the environment: a file that processes lock
+SLOT = "BENCH_TRAIN_STEP_SLOT"  # likewise: a number that a process shares with some of the others
+SLOTS = 4  # processes that compile at once: the step that compiles needs as much memory as any
 COPIED_ELEMENTS = 2**28  # of the floor at once
 LONGEST, MOST_SEQUENCES = 2**18, 2**10  # that are tried
 WARMUP = 2  # steps that are not measured: after the first, which compiles, and in each turn
@@ -96,14 +98,25 @@ def largest(fits: Callable[[int], bool], first: int, most: int) -> int:
 
 
 @contextlib.contextmanager
-def alone() -> Iterator[None]:
-    """Of the processes that are started at once, only one is in here."""
+def alone(slot: str = "") -> Iterator[None]:
+    """Of the processes that are started at once, only one is in here; with a slot, one of those that share it."""
     if LOCK not in os.environ:
         yield
         return
-    with open(os.environ[LOCK], "w") as file:
+    with open(os.environ[LOCK] + slot, "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+@contextlib.contextmanager
+def suppressing_out_of_memory() -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        pass
+    except RuntimeError as error:  # cuBLAS has one of its own
+        if "ALLOC_FAILED" not in str(error):
+            raise
 
 
 class Step:
@@ -150,7 +163,7 @@ class Step:
     def first(self) -> Row:
         """Compiles and warms up: seconds of compiling, loss and gradients, peak memory, what was replaced."""
         is_compiled = self._variant.compile is not None
-        with contextlib.nullcontext() if is_compiled else alone():
+        with alone(f".{os.environ.get(SLOT)}" if is_compiled else ""):
             compiling = self._compiling()
         with alone():
             return self._first(compiling)
@@ -219,7 +232,7 @@ class Step:
         """Whether a step of that many tokens fits on the GPU."""
         self._clear()  # of what the step before has left, whole or broken off
         self._inputs = self._inputs_of(batch, length)
-        with contextlib.suppress(torch.OutOfMemoryError):
+        with suppressing_out_of_memory():
             self.run()
             return True
         return False
@@ -235,7 +248,7 @@ class Step:
     def _compiling(self) -> float:
         """Seconds of the first step. Where others have taken the memory, it has another try when they have stopped."""
         begin = time.perf_counter()
-        with contextlib.suppress(torch.OutOfMemoryError):
+        with suppressing_out_of_memory():
             self.run()
             seconds = time.perf_counter() - begin
             self._clear()

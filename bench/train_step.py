@@ -24,7 +24,7 @@ from pathlib import Path
 
 from bench.common import RESULTS, ROOT, Row, file_name, machine, merge_csv, print_row
 from bench.models import MODELS
-from bench.step import FLOOR, INDUCTOR, LIGER_KERNEL, LOCK, OURS, VARIANTS, Case, Floor, Step
+from bench.step import FLOOR, INDUCTOR, LIGER_KERNEL, LOCK, OURS, SLOT, SLOTS, VARIANTS, Case, Floor, Step
 from bench.timing import spread
 
 SCALE = "scale"  # what a variant's process reads instead of a number of steps
@@ -81,6 +81,7 @@ class Process:
         self._errors = (folder / "stderr").open("w+")
         variables = {
             LOCK: str(folder.parent / "lock"),
+            SLOT: str(tuple(VARIANTS).index(variant) % SLOTS),
             "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"),
             "TRITON_CACHE_DIR": str(folder / "triton"),
         }
