@@ -108,7 +108,6 @@ def liger(
     if special is None:
         return compiled(general, general.report, example_inputs)
     names, without = special
-    replays = compiling.uses_cudagraphs(chosen.mode, inductor_options)
     return variants.chosen_at_each_call(
         original,
         names,
@@ -116,7 +115,6 @@ def liger(
         general=partial(compiled, general, general.report.of_variant(*variants.general(names))),
         example_inputs=example_inputs,
         later=compiling.when_called,
-        may_run_ahead=lambda: not (replays or compiling.has_saved_tensor_hooks()),
     )
 
 

@@ -162,12 +162,6 @@ def uses_cudagraphs(mode: str | None, inductor_options: Mapping[str, Any] | None
     return _inductor_patches(mode, inductor_options).get("triton.cudagraphs", config.triton.cudagraphs)
 
 
-def has_saved_tensor_hooks() -> bool:
-    """Whether somebody sees what is saved for backward; activation checkpointing counts it."""
-    top = torch._C._autograd._top_saved_tensors_default_hooks  # pyright: ignore[reportAttributeAccessIssue]
-    return top(True) is not None  # whether anything is traced or not
-
-
 def _inductor_patches(mode: str | None, options: Mapping[str, Any] | None) -> dict[str, Any]:
     # The stock wrapper (private; the same in 2.11 to 2.14) is what makes patches of mode and options,
     # validates them, and sets the environment that CUDA graphs want. It reads `dynamic` nowhere.

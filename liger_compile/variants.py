@@ -5,8 +5,6 @@ but for such an input is then just causal. So a second graph has ones in the inp
 the mask as they prove any other, and each call looks at its real input to choose between the two, as Hugging Face's
 eager code does. What is checked is what was put in, so either graph computes what the captured one does.
 
-After many calls without padding, the next is taken for one before it has been looked at (ahead.py).
-
 In: a Dynamo GraphModule as it came. Out: a copy of it that is specialised, and the callable that chooses.
 """
 
@@ -19,16 +17,10 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from liger_compile import ahead
 from liger_compile.terms.mutation import Mutations, storages_of
 
 Compile = Callable[[Sequence[Any]], Callable[..., Any]]  # example inputs -> the compiled graph
 WITHOUT, GENERAL = "without padding", "general"
-
-# Calls without padding in a row, after which the next is expected to be one too. An expectation that fails costs a
-# forward, a third of a step; one that holds saves up to 0.7 of 45 ms (Llama-3.2-1B cut to 4 layers, 4 x 2048 tokens,
-# one H100, torch 2.11.0, 2026-11-26). Where one batch in twenty has padding, one in 13 comes after so many without.
-EXPECTED_AFTER = 50
 
 
 def specialised(names: Sequence[str]) -> tuple[str, str]:
@@ -118,7 +110,6 @@ def chosen_at_each_call(
     general: Compile,
     example_inputs: Sequence[Any],
     later: Callable[[Compile], Callable[..., Any]],
-    may_run_ahead: Callable[[], bool] = lambda: True,
 ) -> Callable[..., Any]:
     """What runs the graph of `without` where these inputs of `gm` are all ones, and that of `general` where not.
 
@@ -127,12 +118,9 @@ def chosen_at_each_call(
     Args:
         example_inputs: real ones.
         later: gives a callable that compiles for the inputs of its first call.
-        may_run_ahead: of a call, whether nobody will miss results that are thrown away.
     """
     inputs = enumerate(gm.graph.find_nodes(op="placeholder"))
     positions = [position for position, node in inputs if node.name in names]
-    leaves_nothing = ahead.leaves_nothing(gm)
-    in_a_row = 0
 
     def is_without(args: Sequence[Any]) -> bool:
         return all(_is_all_ones(args[position]) for position in positions)
@@ -142,38 +130,13 @@ def chosen_at_each_call(
     callables = {needed: compiles[needed](example_inputs)}
     other = compiles[not needed]
     callables[not needed] = other(example_inputs) if is_symbolic(gm) else later(other)
-
-    def run_ahead(args: Sequence[Any], masks: Sequence[torch.Tensor]) -> Any:
-        nonlocal in_a_row
-        random, holds = ahead.Random(masks[0].device), ahead.are_all_ones(masks)
-        results = callables[True](*args)
-        if holds():
-            return results
-        in_a_row = 0
-        del results  # and their memory, before the other graph needs it
-        random.restore()
-        return callables[False](*args)
-
-    def call(*args: Any) -> Any:
-        nonlocal in_a_row
-        masks = [args[position] for position in positions]
-        is_expected = leaves_nothing and in_a_row >= EXPECTED_AFTER
-        if is_expected and ahead.is_on_gpu(masks) and _is_known(masks) and may_run_ahead():
-            return run_ahead(args, masks)
-        found = is_without(args)
-        in_a_row = in_a_row + 1 if found else 0
-        return callables[found](*args)
-
-    return call
+    return lambda *args: callables[is_without(args)](*args)
 
 
 def _is_all_ones(tensor: torch.Tensor) -> bool:
-    return _is_known([tensor]) and bool((tensor == 1).all())
-
-
-def _is_known(tensors: Sequence[torch.Tensor]) -> bool:
-    """Nobody can look into a fake tensor, nor into any while a CUDA graph is captured."""
-    if any(isinstance(tensor, torch._subclasses.FakeTensor) for tensor in tensors):
+    """False too where nobody can know: in a fake tensor, and while a CUDA graph is captured."""
+    if isinstance(tensor, torch._subclasses.FakeTensor):
         return False
-    is_cuda = any(tensor.is_cuda for tensor in tensors)
-    return not (is_cuda and torch.cuda.is_current_stream_capturing())
+    if tensor.is_cuda and torch.cuda.is_current_stream_capturing():
+        return False
+    return bool((tensor == 1).all())

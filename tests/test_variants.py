@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 import liger_compile
-from liger_compile import ahead, variants
+from liger_compile import variants
 from liger_compile.compile import when_called
 
 BATCH, LENGTH = 2, 12
@@ -314,111 +314,6 @@ def test_options_that_leave_nothing_to_choose(options):
     for mask in masks():
         assert_as_in_eager(fast, causal, *inputs(), mask)
     assert found() == [("", 0)]
-
-
-@pytest.fixture
-def asked(monkeypatch):
-    """After two calls without padding the next is expected to be one, as on a GPU. What was asked of such calls."""
-    found = []
-
-    def are_all_ones(tensors):
-        found.append(all(bool((tensor == 1).all()) for tensor in tensors))
-        return lambda: found[-1]
-
-    monkeypatch.setattr(variants, "EXPECTED_AFTER", 2)
-    monkeypatch.setattr(ahead, "is_on_gpu", lambda tensors: True)
-    monkeypatch.setattr(ahead, "are_all_ones", are_all_ones)
-    return found
-
-
-@pytest.mark.parametrize("inner", ["aot_eager", "inductor"])
-def test_what_is_expected_runs_before_it_is_known(inner, asked):
-    fast, (ones, left, right) = compiled(causal, inner=inner, fullgraph=True), masks()
-    for mask, so_far in (
-        (ones, []),
-        (ones, []),
-        (ones, [True]),
-        (left, [True, False]),
-        (ones, [True, False]),
-        (right, [True, False]),
-        (ones, [True, False]),
-        (ones, [True, False]),
-        (ones, [True, False, True]),
-    ):
-        assert_as_in_eager(fast, causal, *inputs(), mask)
-        assert asked == so_far
-
-
-def with_dropout(q, k, v, padding):
-    return F.dropout(causal(q, k, v, padding), 0.5)
-
-
-def test_a_wrong_expectation_takes_no_random_numbers(asked):
-    ones, left, _ = masks()
-    results = []
-    for before in ([ones, ones], [left, left]):  # of which the first expects no padding
-        torch._dynamo.reset()
-        fast = compiled(with_dropout)
-        for mask in before:
-            fast(*inputs(), mask)
-        torch.manual_seed(3)
-        results.append([fast(*inputs(), left), torch.rand(3)])
-    assert asked == [False]
-    torch.testing.assert_close(results[0], results[1], rtol=0, atol=0)
-
-
-def counting(q, k, v, padding, count):
-    count.add_(1)
-    return causal(q, k, v, padding)
-
-
-def test_a_graph_that_writes_is_not_run_before_it_is_known(asked):
-    fast, (ones, left, _) = compiled(counting), masks()
-    count = torch.zeros(())
-    for mask in (ones, ones, ones, left):
-        fast(*inputs(), mask, count)
-    assert count == 4 and asked == []
-
-
-def test_what_a_checkpoint_counts_is_not_run_before_it_is_known(asked):
-    from torch.utils.checkpoint import checkpoint
-
-    fast, (ones, left, _) = compiled(causal), masks()
-    for mask in (ones, ones, ones, left, ones):
-        assert_as_in_eager(
-            lambda *args: checkpoint(fast, *args, use_reentrant=False), causal, *inputs(), mask
-        )
-    assert asked == []
-
-
-def test_nor_is_a_graph_that_talks_to_other_processes():
-    from torch.distributed import _functional_collectives as collectives
-
-    graph = torch.fx.symbolic_trace(lambda x: x + 1)
-    assert ahead.leaves_nothing(graph)
-    for target in (torch.ops._c10d_functional.all_reduce.default, collectives.all_reduce):
-        graph = torch.fx.symbolic_trace(lambda x: x + 1)
-        with graph.graph.inserting_before(graph.graph.output_node()):
-            graph.graph.call_function(target, (next(iter(graph.graph.nodes)), "sum", "0"))
-        assert not ahead.leaves_nothing(graph)
-
-
-@pytest.mark.gpu
-def test_expectations_on_a_gpu(monkeypatch):
-    monkeypatch.setattr(variants, "EXPECTED_AFTER", 2)
-    args, (ones, left, _) = [x.detach().cuda().requires_grad_() for x in inputs()], masks()
-    fast = compiled(with_dropout, inner="inductor")
-    for mask in (ones, ones, ones, left, ones):
-        fast(*args, mask.cuda())
-    torch.cuda.manual_seed(3)
-    first = fast(*args, left.cuda())
-    for _ in range(3):
-        fast(*args, ones.cuda())
-    torch.cuda.manual_seed(3)
-    torch.testing.assert_close(fast(*args, left.cuda()), first, rtol=0, atol=0)
-    fast = compiled(causal, inner="inductor")
-    for mask in (ones, ones, ones, left, ones, left):
-        assert_as_in_eager(fast, causal, *args, mask.cuda(), rtol=1e-3, atol=1e-3)
 
 
 def test_fake_inputs_are_not_read():
