@@ -1,14 +1,13 @@
 """Gradients that are written in place: the last rewrite of a graph of backward, when it is whole and about to run.
 
 In: a graph of aten operators as AOTAutograd's partitioner made it and Inductor is about to compile. Out: the same
-graph, with ops that write in place where a functional one reads and writes a large tensor once more.
+graph, with ops that write in place where a functional one would write a copy of a table as large as the vocabulary.
 
     scale(saved, factor)                saved is for this backward alone ("donated"): it is scaled where it is
     total + embedding_backward(dy, ..)  total is read by nobody else: rows are added where it is, of no table of zeros
-    mm(a, b) + mm(c, d)                 what two linear layers read has such a gradient: mm(a, b) is added to by mm
 
-Before, in a functional graph, none of it could be said: AOTAutograd traces no mutation of what a backward gets, and
-sums the gradients of a tensor that is read twice only when it has both.
+Before, in a functional graph, neither could be said: AOTAutograd traces no mutation of what a backward gets, and sums
+the two gradients of a table that is embedding and head only when it has both.
 """
 
 from __future__ import annotations
@@ -20,18 +19,13 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from . import ops  # noqa: F401 - registers what torch.ops.liger_compile has
+from . import ops as _registers_them  # noqa: F401
 
 _aten, _ours = torch.ops.aten, torch.ops.liger_compile
 
 # Operators whose result has memory of its own in any compiler, besides those of ours, which are functional. Elementwise
 # ones are not here: a compiler may find that one does nothing, and hand on its input.
 _MAKES_MEMORY = (_aten.mm.default, _aten.addmm.default)
-
-# Of a sum of this many products, a matrix product hides that it reads what it adds to. One H100, torch 2.11.0,
-# bfloat16, 8192 tokens, 2026-11-26, the gradient of a gated MLP's input: 790 instead of 796 us with an inner width of
-# 8192 and a hidden size of 2048, and the next kernel reads 34 MB less (12 us); with 3072 and 1024, 162 instead of 158.
-LEAST_INNER = 4096
 
 
 def write_in_place(graph: Graph, donated: Collection[int]) -> None:
@@ -40,15 +34,13 @@ def write_in_place(graph: Graph, donated: Collection[int]) -> None:
     own = {node for position, node in enumerate(placeholders) if position in donated}
     for node in graph.find_nodes(op="call_function", target=_ours.scale.default):
         gradient, factor = node.args
-        if _may_be_written(gradient, node, own):
+        if isinstance(gradient, Node) and _may_be_written(gradient, node, own):
             _write(graph, node, gradient, _ours.scale_in_place.default, gradient, factor)
     for node in graph.find_nodes(op="call_function", target=_ours.embedding_backward.default):
-        _add_rows_to_the_other(graph, node, own)
-    for node in graph.find_nodes(op="call_function", target=_aten.add.Tensor):
-        _add_by_the_product(graph, node)
+        _add_into_the_other(graph, node, own)
 
 
-def _add_rows_to_the_other(graph: Graph, node: Node, own: Collection[Node]) -> None:
+def _add_into_the_other(graph: Graph, node: Node, own: Collection[Node]) -> None:
     dy, indices, _, padding_idx, scales_by_frequency = node.args
     (reader, *others) = node.users
     if others or scales_by_frequency or reader.kwargs:
@@ -56,12 +48,12 @@ def _add_rows_to_the_other(graph: Graph, node: Node, own: Collection[Node]) -> N
     if (
         reader.target is _aten.addmm.default and reader.args[0] is node
     ):  # what Inductor makes of a product and a sum
-        total: Any = _product_of(graph, reader)
+        total = _product_of(graph, reader)
     elif reader.target is _aten.add.Tensor:
         total = next((each for each in reader.args if each is not node), None)
     else:
         return
-    if _may_be_written(total, reader, own) and _is_alike(total, reader):
+    if isinstance(total, Node) and _may_be_written(total, reader, own) and _is_alike(total, reader):
         _write(graph, reader, total, _ours.add_embedding_backward.default, total, dy, indices, padding_idx)
         graph.erase_node(node)
 
@@ -76,43 +68,19 @@ def _product_of(graph: Graph, addmm: Node) -> Node:
     return product
 
 
-def _add_by_the_product(graph: Graph, node: Node) -> None:
-    if node.kwargs or not all(isinstance(each, Node) for each in node.args):
-        return
-    seen: list[Any] = list(node.args)
-    total, other = products = [_behind_view(each) for each in seen]
-    if (
-        total is not other
-        and all(map(_is_long_product, products))
-        and all(len(each.users) == 1 for each in (*seen, *products))
-        and _is_alike(total, other)
-        and _is_alike(seen[0], node)
-    ):
-        _write(graph, node, seen[0], _ours.add_product.default, total, *other.args)
-        for dead in dict.fromkeys((seen[1], other)):
-            graph.erase_node(dead)
-
-
-def _behind_view(node: Any) -> Any:
-    """What it shows in another shape, as a layer's input has one."""
-    return node.args[0] if node.target is _aten.reshape.default else node
-
-
-def _is_long_product(node: Any) -> bool:
-    if node.target is not _aten.mm.default:
-        return False
-    inner = node.args[0].meta["val"].shape[1]
-    return isinstance(inner, int) and inner >= LEAST_INNER
-
-
-def _may_be_written(total: Any, reader: Node, own: Collection[Node]) -> bool:
+def _may_be_written(total: Node, reader: Node, own: Collection[Node]) -> bool:
     """Whether nobody else reads `total`, or memory that it shares. Scaling it in place comes before, for `reader`."""
-    if not isinstance(total, Node):
+    readers = [each for each in total.users if each.target is not _ours.scale_in_place.default]
+    if readers != [reader]:
         return False
-    if [each for each in total.users if each.target is not _ours.scale_in_place.default] != [reader]:
-        return False
-    made_by: Any = total.all_input_nodes[0] if total.target is operator.getitem else total
-    return total in own or made_by.target in _MAKES_MEMORY or _namespace(made_by.target) == _ours.name
+    return total in own or _made_by(total) in _MAKES_MEMORY or _namespace(_made_by(total)) == _ours.name
+
+
+def _made_by(node: Node) -> Any:
+    """The operator, also where a node picks one of several results."""
+    if node.target is operator.getitem and isinstance(node.args[0], Node):
+        return node.args[0].target
+    return node.target
 
 
 def _namespace(target: Any) -> str:

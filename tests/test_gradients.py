@@ -12,7 +12,6 @@ from torch._dynamo.utils import counters
 from torch._functorch import config as functorch_config
 from torch._inductor import config as inductor_config
 
-from liger_compile import gradients
 from liger_compile.compile import _with_writes_in_place
 from liger_compile.gradients import write_in_place
 
@@ -257,87 +256,11 @@ def test_the_numbers_of_the_changed_graph(scale_first):
     assert found is arguments[0]
 
 
-def two_layers(d, w, e, v):
-    return ((d @ w).view(2, 3, 8) + (e @ v).view(2, 3, 8)).sin()
-
-
-def three_layers(d, w, e, v):
-    return d @ w + e @ v + d @ v
-
-
-def the_same_twice(d, w, e, v):
-    product = d @ w
-    return product + product
-
-
-def one_is_read_again(d, w, e, v):
-    product = d @ w
-    return product + e @ v, product
-
-
-def a_view_is_read_again(d, w, e, v):
-    view = (d @ w).view(2, 3, 8)
-    return view + (e @ v).view(2, 3, 8), view.sin()
-
-
-def of_other_views(d, w, e, v):
-    return (d @ w).view(2, 3, 8) + (e @ v).view(3, 2, 8)[:1].view(1, 2, 8)[:, :1]
-
-
-def transposed(d, w, e, v):
-    return (d @ w).t() + (e @ v).t()
-
-
-@pytest.mark.parametrize(
-    "function, accumulated",
-    [
-        (two_layers, 1),
-        (three_layers, 1),
-        (the_same_twice, 0),
-        (one_is_read_again, 0),
-        (a_view_is_read_again, 0),
-        (of_other_views, 0),
-        (transposed, 0),
-    ],
-)
-def test_a_sum_of_products_is_one_that_is_added_to(function, accumulated, monkeypatch):
-    monkeypatch.setattr(gradients, "LEAST_INNER", 5)
-    arguments = torch.randn(6, 5), torch.randn(5, 8), torch.randn(6, 5), torch.randn(5, 8)
-    gm = graph_of(function, *arguments)
-    for view in gm.graph.find_nodes(op="call_function", target=torch.ops.aten.view.default):
-        view.target = torch.ops.aten.reshape.default  # as Inductor has it
-    write_in_place(gm.graph, donated=())
-    gm.recompile()
-    assert names_of_ours(gm.graph) == ["add_product"] * accumulated
-    torch.testing.assert_close(gm(*arguments), function(*arguments))
-
-
-def test_a_sum_of_short_products_is_left():
-    gm = graph_of(two_layers, torch.randn(6, 5), torch.randn(5, 8), torch.randn(6, 5), torch.randn(5, 8))
-    write_in_place(gm.graph, donated=())
-    assert not names_of_ours(gm.graph)
-
-
-def test_the_gradient_of_what_two_layers_read(inputs, monkeypatch):
-    monkeypatch.setattr(gradients, "LEAST_INNER", 5)
-    seen, arguments = [], [torch.randn(2, 3, 8, requires_grad=True), torch.randn(5, 8), torch.randn(5, 8)]
-
-    def gated(x, gate, up):
-        return (F.silu(F.linear(x, gate)) * F.linear(x, up)).sum()
-
-    with inductor_config.patch(force_disable_caches=True):
-        compiled = compiled_with_pass(gated, seen)
-        (found,) = torch.autograd.grad(compiled(*arguments), arguments[0])
-    torch.testing.assert_close(found, torch.autograd.grad(gated(*arguments), arguments[0])[0])
-    assert seen[1:] == [["add_product"]]
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_ops_that_write(dtype):
     table, dy = torch.randn(ROWS, WIDTH).to(dtype), torch.randn(2, 3, WIDTH).to(dtype)
     indices = torch.tensor([[1, 1, 0], [4, 1, 3]])
     torch.library.opcheck(_ours.add_embedding_backward.default, (table, dy, indices, 3))
-    torch.library.opcheck(_ours.add_product.default, (table.clone(), table @ table.t(), table))
     torch.library.opcheck(_ours.scale_in_place.default, (table, torch.tensor(0.5)))
     torch.library.opcheck(_ours.scale.default, (table, torch.tensor(0.5)))
 

@@ -8,7 +8,7 @@ mutate no input and no output aliases an input. liger_compile.functional is the 
 Two kinds (registration.py). AOTAutograd traces through rms_norm, add_rms_norm, rotary, norm_rotary and
 gated_activation, so that Inductor fuses them with their neighbours. gated_mlp, cross_entropy and linear_cross_entropy
 stay opaque: their bodies loop over blocks of rows (blocks.py). embedding_backward and scale are for backward alone, and
-have twins that write in place, add_embedding_backward and scale_in_place; these and add_product are for gradients.py.
+have twins that write in place, add_embedding_backward and scale_in_place, for gradients.py.
 
 No Triton is imported here.
 """
@@ -20,7 +20,6 @@ from . import (
     gated_mlp,
     linear_cross_entropy,
     norm_rotary,
-    product,
     rms_norm,
     rotary,
     scale,
@@ -33,7 +32,6 @@ __all__ = [
     "gated_mlp",
     "linear_cross_entropy",
     "norm_rotary",
-    "product",
     "rms_norm",
     "rotary",
     "scale",
