@@ -28,6 +28,7 @@ from torch._dynamo.callback import callback_handler
 from torch.fx import Graph, GraphModule
 
 from liger_compile.gradients import write_in_place
+from liger_compile.ops.embedding import PAYS_FROM
 from liger_compile.pattern import Pattern
 
 # transformers hangs these on logging.Logger and calls them between logits and loss, where Dynamo would break
@@ -84,13 +85,16 @@ def compile_graph(
 def _with_embedding_backward(
     decompositions: Mapping[Any, Callable[..., Any]],
 ) -> dict[Any, Callable[..., Any]]:
-    """With our op for the gradient of an embedding, where Inductor would add it up in a wider dtype."""
+    """With our op for the gradient of a large embedding, where Inductor would add it up in a wider dtype."""
     whole = torch.ops.aten.embedding_dense_backward.default
     decomposed = decompositions[whole]
 
-    def embedding_dense_backward(dy: torch.Tensor, *rest: Any) -> Any:
+    def embedding_dense_backward(dy: torch.Tensor, indices: torch.Tensor, num_rows: int, *rest: Any) -> Any:
+        size = num_rows * dy.shape[indices.dim() :].numel()
+        pays = isinstance(size, int) and size >= PAYS_FROM
         is_half = dy.is_cuda and dy.dtype.itemsize < 4
-        return (torch.ops.liger_compile.embedding_backward.default if is_half else decomposed)(dy, *rest)
+        chosen = torch.ops.liger_compile.embedding_backward.default if pays and is_half else decomposed
+        return chosen(dy, indices, num_rows, *rest)
 
     return {**decompositions, whole: embedding_dense_backward}
 

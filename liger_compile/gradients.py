@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from . import ops as _registers_them  # noqa: F401
+from . import ops  # noqa: F401 - registers what torch.ops.liger_compile has
 
 _aten, _ours = torch.ops.aten, torch.ops.liger_compile
 
@@ -34,13 +34,13 @@ def write_in_place(graph: Graph, donated: Collection[int]) -> None:
     own = {node for position, node in enumerate(placeholders) if position in donated}
     for node in graph.find_nodes(op="call_function", target=_ours.scale.default):
         gradient, factor = node.args
-        if isinstance(gradient, Node) and _may_be_written(gradient, node, own):
+        if _may_be_written(gradient, node, own):
             _write(graph, node, gradient, _ours.scale_in_place.default, gradient, factor)
     for node in graph.find_nodes(op="call_function", target=_ours.embedding_backward.default):
-        _add_into_the_other(graph, node, own)
+        _add_rows_to_the_other(graph, node, own)
 
 
-def _add_into_the_other(graph: Graph, node: Node, own: Collection[Node]) -> None:
+def _add_rows_to_the_other(graph: Graph, node: Node, own: Collection[Node]) -> None:
     dy, indices, _, padding_idx, scales_by_frequency = node.args
     (reader, *others) = node.users
     if others or scales_by_frequency or reader.kwargs:
@@ -48,12 +48,12 @@ def _add_into_the_other(graph: Graph, node: Node, own: Collection[Node]) -> None
     if (
         reader.target is _aten.addmm.default and reader.args[0] is node
     ):  # what Inductor makes of a product and a sum
-        total = _product_of(graph, reader)
+        total: Any = _product_of(graph, reader)
     elif reader.target is _aten.add.Tensor:
         total = next((each for each in reader.args if each is not node), None)
     else:
         return
-    if isinstance(total, Node) and _may_be_written(total, reader, own) and _is_alike(total, reader):
+    if _may_be_written(total, reader, own) and _is_alike(total, reader):
         _write(graph, reader, total, _ours.add_embedding_backward.default, total, dy, indices, padding_idx)
         graph.erase_node(node)
 
@@ -68,23 +68,15 @@ def _product_of(graph: Graph, addmm: Node) -> Node:
     return product
 
 
-def _may_be_written(total: Node, reader: Node, own: Collection[Node]) -> bool:
+def _may_be_written(total: Any, reader: Node, own: Collection[Node]) -> bool:
     """Whether nobody else reads `total`, or memory that it shares. Scaling it in place comes before, for `reader`."""
-    readers = [each for each in total.users if each.target is not _ours.scale_in_place.default]
-    if readers != [reader]:
+    if not isinstance(total, Node):
         return False
-    return total in own or _made_by(total) in _MAKES_MEMORY or _namespace(_made_by(total)) == _ours.name
-
-
-def _made_by(node: Node) -> Any:
-    """The operator, also where a node picks one of several results."""
-    if node.target is operator.getitem and isinstance(node.args[0], Node):
-        return node.args[0].target
-    return node.target
-
-
-def _namespace(target: Any) -> str:
-    return getattr(target, "namespace", "")
+    if [each for each in total.users if each.target is not _ours.scale_in_place.default] != [reader]:
+        return False
+    made_by: Any = total.all_input_nodes[0] if total.target is operator.getitem else total
+    is_ours = getattr(made_by.target, "namespace", "") == _ours.name
+    return total in own or made_by.target in _MAKES_MEMORY or is_ours
 
 
 def _is_alike(a: Node, b: Node) -> bool:

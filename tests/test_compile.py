@@ -109,8 +109,9 @@ def test_the_gradient_of_an_embedding_in_half_precision_stays_whole_on_a_gpu(mon
     with FakeTensorMode():
         dy, ids = torch.empty(2, 3, 8, device="cuda"), torch.zeros(2, 3, dtype=torch.long, device="cuda")
     compile_graph(captured(loss_of, *inputs()), [dy], saves_memory=True)
-    rest = ids, 11, -1, False
+    rest = ids, 2**22, -1, False
     assert table[0][whole](dy.bfloat16(), *rest) == "ours"
+    assert table[0][whole](dy.bfloat16(), ids, 2**20, -1, False) == "decomposed", "of a small table"
     assert table[0][whole](dy, *rest) == "decomposed", "there is no wider dtype"
     assert table[0][whole](torch.empty(2, 3, 8).bfloat16(), *rest) == "decomposed", "a CPU"
 
@@ -125,8 +126,8 @@ def test_the_op_of_an_embedding_gradient():
 
 @pytest.mark.gpu
 def test_an_embedding_takes_no_wider_table():
-    table = torch.randn(50000, 256, dtype=torch.bfloat16, device="cuda", requires_grad=True)
-    ids = torch.randint(50000, (4, 64), device="cuda")
+    table = torch.randn(70000, 256, dtype=torch.bfloat16, device="cuda", requires_grad=True)
+    ids = torch.randint(70000, (4, 64), device="cuda")
     compiled = torch.compile(
         lambda ids: torch.nn.functional.embedding(ids, table).sin().sum(), backend="liger"
     )

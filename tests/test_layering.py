@@ -26,7 +26,7 @@ ALLOWED = {
     "rewrite": ("pattern", "terms.term"),
     "remat": ("pattern",),
     "gradients": ("ops",),
-    "compile": ("gradients", "pattern"),
+    "compile": ("gradients", "ops.embedding", "pattern"),
     "report": ("pattern",),
     "flex": (),
     "variants": ("terms.mutation",),

@@ -8,6 +8,14 @@ Row padding_idx has no gradient. Summed in float32, rounded once. Inductor, left
 with atomic operations and rounds that: of 128256 x 4096 in bfloat16, 2 GiB beside a gradient of 1 GiB, which is where a
 step of Llama-3-8B cut to 6 layers needed the most memory. PyTorch's own kernel sorts the tokens, as ours does; but
 where the table is the head's too, it fills a table of zeros first, and all of it is added to the head's gradient.
+Rows x width, 8192 tokens, one eighth of them the same, one H100, torch 2.11.0, bfloat16, 2026-11-26, in ms:
+
+                 128256 x 4096   151936 x 1024   32000 x 1024   50257 x 256   1024 x 768
+    Inductor             1.803           0.539          0.147         0.061        0.024
+    PyTorch              0.855           0.318          0.234         0.138        0.126
+    ours                 0.478           0.190          0.114         0.083        0.084
+
+So it is for tables of at least PAYS_FROM elements. Of ours, sorting the tokens is the most where the table is small.
 """
 
 from __future__ import annotations
@@ -17,6 +25,8 @@ from torch import Tensor
 
 from .dispatch import has_kernel
 from .registration import mutating_op, opaque_op
+
+PAYS_FROM = 2**24
 
 
 @opaque_op
