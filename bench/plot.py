@@ -68,8 +68,9 @@ def _draw_op(op: str, rows: pd.DataFrame, path: Path) -> None:
 
 
 def _draw_steps(rows: pd.DataFrame, path: Path) -> None:
-    """Time and peak memory of the variants that COLORS knows, for each case."""
-    rows = rows[rows["step_ms"].notna() & rows["variant"].isin(list(COLORS))].copy()
+    """Time and peak memory of the variants that COLORS knows, for each case of a model with all its layers."""
+    is_whole = rows["layers"] == rows.groupby("model")["layers"].transform("max")
+    rows = rows[is_whole & rows["step_ms"].notna() & rows["variant"].isin(list(COLORS))].copy()
     if rows.empty:
         return
     rows["case"] = rows["model"] + "\n" + rows["tokens"]
@@ -129,7 +130,8 @@ def _bars(
         x = [index + (place - (len(variants) - 1) / 2) * width for index in range(len(groups))]
         ax.bar(x, heights, width, yerr=whiskers, label=variant, color=COLORS[variant], error_kw={"lw": 0.8})
     ax.set_xticks(range(len(groups)), [str(each).replace("x", "×") for each in groups], fontsize=7)
-    ax.tick_params(axis="x", rotation=20 if any(len(str(g)) > 9 for g in groups) else 0)
+    if any(len(str(group)) > 9 for group in groups):
+        plt.setp(ax.get_xticklabels(), rotation=20, ha="right", rotation_mode="anchor")
     ax.set_title(title, fontsize=9)
     ax.spines[["top", "right"]].set_visible(False)
 
