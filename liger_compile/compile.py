@@ -100,16 +100,14 @@ def _with_embedding_backward(
 
 
 def _with_writes_in_place(theirs: Any) -> Any:
-    """`theirs`, passes over what AOTAutograd has split off, and one that has gradients.py change one of backward."""
+    """`theirs`, passes over the graphs that AOTAutograd has made, and one that has gradients.py change backward's."""
     from torch._inductor import custom_graph_pass
     from torch._inductor.utils import get_donated_idxs
 
     class WritesInPlace(custom_graph_pass.CustomGraphPass):
         def __call__(self, graph: Graph) -> None:
-            names = (node.name for node in graph.find_nodes(op="placeholder"))
-            if any(
-                name.startswith("tangents") for name in names
-            ):  # AOTAutograd's word for what backward is given
+            # So AOTAutograd calls what a backward is given; forward graphs have none.
+            if any(node.name.startswith("tangents") for node in graph.find_nodes(op="placeholder")):
                 write_in_place(graph, get_donated_idxs() or ())
 
         def uuid(self) -> Any:

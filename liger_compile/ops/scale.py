@@ -17,7 +17,7 @@ from .registration import mutating_op, opaque_op
 
 def scale_into(gradient: Tensor, factor: Tensor, out: Tensor) -> Tensor:
     """out = gradient * factor, where out may be gradient."""
-    if has_kernel(gradient, factor):
+    if has_kernel(gradient, factor) and gradient.is_contiguous() and out.is_contiguous():
         from ..kernels import scale as kernels
 
         return kernels.scale(gradient, factor, out)
