@@ -73,7 +73,7 @@ def compile_graph(
     name = "unsafe_marked_cacheable_functions"
     patches[name] = {**patches.get(name, getattr(config, name)), "liger_compile": digest}
     decompositions = None
-    if saves_memory and any(isinstance(each, torch.Tensor) and each.is_cuda for each in example_inputs):
+    if saves_memory and _is_on_gpu(example_inputs):
         patches.setdefault("allow_buffer_reuse", False)
         with config.patch(patches):
             decompositions = _with_embedding_backward(select_decomp_table())
@@ -82,9 +82,18 @@ def compile_graph(
     return compiled
 
 
-def _with_embedding_backward(
-    decompositions: Mapping[Any, Callable[..., Any]],
-) -> dict[Any, Callable[..., Any]]:
+def _is_on_gpu(inputs: Sequence[Any]) -> bool:
+    return any(isinstance(each, torch.Tensor) and each.is_cuda for each in inputs)
+
+
+class _Decompositions(dict[Any, Callable[..., Any]]):
+    """From torch 2.13 on they are in the cache's key, in which functions without a name cannot be: our sources are."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return str, (package_hash(),)
+
+
+def _with_embedding_backward(decompositions: Mapping[Any, Callable[..., Any]]) -> _Decompositions:
     """With our op for the gradient of a large embedding, where Inductor would add it up in a wider dtype."""
     whole = torch.ops.aten.embedding_dense_backward.default
     decomposed = decompositions[whole]
@@ -96,7 +105,7 @@ def _with_embedding_backward(
         chosen = torch.ops.liger_compile.embedding_backward.default if pays and is_half else decomposed
         return chosen(dy, indices, num_rows, *rest)
 
-    return {**decompositions, whole: embedding_dense_backward}
+    return _Decompositions({**decompositions, whole: embedding_dense_backward})
 
 
 def _with_writes_in_place(theirs: Any) -> Any:

@@ -11,6 +11,7 @@ from torch._inductor import config as inductor_config
 from torch._subclasses import FakeTensor, FakeTensorMode
 
 from liger_compile.compile import (
+    cache_counts,
     cache_key,
     compile_graph,
     package_hash,
@@ -78,6 +79,20 @@ def test_buffers_of_a_gpu_are_freed_early(device, saves, options, expected, monk
     ((patches, decompositions),) = seen
     assert patches.get("allow_buffer_reuse") is expected
     assert (decompositions is not None) == (device == "cuda" and saves)
+
+
+def test_the_caches_keep_what_is_compiled_for_a_gpu(monkeypatch):
+    from torch._inductor.utils import fresh_cache
+
+    monkeypatch.setattr("liger_compile.compile._is_on_gpu", lambda inputs: True)
+    backend = partial(compile_graph, saves_memory=True)
+    with fresh_cache():
+        for hits in (0, 1):
+            torch._dynamo.reset()
+            before = cache_counts()["hit"]
+            compiled = torch.compile(loss_of, backend=backend, fullgraph=True)
+            torch.testing.assert_close(loss_and_gradients(compiled), loss_and_gradients(loss_of))
+            assert cache_counts()["hit"] == before + hits
 
 
 def test_a_users_own_pass_stays(monkeypatch):
