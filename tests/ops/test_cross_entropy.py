@@ -138,6 +138,7 @@ def small_chunks(monkeypatch):
     """Many chunks and many blocks of few tokens."""
     monkeypatch.setattr(op, "CHUNK_BYTES", 4 * V * 4)
     monkeypatch.setattr(op, "LEAST_ROWS", 4)
+    monkeypatch.setattr(op, "ROWS_A_BYTE", 1)
     monkeypatch.setattr(blocks, "BLOCK_BYTES", 3 * V * 4)
 
 
