@@ -13,13 +13,15 @@ the two gradients of a table that is embedding and head only when it has both.
 from __future__ import annotations
 
 import operator
+from collections import Counter
 from collections.abc import Collection
 from typing import Any
 
 import torch
 from torch.fx import Graph, Node
 
-from . import ops  # noqa: F401 - registers what torch.ops.liger_compile has
+from liger_compile import ops  # noqa: F401 - registers what torch.ops.liger_compile has
+from liger_compile.terms.mutation import storage_of
 
 _aten, _ours = torch.ops.aten, torch.ops.liger_compile
 
@@ -30,14 +32,22 @@ _MAKES_MEMORY = (_aten.mm.default, _aten.addmm.default)
 
 def write_in_place(graph: Graph, donated: Collection[int]) -> None:
     """Changes `graph`. `donated`: positions of the placeholders that nobody reads when the graph has run."""
-    placeholders = graph.find_nodes(op="placeholder")
-    own = {node for position, node in enumerate(placeholders) if position in donated}
+    own = _alone_in_memory(graph.find_nodes(op="placeholder"), donated)
     for node in graph.find_nodes(op="call_function", target=_ours.scale.default):
         gradient, factor = node.args
         if _may_be_written(gradient, node, own):
             _write(graph, node, gradient, _ours.scale_in_place.default, gradient, factor)
     for node in graph.find_nodes(op="call_function", target=_ours.embedding_backward.default):
         _add_rows_to_the_other(graph, node, own)
+
+
+def _alone_in_memory(placeholders: list[Node], donated: Collection[int]) -> set[Node]:
+    """The donated ones of whose memory no other is a view: two that are saved may be, and both be donated."""
+    values = {node: node.meta.get("val") for node in placeholders}
+    storages = {node: storage_of(val) for node, val in values.items() if isinstance(val, torch.Tensor)}
+    shared = Counter(storages.values())
+    candidates = (node for position, node in enumerate(placeholders) if position in donated)
+    return {node for node in candidates if node in storages and shared[storages[node]] == 1}
 
 
 def _add_rows_to_the_other(graph: Graph, node: Node, own: Collection[Node]) -> None:
@@ -74,7 +84,11 @@ def _may_be_written(total: Any, reader: Node, own: Collection[Node]) -> bool:
         return False
     if [each for each in total.users if each.target is not _ours.scale_in_place.default] != [reader]:
         return False
-    made_by: Any = total.all_input_nodes[0] if total.target is operator.getitem else total
+    made_by: Any = total
+    if total.target is operator.getitem:
+        made_by = total.all_input_nodes[0]
+        if any(each is not total and each.args == total.args for each in made_by.users):
+            return False
     is_ours = getattr(made_by.target, "namespace", "") == _ours.name
     return total in own or made_by.target in _MAKES_MEMORY or is_ours
 

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch._dynamo.callback import callback_handler
 from torch._inductor import config as inductor_config
+from torch._inductor import custom_graph_pass
 from torch._subclasses import FakeTensor, FakeTensorMode
 
 from liger_compile.compile import (
@@ -109,7 +110,10 @@ def test_a_users_own_pass_stays(monkeypatch):
     options = {"post_grad_custom_post_pass": theirs}
     compile_graph(captured(loss_of, *inputs()), arguments, inductor_options=options, saves_memory=True)
     passes = seen[0]["post_grad_custom_post_pass"]
-    assert passes is theirs or (passes[0] is theirs and len(passes) == 2)
+    if hasattr(custom_graph_pass, "get_custom_graph_passes"):
+        assert passes[0] is theirs and len(passes) == 2
+    else:  # this torch takes one
+        assert passes is theirs
 
 
 def test_the_gradient_of_an_embedding_in_half_precision_stays_whole_on_a_gpu(monkeypatch):

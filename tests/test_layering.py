@@ -25,7 +25,7 @@ ALLOWED = {
     "decide": ("pattern", "terms.mutation"),
     "rewrite": ("pattern", "terms.term"),
     "remat": ("pattern",),
-    "gradients": ("ops",),
+    "gradients": ("ops", "terms.mutation"),
     "compile": ("gradients", "ops.embedding", "pattern"),
     "report": ("pattern",),
     "flex": (),

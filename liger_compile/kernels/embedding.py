@@ -37,45 +37,19 @@ def add_rows(table: Tensor, dy: Tensor, indices: Tensor, padding_idx: int) -> No
     parts = dy.new_empty((2, num_chunks, width), dtype=torch.float32)
     columns = min(triton.next_power_of_2(width), MOST_COLUMNS)
     num_blocks = triton.cdiv(width, columns)
-    num_warps = max(1, columns // 256)
+    of_both = table, rows, parts, num_tokens, num_chunks, width, table.shape[0], padding_idx
+    tile = {"CHUNK": CHUNK, "COLUMNS": columns, "num_warps": max(1, columns // 256)}
     with torch.cuda.device_of(dy):
-        _add_runs_kernel[(num_tokens, num_blocks)](
-            table,
-            dy,
-            rows,
-            order,
-            parts,
-            num_tokens,
-            num_chunks,
-            width,
-            table.shape[0],
-            padding_idx,
-            CHUNK=CHUNK,
-            COLUMNS=columns,
-            num_warps=num_warps,
-        )
-        _add_parts_kernel[(num_chunks, num_blocks)](
-            table,
-            rows,
-            parts,
-            num_tokens,
-            num_chunks,
-            width,
-            table.shape[0],
-            padding_idx,
-            CHUNK=CHUNK,
-            COLUMNS=columns,
-            PARTS=PARTS_AT_ONCE,
-            num_warps=num_warps,
-        )
+        _add_runs_kernel[(num_tokens, num_blocks)](dy, order, *of_both, **tile)
+        _add_parts_kernel[(num_chunks, num_blocks)](*of_both, PARTS=PARTS_AT_ONCE, **tile)
 
 
 @triton.jit
 def _add_runs_kernel(
-    table_ptr,
     dy_ptr,
+    order_ptr,  # the token that each of the sorted rows stands for
+    table_ptr,
     rows_ptr,  # sorted
-    order_ptr,  # the token that each stands for
     parts_ptr,  # (2, chunks, width): of a run that began before the chunk, and of one that goes on behind it
     num_tokens,
     num_chunks,
@@ -88,7 +62,7 @@ def _add_runs_kernel(
     first = tl.program_id(0)
     row = tl.load(rows_ptr + first)
     begins = row != tl.load(rows_ptr + first - 1, first > 0, other=-1)
-    if (begins | (first % CHUNK == 0)) & (row != padding_idx) & (row >= 0) & (row < num_rows):
+    if (begins | (first % CHUNK == 0)) & _has_gradient(row, num_rows, padding_idx):
         column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
         is_column = column < width
         end = tl.minimum((first // CHUNK + 1) * CHUNK, num_tokens)
@@ -128,7 +102,7 @@ def _add_parts_kernel(
         row = tl.load(rows_ptr + end - 1)
         goes_on = tl.load(rows_ptr + end) == row
         began_before = tl.load(rows_ptr + end - CHUNK - 1, chunk > 0, other=-1) == row
-        if goes_on & (began_before == 0) & (row != padding_idx) & (row >= 0) & (row < num_rows):
+        if goes_on & (began_before == 0) & _has_gradient(row, num_rows, padding_idx):
             column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
             is_column = column < width
             begun = (num_chunks + chunk).to(tl.int64) * width
@@ -148,6 +122,11 @@ def _add_parts_kernel(
                 start = next_chunk.to(tl.int64) * CHUNK
                 same = tl.load(rows_ptr + start, start < num_tokens, other=-1)
             _add(table_ptr + row.to(tl.int64) * width + column, total, is_column)
+
+
+@triton.jit
+def _has_gradient(row, num_rows, padding_idx):
+    return (row != padding_idx) & (row >= 0) & (row < num_rows)
 
 
 @triton.jit

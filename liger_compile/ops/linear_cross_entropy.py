@@ -53,7 +53,7 @@ LEAST_ROWS = 128
 # dweight is read and written for every chunk, which a CPU's memory makes slow. With 128, 256 and 512 rows of logits in
 # float32, a loss with its gradients took 1.24, 1.09, 1.10 of Inductor's time at 2048 x 512 x 32000; 1.23, 1.06, 1.09 at
 # 2048 x 256 x 32000; 1.24, 1.10, 1.04 at 2048 x 1024 x 50257; in bfloat16 1.14, 1.10, 1.03 at the first (two cores,
-# torch 2.13.0, 2026-11-26). Half of x's columns in rows are half of dweight in bytes.
+# torch 2.13.0, 2026-11-26: bench/results/loss_chunks_cpu.csv). Half of x's columns in rows are half of dweight.
 ROWS_A_BYTE = 64
 ROW_TILE = 128  # rows that a GPU's matrix product has in one tile
 PITCH = 64  # elements that a row of logits is padded to a multiple of, so that all rows are aligned

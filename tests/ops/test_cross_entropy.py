@@ -142,6 +142,22 @@ def small_chunks(monkeypatch):
     monkeypatch.setattr(blocks, "BLOCK_BYTES", 3 * V * 4)
 
 
+@pytest.mark.parametrize(
+    "dtype, width, needs_dweight, memory, rows",
+    [
+        (torch.float32, 256, True, 0, 256),
+        (torch.bfloat16, 256, True, 0, 131),  # of 8 MiB
+        (torch.float32, 1024, True, 0, 512),  # half of its columns
+        (torch.float32, 1024, False, 0, 128),  # there is no gradient to read and write
+        (torch.float32, 1024, True, 2**20, 128),  # somebody wants it small
+        (torch.float32, 1024, True, 2**27, 1048),
+    ],
+)
+def test_chunks_on_a_cpu(dtype, width, needs_dweight, memory, rows):
+    x, weight = (torch.empty(size, width, dtype=dtype) for size in (2048, 32000))
+    assert op._chunk_rows(x, weight, needs_dweight, memory) == rows
+
+
 @pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("tokens", [9, 601])
