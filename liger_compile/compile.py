@@ -12,6 +12,7 @@ error. `cache_key` covers what they do not look at.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import importlib
@@ -27,8 +28,9 @@ import torch._dynamo
 from torch._dynamo.callback import callback_handler
 from torch.fx import Graph, GraphModule
 
-from liger_compile.gradients import write_in_place
+from liger_compile.gradients import rewrite_backward
 from liger_compile.ops.embedding import PAYS_FROM
+from liger_compile.ops.registration import keeping_backwards_whole
 from liger_compile.pattern import Pattern
 
 # transformers hangs these on logging.Logger and calls them between logits and loss, where Dynamo would break
@@ -51,7 +53,7 @@ def compile_graph(
 
     `patterns` are those in use and `key` whatever else decided what `gm` is: both go into the cache key.
     With `saves_memory`, on a GPU, Inductor frees a buffer after its last use, unless its options say otherwise,
-    leaves the gradient of an embedding to our op, and has tables' gradients written in place (`gradients.py`).
+    leaves the gradient of an embedding to our op, and has the graph of backward rewritten (`gradients.py`).
     Raises what torch.compile(backend="inductor") raises for a wrong mode or option, whatever `inner` is.
     """
     patches = _inductor_patches(mode, inductor_options)
@@ -72,13 +74,17 @@ def compile_graph(
     # the backward is compiled later.
     name = "unsafe_marked_cacheable_functions"
     patches[name] = {**patches.get(name, getattr(config, name)), "liger_compile": digest}
-    decompositions = None
+    decompositions, traced_for_gradients = None, contextlib.nullcontext()
     if saves_memory and _is_on_gpu(example_inputs):
         patches.setdefault("allow_buffer_reuse", False)
         with config.patch(patches):
             decompositions = _with_embedding_backward(select_decomp_table())
-            patches["post_grad_custom_post_pass"] = _with_writes_in_place(config.post_grad_custom_post_pass)
-    compiled: Any = compile_fx(gm, example_inputs, config_patches=patches, decompositions=decompositions)
+            passes = _with_rewritten_backward(config.post_grad_custom_post_pass)
+        if passes is not None:
+            patches["post_grad_custom_post_pass"] = passes
+            traced_for_gradients = keeping_backwards_whole()
+    with traced_for_gradients:
+        compiled: Any = compile_fx(gm, example_inputs, config_patches=patches, decompositions=decompositions)
     return compiled
 
 
@@ -108,25 +114,27 @@ def _with_embedding_backward(decompositions: Mapping[Any, Callable[..., Any]]) -
     return _Decompositions({**decompositions, whole: embedding_dense_backward})
 
 
-def _with_writes_in_place(theirs: Any) -> Any:
-    """`theirs`, passes over the graphs that AOTAutograd has made, and one that has gradients.py change backward's."""
+def _with_rewritten_backward(theirs: Any) -> Any:
+    """`theirs`, passes over the graphs that AOTAutograd has made, and one that has gradients.py change backward's; None
+    where there is no place for it."""
     from torch._inductor import custom_graph_pass
+    from torch._inductor.decomposition import select_decomp_table
     from torch._inductor.utils import get_donated_idxs
 
-    class WritesInPlace(custom_graph_pass.CustomGraphPass):
+    class RewritesBackward(custom_graph_pass.CustomGraphPass):
         def __call__(self, graph: Graph) -> None:
             # So AOTAutograd calls what a backward is given; forward graphs have none.
             if any(node.name.startswith("tangents") for node in graph.find_nodes(op="placeholder")):
-                write_in_place(graph, get_donated_idxs() or ())
+                rewrite_backward(graph, get_donated_idxs() or (), select_decomp_table())
 
         def uuid(self) -> Any:
             """What the caches know it by. What is donated is not in the key otherwise, and a setting decides it."""
             return [package_hash(), get_donated_idxs()]
 
     if theirs is None:
-        return WritesInPlace()
+        return RewritesBackward()
     passes = getattr(custom_graph_pass, "get_custom_graph_passes", None)
-    return (*passes(theirs), WritesInPlace()) if passes else theirs  # torch 2.11 takes one
+    return (*passes(theirs), RewritesBackward()) if passes else None  # torch 2.11 takes one
 
 
 def when_called(compile: Callable[[Sequence[Any]], Callable[..., Any]]) -> Callable[..., Any]:

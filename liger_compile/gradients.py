@@ -1,26 +1,36 @@
-"""Gradients that are written in place: the last rewrite of a graph of backward, when it is whole and about to run.
+"""What is changed in a graph of backward when it is whole.
 
-In: a graph of aten operators as AOTAutograd's partitioner made it and Inductor is about to compile. Out: the same
-graph, with ops that write in place where a functional one would write a copy of a table as large as the vocabulary.
+In: a graph of aten operators as AOTAutograd's partitioner made it and Inductor is about to compile, in which backwards
+of ours may be kept whole. Out: the same graph,
+
+- with one product where products of gradients are summed (products.py);
+- with ops that write in place where a functional one would write a copy of a table as large as the vocabulary:
 
     scale(saved, factor)                saved is for this backward alone ("donated"): it is scaled where it is
     total + embedding_backward(dy, ..)  total is read by nobody else: rows are added where it is, of no table of zeros
 
-Before, in a functional graph, neither could be said: AOTAutograd traces no mutation of what a backward gets, and sums
-the two gradients of a table that is embedding and head only when it has both.
+- with what those backwards consist of, traced, in their place.
+
+Before, in a functional graph, writes could not be said: AOTAutograd traces no mutation of what a backward gets, and
+sums the two gradients of a table that is embedding and head only when it has both.
 """
 
 from __future__ import annotations
 
+import contextlib
 import operator
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
+from torch._guards import detect_fake_mode
 from torch.fx import Graph, Node
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from liger_compile import ops  # noqa: F401 - registers what torch.ops.liger_compile has
+from liger_compile.ops.registration import BODIES
+from liger_compile.products import join_products
 from liger_compile.terms.mutation import storage_of
 
 _aten, _ours = torch.ops.aten, torch.ops.liger_compile
@@ -28,6 +38,47 @@ _aten, _ours = torch.ops.aten, torch.ops.liger_compile
 # Operators whose result has memory of its own in any compiler, besides those of ours, which are functional. Elementwise
 # ones are not here: a compiler may find that one does nothing, and hand on its input.
 _MAKES_MEMORY = (_aten.mm.default, _aten.addmm.default)
+
+
+def rewrite_backward(
+    graph: Graph, donated: Collection[int], decompositions: Mapping[Any, Callable[..., Any]]
+) -> None:
+    """Changes `graph`. `donated`: positions of the placeholders that nobody reads when the graph has run;
+    `decompositions`: of operators that it may not contain."""
+    join_products(graph)
+    write_in_place(graph, donated)
+    for node in graph.nodes:
+        if node.target in BODIES:
+            _trace_through(graph, node, decompositions)
+
+
+def _trace_through(graph: Graph, node: Node, decompositions: Mapping[Any, Callable[..., Any]]) -> None:
+    """What the op consists of, in its place."""
+    arguments, spec = tree_flatten((node.args, node.kwargs))
+    inputs = [argument for argument in arguments if isinstance(argument, Node)]
+
+    def body(*values: Any) -> Any:
+        given = iter(values)
+        args, kwargs = tree_unflatten(
+            [next(given) if isinstance(argument, Node) else argument for argument in arguments], spec
+        )
+        return BODIES[node.target](*args, **kwargs)
+
+    values = [each.meta["val"] for each in inputs]
+    with detect_fake_mode(values) or contextlib.nullcontext():
+        traced = make_fx(body, dict(decompositions))(*values).graph
+    if traced.find_nodes(op="get_attr"):  # a constant, for which the graph has no place
+        return
+    placeholders = traced.find_nodes(op="placeholder")
+    with graph.inserting_before(node):
+        results: Any = graph.graph_copy(traced, dict(zip(placeholders, inputs, strict=True)))
+    if isinstance(results, Node):
+        node.replace_all_uses_with(results)
+    else:
+        for reader in tuple(node.users):
+            reader.replace_all_uses_with(results[reader.args[1]])
+            graph.erase_node(reader)
+    graph.erase_node(node)
 
 
 def write_in_place(graph: Graph, donated: Collection[int]) -> None:

@@ -13,7 +13,7 @@ from torch._dynamo.utils import counters
 from torch._functorch import config as functorch_config
 from torch._inductor import config as inductor_config
 
-from liger_compile.compile import _with_writes_in_place
+from liger_compile.compile import _with_rewritten_backward
 from liger_compile.gradients import write_in_place
 
 _ours = torch.ops.liger_compile
@@ -71,7 +71,7 @@ def loss_of(head, indices, table):
 
 
 def compiled_with_pass(function, seen):
-    writes = _with_writes_in_place(None)
+    writes = _with_rewritten_backward(None)
 
     class Seen(type(writes)):
         def __call__(self, graph):
@@ -133,7 +133,7 @@ def test_the_caches_know_what_was_donated(inputs):
     indices, table = inputs
     function = partial(loss_of, head_made_in_forward)
     (expected,) = torch.autograd.grad(function(indices, table), table)
-    options = {"post_grad_custom_post_pass": _with_writes_in_place(None)}
+    options = {"post_grad_custom_post_pass": _with_rewritten_backward(None)}
     with fresh_cache():
         for donates in (True, False):
             torch._dynamo.reset()

@@ -8,21 +8,60 @@ out every time, and a CUDA graph may capture them.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
+import triton
+import triton.language as tl
+from torch._library.triton import is_wrap_triton_enabled
 from torch.library import wrap_triton
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.runtime.jit import JITFunction
 
 INTERPRETED_MULTIPROCESSORS = 2  # so that a program has several rows to go through
 
 
-def launch(kernel: Any) -> Any:
-    """The kernel, to be launched as `launch(kernel)[grid](...)` in a traceable op, so that AOTAutograd sees it.
+class launch:
+    """A kernel of a traceable op, to be launched as `launch(kernel)[grid](...)`. It begins with `begin(OVERLAPS)`.
 
-    Opaque ops launch theirs as they are. Under TRITON_INTERPRET=1 there is nothing to wrap, and torch 2.11 refuses to.
+    Traced, it is wrapped, so that AOTAutograd sees it. Run right away, by Hopper or a later GPU, its programs may start
+    while the kernel before it ends, and wait there for its results (programmatic dependent launch): what the launch
+    costs is hidden behind that kernel. Compilers make ordinary launches of what they trace.
+
+    Opaque ops launch theirs as they are.
     """
-    return wrap_triton(kernel) if isinstance(kernel, JITFunction) else kernel
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel = kernel
+
+    def __getitem__(self, grid: Any) -> Callable[..., Any]:
+        if not isinstance(
+            self.kernel, JITFunction
+        ):  # interpreted: nothing to wrap, and torch 2.11 refuses to
+            return functools.partial(self.kernel[grid], OVERLAPS=False)
+        if is_wrap_triton_enabled() or not _launches_early():
+            return functools.partial(wrap_triton(self.kernel)[grid], OVERLAPS=False)
+        return functools.partial(self.kernel[grid], OVERLAPS=True, launch_pdl=True)
+
+
+@functools.cache
+def _launches_early() -> bool:
+    return torch.version.hip is None and torch.cuda.get_device_capability() >= (9, 0)
+
+
+@triton.jit
+def begin(OVERLAPS: tl.constexpr, LAST: tl.constexpr = False):
+    """Before a program reads or writes anything: the kernel before may still run.
+
+    LAST: the next kernel may not begin beside this one. For short kernels after those whose programs fill the GPU: the
+    next of these would find its places taken, and spread unevenly.
+    """
+    if OVERLAPS:
+        if not LAST:
+            gdc_launch_dependents()  # as soon as all programs are here, for the next kernel waits in its turn
+        gdc_wait()
 
 
 def num_multiprocessors(device: torch.device) -> int:

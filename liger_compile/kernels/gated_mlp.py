@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import launch
+from . import begin, launch
 from .rms_norm import rows_of
 
 
@@ -99,7 +99,9 @@ def _forward_kernel(
     ACTIVATION: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
+    begin(OVERLAPS)
     rows, columns, mask = _tile(num_rows, WIDTH, ROWS, COLUMNS)
     gate = tl.load(gate_ptr + rows * gate_stride + columns, mask, other=0.0).to(tl.float32)
     up = tl.load(up_ptr + rows * up_stride + columns, mask, other=0.0).to(tl.float32)
@@ -124,7 +126,9 @@ def _backward_kernel(
     ACTIVATION: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
+    begin(OVERLAPS)
     rows, columns, mask = _tile(num_rows, WIDTH, ROWS, COLUMNS)
     dh = tl.load(dh_ptr + rows * dh_stride + columns, mask, other=0.0).to(tl.float32)
     gate = tl.load(gate_ptr + rows * gate_stride + columns, mask, other=0.0).to(tl.float32)

@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import launch
+from . import begin, launch
 from .rotary import by_axis, empty_like, row_mask, side_by_side, strides_of
 
 
@@ -124,15 +124,20 @@ def backward(
     needs_dk: bool,
     dweight_dtype: torch.dtype | None,
     heads_axis: int,
+    into: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of q, of k, and (2, D), those of the weights, from those of q' and k'.
 
-    Empty where not needed, as is that of a weight where dweight_dtype is None; otherwise zero from an absent gradient.
+    The first two are written into `into` if it is given. Empty where not needed, as is that of a weight where
+    dweight_dtype is None; otherwise zero from an absent gradient.
     """
     q, k, cos, sin = (side_by_side(x) for x in (q, k, cos, sin))
     dq, dk = (None if dy is None else side_by_side(dy) for dy in (dq, dk))
-    grad_q = empty_like(q, q.dtype) if needs_dq and dq is not None else None
-    grad_k = empty_like(k, k.dtype) if needs_dk and dk is not None else None
+    if into is None:
+        grad_q = empty_like(q, q.dtype) if needs_dq and dq is not None else None
+        grad_k = empty_like(k, k.dtype) if needs_dk and dk is not None else None
+    else:
+        grad_q, grad_k = into
     batch, num_tokens, num_q_heads = _sizes(q, heads_axis)
     _, _, num_k_heads = _sizes(k, heads_axis)
     width = q.shape[-1]
@@ -245,7 +250,9 @@ def _forward_kernel(
     HEADS: tl.constexpr,
     AHEAD: tl.constexpr,
     PAIRS: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
+    begin(OVERLAPS)
     num_q_groups = tl.cdiv(num_q_heads, HEADS)
     num_groups = num_q_groups + tl.cdiv(num_k_heads, HEADS)
     group = tl.program_id(0) % num_groups
@@ -461,7 +468,9 @@ def _backward_kernel(
     HEADS: tl.constexpr,
     AHEAD: tl.constexpr,
     PAIRS: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
+    begin(OVERLAPS)
     num_groups = num_q_groups + num_k_groups
     group = tl.program_id(0) % num_groups
     batch, tokens = _tokens(tl.program_id(0) // num_groups, num_tokens, TOKENS)
@@ -607,7 +616,9 @@ def _sum_kernel(
     WIDTH: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
+    begin(OVERLAPS)
     which = tl.program_id(0)
     count = tl.where(which == 0, num_q_groups, num_k_groups)
     before = tl.where(which == 0, 0, num_q_groups)

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import launch, num_multiprocessors
+from . import begin, launch, num_multiprocessors
 
 SUM_PROGRAMS, SUM_COLUMNS = 256, 16  # the tile of the kernel that adds up dweight
 
@@ -177,7 +177,9 @@ def _forward_kernel(
     ROWS: tl.constexpr,
     MAIN: tl.constexpr,
     TAIL: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
+    begin(OVERLAPS)
     rows = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
     is_row = rows < num_rows
     main = tl.arange(0, MAIN)[None, :]
@@ -250,7 +252,9 @@ def _backward_kernel(
     MAIN: tl.constexpr,
     TAIL: tl.constexpr,
     STAGES: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
+    begin(OVERLAPS)
     program = tl.program_id(0)
     main = tl.arange(0, MAIN)[None, :]
     is_main = main < WIDTH
@@ -322,7 +326,9 @@ def _sum_kernel(
     WIDTH: tl.constexpr,
     PROGRAMS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
+    begin(OVERLAPS, LAST=True)
     columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     total = tl.zeros([PROGRAMS, COLUMNS], tl.float32)
     for first in tl.range(0, num_programs, PROGRAMS):

@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from . import launch
+from . import begin, launch
 
 
 class Config(NamedTuple):
@@ -76,18 +76,19 @@ def rotate(
     writes_interleaved: bool,
     half_tables: bool,
     transpose: bool,
+    into: Sequence[Tensor | None] = (None, None),
 ) -> list[Tensor | None]:
-    """Each tensor rotated, in its dtype; None for None.
+    """Each tensor rotated, in its dtype, and written into that of `into` if there is one; None for None.
 
     Of the four axes that a tensor has or would have in front (batch, heads or tokens, tokens or heads, channels),
     heads_axis is that of the heads, along which the tables are the same: 1 or 2.
     """
     given = []
     results: list[Tensor | None] = []
-    for x, dtype in zip(tensors, dtypes, strict=True):
+    for x, dtype, result in zip(tensors, dtypes, into, strict=True):
         if x is not None:
             x = side_by_side(x)
-            given.append(Heads(x, empty_like(x, dtype), heads_axis))
+            given.append(Heads(x, empty_like(x, dtype) if result is None else result, heads_axis))
         results.append(None if x is None else given[-1].rotated)
     tables = cos, sin, reads_interleaved, writes_interleaved, half_tables, transpose
     if len(given) == 2 and all(
@@ -213,7 +214,9 @@ def _rotary_kernel(
     AHEAD: tl.constexpr,
     PAIRS: tl.constexpr,
     REST: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
+    begin(OVERLAPS)
     num_q_groups = tl.cdiv(num_q_heads, HEADS)
     num_groups = num_q_groups + tl.cdiv(num_k_heads, HEADS)
     num_tiles = tl.cdiv(num_tokens, TOKENS)

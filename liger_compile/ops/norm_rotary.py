@@ -27,7 +27,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from .dispatch import has_kernel
 from .precision import accumulation_dtype
-from .registration import traceable_op
+from .registration import backward_op, traceable_op
 from .rms_norm import input_gradient, normalize, weight_gradient
 from .rotary import heads_axis_of_kernel, rotate
 
@@ -114,7 +114,57 @@ def norm_rotary(
     return kernels.forward(q, k, q_weight, k_weight, cos, sin, eps, offset, casting, dtypes, heads_axis)
 
 
-@traceable_op
+def backward(
+    dq: Tensor | None,
+    dk: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    eps: float,
+    offset: float,
+    needs_dq: bool,
+    needs_dk: bool,
+    needs_dweights: bool,
+    into: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The body of norm_rotary_backward. With `into`, which is for the kernel alone, the first two are written there."""
+    weights = [weight for weight in (q_weight, k_weight) if weight is not None]
+    needs_dweights = needs_dweights and len(weights) > 0
+    dtype = torch.promote_types(weights[0].dtype, weights[-1].dtype) if needs_dweights else None
+    incoming = tuple(dy for dy in (dq, dk) if dy is not None)
+    heads_axis = heads_axis_if_by_kernel((q, k, *incoming), (q_weight, k_weight), cos, sin, (eps, offset))
+    if heads_axis is not None:
+        from ..kernels import norm_rotary as kernels
+
+        return kernels.backward(
+            dq,
+            dk,
+            q,
+            k,
+            q_weight,
+            k_weight,
+            cos,
+            sin,
+            eps,
+            offset,
+            needs_dq,
+            needs_dk,
+            dtype,
+            heads_axis,
+            into,
+        )
+    rest = cos, sin, eps, offset
+    grad_q, dq_weight = gradients(dq, q, q_weight, *rest, needs_dq, needs_dweights)
+    grad_k, dk_weight = gradients(dk, k, k_weight, *rest, needs_dk, needs_dweights)
+    if dtype is None:
+        return grad_q, grad_k, q.new_empty(0)
+    return grad_q, grad_k, torch.stack((dq_weight.to(dtype), dk_weight.to(dtype)))
+
+
+@backward_op
 def norm_rotary_backward(
     dq: Tensor | None,
     dk: Tensor | None,
@@ -135,23 +185,9 @@ def norm_rotary_backward(
     The first two are empty where not needed or from None. The third is (2, D), of q_weight and of k_weight in the dtype
     that they promote to; zero from None, and empty as a whole where not needed.
     """
-    weights = [weight for weight in (q_weight, k_weight) if weight is not None]
-    needs_dweights = needs_dweights and len(weights) > 0
-    dtype = torch.promote_types(weights[0].dtype, weights[-1].dtype) if needs_dweights else None
-    incoming = tuple(dy for dy in (dq, dk) if dy is not None)
-    heads_axis = heads_axis_if_by_kernel((q, k, *incoming), (q_weight, k_weight), cos, sin, (eps, offset))
-    if heads_axis is not None:
-        from ..kernels import norm_rotary as kernels
-
-        return kernels.backward(
-            dq, dk, q, k, q_weight, k_weight, cos, sin, eps, offset, needs_dq, needs_dk, dtype, heads_axis
-        )
-    rest = cos, sin, eps, offset
-    grad_q, dq_weight = gradients(dq, q, q_weight, *rest, needs_dq, needs_dweights)
-    grad_k, dk_weight = gradients(dk, k, k_weight, *rest, needs_dk, needs_dweights)
-    if dtype is None:
-        return grad_q, grad_k, q.new_empty(0)
-    return grad_q, grad_k, torch.stack((dq_weight.to(dtype), dk_weight.to(dtype)))
+    return backward(
+        dq, dk, q, k, q_weight, k_weight, cos, sin, eps, offset, needs_dq, needs_dk, needs_dweights
+    )
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -176,7 +212,7 @@ def _backward(ctx: Any, dq: Tensor | None, dk: Tensor | None) -> tuple[Tensor | 
     needs_dq, needs_dq_weight = needs_dq and dq is not None, needs_dq_weight and dq is not None
     needs_dk, needs_dk_weight = needs_dk and dk is not None, needs_dk_weight and dk is not None
     _, _, q_weight, k_weight, _, _ = ctx.saved_tensors
-    grad_q, grad_k, dweights = torch.ops.liger_compile.norm_rotary_backward.default(
+    grad_q, grad_k, dweights = norm_rotary_backward(
         dq, dk, *ctx.saved_tensors, *ctx.numbers, needs_dq, needs_dk, needs_dq_weight or needs_dk_weight
     )
     return (

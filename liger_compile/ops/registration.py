@@ -6,9 +6,10 @@ backward, differentiating it is an error: so it stays for the ops that are the b
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 import torch
@@ -41,6 +42,55 @@ def opaque_op(fn: Callable[..., Any]) -> CustomOpDef:
     body = _without_views(_launching_directly(outside_autocast(fn)))
     op = torch.library.custom_op(f"liger_compile::{fn.__name__}", body, mutates_args=())
     return _first_derivative_only(op, fn.__name__)
+
+
+BODIES: dict[Any, Callable[..., Any]] = {}  # of the ops that are kept whole
+
+_keeps_whole = False
+
+
+@contextlib.contextmanager
+def keeping_backwards_whole() -> Iterator[None]:
+    """While graphs are traced for `gradients.py`, which sees a `backward_op` as one node and traces it later."""
+    global _keeps_whole
+    before, _keeps_whole = (
+        _keeps_whole,
+        True,
+    )  # no context variable: autograd may call from a thread of its own
+    try:
+        yield
+    finally:
+        _keeps_whole = before
+
+
+def whole_op(fn: Callable[..., Any]) -> CustomOpDef:
+    """An opaque op with the body of a traceable one, which is its own fake, and which `gradients.py` traces."""
+    op = torch.library.custom_op(
+        f"liger_compile::{fn.__name__}",
+        _without_views(_launching_directly(outside_autocast(fn))),
+        mutates_args=(),
+    )
+    op.register_fake(fn)
+    BODIES[op._opoverload] = outside_autocast(fn)
+    return _first_derivative_only(op, fn.__name__)
+
+
+def backward_op(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """A traceable op, and a second one of the same arguments, NAME_whole, that is called `keeping_backwards_whole`."""
+    traceable = traceable_op(fn)
+
+    @functools.wraps(fn)
+    def body(*args: Any, **kwargs: Any) -> Any:
+        return fn(*args, **kwargs)
+
+    body.__name__ = f"{fn.__name__}_whole"
+    whole = whole_op(body)
+
+    @functools.wraps(fn)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return (whole if _keeps_whole else traceable)._opoverload(*args, **kwargs)
+
+    return call
 
 
 def mutating_op(*arguments: str) -> Callable[[Callable[..., Any]], CustomOpDef]:

@@ -33,7 +33,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from .dispatch import DTYPES, has_kernel
 from .precision import accumulation_dtype
-from .registration import traceable_op
+from .registration import backward_op, traceable_op
 
 # Whether pairs are interleaved: (as they are read, as they are written).
 LAYOUTS = {"half": (False, False), "interleaved": (True, True), "interleaved_to_half": (True, False)}
@@ -135,7 +135,7 @@ def rotary(
     return rotate_each((q, k), (q_dtype, k_dtype), cos, sin, layout, half_tables, transpose=False)
 
 
-@traceable_op
+@backward_op
 def rotary_backward(
     dq: Tensor | None,
     dk: Tensor | None,
@@ -168,7 +168,7 @@ def _backward(ctx: Any, dq: Tensor | None, dk: Tensor | None) -> tuple[Tensor | 
     dq, dk = dq if needs_dq else None, dk if needs_dk else None
     if dq is None and dk is None:
         return (None,) * 7
-    grad_q, grad_k = torch.ops.liger_compile.rotary_backward.default(dq, dk, *ctx.saved_tensors, *ctx.config)
+    grad_q, grad_k = rotary_backward(dq, dk, *ctx.saved_tensors, *ctx.config)
     return grad_q if dq is not None else None, grad_k if dk is not None else None, *(None,) * 5
 
 

@@ -1,0 +1,41 @@
+"""Rows copied beside others: what ops/joined.py puts next to the gradients of q and k."""
+
+# What Triton's decorator makes of a kernel, a type checker does not see.
+# pyright: reportGeneralTypeIssues=false
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import begin, launch
+
+ROWS, COLUMNS = 4, 512
+
+
+def copy(x: Tensor, out: Tensor) -> None:
+    """Writes x (N, K) into out (N, K). Columns lie side by side in both, rows anywhere."""
+    num_rows, width = x.shape
+    launch(_copy_kernel)[(triton.cdiv(num_rows, ROWS), triton.cdiv(width, COLUMNS))](
+        x, out, num_rows, width, x.stride(0), out.stride(0), ROWS=ROWS, COLUMNS=COLUMNS, num_warps=4
+    )
+
+
+@triton.jit
+def _copy_kernel(
+    x_ptr,  # (N, K), as is out
+    out_ptr,
+    num_rows,
+    width,
+    x_stride,
+    out_stride,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    OVERLAPS: tl.constexpr,
+):
+    begin(OVERLAPS)
+    rows = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
+    columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    mask = (rows < num_rows) & (columns < width)
+    tl.store(out_ptr + rows * out_stride + columns, tl.load(x_ptr + rows * x_stride + columns, mask), mask)

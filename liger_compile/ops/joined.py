@@ -1,0 +1,106 @@
+"""The backward of rotary and of norm_rotary whose results lie side by side, with another matrix beside them.
+
+    joined (N, K) = [grad of q | grad of k | rest],   a row for each of B * T tokens, all heads of it side by side
+
+    dq, dk (B, T, heads, D), or (B, heads, T, D) if heads_axis is 1; rest (N, R) or None; the others as in the two ops
+
+So one product with the weights of three projections, one under the other, gives the gradient of what they all read.
+`gradients.py` puts these ops there. Dtypes and sources are those of the two ops.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .dispatch import has_kernel
+from .norm_rotary import backward, heads_axis_if_by_kernel
+from .registration import whole_op
+from .rotary import LAYOUTS, heads_axis_of_kernel, rotate_each
+
+
+def _tokens_first(x: Tensor, heads_axis: int) -> Tensor:
+    return x.transpose(1, 2) if heads_axis == 1 else x
+
+
+def _join(gradients: Sequence[Tensor], rest: Tensor | None, heads_axis: int) -> Tensor:
+    rows = [_tokens_first(x, heads_axis).flatten(2).flatten(0, 1) for x in gradients]
+    return torch.cat([*rows, *(() if rest is None else (rest,))], 1)
+
+
+def _room(
+    dq: Tensor, dk: Tensor, rest: Tensor | None, heads_axis: int
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """An empty matrix for what is joined, with `rest` in it, and the parts of dq's and dk's shapes."""
+    batch, num_tokens = _tokens_first(dq, heads_axis).shape[:2]
+    shapes = [_tokens_first(x, heads_axis).shape[2:] for x in (dq, dk)]
+    widths = [shape.numel() for shape in shapes]
+    joined = dq.new_empty(batch * num_tokens, sum(widths) + (0 if rest is None else rest.shape[1]))
+    if rest is not None:
+        from ..kernels import joined as kernels
+
+        kernels.copy(rest, joined[:, sum(widths) :])
+    starts = 0, widths[0]
+    first, second = (
+        _tokens_first(
+            joined[:, start : start + width].view(batch, num_tokens, *shape),
+            heads_axis,
+        )
+        for start, width, shape in zip(starts, widths, shapes, strict=True)
+    )
+    return joined, (first, second)
+
+
+def _has_kernel(rest: Tensor | None) -> bool:
+    return rest is None or (has_kernel(rest) and rest.stride(1) == 1)
+
+
+@whole_op
+def rotary_backward_joined(
+    dq: Tensor,
+    dk: Tensor,
+    rest: Tensor | None,
+    heads_axis: int,
+    cos: Tensor,
+    sin: Tensor,
+    layout: str,
+    half_tables: bool,
+) -> Tensor:
+    """As rotary_backward, where all gradients have one dtype."""
+    dtypes = dq.dtype, dq.dtype
+    if heads_axis_of_kernel((dq, dk), cos, sin, dtypes) != heads_axis or not _has_kernel(rest):
+        return _join(rotate_each((dq, dk), dtypes, cos, sin, layout, half_tables, True), rest, heads_axis)
+    from ..kernels import rotary as kernels
+
+    joined, parts = _room(dq, dk, rest, heads_axis)
+    kernels.rotate((dq, dk), dtypes, cos, sin, heads_axis, *LAYOUTS[layout], half_tables, True, parts)
+    return joined
+
+
+@whole_op
+def norm_rotary_backward_joined(
+    dq: Tensor,
+    dk: Tensor,
+    rest: Tensor | None,
+    heads_axis: int,
+    q: Tensor,
+    k: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    eps: float,
+    offset: float,
+    needs_dweights: bool,
+) -> tuple[Tensor, Tensor]:
+    """As norm_rotary_backward, where all gradients have one dtype: (joined, gradients of the weights)."""
+    inputs = q, k, q_weight, k_weight, cos, sin, eps, offset, True, True, needs_dweights
+    by_kernel = heads_axis_if_by_kernel((q, k, dq, dk), (q_weight, k_weight), cos, sin, (eps, offset))
+    if by_kernel != heads_axis or not _has_kernel(rest):
+        *gradients, dweights = backward(dq, dk, *inputs)
+        return _join(gradients, rest, heads_axis), dweights
+    joined, parts = _room(dq, dk, rest, heads_axis)
+    *_, dweights = backward(dq, dk, *inputs, into=parts)
+    return joined, dweights

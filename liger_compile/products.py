@@ -1,0 +1,311 @@
+"""One product where gradients lie side by side: a rewrite of a graph of backward, before gradients.py traces it.
+
+In: a functional graph of aten operators, in which the backwards of rotary and norm_rotary are one node each. Out: the
+same graph, where q, k and v are projections of one x, with ops/joined.py for that node:
+
+    grad_q @ Wq + grad_k @ Wk + grad_v @ Wv       joined @ [Wq; Wk; Wv]           the gradient of x
+    grad_q^T @ x, grad_k^T @ x, grad_v^T @ x      joined^T @ x, in three parts    those of the weights
+
+The first is rounded once then. What is saved is that the terms of the sum are written and read.
+"""
+
+from __future__ import annotations
+
+import itertools
+import operator
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch.fx import Graph, Node
+from torch.fx.node import map_arg
+
+from liger_compile import ops  # noqa: F401 - registers what torch.ops.liger_compile has
+
+_aten, _ours = torch.ops.aten, torch.ops.liger_compile
+_mm, _add = _aten.mm.default, _aten.add.Tensor
+_rotary, _norm_rotary = _ours.rotary_backward_whole.default, _ours.norm_rotary_backward_whole.default
+
+_RESHAPES = (_aten.view.default, _aten._unsafe_view.default, _aten.reshape.default)
+_VIEWS = (*_RESHAPES, _aten.permute.default, _aten.transpose.int, _aten.t.default)
+
+
+_READERS = (_mm, _aten.sum.dim_IntList)  # which take a matrix wherever its rows lie
+
+
+class _Matrix(NamedTuple):
+    """A gradient as it is read: (N, K), a row for each token."""
+
+    term: Node  # its product with a weight, which is a term of the gradient of what the weight was multiplied with
+    reads: Mapping[
+        Node, tuple[Node, bool]
+    ]  # by reader: the node that it reads, and whether that is the transpose
+
+    @property
+    def width(self) -> int:
+        return _value(self.term.args[0]).shape[1]
+
+    @property
+    def weight_gradient(self) -> Node | None:
+        """The one product of the transpose."""
+        turned = [reader for reader, (_, is_turned) in self.reads.items() if is_turned]
+        return turned[0] if len(turned) == 1 else None
+
+
+def join_products(graph: Graph) -> None:
+    """Changes `graph`."""
+    for target in (_rotary, _norm_rotary):
+        for node in graph.find_nodes(op="call_function", target=target):
+            _join(graph, node)
+
+
+def _join(graph: Graph, backward: Node) -> None:
+    heads_axis = _heads_axis(backward)
+    found = [
+        matrix
+        for gradient in _gradients_of(backward)
+        if heads_axis and (matrix := _matrix(gradient, *_laid_out(gradient, heads_axis)))
+    ]
+    if len(found) != 2:
+        return
+    q, k = found
+    summed = _summed_with(q.term)
+    if k.term not in summed:
+        return
+    order = {node: position for position, node in enumerate(graph.nodes)}
+    first = min((*q.reads, *k.reads), key=order.__getitem__)
+    others = [term for term in summed if term not in (q.term, k.term)]
+    rest = next((each for each in map(_matrix_of, others) if _fits(each, q, first, order)), None)
+    matrices = [q, k] if rest is None else [q, k, rest]
+    if not _pays(matrices):
+        return
+
+    beside = None if rest is None else rest.term.args[0]
+    if rest is not None:
+        first = min((first, *rest.reads), key=order.__getitem__)
+        _move_before(first, beside, order)
+    with graph.inserting_before(first):
+        joined = _joined(graph, backward, beside, heads_axis)
+    bounds = [*itertools.pairwise((0, *itertools.accumulate(matrix.width for matrix in matrices)))]
+    for matrix, bound in zip((q, k), bounds, strict=False):
+        for reader, (read, is_turned) in matrix.reads.items():
+            with graph.inserting_before(reader):
+                part = _call(graph, _aten.slice.Tensor, joined, 1, *bound)
+                part = _call(graph, _aten.permute.default, part, [1, 0]) if is_turned else part
+            reader.replace_input_with(read, part)
+    _join_terms(graph, joined, [matrix.term for matrix in matrices], order)
+    weight_gradients = [node for matrix in matrices if (node := matrix.weight_gradient)]
+    if len(weight_gradients) == len(matrices) and all(
+        node.args[1] is weight_gradients[0].args[1] for node in weight_gradients
+    ):
+        _join_weight_gradients(graph, joined, weight_gradients, bounds, order)
+    _erase_unused(graph, backward)
+
+
+# What is there ---------------------------------------------------------------------------------------------
+
+
+def _value(node: Any) -> torch.Tensor:
+    return node.meta["val"]
+
+
+def _gradients_of(backward: Node) -> list[Node]:
+    """Those of q and k, if all sizes are known and all dtypes are one; else none."""
+    incoming = backward.args[:2]
+    gradients = [[user for user in backward.users if user.args[1] == which] for which in (0, 1)]
+    if None in incoming or any(len(nodes) != 1 for nodes in gradients):
+        return []
+    values = [_value(node) for node in (*incoming, *gradients[0], *gradients[1])]
+    sizes = [size for value in values for size in value.shape]
+    alike = all(value.dim() == 4 and value.dtype == values[0].dtype for value in values)
+    return [nodes[0] for nodes in gradients] if alike and all(isinstance(size, int) for size in sizes) else []
+
+
+def _heads_axis(backward: Node) -> int:
+    """That along which the tables are the same: 1 or 2, or else 0."""
+    cos = _value(backward.args[2 if backward.target is _rotary else 6])
+    sizes = (*(1,) * (4 - cos.dim()), *cos.shape)
+    return next((axis for axis in (1, 2) if sizes[axis] == 1), 0)
+
+
+def _laid_out(gradient: Node, heads_axis: int) -> tuple[torch.Tensor, tuple[int, int]]:
+    """As it would lie in a matrix of a row for each token, without data, and the shape of that matrix."""
+    value = torch.empty_like(_value(gradient), device="meta")
+    rows = value.transpose(1, 2).contiguous() if heads_axis == 1 else value.contiguous()
+    batch, tokens, heads, channels = rows.shape
+    return rows.transpose(1, 2) if heads_axis == 1 else rows, (batch * tokens, heads * channels)
+
+
+def _matrix(
+    node: Node, laid_out: torch.Tensor, shape: tuple[int, ...], is_whole: bool = True
+) -> _Matrix | None:
+    """`node` as a matrix of that shape, if its memory were `laid_out`. If it `is_whole`, readers that would read it
+    otherwise are not allowed, else not counted."""
+    reads: dict[Node, tuple[Node, bool]] = {}
+    views = [(node, laid_out)]
+    for view, value in views:
+        is_plain = value.shape == shape and value.is_contiguous()
+        is_turned = value.shape == shape[::-1] and value.t().is_contiguous()
+        for reader in view.users:
+            if (seen := _viewed(reader, value)) is not None:
+                views.append((reader, seen))
+            elif reader not in reads and (
+                (is_plain and reader.target in _READERS)
+                or (is_turned and reader.target is _mm and reader.args[0] is view)
+            ):
+                reads[reader] = view, not is_plain
+            elif is_whole:
+                return None
+    terms = [
+        reader
+        for reader, (read, is_turned) in reads.items()
+        if not is_turned and reader.target is _mm and reader.args[0] is read
+    ]
+    return _Matrix(terms[0], reads) if len(terms) == 1 else None
+
+
+def _viewed(reader: Node, value: torch.Tensor) -> torch.Tensor | None:
+    """What a view, or a copy that changes nothing, makes of the value; None if it is something else."""
+    if reader.target is _aten.clone.default:
+        return value if value.is_contiguous() else None
+    if reader.target not in _VIEWS:
+        return None
+    seen = _aten.reshape.default if reader.target in _RESHAPES else reader.target
+    seen = seen(value, *reader.args[1:])
+    return seen if seen.untyped_storage()._cdata == value.untyped_storage()._cdata else None
+
+
+def _matrix_of(term: Node) -> _Matrix | None:
+    node: Any = term.args[0]
+    laid_out = torch.empty_like(_value(node), device="meta")
+    return _matrix(node, laid_out, (*laid_out.shape,), is_whole=False) if laid_out.is_contiguous() else None
+
+
+def _fits(rest: _Matrix | None, q: _Matrix, first: Node, order: Mapping[Node, int]) -> bool:
+    """That of v, most likely; whatever it is, it may stand beside the two if it is there in time and not large."""
+    if rest is None or rest.width > q.width:
+        return False
+    return all(order[node] < order[first] for node in _origin(rest.term.args[0])[-1:])
+
+
+def _origin(node: Any) -> list[Node]:
+    """The node and what it is a view of, and so on."""
+    chain = [node]
+    while chain[-1].target in _VIEWS:
+        chain.append(chain[-1].args[0])
+    return chain
+
+
+def _summed_with(term: Node) -> list[Node]:
+    """The products that are summed in a sum with this one, of which nothing else is read."""
+    root, node = None, term
+    while len(node.users) == 1:
+        (user,) = node.users
+        if user.target is _add and not user.kwargs and _are_alike(*user.args):
+            root = user
+        elif user.target not in _VIEWS:
+            break
+        node = user
+    terms, summands = [], [] if root is None else [*root.args]
+    for node in summands:
+        node = next(each for each in _origin(node) if each.target not in _VIEWS or len(each.users) > 1)
+        if len(node.users) > 1:
+            continue
+        if node.target is _add and not node.kwargs and _are_alike(*node.args):
+            summands.extend(node.args)
+        elif node.target is _mm and _are_alike(node, term):
+            terms.append(node)
+    return terms
+
+
+def _are_alike(a: Any, b: Any) -> bool:
+    if not isinstance(a, Node) or not isinstance(b, Node):
+        return False
+    x, y = _value(a), _value(b)
+    return x.shape == y.shape and x.dtype == y.dtype
+
+
+def _pays(matrices: Sequence[_Matrix]) -> bool:
+    """Whether fewer elements are moved: terms that are written and read; against them, weights that are put one under
+    another, and the matrix that is copied."""
+    rows, hidden = _value(matrices[0].term).shape
+    moved = 2 * hidden * sum(matrix.width for matrix in matrices) + sum(
+        2 * rows * each.width for each in matrices[2:]
+    )
+    return bool(2 * (len(matrices) - 1) * rows * hidden > moved)
+
+
+# What is put there -----------------------------------------------------------------------------------------
+
+
+def _call(graph: Graph, target: Any, *args: Any) -> Node:
+    node = graph.call_function(target, args)
+    node.meta["val"] = target(*map_arg(args, _value))
+    return node
+
+
+def _move_before(first: Node, node: Any, order: Mapping[Node, int]) -> None:
+    """With what it is a view of, where that comes later."""
+    for each in reversed(_origin(node)):
+        if order[each] > order[first]:
+            first.prepend(each)
+
+
+def _joined(graph: Graph, backward: Node, rest: Any, heads_axis: int) -> Node:
+    dq, dk, *others = backward.args
+    if backward.target is _rotary:
+        *others, _, _ = others  # dtypes
+        return _call(graph, _ours.rotary_backward_joined.default, dq, dk, rest, heads_axis, *others)
+    *others, _, _, needs_dweights = others
+    args = dq, dk, rest, heads_axis, *others, needs_dweights
+    both = _call(graph, _ours.norm_rotary_backward_joined.default, *args)
+    joined, dweights = (_call(graph, operator.getitem, both, which) for which in (0, 1))
+    for user in [user for user in backward.users if user.args[1] == 2]:
+        user.replace_all_uses_with(dweights)
+    return joined
+
+
+def _join_terms(graph: Graph, joined: Node, terms: Sequence[Node], order: Mapping[Node, int]) -> None:
+    last = max(terms, key=order.__getitem__)
+    with graph.inserting_before(last):
+        weight = _call(graph, _aten.cat.default, [term.args[1] for term in terms])
+        product = _call(graph, _mm, joined, weight)
+    last.replace_all_uses_with(product)
+    for term in terms:
+        if term is not last:
+            summand, (reader,) = term, term.users
+            while reader.target is not _add:
+                summand, (reader,) = reader, reader.users
+            (other,) = (each for each in reader.all_input_nodes if each is not summand)
+            reader.replace_all_uses_with(other)
+            graph.erase_node(reader)
+
+
+def _join_weight_gradients(
+    graph: Graph,
+    joined: Node,
+    gradients: Sequence[Node],
+    bounds: Sequence[tuple[int, int]],
+    order: Mapping[Node, int],
+) -> None:
+    with graph.inserting_before(min(gradients, key=order.__getitem__)):
+        turned = _call(graph, _aten.permute.default, joined, [1, 0])
+        whole = _call(graph, _mm, turned, gradients[0].args[1])
+        for gradient, bound in zip(gradients, bounds, strict=True):
+            gradient.replace_all_uses_with(_call(graph, _aten.slice.Tensor, whole, 0, *bound))
+
+
+def _erase_unused(graph: Graph, backward: Node) -> None:
+    """The node, what was made of its results, and what else has been replaced."""
+    functional = {
+        *_VIEWS,
+        _aten.clone.default,
+        _mm,
+        _add,
+        _aten.slice.Tensor,
+        operator.getitem,
+        backward.target,
+    }
+    for node in reversed(graph.nodes):
+        if not node.users and node.target in functional:
+            graph.erase_node(node)

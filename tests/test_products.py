@@ -1,0 +1,145 @@
+"""One product for the gradients of q, k and v: the same numbers, and what is read otherwise is left."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch._dynamo
+import torch.nn.functional as F
+from torch import nn
+from torch._inductor import config as inductor_config
+
+from liger_compile import functional
+from liger_compile.compile import _with_rewritten_backward
+from liger_compile.ops.registration import keeping_backwards_whole
+from liger_compile.products import join_products
+
+_aten, _ours = torch.ops.aten, torch.ops.liger_compile
+BATCH, TOKENS, HIDDEN, HEADS, KV_HEADS, CHANNELS = 2, 40, 16, 4, 2, 8
+
+
+class Attention(nn.Module):
+    """From a hidden state to what the output projection reads, with ops of ours."""
+
+    def __init__(self, normed=False, heads_first=True, bias=False, v_first=False, v_channels=CHANNELS):
+        super().__init__()
+        self.q = nn.Linear(HIDDEN, HEADS * CHANNELS, bias=bias)
+        self.k = nn.Linear(HIDDEN, KV_HEADS * CHANNELS, bias=bias)
+        self.v = nn.Linear(HIDDEN, KV_HEADS * v_channels, bias=bias)
+        self.q_norm = nn.Parameter(torch.rand(CHANNELS) + 0.5) if normed else None
+        self.k_norm = nn.Parameter(torch.rand(CHANNELS) + 0.5) if normed else None
+        self.heads_first, self.v_first, self.v_channels = heads_first, v_first, v_channels
+        angles = torch.rand(TOKENS, CHANNELS // 2).repeat(1, 2)
+        self.tables = angles.cos()[None], angles.sin()[None]
+
+    def heads(self, x, count, channels=CHANNELS):
+        x = x.view(*x.shape[:2], count, channels)
+        return x.transpose(1, 2) if self.heads_first else x
+
+    def forward(self, x):
+        v = self.v(x) if self.v_first else None
+        q, k = self.heads(self.q(x), HEADS), self.heads(self.k(x), KV_HEADS)
+        v = self.heads(self.v(x) if v is None else v, KV_HEADS, self.v_channels)
+        cos, sin = (table.unsqueeze(1 if self.heads_first else 2) for table in self.tables)
+        if self.q_norm is None:
+            q, k = functional.rotary(q, k, cos, sin)
+        else:
+            q, k = functional.norm_rotary(q, k, self.q_norm, self.k_norm, cos, sin, 1e-6)
+        if not self.heads_first:
+            q, k, v = (each.transpose(1, 2) for each in (q, k, v))
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        return out.transpose(1, 2).flatten(2)
+
+
+def differentiated(function, module, x):
+    out = function(x)
+    upstream = torch.linspace(-1, 1, out.numel(), device=out.device).view_as(out)
+    return torch.autograd.grad(out, (x, *module.parameters()), upstream)
+
+
+def compiled_with_pass(function, seen):
+    class Seen(type(_with_rewritten_backward(None))):
+        def __call__(self, graph):
+            before = sum(node.target is _aten.mm.default for node in graph.nodes)
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr("liger_compile.gradients.BODIES", {})
+                super().__call__(graph)
+            seen.append(
+                (
+                    {node.target._schema.name.split("::")[1] for node in graph.nodes if is_ours(node)},
+                    before - sum(node.target is _aten.mm.default for node in graph.nodes),
+                )
+            )
+            super().__call__(graph)
+            assert not any(map(is_ours, graph.nodes))
+
+    return torch.compile(function, fullgraph=True, options={"post_grad_custom_post_pass": Seen()})
+
+
+def is_ours(node):
+    return getattr(node.target, "namespace", "") == "liger_compile"
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    with inductor_config.patch(force_disable_caches=True):
+        yield
+    torch._dynamo.reset()
+
+
+CASES = {
+    "rotary": {},
+    "normed": {"normed": True},
+    "tokens_first": {"heads_first": False},
+    "bias": {"bias": True},
+    "v_first": {"v_first": True},
+    "v_narrow": {"v_channels": 4, "normed": True},
+}
+
+
+@pytest.mark.parametrize("options", CASES.values(), ids=CASES)
+def test_three_products_become_one(options):
+    module = Attention(**options)
+    x = torch.randn(BATCH, TOKENS, HIDDEN, requires_grad=True)
+    function, seen = (lambda x: module(x.sin())), []
+    expected = differentiated(function, module, x)
+    with keeping_backwards_whole():
+        found = differentiated(compiled_with_pass(function, seen), module, x)
+    op = "norm_rotary_backward_joined" if options.get("normed") else "rotary_backward_joined"
+    assert seen == [(set(), 0), ({op}, 4)], "of six products"
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+        assert one.is_contiguous()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", [None, "reduce-overhead"])
+@pytest.mark.parametrize("options", CASES.values(), ids=CASES)
+def test_on_a_gpu(options, mode, monkeypatch):
+    """What compiles, with kernels: gradients as close to float64's as eager code's."""
+    joined = []
+    monkeypatch.setattr("liger_compile.gradients.join_products", lambda graph: joined.append(_joined(graph)))
+    with torch.device("cuda"):
+        module = Attention(**options)
+        module.tables = tuple(table.to("cuda") for table in module.tables)
+        x = torch.randn(BATCH, TOKENS, HIDDEN, requires_grad=True)
+    function = lambda x: module(x.sin())  # noqa: E731
+    expected = differentiated(function, module, x)
+    compiled = torch.compile(function, backend="liger", mode=mode)
+    for _ in range(3):
+        torch.compiler.cudagraph_mark_step_begin()
+        found = differentiated(compiled, module, x)
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
+    assert joined == [1]
+
+
+def _joined(graph):
+    """How many nodes were replaced."""
+    count = len([node for node in graph.nodes if is_ours(node)])
+    join_products(graph)
+    names = [node.target.name() for node in graph.nodes if is_ours(node)]
+    assert len(names) == count
+    return sum(name.endswith("_joined") for name in names)
