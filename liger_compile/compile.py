@@ -28,7 +28,7 @@ import torch._dynamo
 from torch._dynamo.callback import callback_handler
 from torch.fx import Graph, GraphModule
 
-from liger_compile.gradients import rewrite_backward
+from liger_compile.gradients import rewrite_backward, trace_through
 from liger_compile.ops.embedding import PAYS_FROM
 from liger_compile.ops.registration import keeping_backwards_whole
 from liger_compile.pattern import Pattern
@@ -115,8 +115,8 @@ def _with_embedding_backward(decompositions: Mapping[Any, Callable[..., Any]]) -
 
 
 def _with_rewritten_backward(theirs: Any) -> Any:
-    """`theirs`, passes over the graphs that AOTAutograd has made, and one that has gradients.py change backward's; None
-    where there is no place for it."""
+    """`theirs`, passes over the graphs that AOTAutograd has made, and one that has gradients.py change them; None where
+    there is no place for it."""
     from torch._inductor import custom_graph_pass
     from torch._inductor.decomposition import select_decomp_table
     from torch._inductor.utils import get_donated_idxs
@@ -125,7 +125,8 @@ def _with_rewritten_backward(theirs: Any) -> Any:
         def __call__(self, graph: Graph) -> None:
             # So AOTAutograd calls what a backward is given; forward graphs have none.
             if any(node.name.startswith("tangents") for node in graph.find_nodes(op="placeholder")):
-                rewrite_backward(graph, get_donated_idxs() or (), select_decomp_table())
+                rewrite_backward(graph, get_donated_idxs() or ())
+            trace_through(graph, select_decomp_table())
 
         def uuid(self) -> Any:
             """What the caches know it by. What is donated is not in the key otherwise, and a setting decides it."""

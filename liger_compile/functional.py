@@ -24,6 +24,7 @@ __all__ = [
     "geglu",
     "linear_cross_entropy",
     "norm_rotary",
+    "pre_norm",
     "rms_norm",
     "rotary",
     "rotary_complex",
@@ -60,6 +61,24 @@ def rms_norm(
         eps = torch.finfo(accumulation_dtype(x.dtype)).eps
     y, _ = torch.ops.liger_compile.rms_norm.default(x, weight, eps, offset, casting)
     return y
+
+
+def pre_norm(
+    x: Tensor,
+    weight: Tensor | None = None,
+    eps: float = 1e-6,
+    *,
+    offset: float = 0.0,
+    casting: Literal["llama", "gemma"] = "llama",
+) -> Tensor:
+    """`rms_norm` of a residual stream, for models that backend="liger" compiles.
+
+    The compiler fuses its forward with what is around it; its backward takes the gradients that come in and the one
+    that comes past it, and computes the result again. Arguments and result as in `rms_norm`, eps a number. Eager, it is
+    the same as `rms_norm`, and saves no statistics.
+    """
+    validation.check_norm("pre_norm", x, weight, offset, casting)
+    return torch.ops.liger_compile.pre_norm.default(x, weight, eps, offset, casting)
 
 
 def add_rms_norm(

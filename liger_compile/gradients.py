@@ -1,15 +1,16 @@
 """What is changed in a graph of backward when it is whole.
 
-In: a graph of aten operators as AOTAutograd's partitioner made it and Inductor is about to compile, in which backwards
-of ours may be kept whole. Out: the same graph,
+In: a graph of aten operators as AOTAutograd's partitioner made it and Inductor is about to compile, in which some
+ops of ours are whole. Out: the same graph,
 
 - with one product where products of gradients are summed (products.py);
+- with a norm's backward that takes the sums around it (norms.py);
 - with ops that write in place where a functional one would write a copy of a table as large as the vocabulary:
 
     scale(saved, factor)                saved is for this backward alone ("donated"): it is scaled where it is
     total + embedding_backward(dy, ..)  total is read by nobody else: rows are added where it is, of no table of zeros
 
-- with what those backwards consist of, traced, in their place.
+- with what ops that were kept whole consist of, traced, in their place; graphs of forward too.
 
 Before, in a functional graph, writes could not be said: AOTAutograd traces no mutation of what a backward gets, and
 sums the two gradients of a table that is embedding and head only when it has both.
@@ -29,6 +30,7 @@ from torch.fx import Graph, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from liger_compile.norms import join_norms
 from liger_compile.ops.registration import BODIES
 from liger_compile.products import join_products
 from liger_compile.terms.mutation import storage_of
@@ -40,13 +42,16 @@ _aten, _ours = torch.ops.aten, torch.ops.liger_compile
 _MAKES_MEMORY = (_aten.mm.default, _aten.addmm.default)
 
 
-def rewrite_backward(
-    graph: Graph, donated: Collection[int], decompositions: Mapping[Any, Callable[..., Any]]
-) -> None:
-    """Changes `graph`. `donated`: positions of the placeholders that nobody reads when the graph has run;
-    `decompositions`: of operators that it may not contain."""
+def rewrite_backward(graph: Graph, donated: Collection[int]) -> None:
+    """Changes a graph of backward. `donated`: positions of the placeholders that nobody reads when it has run."""
     join_products(graph)
+    join_norms(graph)
     write_in_place(graph, donated)
+
+
+def trace_through(graph: Graph, decompositions: Mapping[Any, Callable[..., Any]]) -> None:
+    """Puts what ops that were kept whole consist of in their place. `decompositions`: of operators that the graph may
+    not contain."""
     for node in graph.nodes:
         if node.target in BODIES:
             _trace_through(graph, node, decompositions)

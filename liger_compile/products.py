@@ -18,19 +18,29 @@ from typing import Any, NamedTuple
 
 import torch
 from torch.fx import Graph, Node
-from torch.fx.node import map_arg
 
 from liger_compile import ops  # noqa: F401 - registers what torch.ops.liger_compile has
+from liger_compile.aten_graph import (
+    RESHAPES,
+    VIEWS,
+    add,
+    are_alike,
+    call,
+    clone,
+    erase_unused,
+    is_sum,
+    mm,
+    move_before,
+    origin,
+    result,
+    slice_,
+    tensor_of,
+    terms_of,
+)
 
 _aten, _ours = torch.ops.aten, torch.ops.liger_compile
-_mm, _add = _aten.mm.default, _aten.add.Tensor
 _rotary, _norm_rotary = _ours.rotary_backward_whole.default, _ours.norm_rotary_backward_whole.default
-
-_RESHAPES = (_aten.view.default, _aten._unsafe_view.default, _aten.reshape.default)
-_VIEWS = (*_RESHAPES, _aten.permute.default, _aten.transpose.int, _aten.t.default)
-
-
-_READERS = (_mm, _aten.sum.dim_IntList)  # which take a matrix wherever its rows lie
+_READERS = (mm, _aten.sum.dim_IntList)  # which take a matrix wherever its rows lie
 
 
 class _Matrix(NamedTuple):
@@ -43,7 +53,7 @@ class _Matrix(NamedTuple):
 
     @property
     def width(self) -> int:
-        return _value(self.term.args[0]).shape[1]
+        return tensor_of(self.term.args[0]).shape[1]
 
     @property
     def weight_gradient(self) -> Node | None:
@@ -82,55 +92,50 @@ def _join(graph: Graph, backward: Node) -> None:
 
     beside = None if rest is None else rest.term.args[0]
     if rest is not None:
-        first = min((first, *rest.reads), key=order.__getitem__)
-        _move_before(first, beside, order)
+        reads = [reader for reader in rest.reads if order[reader] > order[backward]]
+        first = min((first, *reads), key=order.__getitem__)
+        move_before(first, beside, order)
     with graph.inserting_before(first):
         joined = _joined(graph, backward, beside, heads_axis)
     bounds = [*itertools.pairwise((0, *itertools.accumulate(matrix.width for matrix in matrices)))]
     for matrix, bound in zip((q, k), bounds, strict=False):
         for reader, (read, is_turned) in matrix.reads.items():
             with graph.inserting_before(reader):
-                part = _call(graph, _aten.slice.Tensor, joined, 1, *bound)
-                part = _call(graph, _aten.permute.default, part, [1, 0]) if is_turned else part
+                part = call(graph, slice_, joined, 1, *bound)
+                part = call(graph, _aten.permute.default, part, [1, 0]) if is_turned else part
             reader.replace_input_with(read, part)
     _join_terms(graph, joined, [matrix.term for matrix in matrices], order)
-    weight_gradients = [node for matrix in matrices if (node := matrix.weight_gradient)]
-    if len(weight_gradients) == len(matrices) and all(
-        node.args[1] is weight_gradients[0].args[1] for node in weight_gradients
-    ):
-        _join_weight_gradients(graph, joined, weight_gradients, bounds, order)
-    _erase_unused(graph, backward)
+    gradients = [node for matrix in matrices if (node := matrix.weight_gradient)]
+    is_one = all(order[node] >= order[first] and node.args[1] is gradients[0].args[1] for node in gradients)
+    if len(gradients) == len(matrices) and is_one:
+        _join_weight_gradients(graph, joined, gradients, bounds, order)
+    erase_unused(graph, backward.target)
 
 
 # What is there ---------------------------------------------------------------------------------------------
 
 
-def _value(node: Any) -> torch.Tensor:
-    return node.meta["val"]
-
-
 def _gradients_of(backward: Node) -> list[Node]:
     """Those of q and k, if all sizes are known and all dtypes are one; else none."""
-    incoming = backward.args[:2]
-    gradients = [[user for user in backward.users if user.args[1] == which] for which in (0, 1)]
-    if None in incoming or any(len(nodes) != 1 for nodes in gradients):
+    nodes: Any = *backward.args[:2], result(backward, 0), result(backward, 1)
+    if None in nodes:
         return []
-    values = [_value(node) for node in (*incoming, *gradients[0], *gradients[1])]
-    sizes = [size for value in values for size in value.shape]
-    alike = all(value.dim() == 4 and value.dtype == values[0].dtype for value in values)
-    return [nodes[0] for nodes in gradients] if alike and all(isinstance(size, int) for size in sizes) else []
+    tensors = [tensor_of(node) for node in nodes]
+    are_known = all(isinstance(size, int) for tensor in tensors for size in tensor.shape)
+    is_one = all(tensor.dim() == 4 and tensor.dtype == tensors[0].dtype for tensor in tensors)
+    return [*nodes[2:]] if are_known and is_one else []
 
 
 def _heads_axis(backward: Node) -> int:
     """That along which the tables are the same: 1 or 2, or else 0."""
-    cos = _value(backward.args[2 if backward.target is _rotary else 6])
+    cos = tensor_of(backward.args[2 if backward.target is _rotary else 6])
     sizes = (*(1,) * (4 - cos.dim()), *cos.shape)
     return next((axis for axis in (1, 2) if sizes[axis] == 1), 0)
 
 
 def _laid_out(gradient: Node, heads_axis: int) -> tuple[torch.Tensor, tuple[int, int]]:
     """As it would lie in a matrix of a row for each token, without data, and the shape of that matrix."""
-    value = torch.empty_like(_value(gradient), device="meta")
+    value = torch.empty_like(tensor_of(gradient), device="meta")
     rows = value.transpose(1, 2).contiguous() if heads_axis == 1 else value.contiguous()
     batch, tokens, heads, channels = rows.shape
     return rows.transpose(1, 2) if heads_axis == 1 else rows, (batch * tokens, heads * channels)
@@ -151,7 +156,7 @@ def _matrix(
                 views.append((reader, seen))
             elif reader not in reads and (
                 (is_plain and reader.target in _READERS)
-                or (is_turned and reader.target is _mm and reader.args[0] is view)
+                or (is_turned and reader.target is mm and reader.args[0] is view)
             ):
                 reads[reader] = view, not is_plain
             elif is_whole:
@@ -159,25 +164,25 @@ def _matrix(
     terms = [
         reader
         for reader, (read, is_turned) in reads.items()
-        if not is_turned and reader.target is _mm and reader.args[0] is read
+        if not is_turned and reader.target is mm and reader.args[0] is read
     ]
     return _Matrix(terms[0], reads) if len(terms) == 1 else None
 
 
 def _viewed(reader: Node, value: torch.Tensor) -> torch.Tensor | None:
     """What a view, or a copy that changes nothing, makes of the value; None if it is something else."""
-    if reader.target is _aten.clone.default:
+    if reader.target is clone:
         return value if value.is_contiguous() else None
-    if reader.target not in _VIEWS:
+    if reader.target not in VIEWS:
         return None
-    seen = _aten.reshape.default if reader.target in _RESHAPES else reader.target
+    seen = _aten.reshape.default if reader.target in RESHAPES else reader.target
     seen = seen(value, *reader.args[1:])
     return seen if seen.untyped_storage()._cdata == value.untyped_storage()._cdata else None
 
 
 def _matrix_of(term: Node) -> _Matrix | None:
     node: Any = term.args[0]
-    laid_out = torch.empty_like(_value(node), device="meta")
+    laid_out = torch.empty_like(tensor_of(node), device="meta")
     return _matrix(node, laid_out, (*laid_out.shape,), is_whole=False) if laid_out.is_contiguous() else None
 
 
@@ -185,50 +190,33 @@ def _fits(rest: _Matrix | None, q: _Matrix, first: Node, order: Mapping[Node, in
     """That of v, most likely; whatever it is, it may stand beside the two if it is there in time and not large."""
     if rest is None or rest.width > q.width:
         return False
-    return all(order[node] < order[first] for node in _origin(rest.term.args[0])[-1:])
-
-
-def _origin(node: Any) -> list[Node]:
-    """The node and what it is a view of, and so on."""
-    chain = [node]
-    while chain[-1].target in _VIEWS:
-        chain.append(chain[-1].args[0])
-    return chain
+    return all(order[node] < order[first] for node in origin(rest.term.args[0])[-1:])
 
 
 def _summed_with(term: Node) -> list[Node]:
-    """The products that are summed in a sum with this one, of which nothing else is read."""
-    root, node = None, term
+    """The products that are summed with this one, each read by the sum alone, and this one among them."""
+    root = node = term
     while len(node.users) == 1:
         (user,) = node.users
-        if user.target is _add and not user.kwargs and _are_alike(*user.args):
+        if is_sum(user):
             root = user
-        elif user.target not in _VIEWS:
+        elif user.target not in VIEWS:
             break
         node = user
-    terms, summands = [], [] if root is None else [*root.args]
-    for node in summands:
-        node = next(each for each in _origin(node) if each.target not in _VIEWS or len(each.users) > 1)
-        if len(node.users) > 1:
-            continue
-        if node.target is _add and not node.kwargs and _are_alike(*node.args):
-            summands.extend(node.args)
-        elif node.target is _mm and _are_alike(node, term):
-            terms.append(node)
-    return terms
+    summands = root.args if is_sum(root) else ()
+    products = (_only_read_here(node) for summand in summands for node in terms_of(summand))
+    return [node for node in products if node and node.target is mm and are_alike(node, term)]
 
 
-def _are_alike(a: Any, b: Any) -> bool:
-    if not isinstance(a, Node) or not isinstance(b, Node):
-        return False
-    x, y = _value(a), _value(b)
-    return x.shape == y.shape and x.dtype == y.dtype
+def _only_read_here(node: Node) -> Node | None:
+    """What it is a view of, if nobody reads any of it elsewhere."""
+    return origin(node)[-1] if all(len(each.users) == 1 for each in origin(node)) else None
 
 
 def _pays(matrices: Sequence[_Matrix]) -> bool:
     """Whether fewer elements are moved: terms that are written and read; against them, weights that are put one under
     another, and the matrix that is copied."""
-    rows, hidden = _value(matrices[0].term).shape
+    rows, hidden = tensor_of(matrices[0].term).shape
     moved = 2 * hidden * sum(matrix.width for matrix in matrices) + sum(
         2 * rows * each.width for each in matrices[2:]
     )
@@ -238,28 +226,15 @@ def _pays(matrices: Sequence[_Matrix]) -> bool:
 # What is put there -----------------------------------------------------------------------------------------
 
 
-def _call(graph: Graph, target: Any, *args: Any) -> Node:
-    node = graph.call_function(target, args)
-    node.meta["val"] = target(*map_arg(args, _value))
-    return node
-
-
-def _move_before(first: Node, node: Any, order: Mapping[Node, int]) -> None:
-    """With what it is a view of, where that comes later."""
-    for each in reversed(_origin(node)):
-        if order[each] > order[first]:
-            first.prepend(each)
-
-
 def _joined(graph: Graph, backward: Node, rest: Any, heads_axis: int) -> Node:
     dq, dk, *others = backward.args
     if backward.target is _rotary:
         *others, _, _ = others  # dtypes
-        return _call(graph, _ours.rotary_backward_joined.default, dq, dk, rest, heads_axis, *others)
+        return call(graph, _ours.rotary_backward_joined.default, dq, dk, rest, heads_axis, *others)
     *others, _, _, needs_dweights = others
     args = dq, dk, rest, heads_axis, *others, needs_dweights
-    both = _call(graph, _ours.norm_rotary_backward_joined.default, *args)
-    joined, dweights = (_call(graph, operator.getitem, both, which) for which in (0, 1))
+    both = call(graph, _ours.norm_rotary_backward_joined.default, *args)
+    joined, dweights = (call(graph, operator.getitem, both, which) for which in (0, 1))
     for user in [user for user in backward.users if user.args[1] == 2]:
         user.replace_all_uses_with(dweights)
     return joined
@@ -268,13 +243,13 @@ def _joined(graph: Graph, backward: Node, rest: Any, heads_axis: int) -> Node:
 def _join_terms(graph: Graph, joined: Node, terms: Sequence[Node], order: Mapping[Node, int]) -> None:
     last = max(terms, key=order.__getitem__)
     with graph.inserting_before(last):
-        weight = _call(graph, _aten.cat.default, [term.args[1] for term in terms])
-        product = _call(graph, _mm, joined, weight)
+        weight = call(graph, _aten.cat.default, [term.args[1] for term in terms])
+        product = call(graph, mm, joined, weight)
     last.replace_all_uses_with(product)
     for term in terms:
         if term is not last:
             summand, (reader,) = term, term.users
-            while reader.target is not _add:
+            while reader.target is not add:
                 summand, (reader,) = reader, reader.users
             (other,) = (each for each in reader.all_input_nodes if each is not summand)
             reader.replace_all_uses_with(other)
@@ -289,23 +264,7 @@ def _join_weight_gradients(
     order: Mapping[Node, int],
 ) -> None:
     with graph.inserting_before(min(gradients, key=order.__getitem__)):
-        turned = _call(graph, _aten.permute.default, joined, [1, 0])
-        whole = _call(graph, _mm, turned, gradients[0].args[1])
+        turned = call(graph, _aten.permute.default, joined, [1, 0])
+        whole = call(graph, mm, turned, gradients[0].args[1])
         for gradient, bound in zip(gradients, bounds, strict=True):
-            gradient.replace_all_uses_with(_call(graph, _aten.slice.Tensor, whole, 0, *bound))
-
-
-def _erase_unused(graph: Graph, backward: Node) -> None:
-    """The node, what was made of its results, and what else has been replaced."""
-    functional = {
-        *_VIEWS,
-        _aten.clone.default,
-        _mm,
-        _add,
-        _aten.slice.Tensor,
-        operator.getitem,
-        backward.target,
-    }
-    for node in reversed(graph.nodes):
-        if not node.users and node.target in functional:
-            graph.erase_node(node)
+            gradient.replace_all_uses_with(call(graph, slice_, whole, 0, *bound))

@@ -24,7 +24,7 @@ INTERPRETED_MULTIPROCESSORS = 2  # so that a program has several rows to go thro
 
 
 class launch:
-    """A kernel of a traceable op, to be launched as `launch(kernel)[grid](...)`. It begins with `begin(OVERLAPS)`.
+    """A kernel of a traceable op, to be launched as `launch(kernel)[grid](...)`. It begins with `begin`.
 
     Traced, it is wrapped, so that AOTAutograd sees it. Run right away, by Hopper or a later GPU, its programs may start
     while the kernel before it ends, and wait there for its results (programmatic dependent launch): what the launch
@@ -52,15 +52,18 @@ def _launches_early() -> bool:
 
 
 @triton.jit
-def begin(OVERLAPS: tl.constexpr, LAST: tl.constexpr = False):
-    """Before a program reads or writes anything: the kernel before may still run.
-
-    LAST: the next kernel may not begin beside this one. For short kernels after those whose programs fill the GPU: the
-    next of these would find its places taken, and spread unevenly.
-    """
+def begin(OVERLAPS: tl.constexpr):
+    """Before a program reads or writes anything: the kernel before may still run."""
     if OVERLAPS:
-        if not LAST:
-            gdc_launch_dependents()  # as soon as all programs are here, for the next kernel waits in its turn
+        gdc_launch_dependents()  # as soon as all programs are here, for the next kernel waits in its turn
+        gdc_wait()
+
+
+@triton.jit
+def begin_alone(OVERLAPS: tl.constexpr):
+    """As `begin`, in short kernels: the next one's programs, which may fill the GPU and are as many as it has places,
+    would find some taken by this one, and wait."""
+    if OVERLAPS:
         gdc_wait()
 
 

@@ -13,6 +13,7 @@ dweight in float32; a second kernel adds up the sums in a fixed order, so that t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import begin, launch, num_multiprocessors
+from . import begin, begin_alone, launch, num_multiprocessors
 
 SUM_PROGRAMS, SUM_COLUMNS = 256, 16  # the tile of the kernel that adds up dweight
 
@@ -108,39 +109,90 @@ def backward(
     needs_dweight: bool,
 ) -> tuple[Tensor, Tensor]:
     """(dx, dweight), empty where not needed. ds, if given, is added to dx; x is then the sum s."""
-    needs_dweight = needs_dweight and weight is not None
     dx = x.new_empty(x.shape if needs_dx else 0)
-    x, dy = rows_of(x), rows_of(dy)
-    ds = rows_of(ds) if ds is not None and needs_dx else None
+    ds = ds if needs_dx else None
+    dweight = _launch_backward(
+        [dy], ds, x, weight, rstd, 0.0, offset, dx if needs_dx else None, None, False, needs_dweight
+    )
+    return dx, dweight
+
+
+MOST_SUMMED = 3  # gradients that backward_joined takes
+
+
+def backward_joined(
+    dys: Sequence[Tensor],
+    ds: Tensor | None,
+    x: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    offset: float,
+    casting: str,
+    needs_dweight: bool,
+    needs_y: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dx, dweight, y), the last two empty where not needed: of the sum of dys, with ds added to dx, and y again."""
+    dx = x.new_empty(x.shape)
+    y_dtype = x.dtype if weight is None or casting != "llama" else torch.promote_types(x.dtype, weight.dtype)
+    y = x.new_empty(x.shape if needs_y else 0, dtype=y_dtype)
+    dweight = _launch_backward(
+        dys, ds, x, weight, None, eps, offset, dx, y if needs_y else None, casting == "llama", needs_dweight
+    )
+    return dx, dweight, y
+
+
+def _launch_backward(
+    dys: Sequence[Tensor],
+    ds: Tensor | None,
+    x: Tensor,
+    weight: Tensor | None,
+    rstd: Tensor | None,
+    eps: float,
+    offset: float,
+    dx: Tensor | None,
+    y: Tensor | None,
+    rounds_first: bool,
+    needs_dweight: bool,
+) -> Tensor:
+    """Writes dx and y, and returns dweight or an empty tensor."""
+    x, dys = rows_of(x), [rows_of(dy) for dy in dys]
+    ds = None if ds is None else rows_of(ds)
     num_rows, width = x.shape
-    launched = config(width, max(x.itemsize, dy.itemsize))
+    launched = config(width, max(each.itemsize for each in (x, *dys)))
     num_programs: Any = torch.sym_min(
         num_multiprocessors(x.device) * launched.programs, triton.cdiv(num_rows, launched.rows)
     )
+    needs_dweight = needs_dweight and weight is not None
     sums = x.new_empty((num_programs, width), dtype=torch.float32) if needs_dweight else None
+    dy, *others = dys
+    second, third = (*others, None, None)[: MOST_SUMMED - 1]
+    strides = (0 if each is None else each.stride(0) for each in (dy, second, third, ds, x))
     launch(_backward_kernel)[(num_programs,)](
         dy,
+        second,
+        third,
         ds,
         x,
         None if weight is None else weight.contiguous(),
-        rstd.contiguous(),
-        dx if needs_dx else None,
+        None if rstd is None else rstd.contiguous(),
+        dx,
+        y,
         sums,
         num_rows,
-        dy.stride(0),
-        0 if ds is None else ds.stride(0),
-        x.stride(0),
+        *strides,
         WIDTH=width,
+        EPS=eps,
         OFFSET=offset,
+        ROUNDS_FIRST=rounds_first,
         ROWS=launched.rows,
         MAIN=launched.main,
         TAIL=launched.tail,
-        STAGES=launched.num_stages,
+        STAGES=launched.num_stages if len(dys) == 1 else min(2, launched.num_stages),
         num_warps=launched.num_warps,
     )
     if sums is None or weight is None:
-        return dx, x.new_empty(0)
-    return dx, sum_of_programs(sums, weight.dtype)
+        return x.new_empty(0)
+    return sum_of_programs(sums, weight.dtype)
 
 
 def sum_of_programs(sums: Tensor, dtype: torch.dtype) -> Tensor:
@@ -235,19 +287,26 @@ def _weighted(
 
 @triton.jit
 def _backward_kernel(
-    dy_ptr,  # (N, D), as are ds, x and dx; ds and dx may be None
+    dy_ptr,  # (N, D), as are ds, x, dx and y; ds, dx and y may be None
+    second_ptr,  # what is added to dy, or None
+    third_ptr,
     ds_ptr,
     x_ptr,
     weight_ptr,  # (D) or None
-    rstd_ptr,  # (N)
+    rstd_ptr,  # (N), or None, where it is taken again
     dx_ptr,
+    y_ptr,
     sums_ptr,  # (P, D) in float32, for P programs: what each adds to dweight; or None
     num_rows,
     dy_stride,
+    second_stride,
+    third_stride,
     ds_stride,
     x_stride,
     WIDTH: tl.constexpr,
+    EPS: tl.constexpr,
     OFFSET: tl.constexpr,
+    ROUNDS_FIRST: tl.constexpr,
     ROWS: tl.constexpr,
     MAIN: tl.constexpr,
     TAIL: tl.constexpr,
@@ -269,13 +328,28 @@ def _backward_kernel(
     for block in tl.range(program, tl.cdiv(num_rows, ROWS), tl.num_programs(0), num_stages=STAGES):
         rows = (block * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
         is_row = rows < num_rows
-        rstd = tl.load(rstd_ptr + rows, is_row, other=0.0)
         x_at, dy_at = x_ptr + rows * x_stride, dy_ptr + rows * dy_stride
-        main_normed = tl.load(x_at + main, is_row & is_main, other=0.0).to(tl.float32) * rstd
+        main_normed = tl.load(x_at + main, is_row & is_main, other=0.0).to(tl.float32)
         main_g = tl.load(dy_at + main, is_row & is_main, other=0.0).to(tl.float32)
+        main_g += _read_or_zero(second_ptr, rows, main, is_row & is_main, second_stride)
+        main_g += _read_or_zero(third_ptr, rows, main, is_row & is_main, third_stride)
         if TAIL:
-            tail_normed = tl.load(x_at + tail, is_row & is_tail, other=0.0).to(tl.float32) * rstd
+            tail_normed = tl.load(x_at + tail, is_row & is_tail, other=0.0).to(tl.float32)
             tail_g = tl.load(dy_at + tail, is_row & is_tail, other=0.0).to(tl.float32)
+            tail_g += _read_or_zero(second_ptr, rows, tail, is_row & is_tail, second_stride)
+            tail_g += _read_or_zero(third_ptr, rows, tail, is_row & is_tail, third_stride)
+        if rstd_ptr is None:
+            squares = tl.sum(main_normed * main_normed, 1, keep_dims=True)
+            if TAIL:
+                squares += tl.sum(tail_normed * tail_normed, 1, keep_dims=True)
+            rstd = tl.rsqrt(squares / WIDTH + EPS)
+        else:
+            rstd = tl.load(rstd_ptr + rows, is_row, other=0.0)
+        main_normed *= rstd
+        _write_y(y_ptr, x_ptr, main_normed, main_gain, rows, main, is_row & is_main, WIDTH, ROUNDS_FIRST)
+        if TAIL:
+            tail_normed *= rstd
+            _write_y(y_ptr, x_ptr, tail_normed, tail_gain, rows, tail, is_row & is_tail, WIDTH, ROUNDS_FIRST)
         if sums_ptr is not None:
             main_sum += main_g * main_normed
             if TAIL:
@@ -298,6 +372,25 @@ def _backward_kernel(
         tl.store(sums_at + main, tl.sum(main_sum, 0, keep_dims=True), is_main)
         if TAIL:
             tl.store(sums_at + tail, tl.sum(tail_sum, 0, keep_dims=True), is_tail)
+
+
+@triton.jit
+def _read_or_zero(x_ptr, rows, columns, mask, stride):
+    if x_ptr is None:
+        x = 0.0
+    else:
+        x = tl.load(x_ptr + rows * stride + columns, mask, other=0.0).to(tl.float32)
+    return x
+
+
+@triton.jit
+def _write_y(
+    y_ptr, x_ptr, normed, gain, rows, columns, mask, WIDTH: tl.constexpr, ROUNDS_FIRST: tl.constexpr
+):
+    if y_ptr is not None:
+        if ROUNDS_FIRST:
+            normed = normed.to(x_ptr.dtype.element_ty).to(tl.float32)
+        tl.store(y_ptr + rows * WIDTH + columns, normed * gain, mask)
 
 
 @triton.jit
@@ -328,7 +421,7 @@ def _sum_kernel(
     COLUMNS: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ):
-    begin(OVERLAPS, LAST=True)
+    begin_alone(OVERLAPS)
     columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     total = tl.zeros([PROGRAMS, COLUMNS], tl.float32)
     for first in tl.range(0, num_programs, PROGRAMS):

@@ -60,6 +60,56 @@ def test_without_a_weight(device, dtype):
     assert_right("llama", x, residual=residual)
 
 
+class Joined(torch.autograd.Function):
+    """A residual stream and its norm, read `count` times, with the backward that takes it all in one pass."""
+
+    @staticmethod
+    def forward(ctx, count, options, x, weight):
+        ctx.mode = EPS, options.get("offset", 0.0), options.get("casting", "llama")
+        y = L.pre_norm(x, weight, EPS, **options)
+        ctx.save_for_backward(x, weight, y)
+        return *(y.clone() for _ in range(count)), x.clone()
+
+    @staticmethod
+    def backward(ctx, *dys):
+        x, weight, y = ctx.saved_tensors
+        *dys, ds = dys
+        mode = *ctx.mode, weight is not None, True
+        dx, dweight, again = torch.ops.liger_compile.pre_norm_backward_joined(dys, ds, x, weight, *mode)
+        assert again.dtype == y.dtype
+        torch.testing.assert_close(again, y, rtol=torch.finfo(y.dtype).eps, atol=1e-6)
+        return None, None, dx, None if weight is None else dweight
+
+
+@by_spelling
+@by_dtype
+@pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.parametrize("width", [3, 96, 1000, 1500])
+def test_backward_with_the_sums_around_it(device, width, count, dtype, spelling):
+    eager, options = SPELLINGS[spelling]
+    x, weight = randn(2, 7, width, device=device, dtype=dtype), randn(width, device=device, dtype=dtype)
+
+    def plain(x, weight):
+        y = eager(x, weight)
+        return *(y.clone() for _ in range(count)), x.clone()
+
+    def ours(x, weight):
+        return Joined.apply(count, options, x, weight)
+
+    assert_no_worse_than_eager(kernels, ours, plain, [leaf(x), leaf(weight)])
+
+
+@by_dtype
+def test_backward_with_the_sums_around_it_without_a_weight(device, dtype):
+    def plain(x):
+        return llama(x, None), x.clone()
+
+    def ours(x):
+        return Joined.apply(1, {}, x, None)
+
+    assert_no_worse_than_eager(kernels, ours, plain, [leaf(randn(5, 96, device=device, dtype=dtype))])
+
+
 @by_spelling
 @pytest.mark.parametrize(
     "shape", [(1, 1), (1, 1500), (7, 1), (0, 64), (2, 0, 64), (3, 2, 5, 64), (64,)], ids=str

@@ -1,0 +1,79 @@
+"""What the rewrites of AOTAutograd's graphs share: values, views, sums, and nodes that are put in."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+from torch.fx.node import map_arg
+
+_aten = torch.ops.aten
+
+RESHAPES = (_aten.view.default, _aten._unsafe_view.default, _aten.reshape.default)
+VIEWS = (*RESHAPES, _aten.permute.default, _aten.transpose.int, _aten.t.default)
+mm, add, clone, slice_ = _aten.mm.default, _aten.add.Tensor, _aten.clone.default, _aten.slice.Tensor
+
+
+def tensor_of(node: Any) -> torch.Tensor:
+    return node.meta["val"]
+
+
+def are_alike(a: Any, b: Any) -> bool:
+    if not isinstance(a, Node) or not isinstance(b, Node):
+        return False
+    x, y = tensor_of(a), tensor_of(b)
+    return x.shape == y.shape and x.dtype == y.dtype
+
+
+def origin(node: Any) -> list[Node]:
+    """The node and what it is a view of, and so on."""
+    chain = [node]
+    while chain[-1].target in VIEWS:
+        chain.append(chain[-1].args[0])
+    return chain
+
+
+def is_sum(node: Node) -> bool:
+    """Of two different tensors of one shape and dtype."""
+    if node.target is not add or node.kwargs:
+        return False
+    a, b = node.args
+    return a is not b and are_alike(a, b)
+
+
+def terms_of(node: Any) -> list[Node]:
+    """What is summed there, sums of which something else is read being one. Views of sums are looked through."""
+    first = next(each for each in origin(node) if each.target not in VIEWS or len(each.users) > 1)
+    if not is_sum(first) or len(first.users) > 1:
+        return [node]
+    return [term for each in first.args for term in terms_of(each)]
+
+
+def result(node: Node, which: int) -> Node | None:
+    """One of several, if it is picked, and only once."""
+    picked = [user for user in node.users if user.args[1] == which]
+    return picked[0] if len(picked) == 1 else None
+
+
+def call(graph: Graph, target: Any, *args: Any) -> Node:
+    node = graph.call_function(target, args)
+    node.meta["val"] = target(*map_arg(args, tensor_of))
+    return node
+
+
+def move_before(first: Node, node: Any, order: Mapping[Node, int]) -> None:
+    """With what it is a view of, where that comes later."""
+    for each in reversed(origin(node)):
+        if order[each] > order[first]:
+            first.prepend(each)
+
+
+def erase_unused(graph: Graph, *targets: Any) -> None:
+    """What has been replaced: nodes of these targets, what was made of their results, views and sums."""
+    functional = {*VIEWS, mm, add, clone, slice_, operator.getitem, *targets}
+    for node in reversed(graph.nodes):
+        if not node.users and node.target in functional:
+            graph.erase_node(node)

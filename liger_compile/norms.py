@@ -1,0 +1,100 @@
+"""The backward of a norm with what is around it: a rewrite of a graph of backward, before gradients.py traces it.
+
+In: a functional graph of aten operators, in which forward and backward of pre_norm are one node each: the norm of a
+residual stream, computed again for the gradients of the weights that its result was multiplied with. Out:
+
+    dx, dweight = backward(a + b + .., x, weight)
+    dx + ds, norm(x, weight)                        dx, dweight, y = backward of all of it, in one pass over x
+
+A compiler can fuse as much, but for the sum over the rows, dweight.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+
+from liger_compile import ops  # noqa: F401 - registers what torch.ops.liger_compile has
+from liger_compile.aten_graph import (
+    VIEWS,
+    call,
+    erase_unused,
+    is_sum,
+    mm,
+    origin,
+    result,
+    tensor_of,
+    terms_of,
+)
+
+_aten, _ours = torch.ops.aten, torch.ops.liger_compile
+_norm, _backward = _ours.pre_norm.default, _ours.pre_norm_backward.default
+
+MOST_SUMMED = 3  # gradients that the kernel takes
+_PRODUCTS = (mm, _aten.addmm.default, _aten.bmm.default)
+
+
+def join_norms(graph: Graph) -> None:
+    """Changes `graph`."""
+    for node in graph.find_nodes(op="call_function", target=_backward):
+        _join(graph, node)
+
+
+def _join(graph: Graph, backward: Node) -> None:
+    dy, x, weight, *mode, needs_dweight = backward.args
+    dys = terms_of(dy)
+    if len(dys) > MOST_SUMMED or not all(origin(each)[-1].target in _PRODUCTS for each in dys):
+        return  # other gradients are best computed where they are read
+    order = {node: position for position, node in enumerate(graph.nodes)}
+    dx, dweight = result(backward, 0), result(backward, 1)
+    total, ds = _added_to(dx, order[backward], order)
+    norm = _norm_of(graph, x, weight, mode)
+    moved = () if norm is None else _between(norm, backward, order)
+    if norm is not None and (backward in moved or ds in moved):
+        norm, moved = None, ()  # x, or what comes past it, is made of y
+
+    args = dys, ds, x, weight, *mode, needs_dweight, norm is not None
+    with graph.inserting_before(backward):
+        joined = call(graph, _ours.pre_norm_backward_joined.default, *args)
+        new_dx, new_dweight, y = (call(graph, operator.getitem, joined, which) for which in range(3))
+        if total is not None:
+            new_dx = call(graph, _aten.reshape.default, new_dx, [*tensor_of(total).shape])
+    for old, new in ((total or dx, new_dx), (dweight, new_dweight), (norm, y)):
+        if old is not None:
+            old.replace_all_uses_with(new)
+    for node in moved:
+        backward.prepend(node)
+    erase_unused(graph, _backward, _norm)
+
+
+def _added_to(dx: Node | None, at: int, order: Mapping[Node, int]) -> tuple[Node | None, Node | None]:
+    """The sum that dx, and nothing else of it, goes into, and what is added to it there, if it is known in time."""
+    node = dx
+    while node is not None and len(node.users) == 1:
+        (user,) = node.users
+        if is_sum(user):
+            (other,) = (each for each in user.all_input_nodes if each is not node)
+            return (user, other) if order[other] < at else (None, None)
+        node = user if user.target in VIEWS else None
+    return None, None
+
+
+def _norm_of(graph: Graph, x: Any, weight: Any, mode: Sequence[Any]) -> Node | None:
+    found = [
+        node for node in graph.find_nodes(op="call_function", target=_norm) if node.args == (x, weight, *mode)
+    ]
+    return found[0] if len(found) == 1 else None
+
+
+def _between(norm: Node, backward: Node, order: Mapping[Node, int]) -> list[Node]:
+    """What is computed of y before backward, and backward itself if it is; in order."""
+    found, reached = {norm}, [norm]
+    for node in reached:
+        new = [user for user in node.users if user not in found and order[user] <= order[backward]]
+        found.update(new)
+        reached.extend(new)
+    return sorted(found - {norm}, key=order.__getitem__)

@@ -1,0 +1,188 @@
+"""A norm's backward with the sums around it: the same numbers, and what is read otherwise is left."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch._dynamo
+from torch import nn
+from torch._inductor import config as inductor_config
+
+from liger_compile import functional, norms
+from liger_compile.compile import _with_rewritten_backward
+
+_ours = torch.ops.liger_compile
+BATCH, TOKENS, HIDDEN = 2, 12, 16
+MODES = {
+    "llama": {"casting": "llama"},
+    "gemma": {"casting": "gemma", "offset": 1.0},
+}
+
+
+class Block(nn.Module):
+    """A residual stream, its norm, and some linear layers that read that."""
+
+    def __init__(self, layers=2, has_weight=True, passes_by=True, **mode):
+        super().__init__()
+        self.before = nn.Linear(HIDDEN, HIDDEN)
+        self.weight = nn.Parameter(torch.rand(HIDDEN) + 0.5) if has_weight else None
+        self.layers = nn.ModuleList(nn.Linear(HIDDEN, HIDDEN, bias=False) for _ in range(layers))
+        self.passes_by, self.mode = passes_by, mode
+
+    def forward(self, x):
+        x = self.before(x)
+        y = functional.pre_norm(x, self.weight, 1e-6, **self.mode)
+        out = sum(layer(y).sin() for layer in self.layers)
+        return x + out if self.passes_by else out
+
+
+class Seen(type(_with_rewritten_backward(None))):
+    """The pass, and what of ours is in the graphs before ops are traced through."""
+
+    def __init__(self):
+        self.graphs = []
+
+    def __call__(self, graph):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("liger_compile.gradients.BODIES", {})
+            super().__call__(graph)
+        self.graphs.append([name_of(node) for node in graph.nodes if is_ours(node)])
+        super().__call__(graph)
+        assert not any(map(is_ours, graph.nodes))
+
+
+def is_ours(node):
+    return getattr(node.target, "namespace", "") == "liger_compile"
+
+
+def name_of(node):
+    return node.target._schema.name.split("::")[1]
+
+
+def differentiated(function, module, x):
+    out = function(x)
+    upstream = torch.linspace(-1, 1, out.numel(), device=out.device, dtype=out.dtype).view_as(out)
+    return out, *torch.autograd.grad(out, (x, *module.parameters()), upstream)
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    with inductor_config.patch(force_disable_caches=True):
+        yield
+    torch._dynamo.reset()
+
+
+def graphs_of(module, x, dynamic=False, function=None):
+    """What of ours is in the graphs of forward and of backward, after a comparison with eager code."""
+    seen, function = Seen(), function or module
+    expected = differentiated(function, module, x)
+    options = {"post_grad_custom_post_pass": seen}
+    compiled = torch.compile(function, fullgraph=True, dynamic=dynamic, options=options)
+    for one, other in zip(differentiated(compiled, module, x), expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+    return seen.graphs
+
+
+def inputs():
+    return torch.randn(BATCH, TOKENS, HIDDEN, requires_grad=True)
+
+
+@pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
+@pytest.mark.parametrize("layers", [1, 3])
+@pytest.mark.parametrize("passes_by", [True, False])
+def test_one_op_takes_all_of_it(mode, layers, passes_by):
+    module = Block(layers, passes_by=passes_by, **mode)
+    forward, backward = graphs_of(module, inputs())
+    assert (forward, backward) == (["pre_norm"], ["pre_norm_backward_joined"])
+
+
+def test_without_a_weight():
+    assert graphs_of(Block(has_weight=False), inputs())[1] == ["pre_norm_backward_joined"]
+
+
+def test_with_frozen_weights():
+    module = Block()
+    for parameter in module.parameters():
+        parameter.requires_grad_(False)
+    x = inputs()
+    seen = Seen()
+    compiled = torch.compile(module, fullgraph=True, options={"post_grad_custom_post_pass": seen})
+    found, expected = (
+        (function(x).sum(), *torch.autograd.grad(function(x).sum(), x)) for function in (compiled, module)
+    )
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+    assert seen.graphs[-1] == ["pre_norm_backward_joined"]
+
+
+def test_more_gradients_than_the_kernel_takes():
+    assert graphs_of(Block(4), inputs())[1] == ["pre_norm_backward"]
+
+
+def test_gradients_that_are_no_products():
+    module = Block(1)
+    module.layers = nn.ModuleList([nn.Tanh()])
+    assert graphs_of(module, inputs())[1] == ["pre_norm_backward"]
+
+
+def test_sizes_that_are_not_known():
+    forward, backward = graphs_of(Block(), inputs(), dynamic=True)
+    assert forward == ["pre_norm"] and backward in (["pre_norm_backward"], ["pre_norm_backward_joined"])
+
+
+class Spelled(Block):
+    """The norm as a model has it."""
+
+    def forward(self, x):
+        x = self.before(x)
+        y = self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6))
+        return x + sum(layer(y).sin() for layer in self.layers)
+
+
+@pytest.mark.parametrize("recompute", ["auto", "off"])
+def test_what_is_not_kept_is_computed_in_the_same_pass(monkeypatch, recompute):
+    """The backend as on a GPU: norms are replaced, and marked."""
+    joined = []
+
+    def join(graph):
+        norms.join_norms(graph)
+        joined.extend(node for node in graph.nodes if is_ours(node) and name_of(node) != "pre_norm")
+
+    monkeypatch.setattr("liger_compile.gradients.join_norms", join)
+    monkeypatch.setattr("liger_compile.compile._is_on_gpu", lambda inputs: True)
+    module, x = Spelled(), inputs()
+    expected = differentiated(module, module, x)
+    options = {"liger.policy": "always", "liger.recompute": recompute}
+    found = differentiated(torch.compile(module, backend="liger", options=options), module, x)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+    ((name, needs_y),) = [(name_of(node), node.args[-1]) for node in joined]
+    assert (name, needs_y) == ("pre_norm_backward_joined", recompute == "auto")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layers", [1, 2, 3])
+def test_on_a_gpu(dtype, layers, monkeypatch):
+    """Gradients are as close to float64's as eager code's, or twice as far."""
+    joined = []
+
+    def join(graph):
+        norms.join_norms(graph)
+        joined.extend(name_of(node) for node in graph.nodes if is_ours(node))
+
+    monkeypatch.setattr("liger_compile.gradients.join_norms", join)
+    with torch.device("cuda"):
+        module, x = Spelled(layers).to(dtype), inputs().to(dtype).detach().requires_grad_()
+    found = differentiated(torch.compile(module, backend="liger"), module, x)
+    assert joined == ["pre_norm_backward_joined"]
+    eager = differentiated(module, module, x)
+    wide = copy.deepcopy(module).double()
+    truth = differentiated(wide, wide, x.detach().double().requires_grad_())
+    for ours, theirs, true in zip(found, eager, truth, strict=True):
+        floor = torch.finfo(dtype).eps * true.norm()
+        assert (ours.double() - true).norm() <= 2 * (theirs.double() - true).norm() + floor
