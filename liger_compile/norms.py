@@ -35,7 +35,8 @@ _aten, _ours = torch.ops.aten, torch.ops.liger_compile
 _norm, _backward = _ours.pre_norm.default, _ours.pre_norm_backward.default
 
 MOST_SUMMED = 3  # gradients that the kernel takes
-_PRODUCTS = (mm, _aten.addmm.default, _aten.bmm.default)
+# What is in memory anyway, not computed where it is read: products, results of several, and what is given.
+_IN_MEMORY = (mm, _aten.addmm.default, _aten.bmm.default, _ours.scale.default, operator.getitem)
 
 
 def join_norms(graph: Graph) -> None:
@@ -47,8 +48,8 @@ def join_norms(graph: Graph) -> None:
 def _join(graph: Graph, backward: Node) -> None:
     dy, x, weight, *mode, needs_dweight = backward.args
     dys = terms_of(dy)
-    if len(dys) > MOST_SUMMED or not all(origin(each)[-1].target in _PRODUCTS for each in dys):
-        return  # other gradients are best computed where they are read
+    if len(dys) > MOST_SUMMED or not all(origin(each)[-1].target in _IN_MEMORY for each in dys):
+        return  # a compiler had best compute others where it reads them
     order = {node: position for position, node in enumerate(graph.nodes)}
     dx, dweight = result(backward, 0), result(backward, 1)
     total, ds = _added_to(dx, order[backward], order)

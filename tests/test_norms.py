@@ -139,7 +139,8 @@ class Spelled(Block):
 
     def forward(self, x):
         x = self.before(x)
-        y = self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6))
+        wide = x.float()
+        y = self.weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
         return x + sum(layer(y).sin() for layer in self.layers)
 
 

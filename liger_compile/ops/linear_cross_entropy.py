@@ -361,11 +361,13 @@ def _scaled(
                 f"linear_cross_entropy: expected needs_{name}=True for an input that requires grad, got False; "
                 "call liger_compile.functional.linear_cross_entropy, which sets it"
             )
-    if type(dloss) is not Tensor:  # traced: Inductor makes one kernel of it and what follows
-        scaled = [(gradient.to(dloss.dtype) * dloss).to(gradient.dtype) for gradient in gradients]
-        if needs[1] and gradients[1].is_cuda:  # but dweight is too large to be read for a factor of 1
-            scaled[1] = torch.ops.liger_compile.scale.default(gradients[1], dloss)
-        return scaled
+    if type(dloss) is not Tensor:  # traced: Inductor makes one kernel of it and what follows, on a CPU
+        if gradients[0].is_cuda:  # gradients.py has it done in place, where nothing is read for a factor of 1
+            scale = torch.ops.liger_compile.scale.default
+            return [
+                scale(each, dloss) if needed else each for each, needed in zip(gradients, needs, strict=True)
+            ]
+        return [(gradient.to(dloss.dtype) * dloss).to(gradient.dtype) for gradient in gradients]
     # In place if this was the last backward: dweight is too large to have it twice for no reason.
     keeps = graph_is_retained()
     return [scale_into(each, dloss, torch.empty_like(each) if keeps else each) for each in gradients]
