@@ -71,14 +71,15 @@ def pre_norm(
     offset: float = 0.0,
     casting: Literal["llama", "gemma"] = "llama",
 ) -> Tensor:
-    """`rms_norm` of a residual stream, for models that backend="liger" compiles.
+    """`rms_norm` of a residual stream, in models that backend="liger" compiles for a GPU.
 
-    The compiler fuses its forward with what is around it; its backward takes the gradients that come in and the one
-    that comes past it, and computes the result again. Arguments and result as in `rms_norm`, eps a number. Eager, it is
-    the same as `rms_norm`, and saves no statistics.
+    Inductor fuses its forward with what is around it; its backward takes the gradients that come in and the one that
+    comes past it, and computes the result again. Elsewhere it is plain PyTorch, and `rms_norm` is faster. Arguments and
+    result as in `rms_norm`, eps a number.
     """
     validation.check_norm("pre_norm", x, weight, offset, casting)
-    return torch.ops.liger_compile.pre_norm.default(x, weight, eps, offset, casting)
+    rstd = torch.ops.liger_compile.pre_norm_statistics.default(x, eps)
+    return torch.ops.liger_compile.pre_norm.default(x, rstd, weight, offset, casting)
 
 
 def add_rms_norm(

@@ -35,7 +35,6 @@ _aten, _ours = torch.ops.aten, torch.ops.liger_compile
 _norm, _backward = _ours.pre_norm.default, _ours.pre_norm_backward.default
 
 MOST_SUMMED = 3  # gradients that the kernel takes
-# What is in memory anyway, not computed where it is read: products, results of several, and what is given.
 _IN_MEMORY = (mm, _aten.addmm.default, _aten.bmm.default, _ours.scale.default, operator.getitem)
 
 
@@ -46,19 +45,19 @@ def join_norms(graph: Graph) -> None:
 
 
 def _join(graph: Graph, backward: Node) -> None:
-    dy, x, weight, *mode, needs_dweight = backward.args
+    dy, *of, needs_dweight = backward.args
     dys = terms_of(dy)
-    if len(dys) > MOST_SUMMED or not all(origin(each)[-1].target in _IN_MEMORY for each in dys):
+    if len(dys) > MOST_SUMMED or not all(_is_in_memory(origin(each)[-1]) for each in dys):
         return  # a compiler had best compute others where it reads them
     order = {node: position for position, node in enumerate(graph.nodes)}
     dx, dweight = result(backward, 0), result(backward, 1)
     total, ds = _added_to(dx, order[backward], order)
-    norm = _norm_of(graph, x, weight, mode)
+    norm = _norm_of(graph, of)
     moved = () if norm is None else _between(norm, backward, order)
     if norm is not None and (backward in moved or ds in moved):
         norm, moved = None, ()  # x, or what comes past it, is made of y
 
-    args = dys, ds, x, weight, *mode, needs_dweight, norm is not None
+    args = dys, ds, *of, needs_dweight, norm is not None
     with graph.inserting_before(backward):
         joined = call(graph, _ours.pre_norm_backward_joined.default, *args)
         new_dx, new_dweight, y = (call(graph, operator.getitem, joined, which) for which in range(3))
@@ -70,6 +69,11 @@ def _join(graph: Graph, backward: Node) -> None:
     for node in moved:
         backward.prepend(node)
     erase_unused(graph, _backward, _norm)
+
+
+def _is_in_memory(node: Node) -> bool:
+    """Anyway, and not computed where it is read."""
+    return node.op == "placeholder" or node.target in _IN_MEMORY
 
 
 def _added_to(dx: Node | None, at: int, order: Mapping[Node, int]) -> tuple[Node | None, Node | None]:
@@ -84,10 +88,8 @@ def _added_to(dx: Node | None, at: int, order: Mapping[Node, int]) -> tuple[Node
     return None, None
 
 
-def _norm_of(graph: Graph, x: Any, weight: Any, mode: Sequence[Any]) -> Node | None:
-    found = [
-        node for node in graph.find_nodes(op="call_function", target=_norm) if node.args == (x, weight, *mode)
-    ]
+def _norm_of(graph: Graph, of: Sequence[Any]) -> Node | None:
+    found = [node for node in graph.find_nodes(op="call_function", target=_norm) if node.args == (*of,)]
     return found[0] if len(found) == 1 else None
 
 

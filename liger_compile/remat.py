@@ -28,7 +28,7 @@ def mark_for_recompute(decisions: Iterable[Decision]) -> None:
 def _cheap_nodes(decision: Decision) -> Iterator[Node]:
     match = decision.match
     if decision.kind == "replace" and match.pattern.is_cheap:
-        yield from decision.inserted
+        yield from (node for node in decision.inserted if not _is_one_a_row(node))
     if decision.kind == "annotate":
         kept = match.outputs if decision.keeps_outputs else ()
         yield from (node for node in match.nodes if node not in kept and not _is_one_a_row(node))

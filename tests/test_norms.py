@@ -9,12 +9,15 @@ import torch
 import torch._dynamo
 from torch import nn
 from torch._inductor import config as inductor_config
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._pytree import tree_leaves
 
 from liger_compile import functional, norms
 from liger_compile.compile import _with_rewritten_backward
 
 _ours = torch.ops.liger_compile
 BATCH, TOKENS, HIDDEN = 2, 12, 16
+FORWARD = ["pre_norm_statistics", "pre_norm"]
 MODES = {
     "llama": {"casting": "llama"},
     "gemma": {"casting": "gemma", "offset": 1.0},
@@ -97,7 +100,7 @@ def inputs():
 def test_one_op_takes_all_of_it(mode, layers, passes_by):
     module = Block(layers, passes_by=passes_by, **mode)
     forward, backward = graphs_of(module, inputs())
-    assert (forward, backward) == (["pre_norm"], ["pre_norm_backward_joined"])
+    assert (forward, backward) == (FORWARD, ["pre_norm_backward_joined"])
 
 
 def test_without_a_weight():
@@ -131,7 +134,7 @@ def test_gradients_that_are_no_products():
 
 def test_sizes_that_are_not_known():
     forward, backward = graphs_of(Block(), inputs(), dynamic=True)
-    assert forward == ["pre_norm"] and backward in (["pre_norm_backward"], ["pre_norm_backward_joined"])
+    assert forward == FORWARD and backward in (["pre_norm_backward"], ["pre_norm_backward_joined"])
 
 
 class Spelled(Block):
@@ -163,6 +166,93 @@ def test_what_is_not_kept_is_computed_in_the_same_pass(monkeypatch, recompute):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
     ((name, needs_y),) = [(name_of(node), node.args[-1]) for node in joined]
     assert (name, needs_y) == ("pre_norm_backward_joined", recompute == "auto")
+
+
+# Graphs as they are written ---------------------------------------------------------------------------------
+
+MODE = 0.0, "llama"
+
+
+def norm(x, rstd, weight):
+    return _ours.pre_norm.default(x, rstd, weight, *MODE)
+
+
+def backward(dy, x, rstd, weight):
+    return _ours.pre_norm_backward.default(dy, x, rstd, weight, *MODE, True)
+
+
+def all_of_it(g, ds, x, rstd, weight, w):
+    y = norm(x, rstd, weight)
+    dx, dweight = backward(g @ w + g.t() @ w, x, rstd, weight)
+    return ds + dx, dweight, g.t() @ y
+
+
+def nothing_comes_past(g, ds, x, rstd, weight, w):
+    dx, dweight = backward(g @ w, x, rstd, weight)
+    return dx.cos(), dweight, norm(x, rstd, weight) @ w
+
+
+def two_read_the_gradient(g, ds, x, rstd, weight, w):
+    dx, dweight = backward(g @ w, x, rstd, weight)
+    return ds + dx, dx, dweight
+
+
+def what_comes_past_is_late(g, ds, x, rstd, weight, w):
+    dx, dweight = backward(g @ w, x, rstd, weight)
+    return dx + ds.cos(), dweight
+
+
+def of_another_norm(g, ds, x, rstd, weight, w):
+    dx, dweight = backward(g @ w, x, rstd, weight)
+    return ds + dx, dweight, norm(x, rstd, weight.cos()) @ w
+
+
+def gradient_made_of_the_norm(g, ds, x, rstd, weight, w):
+    """As in a checkpoint, where forward is run again before backward."""
+    y = norm(x, rstd, weight)
+    dx, dweight = backward((g * y) @ w, x, rstd, weight)
+    return ds + dx, dweight
+
+
+def what_comes_past_made_of_the_norm(g, ds, x, rstd, weight, w):
+    y = norm(x, rstd, weight)
+    past = y @ w
+    dx, dweight = backward(g @ w, x, rstd, weight)
+    return past + dx, dweight
+
+
+def computed_gradient(g, ds, x, rstd, weight, w):
+    dx, dweight = backward((g @ w).cos(), x, rstd, weight)
+    return ds + dx, dweight
+
+
+# Whether the gradient that comes past is added, and the norm computed again.
+GRAPHS = {
+    all_of_it: (True, True),
+    nothing_comes_past: (False, True),
+    two_read_the_gradient: (False, False),
+    what_comes_past_is_late: (False, False),
+    of_another_norm: (True, False),
+    gradient_made_of_the_norm: (True, False),
+    what_comes_past_made_of_the_norm: (True, False),
+    computed_gradient: None,
+}
+
+
+@pytest.mark.parametrize("function", GRAPHS, ids=lambda function: function.__name__)
+def test_what_is_joined_and_what_is_left(function):
+    g, ds, x, w = (torch.randn(HIDDEN, HIDDEN) for _ in range(4))
+    arguments = g, ds, x, torch.rand(HIDDEN, 1), torch.rand(HIDDEN) + 0.5, w
+    gm = make_fx(function, tracing_mode="fake")(*arguments)
+    norms.join_norms(gm.graph)
+    gm.graph.lint()
+    gm.recompile()
+    for one, other in zip(*(tree_leaves(each(*arguments)) for each in (gm, function)), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+    joined = gm.graph.find_nodes(op="call_function", target=_ours.pre_norm_backward_joined.default)
+    assert [(node.args[1] is not None, node.args[-1]) for node in joined] == [
+        each for each in [GRAPHS[function]] if each
+    ]
 
 
 @pytest.mark.gpu

@@ -8,6 +8,8 @@ import torch._dynamo
 import torch.nn.functional as F
 from torch import nn
 from torch._inductor import config as inductor_config
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._pytree import tree_leaves
 
 from liger_compile import functional
 from liger_compile.compile import _with_rewritten_backward
@@ -112,6 +114,140 @@ def test_three_products_become_one(options):
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
         assert one.is_contiguous()
+
+
+# Graphs as they are written ---------------------------------------------------------------------------------
+
+
+def rows(x):
+    return x.transpose(1, 2).reshape(BATCH * TOKENS, -1)
+
+
+def parts(dq, dk, dv, x, cos, sin):
+    """Gradients of q, k and v as matrices, and x as one."""
+    q, k = _ours.rotary_backward_whole.default(dq, dk, cos, sin, "half", False, dq.dtype, dk.dtype)
+    return rows(q), rows(k), rows(dv), x.view(BATCH * TOKENS, HIDDEN)
+
+
+def all_of_it(dq, dk, dv, x, wq, wk, wv, cos, sin):
+    q, k, v, x = parts(dq, dk, dv, x, cos, sin)
+    return q @ wq + k @ wk + v @ wv, q.t() @ x, k.t() @ x, v.t() @ x
+
+
+def weights_first(dq, dk, dv, x, wq, wk, wv, cos, sin):
+    q, k, v, x = parts(dq, dk, dv, x, cos, sin)
+    weights = v.t() @ x, q.t() @ x, k.t() @ x
+    return v @ wv + (k @ wk + q @ wq), *weights
+
+
+def with_a_bias(dq, dk, dv, x, wq, wk, wv, cos, sin):
+    q, k, v, x = parts(dq, dk, dv, x, cos, sin)
+    return q @ wq + k @ wk + v @ wv, q.sum(0), k.sum(0), v.sum(0)
+
+
+def more_is_added(dq, dk, dv, x, wq, wk, wv, cos, sin):
+    q, k, v, x = parts(dq, dk, dv, x, cos, sin)
+    return (q @ wq + x.cos()) + (k @ wk + v @ wv)
+
+
+def of_two_inputs(dq, dk, dv, x, wq, wk, wv, cos, sin):
+    """As in attention to something else: k and v are projections of another tensor."""
+    q, k, v, x = parts(dq, dk, dv, x, cos, sin)
+    return q @ wq, k @ wk + v @ wv
+
+
+def read_elsewhere(dq, dk, dv, x, wq, wk, wv, cos, sin):
+    q, k, v, x = parts(dq, dk, dv, x, cos, sin)
+    return q @ wq + k @ wk + v @ wv, q.cos()
+
+
+def returned(dq, dk, dv, x, wq, wk, wv, cos, sin):
+    q, k, v, x = parts(dq, dk, dv, x, cos, sin)
+    return q @ wq + k @ wk + v @ wv, k
+
+
+def a_term_read_elsewhere(dq, dk, dv, x, wq, wk, wv, cos, sin):
+    q, k, v, x = parts(dq, dk, dv, x, cos, sin)
+    term = k @ wk
+    return q @ wq + term + v @ wv, term.cos()
+
+
+def a_term_twice(dq, dk, dv, x, wq, wk, wv, cos, sin):
+    q, k, *_ = parts(dq, dk, dv, x, cos, sin)
+    term = k @ wk
+    return q @ wq + (term + term)
+
+
+def a_multiple(dq, dk, dv, x, wq, wk, wv, cos, sin):
+    q, k, *_ = parts(dq, dk, dv, x, cos, sin)
+    return torch.add(q @ wq, k @ wk, alpha=2)
+
+
+def rows_of_another_order(dq, dk, dv, x, wq, wk, wv, cos, sin):
+    """Of heads, not of tokens."""
+    q, k = _ours.rotary_backward_whole.default(dq, dk, cos, sin, "half", False, dq.dtype, dk.dtype)
+    q, k = (each.reshape(BATCH * TOKENS, -1) for each in (q, k))
+    return q @ wq + k @ wk
+
+
+def v_in_two_sums(dq, dk, dv, x, wq, wk, wv, cos, sin):
+    q, k, v, x = parts(dq, dk, dv, x, cos, sin)
+    term = v @ wv
+    return q @ wq + k @ wk + term, term
+
+
+# How many products are left, of how many, and whether v is beside q and k.
+GRAPHS = {
+    all_of_it: (2, 6, True),
+    weights_first: (2, 6, True),
+    with_a_bias: (1, 3, True),
+    more_is_added: (1, 3, True),
+    v_in_two_sums: (2, 3, False),
+    of_two_inputs: (3, 3, None),
+    read_elsewhere: (3, 3, None),
+    returned: (3, 3, None),
+    a_term_read_elsewhere: (3, 3, None),
+    a_term_twice: (2, 2, None),
+    a_multiple: (2, 2, None),
+    rows_of_another_order: (2, 2, None),
+}
+
+
+def written(function, **sizes):
+    """The graph of it, joined, and its arguments."""
+    heads = {"q": HEADS, "k": KV_HEADS, "v": sizes.get("v_heads", KV_HEADS)}
+    gradients = [torch.randn(BATCH, TOKENS, count, CHANNELS).transpose(1, 2) for count in heads.values()]
+    weights = [torch.randn(count * CHANNELS, HIDDEN) for count in heads.values()]
+    angles = torch.rand(1, 1, TOKENS, CHANNELS)
+    arguments = *gradients, torch.randn(BATCH, TOKENS, HIDDEN), *weights, angles.cos(), angles.sin()
+    gm = make_fx(function, tracing_mode="fake")(*arguments)
+    count = products_of(gm.graph)
+    join_products(gm.graph)
+    gm.graph.lint()
+    gm.recompile()
+    for one, other in zip(*(tree_leaves(each(*arguments)) for each in (gm, function)), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+    joined = gm.graph.find_nodes(op="call_function", target=_ours.rotary_backward_joined.default)
+    return products_of(gm.graph), count, joined[0].args[2] is not None if joined else None
+
+
+def products_of(graph):
+    return len(graph.find_nodes(op="call_function", target=_aten.mm.default))
+
+
+@pytest.mark.parametrize("function", GRAPHS, ids=lambda function: function.__name__)
+def test_what_is_joined_and_what_is_left(function):
+    assert written(function) == GRAPHS[function]
+
+
+def test_a_wide_matrix_is_not_copied():
+    assert written(all_of_it, v_heads=HEADS + 1) == (4, 6, False)
+
+
+def test_few_tokens_are_left(monkeypatch):
+    """The weights would be copied for them."""
+    monkeypatch.setattr("tests.test_products.TOKENS", 8)
+    assert written(all_of_it) == (6, 6, None)
 
 
 @pytest.mark.gpu

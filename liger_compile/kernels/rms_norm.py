@@ -112,7 +112,7 @@ def backward(
     dx = x.new_empty(x.shape if needs_dx else 0)
     ds = ds if needs_dx else None
     dweight = _launch_backward(
-        [dy], ds, x, weight, rstd, 0.0, offset, dx if needs_dx else None, None, False, needs_dweight
+        [dy], ds, x, weight, rstd, offset, dx if needs_dx else None, None, False, needs_dweight
     )
     return dx, dweight
 
@@ -124,8 +124,8 @@ def backward_joined(
     dys: Sequence[Tensor],
     ds: Tensor | None,
     x: Tensor,
+    rstd: Tensor,
     weight: Tensor | None,
-    eps: float,
     offset: float,
     casting: str,
     needs_dweight: bool,
@@ -135,8 +135,9 @@ def backward_joined(
     dx = x.new_empty(x.shape)
     y_dtype = x.dtype if weight is None or casting != "llama" else torch.promote_types(x.dtype, weight.dtype)
     y = x.new_empty(x.shape if needs_y else 0, dtype=y_dtype)
+    rounds_first = casting == "llama"
     dweight = _launch_backward(
-        dys, ds, x, weight, None, eps, offset, dx, y if needs_y else None, casting == "llama", needs_dweight
+        dys, ds, x, weight, rstd, offset, dx, y if needs_y else None, rounds_first, needs_dweight
     )
     return dx, dweight, y
 
@@ -146,8 +147,7 @@ def _launch_backward(
     ds: Tensor | None,
     x: Tensor,
     weight: Tensor | None,
-    rstd: Tensor | None,
-    eps: float,
+    rstd: Tensor,
     offset: float,
     dx: Tensor | None,
     y: Tensor | None,
@@ -174,14 +174,13 @@ def _launch_backward(
         ds,
         x,
         None if weight is None else weight.contiguous(),
-        None if rstd is None else rstd.contiguous(),
+        rstd.contiguous(),
         dx,
         y,
         sums,
         num_rows,
         *strides,
         WIDTH=width,
-        EPS=eps,
         OFFSET=offset,
         ROUNDS_FIRST=rounds_first,
         ROWS=launched.rows,
@@ -293,7 +292,7 @@ def _backward_kernel(
     ds_ptr,
     x_ptr,
     weight_ptr,  # (D) or None
-    rstd_ptr,  # (N), or None, where it is taken again
+    rstd_ptr,  # (N)
     dx_ptr,
     y_ptr,
     sums_ptr,  # (P, D) in float32, for P programs: what each adds to dweight; or None
@@ -304,7 +303,6 @@ def _backward_kernel(
     ds_stride,
     x_stride,
     WIDTH: tl.constexpr,
-    EPS: tl.constexpr,
     OFFSET: tl.constexpr,
     ROUNDS_FIRST: tl.constexpr,
     ROWS: tl.constexpr,
@@ -338,13 +336,7 @@ def _backward_kernel(
             tail_g = tl.load(dy_at + tail, is_row & is_tail, other=0.0).to(tl.float32)
             tail_g += _read_or_zero(second_ptr, rows, tail, is_row & is_tail, second_stride)
             tail_g += _read_or_zero(third_ptr, rows, tail, is_row & is_tail, third_stride)
-        if rstd_ptr is None:
-            squares = tl.sum(main_normed * main_normed, 1, keep_dims=True)
-            if TAIL:
-                squares += tl.sum(tail_normed * tail_normed, 1, keep_dims=True)
-            rstd = tl.rsqrt(squares / WIDTH + EPS)
-        else:
-            rstd = tl.load(rstd_ptr + rows, is_row, other=0.0)
+        rstd = tl.load(rstd_ptr + rows, is_row, other=0.0)
         main_normed *= rstd
         _write_y(y_ptr, x_ptr, main_normed, main_gain, rows, main, is_row & is_main, WIDTH, ROUNDS_FIRST)
         if TAIL:

@@ -63,18 +63,15 @@ def keeping_backwards_whole() -> Iterator[None]:
         _keeps_whole = before
 
 
-def whole_op(fn: Callable[..., Any] | None = None, *, traced: Callable[..., Any] | None = None) -> Any:
-    """An opaque op with the body of a traceable one, which is its own fake. `gradients.py` has it traced in the end, or
-    what is given as `traced`, which computes the same."""
-    if fn is None:
-        return functools.partial(whole_op, traced=traced)
+def whole_op(fn: Callable[..., Any]) -> CustomOpDef:
+    """An opaque op with the body of a traceable one, which is its own fake. `gradients.py` has it traced in the end."""
     op = torch.library.custom_op(
         f"liger_compile::{fn.__name__}",
         _without_views(_launching_directly(outside_autocast(fn))),
         mutates_args=(),
     )
     op.register_fake(fn)
-    BODIES[op._opoverload] = outside_autocast(traced or fn)
+    BODIES[op._opoverload] = outside_autocast(fn)
     return _first_derivative_only(op, fn.__name__)
 
 

@@ -27,20 +27,27 @@ from .precision import accumulation_dtype
 from .registration import traceable_op
 
 
+def inverse_root(x: Tensor, eps: float) -> Tensor:
+    """The reference: rstd (..., 1)."""
+    return torch.rsqrt(x.to(accumulation_dtype(x.dtype)).square().mean(-1, keepdim=True) + eps)
+
+
+def scaled(x: Tensor, rstd: Tensor, weight: Tensor | None, offset: float, casting: str) -> Tensor:
+    """The reference: y of x and rstd (..., 1)."""
+    wide = accumulation_dtype(x.dtype)
+    y = x.to(wide) * rstd
+    if weight is not None and casting == "gemma":
+        y = y * (weight.to(wide) + offset)
+    y = y.to(x.dtype)
+    return weight * y if weight is not None and casting == "llama" else y
+
+
 def normalize(
     x: Tensor, weight: Tensor | None, eps: float, offset: float, casting: str
 ) -> tuple[Tensor, Tensor]:
     """The reference: (y, rstd)."""
-    wide = accumulation_dtype(x.dtype)
-    x_wide = x.to(wide)
-    rstd = torch.rsqrt(x_wide.square().mean(-1, keepdim=True) + eps)
-    y = x_wide * rstd
-    if weight is not None and casting == "gemma":
-        y = y * (weight.to(wide) + offset)
-    y = y.to(x.dtype)
-    if weight is not None and casting == "llama":
-        y = weight * y
-    return y, rstd.squeeze(-1)
+    rstd = inverse_root(x, eps)
+    return scaled(x, rstd, weight, offset, casting), rstd.squeeze(-1)
 
 
 def input_gradient(dy: Tensor, x: Tensor, weight: Tensor | None, rstd: Tensor, offset: float) -> Tensor:

@@ -24,6 +24,7 @@ from .bar import (
 )
 
 SPELLINGS = {"llama": (llama, {}), "gemma": (gemma, {"offset": 1.0, "casting": "gemma"})}
+ops = torch.ops.liger_compile
 WIDTHS = [1, 3, 40, 96, 128, 1000, 1500]
 by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 by_spelling = pytest.mark.parametrize("spelling", SPELLINGS)
@@ -65,17 +66,18 @@ class Joined(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, count, options, x, weight):
-        ctx.mode = EPS, options.get("offset", 0.0), options.get("casting", "llama")
-        y = L.pre_norm(x, weight, EPS, **options)
-        ctx.save_for_backward(x, weight, y)
+        ctx.mode = options.get("offset", 0.0), options.get("casting", "llama")
+        rstd = ops.pre_norm_statistics(x, EPS)
+        y = ops.pre_norm(x, rstd, weight, *ctx.mode)
+        ctx.save_for_backward(x, rstd, weight, y)
         return *(y.clone() for _ in range(count)), x.clone()
 
     @staticmethod
     def backward(ctx, *dys):
-        x, weight, y = ctx.saved_tensors
+        x, rstd, weight, y = ctx.saved_tensors
         *dys, ds = dys
-        mode = *ctx.mode, weight is not None, True
-        dx, dweight, again = torch.ops.liger_compile.pre_norm_backward_joined(dys, ds, x, weight, *mode)
+        needs = weight is not None, True
+        dx, dweight, again = ops.pre_norm_backward_joined(dys, ds, x, rstd, weight, *ctx.mode, *needs)
         assert again.dtype == y.dtype
         torch.testing.assert_close(again, y, rtol=torch.finfo(y.dtype).eps, atol=1e-6)
         return None, None, dx, None if weight is None else dweight
