@@ -14,6 +14,7 @@ _aten = torch.ops.aten
 
 RESHAPES = (_aten.view.default, _aten._unsafe_view.default, _aten.reshape.default)
 VIEWS = (*RESHAPES, _aten.permute.default, _aten.transpose.int, _aten.t.default)
+cast = torch.ops.prims.convert_element_type.default
 mm, add, clone, slice_ = _aten.mm.default, _aten.add.Tensor, _aten.clone.default, _aten.slice.Tensor
 
 
@@ -34,6 +35,20 @@ def origin(node: Any) -> list[Node]:
     while chain[-1].target in VIEWS:
         chain.append(chain[-1].args[0])
     return chain
+
+
+def is_widening(node: Node) -> bool:
+    """A cast that loses nothing, as under autocast, between gradients in a half precision and what is kept wider."""
+    if node.target is not cast:
+        return False
+    before, after = tensor_of(node.args[0]).dtype, tensor_of(node).dtype
+    return before.is_floating_point and after.is_floating_point and before.itemsize < after.itemsize
+
+
+def before_widening(node: Any) -> list[Node]:
+    """As `origin`, to what was there before a cast that loses nothing."""
+    chain = origin(node)
+    return [*chain, *origin(chain[-1].args[0])] if is_widening(chain[-1]) else chain
 
 
 def is_sum(node: Node) -> bool:
@@ -72,8 +87,8 @@ def move_before(first: Node, node: Any, order: Mapping[Node, int]) -> None:
 
 
 def erase_unused(graph: Graph, *targets: Any) -> None:
-    """What has been replaced: nodes of these targets, what was made of their results, views and sums."""
-    functional = {*VIEWS, mm, add, clone, slice_, operator.getitem, *targets}
+    """What has been replaced: nodes of these targets, what was made of their results, views, sums and casts."""
+    functional = {*VIEWS, cast, mm, add, clone, slice_, operator.getitem, *targets}
     for node in reversed(graph.nodes):
         if not node.users and node.target in functional:
             graph.erase_node(node)

@@ -21,9 +21,12 @@ from torch.fx import Graph, Node
 from liger_compile import ops  # noqa: F401 - registers what torch.ops.liger_compile has
 from liger_compile.aten_graph import (
     VIEWS,
+    before_widening,
     call,
+    cast,
     erase_unused,
     is_sum,
+    is_widening,
     mm,
     origin,
     result,
@@ -46,7 +49,7 @@ def join_norms(graph: Graph) -> None:
 
 def _join(graph: Graph, backward: Node) -> None:
     dy, *of, needs_dweight = backward.args
-    dys = terms_of(dy)
+    dys = [term for part in terms_of(dy) for term in terms_of(_unwidened(part))]
     if len(dys) > MOST_SUMMED or not all(_is_in_memory(origin(each)[-1]) for each in dys):
         return  # a compiler had best compute others where it reads them
     order = {node: position for position, node in enumerate(graph.nodes)}
@@ -57,18 +60,39 @@ def _join(graph: Graph, backward: Node) -> None:
     if norm is not None and (backward in moved or ds in moved):
         norm, moved = None, ()  # x, or what comes past it, is made of y
 
-    args = dys, ds, *of, needs_dweight, norm is not None
+    y_dtype, ys = _read_as(norm)
+    args = dys, ds, *of, needs_dweight, y_dtype
     with graph.inserting_before(backward):
         joined = call(graph, _ours.pre_norm_backward_joined.default, *args)
         new_dx, new_dweight, y = (call(graph, operator.getitem, joined, which) for which in range(3))
         if total is not None:
             new_dx = call(graph, _aten.reshape.default, new_dx, [*tensor_of(total).shape])
-    for old, new in ((total or dx, new_dx), (dweight, new_dweight), (norm, y)):
+    for old, new in ((total or dx, new_dx), (dweight, new_dweight), *((each, y) for each in ys)):
         if old is not None:
             old.replace_all_uses_with(new)
     for node in moved:
         backward.prepend(node)
     erase_unused(graph, _backward, _norm)
+
+
+def _unwidened(dy: Node) -> Node:
+    """What it was before a cast that loses nothing, if the cast is there for this alone."""
+    chain = before_widening(dy)
+    cast_at = next((position for position, node in enumerate(chain) if is_widening(node)), None)
+    if cast_at is None or any(len(node.users) > 1 for node in chain[: cast_at + 1]):
+        return dy
+    return chain[cast_at + 1]
+
+
+def _read_as(norm: Node | None) -> tuple[torch.dtype | None, list[Node]]:
+    """The dtype in which it is read, and the nodes that have it in that: casts, if all readers are."""
+    if norm is None:
+        return None, []
+    readers = [*norm.users]
+    dtypes = {tensor_of(reader).dtype for reader in readers if reader.target is cast}
+    if len(dtypes) == 1 and all(reader.target is cast for reader in readers):
+        return dtypes.pop(), readers
+    return tensor_of(norm).dtype, [norm]
 
 
 def _is_in_memory(node: Node) -> bool:

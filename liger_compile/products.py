@@ -25,10 +25,12 @@ from liger_compile.aten_graph import (
     VIEWS,
     add,
     are_alike,
+    before_widening,
     call,
     clone,
     erase_unused,
     is_sum,
+    is_widening,
     mm,
     move_before,
     origin,
@@ -116,13 +118,13 @@ def _join(graph: Graph, backward: Node) -> None:
 
 
 def _gradients_of(backward: Node) -> list[Node]:
-    """Those of q and k, if all sizes are known and all dtypes are one; else none."""
+    """Those of q and k, if all sizes are known and their dtypes are one; else none."""
     nodes: Any = *backward.args[:2], result(backward, 0), result(backward, 1)
     if None in nodes:
         return []
     tensors = [tensor_of(node) for node in nodes]
     are_known = all(isinstance(size, int) for tensor in tensors for size in tensor.shape)
-    is_one = all(tensor.dim() == 4 and tensor.dtype == tensors[0].dtype for tensor in tensors)
+    is_one = tensors[2].dtype == tensors[3].dtype and all(tensor.dim() == 4 for tensor in tensors)
     return [*nodes[2:]] if are_known and is_one else []
 
 
@@ -188,7 +190,7 @@ def _matrix_of(term: Node) -> _Matrix | None:
 
 def _fits(rest: _Matrix | None, q: _Matrix, first: Node, order: Mapping[Node, int]) -> bool:
     """That of v, most likely; whatever it is, it may stand beside the two if it is there in time and not large."""
-    if rest is None or rest.width > q.width:
+    if rest is None or rest.width > q.width or tensor_of(rest.term).dtype != tensor_of(q.term).dtype:
         return False
     return all(order[node] < order[first] for node in origin(rest.term.args[0])[-1:])
 
@@ -200,7 +202,7 @@ def _summed_with(term: Node) -> list[Node]:
         (user,) = node.users
         if is_sum(user):
             root = user
-        elif user.target not in VIEWS:
+        elif user.target not in VIEWS and not is_widening(user):
             break
         node = user
     summands = root.args if is_sum(root) else ()
@@ -210,7 +212,8 @@ def _summed_with(term: Node) -> list[Node]:
 
 def _only_read_here(node: Node) -> Node | None:
     """What it is a view of, if nobody reads any of it elsewhere."""
-    return origin(node)[-1] if all(len(each.users) == 1 for each in origin(node)) else None
+    chain = before_widening(node)
+    return chain[-1] if all(len(each.users) == 1 for each in chain) else None
 
 
 def _pays(matrices: Sequence[_Matrix]) -> bool:
@@ -229,8 +232,8 @@ def _pays(matrices: Sequence[_Matrix]) -> bool:
 def _joined(graph: Graph, backward: Node, rest: Any, heads_axis: int) -> Node:
     dq, dk, *others = backward.args
     if backward.target is _rotary:
-        *others, _, _ = others  # dtypes
-        return call(graph, _ours.rotary_backward_joined.default, dq, dk, rest, heads_axis, *others)
+        *others, dtype, _ = others  # of q and of k
+        return call(graph, _ours.rotary_backward_joined.default, dq, dk, rest, heads_axis, *others, dtype)
     *others, _, _, needs_dweights = others
     args = dq, dk, rest, heads_axis, *others, needs_dweights
     both = call(graph, _ours.norm_rotary_backward_joined.default, *args)

@@ -164,8 +164,23 @@ def test_what_is_not_kept_is_computed_in_the_same_pass(monkeypatch, recompute):
     found = differentiated(torch.compile(module, backend="liger", options=options), module, x)
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
-    ((name, needs_y),) = [(name_of(node), node.args[-1]) for node in joined]
+    ((name, needs_y),) = [(name_of(node), node.args[-1] is not None) for node in joined]
     assert (name, needs_y) == ("pre_norm_backward_joined", recompute == "auto")
+
+
+def test_under_autocast():
+    """Gradients come in in bfloat16, and the norm is read in it."""
+    module, x, seen = Block(3), inputs(), Seen()
+
+    def function(x):
+        with torch.autocast("cpu", torch.bfloat16):
+            return module(x).float()
+
+    expected = differentiated(function, module, x)
+    compiled = torch.compile(function, fullgraph=True, options={"post_grad_custom_post_pass": seen})
+    for one, other in zip(differentiated(compiled, module, x), expected, strict=True):
+        assert one.dtype == torch.float32 and (one - other).norm() <= 0.02 * other.norm()
+    assert seen.graphs[-1] == ["pre_norm_backward_joined"]
 
 
 # Graphs as they are written ---------------------------------------------------------------------------------
@@ -250,7 +265,7 @@ def test_what_is_joined_and_what_is_left(function):
     for one, other in zip(*(tree_leaves(each(*arguments)) for each in (gm, function)), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
     joined = gm.graph.find_nodes(op="call_function", target=_ours.pre_norm_backward_joined.default)
-    assert [(node.args[1] is not None, node.args[-1]) for node in joined] == [
+    assert [(node.args[1] is not None, node.args[-1] is not None) for node in joined] == [
         each for each in [GRAPHS[function]] if each
     ]
 

@@ -116,6 +116,23 @@ def test_three_products_become_one(options):
         assert one.is_contiguous()
 
 
+def test_under_autocast():
+    """Terms are made in bfloat16 and summed in float32."""
+    module, seen = Attention(), []
+    x = torch.randn(BATCH, TOKENS, HIDDEN, requires_grad=True)
+
+    def function(x):
+        with torch.autocast("cpu", torch.bfloat16):
+            return module(x.sin()).float()
+
+    expected = differentiated(function, module, x)
+    with keeping_backwards_whole():
+        found = differentiated(compiled_with_pass(function, seen), module, x)
+    assert seen == [(set(), 0), ({"rotary_backward_joined"}, 4)]
+    for one, other in zip(found, expected, strict=True):
+        assert one.dtype == torch.float32 and (one - other).norm() <= 0.02 * other.norm()
+
+
 # Graphs as they are written ---------------------------------------------------------------------------------
 
 

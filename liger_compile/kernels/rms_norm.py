@@ -129,15 +129,14 @@ def backward_joined(
     offset: float,
     casting: str,
     needs_dweight: bool,
-    needs_y: bool,
+    y_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dx, dweight, y), the last two empty where not needed: of the sum of dys, with ds added to dx, and y again."""
     dx = x.new_empty(x.shape)
-    y_dtype = x.dtype if weight is None or casting != "llama" else torch.promote_types(x.dtype, weight.dtype)
-    y = x.new_empty(x.shape if needs_y else 0, dtype=y_dtype)
+    y = x.new_empty(0) if y_dtype is None else x.new_empty(x.shape, dtype=y_dtype)
     rounds_first = casting == "llama"
     dweight = _launch_backward(
-        dys, ds, x, weight, rstd, offset, dx, y if needs_y else None, rounds_first, needs_dweight
+        dys, ds, x, weight, rstd, offset, dx, None if y_dtype is None else y, rounds_first, needs_dweight
     )
     return dx, dweight, y
 

@@ -31,13 +31,14 @@ def _join(gradients: Sequence[Tensor], rest: Tensor | None, heads_axis: int) -> 
 
 
 def _room(
-    dq: Tensor, dk: Tensor, rest: Tensor | None, heads_axis: int
+    dq: Tensor, dk: Tensor, rest: Tensor | None, heads_axis: int, dtype: torch.dtype
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """An empty matrix for what is joined, with `rest` in it, and the parts of dq's and dk's shapes."""
     batch, num_tokens = _tokens_first(dq, heads_axis).shape[:2]
     shapes = [_tokens_first(x, heads_axis).shape[2:] for x in (dq, dk)]
     widths = [shape.numel() for shape in shapes]
-    joined = dq.new_empty(batch * num_tokens, sum(widths) + (0 if rest is None else rest.shape[1]))
+    columns = sum(widths) + (0 if rest is None else rest.shape[1])
+    joined = dq.new_empty((batch * num_tokens, columns), dtype=dtype)
     if rest is not None:
         from ..kernels import joined as kernels
 
@@ -67,14 +68,15 @@ def rotary_backward_joined(
     sin: Tensor,
     layout: str,
     half_tables: bool,
+    dtype: torch.dtype,
 ) -> Tensor:
-    """As rotary_backward, where all gradients have one dtype."""
-    dtypes = dq.dtype, dq.dtype
+    """As rotary_backward, where q and k have this dtype, and rest too."""
+    dtypes = dtype, dtype
     if heads_axis_of_kernel((dq, dk), cos, sin, dtypes) != heads_axis or not _has_kernel(rest):
         return _join(rotate_each((dq, dk), dtypes, cos, sin, layout, half_tables, True), rest, heads_axis)
     from ..kernels import rotary as kernels
 
-    joined, parts = _room(dq, dk, rest, heads_axis)
+    joined, parts = _room(dq, dk, rest, heads_axis, dtype)
     kernels.rotate((dq, dk), dtypes, cos, sin, heads_axis, *LAYOUTS[layout], half_tables, True, parts)
     return joined
 
@@ -95,12 +97,12 @@ def norm_rotary_backward_joined(
     offset: float,
     needs_dweights: bool,
 ) -> tuple[Tensor, Tensor]:
-    """As norm_rotary_backward, where all gradients have one dtype: (joined, gradients of the weights)."""
+    """As norm_rotary_backward, where q, k and rest have one dtype: (joined, gradients of the weights)."""
     inputs = q, k, q_weight, k_weight, cos, sin, eps, offset, True, True, needs_dweights
     by_kernel = heads_axis_if_by_kernel((q, k, dq, dk), (q_weight, k_weight), cos, sin, (eps, offset))
     if by_kernel != heads_axis or not _has_kernel(rest):
         *gradients, dweights = backward(dq, dk, *inputs)
         return _join(gradients, rest, heads_axis), dweights
-    joined, parts = _room(dq, dk, rest, heads_axis)
+    joined, parts = _room(dq, dk, rest, heads_axis, q.dtype)
     *_, dweights = backward(dq, dk, *inputs, into=parts)
     return joined, dweights

@@ -11,7 +11,7 @@ it can. x is a residual stream then, whose gradient ds comes past the norm, dys 
 that read y, and y is computed again for the gradients of their weights.
 
 Dtypes and casting as in rms_norm.py. Saved for backward: x, rstd and weight. dys are summed in float32 and not rounded
-in between.
+in between; they may be narrower than x, as under autocast, where the linear layers read y in a half precision.
 """
 
 from __future__ import annotations
@@ -77,17 +77,19 @@ def pre_norm_backward_joined(
     offset: float,
     casting: str,
     needs_dweight: bool,
-    needs_y: bool,
+    y_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dx, dweight, y), the last two empty where not needed."""
+    """(dx, dweight, y), the last two empty where not needed, y in a dtype that it is rounded to after the formula."""
     if is_normed_by_kernel(x, weight, ds, *dys, numbers=(offset,)):
         from ..kernels import rms_norm as kernels
 
-        return kernels.backward_joined(dys, ds, x, rstd, weight, offset, casting, needs_dweight, needs_y)
+        return kernels.backward_joined(dys, ds, x, rstd, weight, offset, casting, needs_dweight, y_dtype)
     wide = accumulation_dtype(x.dtype)
     first, *others = (dy.to(wide) for dy in dys)
     dx, dweight = _backward_of(sum(others, start=first), ds, x, rstd, weight, offset, needs_dweight)
-    return dx, dweight, scaled(x, rstd, weight, offset, casting) if needs_y else x.new_empty(0)
+    if y_dtype is None:
+        return dx, dweight, x.new_empty(0)
+    return dx, dweight, scaled(x, rstd, weight, offset, casting).to(y_dtype)
 
 
 def _setup_statistics(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
