@@ -74,8 +74,9 @@ def result(node: Node, which: int) -> Node | None:
 
 
 def call(graph: Graph, target: Any, *args: Any) -> Node:
+    value = target(*map_arg(args, tensor_of))  # first, so that nothing is left behind if that fails
     node = graph.call_function(target, args)
-    node.meta["val"] = target(*map_arg(args, tensor_of))
+    node.meta["val"] = value
     return node
 
 

@@ -100,6 +100,7 @@ def liger(
             patterns=patterns,
             key=repr((chosen.policy, chosen.skip, chosen.fuel)),
             saves_memory=chosen.policy != "never",
+            strict=chosen.strict,
         )
         # Not before: Dynamo may restart the analysis and come back with another graph of the same code.
         record(report)

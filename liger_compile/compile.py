@@ -48,12 +48,14 @@ def compile_graph(
     patterns: Iterable[Pattern] = (),
     key: str = "",
     saves_memory: bool = False,
+    strict: bool = False,
 ) -> Callable[..., Any]:
     """Compiles `gm`, and takes ownership of it.
 
     `patterns` are those in use and `key` whatever else decided what `gm` is: both go into the cache key.
     With `saves_memory`, on a GPU, Inductor frees a buffer after its last use, unless its options say otherwise,
-    leaves the gradient of an embedding to our op, and has the graph of backward rewritten (`gradients.py`).
+    leaves the gradient of an embedding to our op, and has the graph of backward rewritten (`gradients.py`), where
+    `strict` raises what fails.
     Raises what torch.compile(backend="inductor") raises for a wrong mode or option, whatever `inner` is.
     """
     patches = _inductor_patches(mode, inductor_options)
@@ -79,7 +81,7 @@ def compile_graph(
         patches.setdefault("allow_buffer_reuse", False)
         with config.patch(patches):
             decompositions = _with_embedding_backward(select_decomp_table())
-            passes = _with_rewritten_backward(config.post_grad_custom_post_pass)
+            passes = _with_rewritten_backward(config.post_grad_custom_post_pass, strict)
         if passes is not None:
             patches["post_grad_custom_post_pass"] = passes
             traced_for_gradients = keeping_backwards_whole()
@@ -114,7 +116,7 @@ def _with_embedding_backward(decompositions: Mapping[Any, Callable[..., Any]]) -
     return _Decompositions({**decompositions, whole: embedding_dense_backward})
 
 
-def _with_rewritten_backward(theirs: Any) -> Any:
+def _with_rewritten_backward(theirs: Any, strict: bool = False) -> Any:
     """`theirs`, passes over the graphs that AOTAutograd has made, and one that has gradients.py change them; None where
     there is no place for it."""
     from torch._inductor import custom_graph_pass
@@ -125,8 +127,8 @@ def _with_rewritten_backward(theirs: Any) -> Any:
         def __call__(self, graph: Graph) -> None:
             # So AOTAutograd calls what a backward is given; forward graphs have none.
             if any(node.name.startswith("tangents") for node in graph.find_nodes(op="placeholder")):
-                rewrite_backward(graph, get_donated_idxs() or ())
-            trace_through(graph, select_decomp_table())
+                rewrite_backward(graph, get_donated_idxs() or (), strict)
+            trace_through(graph, select_decomp_table(), strict)
 
         def uuid(self) -> Any:
             """What the caches know it by. What is donated is not in the key otherwise, and a setting decides it."""

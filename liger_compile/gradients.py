@@ -19,9 +19,11 @@ sums the two gradients of a table that is embedding and head only when it has bo
 from __future__ import annotations
 
 import contextlib
+import functools
 import operator
+import warnings
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -42,19 +44,39 @@ _aten, _ours = torch.ops.aten, torch.ops.liger_compile
 _MAKES_MEMORY = (_aten.mm.default, _aten.addmm.default)
 
 
-def rewrite_backward(graph: Graph, donated: Collection[int]) -> None:
-    """Changes a graph of backward. `donated`: positions of the placeholders that nobody reads when it has run."""
-    join_products(graph)
-    join_norms(graph)
-    write_in_place(graph, donated)
+def rewrite_backward(graph: Graph, donated: Collection[int], strict: bool = False) -> None:
+    """Changes a graph of backward. `donated`: positions of the placeholders that nobody reads when it has run.
+
+    A rewrite that fails leaves the graph as far as it got, which computes the same, with a warning; `strict` raises.
+    """
+    for rewrite in (join_products, join_norms, functools.partial(write_in_place, donated=donated)):
+        with _warning_instead(strict):
+            rewrite(graph)
 
 
-def trace_through(graph: Graph, decompositions: Mapping[Any, Callable[..., Any]]) -> None:
+def trace_through(
+    graph: Graph, decompositions: Mapping[Any, Callable[..., Any]], strict: bool = False
+) -> None:
     """Puts what ops that were kept whole consist of in their place. `decompositions`: of operators that the graph may
-    not contain."""
+    not contain. An op that cannot be traced stays, with a warning; `strict` raises."""
     for node in graph.nodes:
         if node.target in BODIES:
-            _trace_through(graph, node, decompositions)
+            with _warning_instead(strict):
+                _trace_through(graph, node, decompositions)
+
+
+@contextlib.contextmanager
+def _warning_instead(strict: bool) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        if strict:
+            raise
+        what = f"{type(error).__name__}: {error}"
+        warnings.warn(
+            f"liger_compile: a rewrite of backward failed, and its graph is compiled without: {what}",
+            stacklevel=2,
+        )
 
 
 def _trace_through(graph: Graph, node: Node, decompositions: Mapping[Any, Callable[..., Any]]) -> None:

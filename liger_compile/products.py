@@ -6,7 +6,9 @@ same graph, where q, k and v are projections of one x, with ops/joined.py for th
     grad_q @ Wq + grad_k @ Wk + grad_v @ Wv       joined @ [Wq; Wk; Wv]           the gradient of x
     grad_q^T @ x, grad_k^T @ x, grad_v^T @ x      joined^T @ x, in three parts    those of the weights
 
-The first is rounded once then. What is saved is that the terms of the sum are written and read.
+The first is rounded once then. What is saved is that the terms of the sum are written and read: on an H100 (torch
+2.11.0, bf16, 2026-11-26) 40 us a layer of Llama-3.2-1B, 4 x 2048 tokens, and 22 us of Qwen3-0.6B, 8 x 1024
+(docs/benchmarks.md).
 """
 
 from __future__ import annotations

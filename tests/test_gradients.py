@@ -301,6 +301,35 @@ def test_the_ops_that_write(dtype):
     torch.library.opcheck(_ours.scale.default, (table, torch.tensor(0.5)))
 
 
+@pytest.mark.parametrize("broken", ["join_products", "join_norms", "make_fx"])
+def test_what_fails_is_left_out_with_a_warning(broken, inputs, monkeypatch):
+    """Or raised, under liger.strict."""
+
+    def fails(*args):
+        raise ZeroDivisionError("on purpose")
+
+    monkeypatch.setattr(f"liger_compile.gradients.{broken}", fails)
+    monkeypatch.setattr("liger_compile.compile._is_on_gpu", lambda inputs: True)
+
+    def norm(x, weight):
+        return weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6))
+
+    x, weight = torch.randn(6, 8, requires_grad=True), torch.rand(8, requires_grad=True)
+    expected = torch.autograd.grad(norm(x, weight).sin().sum(), (x, weight))
+    options = {"liger.policy": "always"}
+    with inductor_config.patch(force_disable_caches=True):
+        with pytest.warns(UserWarning, match="a rewrite of backward failed.*on purpose"):
+            result = torch.compile(norm, backend="liger", options=options)(x, weight)
+            found = torch.autograd.grad(result.sin().sum(), (x, weight))
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(one, other)
+        torch._dynamo.reset()
+        with pytest.raises(Exception, match="on purpose"):
+            torch.compile(norm, backend="liger", options={**options, "liger.strict": True})(
+                x, weight
+            ).sum().backward()
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("mode", [None, "reduce-overhead"])
 @pytest.mark.parametrize("factor", [1.0, 0.5])
