@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch.fx.node import map_arg
 
 _aten = torch.ops.aten
 
-RESHAPES = (_aten.view.default, _aten._unsafe_view.default, _aten.reshape.default)
+RESHAPES = (_aten.view.default, _aten._unsafe_view.default, _aten.reshape.default)  # elements stay in order
 VIEWS = (*RESHAPES, _aten.permute.default, _aten.transpose.int, _aten.t.default)
 cast = torch.ops.prims.convert_element_type.default
 mm, add, clone, slice_ = _aten.mm.default, _aten.add.Tensor, _aten.clone.default, _aten.slice.Tensor
@@ -29,10 +29,10 @@ def are_alike(a: Any, b: Any) -> bool:
     return x.shape == y.shape and x.dtype == y.dtype
 
 
-def origin(node: Any) -> list[Node]:
+def origin(node: Any, through: Collection[Any] = VIEWS) -> list[Node]:
     """The node and what it is a view of, and so on."""
     chain = [node]
-    while chain[-1].target in VIEWS:
+    while chain[-1].target in through:
         chain.append(chain[-1].args[0])
     return chain
 
@@ -46,9 +46,9 @@ def is_widening(node: Node) -> bool:
 
 
 def before_widening(node: Any) -> list[Node]:
-    """As `origin`, to what was there before a cast that loses nothing."""
-    chain = origin(node)
-    return [*chain, *origin(chain[-1].args[0])] if is_widening(chain[-1]) else chain
+    """As `origin` through reshapes, to what was there before a cast that loses nothing."""
+    chain = origin(node, RESHAPES)
+    return [*chain, *origin(chain[-1].args[0], RESHAPES)] if is_widening(chain[-1]) else chain
 
 
 def is_sum(node: Node) -> bool:
@@ -60,8 +60,10 @@ def is_sum(node: Node) -> bool:
 
 
 def terms_of(node: Any) -> list[Node]:
-    """What is summed there, sums of which something else is read being one. Views of sums are looked through."""
-    first = next(each for each in origin(node) if each.target not in VIEWS or len(each.users) > 1)
+    """What is summed there, sums of which something else is read being one. Terms are of any shape that has the same
+    elements in the same order: sums are found through reshapes, and not through what moves elements."""
+    chain = origin(node, RESHAPES)
+    first = next(each for each in chain if each.target not in RESHAPES or len(each.users) > 1)
     if not is_sum(first) or len(first.users) > 1:
         return [node]
     return [term for each in first.args for term in terms_of(each)]

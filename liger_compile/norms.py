@@ -20,7 +20,7 @@ from torch.fx import Graph, Node
 
 from liger_compile import ops  # noqa: F401 - registers what torch.ops.liger_compile has
 from liger_compile.aten_graph import (
-    VIEWS,
+    RESHAPES,
     before_widening,
     call,
     cast,
@@ -61,18 +61,24 @@ def _join(graph: Graph, backward: Node) -> None:
         norm, moved = None, ()  # x, or what comes past it, is made of y
 
     y_dtype, ys = _read_as(norm)
-    args = dys, ds, *of, needs_dweight, y_dtype
     with graph.inserting_before(backward):
+        dys, ds = [_shaped(graph, each, dy) for each in dys], None if ds is None else _shaped(graph, ds, dy)
+        args = dys, ds, *of, needs_dweight, y_dtype
         joined = call(graph, _ours.pre_norm_backward_joined.default, *args)
         new_dx, new_dweight, y = (call(graph, operator.getitem, joined, which) for which in range(3))
         if total is not None:
-            new_dx = call(graph, _aten.reshape.default, new_dx, [*tensor_of(total).shape])
+            new_dx = _shaped(graph, new_dx, total)
     for old, new in ((total or dx, new_dx), (dweight, new_dweight), *((each, y) for each in ys)):
         if old is not None:
             old.replace_all_uses_with(new)
     for node in moved:
         backward.prepend(node)
     erase_unused(graph, _backward, _norm)
+
+
+def _shaped(graph: Graph, node: Node, other: Any) -> Node:
+    shape = tensor_of(other).shape
+    return node if tensor_of(node).shape == shape else call(graph, _aten.reshape.default, node, [*shape])
 
 
 def _unwidened(dy: Node) -> Node:
@@ -108,7 +114,7 @@ def _added_to(dx: Node | None, at: int, order: Mapping[Node, int]) -> tuple[Node
         if is_sum(user):
             (other,) = (each for each in user.all_input_nodes if each is not node)
             return (user, other) if order[other] < at else (None, None)
-        node = user if user.target in VIEWS else None
+        node = user if user.target in RESHAPES else None
     return None, None
 
 

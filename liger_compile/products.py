@@ -204,7 +204,7 @@ def _summed_with(term: Node) -> list[Node]:
         (user,) = node.users
         if is_sum(user):
             root = user
-        elif user.target not in VIEWS and not is_widening(user):
+        elif user.target not in RESHAPES and not is_widening(user):
             break
         node = user
     summands = root.args if is_sum(root) else ()

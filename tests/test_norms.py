@@ -236,6 +236,28 @@ def what_comes_past_made_of_the_norm(g, ds, x, rstd, weight, w):
     return past + dx, dweight
 
 
+def a_sum_that_is_turned(g, ds, x, rstd, weight, w):
+    dx, dweight = backward((g @ w + g.cos() @ w).t(), x, rstd, weight)
+    return ds + dx, dweight
+
+
+def a_term_that_is_turned(g, ds, x, rstd, weight, w):
+    dx, dweight = backward((g @ w).t() + g.cos() @ w, x, rstd, weight)
+    return ds + dx, dweight
+
+
+def gradient_that_is_turned(g, ds, x, rstd, weight, w):
+    dx, dweight = backward(g @ w, x, rstd, weight)
+    return ds + dx.t(), dweight
+
+
+def of_other_shapes(g, ds, x, rstd, weight, w):
+    terms = g.view(2, 8, 16) @ w, (g.cos() @ w).view(2, 8, 16)
+    past = ds.view(4, 4, 16)
+    dx, dweight = backward((terms[0] + terms[1]).view(16, 16), x, rstd, weight)
+    return past + dx.view(4, 4, 16), dweight, norm(x, rstd, weight) @ w
+
+
 def computed_gradient(g, ds, x, rstd, weight, w):
     dx, dweight = backward((g @ w).cos(), x, rstd, weight)
     return ds + dx, dweight
@@ -250,6 +272,10 @@ GRAPHS = {
     of_another_norm: (True, False),
     gradient_made_of_the_norm: (True, False),
     what_comes_past_made_of_the_norm: (True, False),
+    a_sum_that_is_turned: None,
+    a_term_that_is_turned: (True, False),
+    gradient_that_is_turned: (False, False),
+    of_other_shapes: (True, True),
     computed_gradient: None,
 }
 

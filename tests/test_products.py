@@ -207,6 +207,17 @@ def rows_of_another_order(dq, dk, dv, x, wq, wk, wv, cos, sin):
     return q @ wq + k @ wk
 
 
+def a_term_that_is_turned(dq, dk, dv, x, wq, wk, wv, cos, sin):
+    q, k, *_ = parts(dq, dk, dv, x, cos, sin)
+    return (q @ wq).t() + k @ wk
+
+
+def a_sum_of_other_shapes(dq, dk, dv, x, wq, wk, wv, cos, sin):
+    q, k, v, x = parts(dq, dk, dv, x, cos, sin)
+    shape = BATCH, TOKENS, HIDDEN
+    return ((q @ wq).view(shape) + (k @ wk).view(shape)).view(-1, HIDDEN) + v @ wv
+
+
 def v_in_two_sums(dq, dk, dv, x, wq, wk, wv, cos, sin):
     q, k, v, x = parts(dq, dk, dv, x, cos, sin)
     term = v @ wv
@@ -219,6 +230,7 @@ GRAPHS = {
     weights_first: (2, 6, True),
     with_a_bias: (1, 3, True),
     more_is_added: (1, 3, True),
+    a_sum_of_other_shapes: (1, 3, True),
     v_in_two_sums: (2, 3, False),
     of_two_inputs: (3, 3, None),
     read_elsewhere: (3, 3, None),
@@ -259,6 +271,14 @@ def test_what_is_joined_and_what_is_left(function):
 
 def test_a_wide_matrix_is_not_copied():
     assert written(all_of_it, v_heads=HEADS + 1) == (4, 6, False)
+
+
+def test_a_term_that_is_turned_is_no_term(monkeypatch):
+    """Of a square matrix, so that the shapes are as if it were one."""
+    monkeypatch.setattr("tests.test_products.TOKENS", HIDDEN // BATCH)
+    monkeypatch.setattr("liger_compile.products._pays", lambda matrices: True)
+    assert written(a_term_that_is_turned) == (2, 2, None)
+    assert written(all_of_it) == (2, 6, True)
 
 
 def test_few_tokens_are_left(monkeypatch):
