@@ -30,7 +30,7 @@ from torch.fx import Graph, GraphModule
 
 from liger_compile.gradients import rewrite_backward, trace_through
 from liger_compile.ops.embedding import PAYS_FROM
-from liger_compile.ops.registration import keeping_backwards_whole
+from liger_compile.ops.registration import BODIES, keeping_backwards_whole
 from liger_compile.pattern import Pattern
 
 # transformers hangs these on logging.Logger and calls them between logits and loss, where Dynamo would break
@@ -82,7 +82,9 @@ def compile_graph(
         with config.patch(patches):
             decompositions = _with_embedding_backward(select_decomp_table())
             passes = _with_rewritten_backward(config.post_grad_custom_post_pass, strict)
-        if passes is not None:
+        if passes is None:  # what gradients.py would trace in the end, AOTAutograd traces
+            decompositions.update(BODIES)
+        else:
             patches["post_grad_custom_post_pass"] = passes
             traced_for_gradients = keeping_backwards_whole()
     with traced_for_gradients:

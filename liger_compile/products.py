@@ -50,10 +50,10 @@ _READERS = (mm, _aten.sum.dim_IntList)  # which take a matrix wherever its rows 
 class _Matrix(NamedTuple):
     """A gradient as it is read: (N, K), a row for each token."""
 
-    term: Node  # its product with a weight, which is a term of the gradient of what the weight was multiplied with
-    reads: Mapping[
-        Node, tuple[Node, bool]
-    ]  # by reader: the node that it reads, and whether that is the transpose
+    # Its product with a weight: a term of the gradient of what the weight was multiplied with.
+    term: Node
+    # By reader: the node that it reads, and whether that is the transpose.
+    reads: Mapping[Node, tuple[Node, bool]]
 
     @property
     def width(self) -> int:

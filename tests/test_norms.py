@@ -9,6 +9,7 @@ import torch
 import torch._dynamo
 from torch import nn
 from torch._inductor import config as inductor_config
+from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_leaves
 
@@ -181,6 +182,27 @@ def test_under_autocast():
     for one, other in zip(differentiated(compiled, module, x), expected, strict=True):
         assert one.dtype == torch.float32 and (one - other).norm() <= 0.02 * other.norm()
     assert seen.graphs[-1] == ["pre_norm_backward_joined"]
+
+
+def test_where_inductor_has_no_place_for_our_pass(monkeypatch):
+    """In torch 2.11, where the user has one: norms are traced before, and nothing of ours is left."""
+    monkeypatch.setattr("liger_compile.compile._with_rewritten_backward", lambda theirs, strict: None)
+    monkeypatch.setattr("liger_compile.compile._is_on_gpu", lambda inputs: True)
+    seen = []
+
+    class Theirs(CustomGraphPass):
+        def __call__(self, graph):
+            seen.append([name_of(node) for node in graph.nodes if is_ours(node)])
+
+        def uuid(self):
+            return None
+
+    module, x = Spelled(), inputs()
+    options = {"liger.policy": "always", "post_grad_custom_post_pass": Theirs()}
+    found = differentiated(torch.compile(module, backend="liger", options=options), module, x)
+    for one, other in zip(found, differentiated(module, module, x), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+    assert seen == [[], []]
 
 
 # Graphs as they are written ---------------------------------------------------------------------------------
