@@ -41,14 +41,14 @@ class launch:
             self.kernel, JITFunction
         ):  # interpreted: nothing to wrap, and torch 2.11 refuses to
             return functools.partial(self.kernel[grid], OVERLAPS=False)
-        if is_wrap_triton_enabled() or not _launches_early():
+        if is_wrap_triton_enabled() or not _launches_early(torch.cuda.current_device()):
             return functools.partial(wrap_triton(self.kernel)[grid], OVERLAPS=False)
         return functools.partial(self.kernel[grid], OVERLAPS=True, launch_pdl=True)
 
 
 @functools.cache
-def _launches_early() -> bool:
-    return torch.version.hip is None and torch.cuda.get_device_capability() >= (9, 0)
+def _launches_early(device: int) -> bool:
+    return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 @triton.jit
