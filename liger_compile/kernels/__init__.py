@@ -37,9 +37,8 @@ class launch:
         self.kernel = kernel
 
     def __getitem__(self, grid: Any) -> Callable[..., Any]:
-        if not isinstance(
-            self.kernel, JITFunction
-        ):  # interpreted: nothing to wrap, and torch 2.11 refuses to
+        # Interpreted, there is nothing to wrap, and torch 2.11 refuses to.
+        if not isinstance(self.kernel, JITFunction):
             return functools.partial(self.kernel[grid], OVERLAPS=False)
         if is_wrap_triton_enabled() or not _launches_early(torch.cuda.current_device()):
             return functools.partial(wrap_triton(self.kernel)[grid], OVERLAPS=False)
