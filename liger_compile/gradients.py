@@ -94,8 +94,8 @@ def _trace_through(graph: Graph, node: Node, decompositions: Mapping[Any, Callab
     values = [each.meta["val"] for each in inputs]
     with detect_fake_mode(values) or contextlib.nullcontext():
         traced = make_fx(body, dict(decompositions))(*values).graph
-    if traced.find_nodes(op="get_attr"):  # a constant, for which the graph has no place
-        return
+    if traced.find_nodes(op="get_attr"):
+        raise NotImplementedError(f"{node.target} makes a constant, for which the graph has no place")
     placeholders = traced.find_nodes(op="placeholder")
     with graph.inserting_before(node):
         results: Any = graph.graph_copy(traced, dict(zip(placeholders, inputs, strict=True)))

@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from liger_compile import ops  # noqa: F401 - registers what torch.ops.liger_compile has
 from liger_compile.aten_graph import (
     RESHAPES,
     before_widening,
@@ -33,11 +32,11 @@ from liger_compile.aten_graph import (
     tensor_of,
     terms_of,
 )
+from liger_compile.ops.pre_norm import MOST_SUMMED
 
 _aten, _ours = torch.ops.aten, torch.ops.liger_compile
 _norm, _backward = _ours.pre_norm.default, _ours.pre_norm_backward.default
 
-MOST_SUMMED = 3  # gradients that the kernel takes
 _IN_MEMORY = (mm, _aten.addmm.default, _aten.bmm.default, _ours.scale.default, operator.getitem)
 
 

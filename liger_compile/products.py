@@ -43,7 +43,12 @@ from liger_compile.aten_graph import (
 )
 
 _aten, _ours = torch.ops.aten, torch.ops.liger_compile
-_rotary, _norm_rotary = _ours.rotary_backward_whole.default, _ours.norm_rotary_backward_whole.default
+# Backwards of q and k, and the same with results side by side: of (dq, dk, matrix beside them, axis of heads, and all
+# other arguments), with all other results.
+_JOINED = {
+    _ours.rotary_backward_whole.default: _ours.rotary_backward_joined.default,
+    _ours.norm_rotary_backward_whole.default: _ours.norm_rotary_backward_joined.default,
+}
 _READERS = (mm, _aten.sum.dim_IntList)  # which take a matrix wherever its rows lie
 
 
@@ -68,7 +73,7 @@ class _Matrix(NamedTuple):
 
 def join_products(graph: Graph) -> None:
     """Changes `graph`."""
-    for target in (_rotary, _norm_rotary):
+    for target in _JOINED:
         for node in graph.find_nodes(op="call_function", target=target):
             _join(graph, node)
 
@@ -132,7 +137,9 @@ def _gradients_of(backward: Node) -> list[Node]:
 
 def _heads_axis(backward: Node) -> int:
     """That along which the tables are the same: 1 or 2, or else 0."""
-    cos = tensor_of(backward.args[2 if backward.target is _rotary else 6])
+    target: Any = backward.target
+    names = [argument.name for argument in target._schema.arguments]
+    cos = tensor_of(backward.args[names.index("cos")])
     sizes = (*(1,) * (4 - cos.dim()), *cos.shape)
     return next((axis for axis in (1, 2) if sizes[axis] == 1), 0)
 
@@ -231,17 +238,15 @@ def _pays(matrices: Sequence[_Matrix]) -> bool:
 # What is put there -----------------------------------------------------------------------------------------
 
 
-def _joined(graph: Graph, backward: Node, rest: Any, heads_axis: int) -> Node:
+def _joined(graph: Graph, backward: Any, rest: Any, heads_axis: int) -> Node:
     dq, dk, *others = backward.args
-    if backward.target is _rotary:
-        *others, dtype, _ = others  # of q and of k
-        return call(graph, _ours.rotary_backward_joined.default, dq, dk, rest, heads_axis, *others, dtype)
-    *others, _, _, needs_dweights = others
-    args = dq, dk, rest, heads_axis, *others, needs_dweights
-    both = call(graph, _ours.norm_rotary_backward_joined.default, *args)
-    joined, dweights = (call(graph, operator.getitem, both, which) for which in (0, 1))
-    for user in [user for user in backward.users if user.args[1] == 2]:
-        user.replace_all_uses_with(dweights)
+    made = call(graph, _JOINED[backward.target], dq, dk, rest, heads_axis, *others)
+    if isinstance(tensor_of(made), torch.Tensor):
+        return made
+    joined, *more = (call(graph, operator.getitem, made, which) for which in range(len(tensor_of(made))))
+    for which, new in enumerate(more, start=2):
+        for old in [user for user in backward.users if user.args[1] == which]:
+            old.replace_all_uses_with(new)
     return joined
 
 

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from . import begin, launch
 
+# 8192 x 512 and 8192 x 1024 in bfloat16 take 5.5 and 11.7 us, 3.0 and 2.9 TB/s (H100, torch 2.11.0, triton 3.6.0,
+# 2026-11-26: "copy of v" in bench/results/step_kernels_nvidia_h100_80gb_hbm3.csv).
 ROWS, COLUMNS = 4, 512
 
 

@@ -117,9 +117,6 @@ def backward(
     return dx, dweight
 
 
-MOST_SUMMED = 3  # gradients that backward_joined takes
-
-
 def backward_joined(
     dys: Sequence[Tensor],
     ds: Tensor | None,
@@ -131,7 +128,8 @@ def backward_joined(
     needs_dweight: bool,
     y_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dx, dweight, y), the last two empty where not needed: of the sum of dys, with ds added to dx, and y again."""
+    """(dx, dweight, y), the last two empty where not needed: of the sum of one to three dys, with ds added to dx, and y
+    again."""
     dx = x.new_empty(x.shape)
     y = x.new_empty(0) if y_dtype is None else x.new_empty(x.shape, dtype=y_dtype)
     rounds_first = casting == "llama"
@@ -164,7 +162,7 @@ def _launch_backward(
     needs_dweight = needs_dweight and weight is not None
     sums = x.new_empty((num_programs, width), dtype=torch.float32) if needs_dweight else None
     dy, *others = dys
-    second, third = (*others, None, None)[: MOST_SUMMED - 1]
+    second, third = (*others, *(None,) * (2 - len(others)))
     strides = (0 if each is None else each.stride(0) for each in (dy, second, third, ds, x))
     launch(_backward_kernel)[(num_programs,)](
         dy,

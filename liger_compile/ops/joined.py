@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .dispatch import has_kernel
-from .norm_rotary import backward, heads_axis_if_by_kernel
+from .norm_rotary import dweights_dtype, heads_axis_if_by_kernel, norm_rotary_backward
 from .registration import whole_op
 from .rotary import LAYOUTS, heads_axis_of_kernel, rotate_each
 
@@ -68,15 +68,16 @@ def rotary_backward_joined(
     sin: Tensor,
     layout: str,
     half_tables: bool,
-    dtype: torch.dtype,
+    q_dtype: torch.dtype,
+    k_dtype: torch.dtype,
 ) -> Tensor:
-    """As rotary_backward, where q and k have this dtype, and rest too."""
-    dtypes = dtype, dtype
+    """As rotary_backward, where q, k and rest have one dtype."""
+    dtypes = q_dtype, k_dtype
     if heads_axis_of_kernel((dq, dk), cos, sin, dtypes) != heads_axis or not _has_kernel(rest):
         return _join(rotate_each((dq, dk), dtypes, cos, sin, layout, half_tables, True), rest, heads_axis)
     from ..kernels import rotary as kernels
 
-    joined, parts = _room(dq, dk, rest, heads_axis, dtype)
+    joined, parts = _room(dq, dk, rest, heads_axis, q_dtype)
     kernels.rotate((dq, dk), dtypes, cos, sin, heads_axis, *LAYOUTS[layout], half_tables, True, parts)
     return joined
 
@@ -95,14 +96,19 @@ def norm_rotary_backward_joined(
     sin: Tensor,
     eps: float,
     offset: float,
+    needs_dq: bool,
+    needs_dk: bool,
     needs_dweights: bool,
 ) -> tuple[Tensor, Tensor]:
-    """As norm_rotary_backward, where q, k and rest have one dtype: (joined, gradients of the weights)."""
-    inputs = q, k, q_weight, k_weight, cos, sin, eps, offset, True, True, needs_dweights
+    """As norm_rotary_backward, where q and k need gradients and have the dtype of rest: (joined, dweights)."""
+    inputs = dq, dk, q, k, q_weight, k_weight, cos, sin, eps, offset, needs_dq, needs_dk
     by_kernel = heads_axis_if_by_kernel((q, k, dq, dk), (q_weight, k_weight), cos, sin, (eps, offset))
     if by_kernel != heads_axis or not _has_kernel(rest):
-        *gradients, dweights = backward(dq, dk, *inputs)
+        *gradients, dweights = norm_rotary_backward.body(*inputs, needs_dweights)
         return _join(gradients, rest, heads_axis), dweights
+    from ..kernels import norm_rotary as kernels
+
     joined, parts = _room(dq, dk, rest, heads_axis, q.dtype)
-    *_, dweights = backward(dq, dk, *inputs, into=parts)
+    dtype = dweights_dtype(q_weight, k_weight, needs_dweights)
+    *_, dweights = kernels.backward(*inputs, dtype, heads_axis, parts)
     return joined, dweights

@@ -114,54 +114,10 @@ def norm_rotary(
     return kernels.forward(q, k, q_weight, k_weight, cos, sin, eps, offset, casting, dtypes, heads_axis)
 
 
-def backward(
-    dq: Tensor | None,
-    dk: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    q_weight: Tensor | None,
-    k_weight: Tensor | None,
-    cos: Tensor,
-    sin: Tensor,
-    eps: float,
-    offset: float,
-    needs_dq: bool,
-    needs_dk: bool,
-    needs_dweights: bool,
-    into: tuple[Tensor, Tensor] | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The body of norm_rotary_backward. With `into`, which is for the kernel alone, the first two are written there."""
+def dweights_dtype(q_weight: Tensor | None, k_weight: Tensor | None, needed: bool) -> torch.dtype | None:
+    """That of the gradients of both weights, or None where there are none."""
     weights = [weight for weight in (q_weight, k_weight) if weight is not None]
-    needs_dweights = needs_dweights and len(weights) > 0
-    dtype = torch.promote_types(weights[0].dtype, weights[-1].dtype) if needs_dweights else None
-    incoming = tuple(dy for dy in (dq, dk) if dy is not None)
-    heads_axis = heads_axis_if_by_kernel((q, k, *incoming), (q_weight, k_weight), cos, sin, (eps, offset))
-    if heads_axis is not None:
-        from ..kernels import norm_rotary as kernels
-
-        return kernels.backward(
-            dq,
-            dk,
-            q,
-            k,
-            q_weight,
-            k_weight,
-            cos,
-            sin,
-            eps,
-            offset,
-            needs_dq,
-            needs_dk,
-            dtype,
-            heads_axis,
-            into,
-        )
-    rest = cos, sin, eps, offset
-    grad_q, dq_weight = gradients(dq, q, q_weight, *rest, needs_dq, needs_dweights)
-    grad_k, dk_weight = gradients(dk, k, k_weight, *rest, needs_dk, needs_dweights)
-    if dtype is None:
-        return grad_q, grad_k, q.new_empty(0)
-    return grad_q, grad_k, torch.stack((dq_weight.to(dtype), dk_weight.to(dtype)))
+    return torch.promote_types(weights[0].dtype, weights[-1].dtype) if needed and weights else None
 
 
 @backward_op
@@ -185,9 +141,21 @@ def norm_rotary_backward(
     The first two are empty where not needed or from None. The third is (2, D), of q_weight and of k_weight in the dtype
     that they promote to; zero from None, and empty as a whole where not needed.
     """
-    return backward(
-        dq, dk, q, k, q_weight, k_weight, cos, sin, eps, offset, needs_dq, needs_dk, needs_dweights
-    )
+    dtype = dweights_dtype(q_weight, k_weight, needs_dweights)
+    incoming = tuple(dy for dy in (dq, dk) if dy is not None)
+    heads_axis = heads_axis_if_by_kernel((q, k, *incoming), (q_weight, k_weight), cos, sin, (eps, offset))
+    if heads_axis is not None:
+        from ..kernels import norm_rotary as kernels
+
+        return kernels.backward(
+            dq, dk, q, k, q_weight, k_weight, cos, sin, eps, offset, needs_dq, needs_dk, dtype, heads_axis
+        )
+    rest = cos, sin, eps, offset
+    grad_q, dq_weight = gradients(dq, q, q_weight, *rest, needs_dq, dtype is not None)
+    grad_k, dk_weight = gradients(dk, k, k_weight, *rest, needs_dk, dtype is not None)
+    if dtype is None:
+        return grad_q, grad_k, q.new_empty(0)
+    return grad_q, grad_k, torch.stack((dq_weight.to(dtype), dk_weight.to(dtype)))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

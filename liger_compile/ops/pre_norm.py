@@ -26,6 +26,8 @@ from .precision import accumulation_dtype
 from .registration import whole_op
 from .rms_norm import input_gradient, inverse_root, is_normed_by_kernel, scaled, weight_gradient
 
+MOST_SUMMED = 3  # gradients that the kernel takes
+
 
 @whole_op
 def pre_norm_statistics(x: Tensor, eps: float) -> Tensor:
@@ -80,7 +82,7 @@ def pre_norm_backward_joined(
     y_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dx, dweight, y), the last two empty where not needed, y in a dtype that it is rounded to after the formula."""
-    if is_normed_by_kernel(x, weight, ds, *dys, numbers=(offset,)):
+    if len(dys) <= MOST_SUMMED and is_normed_by_kernel(x, weight, ds, *dys, numbers=(offset,)):
         from ..kernels import rms_norm as kernels
 
         return kernels.backward_joined(dys, ds, x, rstd, weight, offset, casting, needs_dweight, y_dtype)

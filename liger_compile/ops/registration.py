@@ -65,32 +65,26 @@ def keeping_backwards_whole() -> Iterator[None]:
 
 def whole_op(fn: Callable[..., Any]) -> CustomOpDef:
     """An opaque op with the body of a traceable one, which is its own fake. `gradients.py` has it traced in the end."""
-    op = torch.library.custom_op(
-        f"liger_compile::{fn.__name__}",
-        _without_views(_launching_directly(outside_autocast(fn))),
-        mutates_args=(),
-    )
+    op = opaque_op(fn)
     op.register_fake(fn)
     BODIES[op._opoverload] = outside_autocast(fn)
-    return _first_derivative_only(op, fn.__name__)
+    return op
 
 
-def backward_op(fn: Callable[..., Any]) -> Callable[..., Any]:
+class backward_op:
     """A traceable op, and a second one of the same arguments, NAME_whole, that is called `keeping_backwards_whole`."""
-    traceable = traceable_op(fn)
 
-    @functools.wraps(fn)
-    def body(*args: Any, **kwargs: Any) -> Any:
-        return fn(*args, **kwargs)
+    def __init__(self, fn: Callable[..., Any]) -> None:
+        @functools.wraps(fn)
+        def whole(*args: Any, **kwargs: Any) -> Any:
+            return fn(*args, **kwargs)
 
-    body.__name__ = f"{fn.__name__}_whole"
-    whole = whole_op(body)
+        whole.__name__ = f"{fn.__name__}_whole"
+        self.body = fn
+        self._traceable, self._whole = traceable_op(fn), whole_op(whole)
 
-    @functools.wraps(fn)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        return (whole if _keeps_whole else traceable)._opoverload(*args, **kwargs)
-
-    return call
+    def __call__(self, *args: Any) -> Any:
+        return (self._whole if _keeps_whole else self._traceable)._opoverload(*args)
 
 
 def mutating_op(*arguments: str) -> Callable[[Callable[..., Any]], CustomOpDef]:

@@ -80,6 +80,9 @@ def norms() -> Iterator[Case]:
         lambda x, w: F.rms_norm(x, (D,), w, None),
         x_weight,
     )
+    yield Case("pre_norm.llama", lambda x, w: L.pre_norm(x, w, EPS), llama, x_weight)
+    yield Case("pre_norm.no_weight", lambda x: L.pre_norm(x, None, EPS), lambda x: llama(x, None), x)
+    yield Case("pre_norm.gemma", lambda x, w: L.pre_norm(x, w, EPS, **gemma_mode), gemma, x_weight)
     yield Case(
         "add_rms_norm.llama", lambda x, r, w: L.add_rms_norm(x, r, w, EPS), add_then(llama), x_residual_weight
     )
@@ -341,6 +344,7 @@ ONE_OF_EACH_OP = [
     if case.name
     in (
         "rms_norm.llama",
+        "pre_norm.gemma",
         "add_rms_norm.gemma",
         "rotary.interleaved_partial",
         "norm_rotary.llama",
