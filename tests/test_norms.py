@@ -14,8 +14,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_leaves
 
 from liger_compile import functional, norms
-from liger_compile.compile import _with_rewritten_backward
 from liger_compile.testing import precision
+
+from .whole_graphs import Seen, names_of_ours
 
 _ours = torch.ops.liger_compile
 BATCH, TOKENS, HIDDEN = 2, 12, 16
@@ -41,29 +42,6 @@ class Block(nn.Module):
         y = functional.pre_norm(x, self.weight, 1e-6, **self.mode)
         out = sum(layer(y).sin() for layer in self.layers)
         return x + out if self.passes_by else out
-
-
-class Seen(type(_with_rewritten_backward(None))):
-    """The pass, and what of ours is in the graphs before ops are traced through."""
-
-    def __init__(self):
-        self.graphs = []
-
-    def __call__(self, graph):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("liger_compile.gradients.BODIES", {})
-            super().__call__(graph)
-        self.graphs.append([name_of(node) for node in graph.nodes if is_ours(node)])
-        super().__call__(graph)
-        assert not any(map(is_ours, graph.nodes))
-
-
-def is_ours(node):
-    return getattr(node.target, "namespace", "") == "liger_compile"
-
-
-def name_of(node):
-    return node.target._schema.name.split("::")[1]
 
 
 def differentiated(function, module, x):
@@ -156,7 +134,7 @@ def test_what_is_not_kept_is_computed_in_the_same_pass(monkeypatch, recompute):
 
     def join(graph):
         norms.join_norms(graph)
-        joined.extend(node for node in graph.nodes if is_ours(node) and name_of(node) != "pre_norm")
+        joined.extend(graph.find_nodes(op="call_function", target=_ours.pre_norm_backward_joined.default))
 
     monkeypatch.setattr("liger_compile.gradients.join_norms", join)
     monkeypatch.setattr("liger_compile.compile._is_on_gpu", lambda inputs: True)
@@ -166,8 +144,7 @@ def test_what_is_not_kept_is_computed_in_the_same_pass(monkeypatch, recompute):
     found = differentiated(torch.compile(module, backend="liger", options=options), module, x)
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
-    ((name, needs_y),) = [(name_of(node), node.args[-1] is not None) for node in joined]
-    assert (name, needs_y) == ("pre_norm_backward_joined", recompute == "auto")
+    assert [node.args[-1] is not None for node in joined] == [recompute == "auto"]
 
 
 def test_under_autocast():
@@ -192,7 +169,7 @@ def test_where_inductor_has_no_place_for_our_pass(monkeypatch):
 
     class Theirs(CustomGraphPass):
         def __call__(self, graph):
-            seen.append([name_of(node) for node in graph.nodes if is_ours(node)])
+            seen.append(names_of_ours(graph))
 
         def uuid(self):
             return None
@@ -335,7 +312,7 @@ def test_on_a_gpu(dtype, layers, monkeypatch):
 
     def join(graph):
         norms.join_norms(graph)
-        joined.extend(name_of(node) for node in graph.nodes if is_ours(node))
+        joined.extend(names_of_ours(graph))
 
     monkeypatch.setattr("liger_compile.gradients.join_norms", join)
     with torch.device("cuda"):

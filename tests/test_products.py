@@ -12,10 +12,11 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_leaves
 
 from liger_compile import functional
-from liger_compile.compile import _with_rewritten_backward
 from liger_compile.ops.registration import keeping_backwards_whole
 from liger_compile.products import join_products
 from liger_compile.testing import precision
+
+from .whole_graphs import Seen, names_of_ours, products_of
 
 _aten, _ours = torch.ops.aten, torch.ops.liger_compile
 BATCH, TOKENS, HIDDEN, HEADS, KV_HEADS, CHANNELS = 2, 40, 16, 4, 2, 8
@@ -60,29 +61,6 @@ def differentiated(function, module, x):
     return torch.autograd.grad(out, (x, *module.parameters()), upstream)
 
 
-def compiled_with_pass(function, seen):
-    class Seen(type(_with_rewritten_backward(None))):
-        def __call__(self, graph):
-            before = sum(node.target is _aten.mm.default for node in graph.nodes)
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr("liger_compile.gradients.BODIES", {})
-                super().__call__(graph)
-            seen.append(
-                (
-                    {node.target._schema.name.split("::")[1] for node in graph.nodes if is_ours(node)},
-                    before - sum(node.target is _aten.mm.default for node in graph.nodes),
-                )
-            )
-            super().__call__(graph)
-            assert not any(map(is_ours, graph.nodes))
-
-    return torch.compile(function, fullgraph=True, options={"post_grad_custom_post_pass": Seen()})
-
-
-def is_ours(node):
-    return getattr(node.target, "namespace", "") == "liger_compile"
-
-
 @pytest.fixture(autouse=True)
 def fresh():
     torch._dynamo.reset()
@@ -106,12 +84,13 @@ CASES = {
 def test_three_products_become_one(options):
     module = Attention(**options)
     x = torch.randn(BATCH, TOKENS, HIDDEN, requires_grad=True)
-    function, seen = (lambda x: module(x.sin())), []
+    function, seen = (lambda x: module(x.sin())), Seen()
     expected = differentiated(function, module, x)
+    compiled = torch.compile(function, fullgraph=True, options={"post_grad_custom_post_pass": seen})
     with keeping_backwards_whole():
-        found = differentiated(compiled_with_pass(function, seen), module, x)
+        found = differentiated(compiled, module, x)
     op = "norm_rotary_backward_joined" if options.get("normed") else "rotary_backward_joined"
-    assert seen == [(set(), 0), ({op}, 4)], "of six products"
+    assert (seen.graphs, seen.fewer_products) == ([[], [op]], [0, 4]), "of six products"
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
         assert one.is_contiguous()
@@ -119,7 +98,7 @@ def test_three_products_become_one(options):
 
 def test_under_autocast():
     """Terms are made in bfloat16 and summed in float32."""
-    module, seen = Attention(), []
+    module, seen = Attention(), Seen()
     x = torch.randn(BATCH, TOKENS, HIDDEN, requires_grad=True)
 
     def function(x):
@@ -127,9 +106,10 @@ def test_under_autocast():
             return module(x.sin()).float()
 
     eager = differentiated(function, module, x)
+    compiled = torch.compile(function, fullgraph=True, options={"post_grad_custom_post_pass": seen})
     with keeping_backwards_whole():
-        found = differentiated(compiled_with_pass(function, seen), module, x)
-    assert seen == [(set(), 0), ({"rotary_backward_joined"}, 4)]
+        found = differentiated(compiled, module, x)
+    assert (seen.graphs, seen.fewer_products) == ([[], ["rotary_backward_joined"]], [0, 4])
     precision.assert_no_worse(found, eager, differentiated(lambda x: module(x.sin()), module, x))
 
 
@@ -260,10 +240,6 @@ def written(function, **sizes):
     return products_of(gm.graph), count, joined[0].args[2] is not None if joined else None
 
 
-def products_of(graph):
-    return len(graph.find_nodes(op="call_function", target=_aten.mm.default))
-
-
 @pytest.mark.parametrize("function", GRAPHS, ids=lambda function: function.__name__)
 def test_what_is_joined_and_what_is_left(function):
     assert written(function) == GRAPHS[function]
@@ -324,8 +300,8 @@ def test_on_a_gpu(options, mode, monkeypatch):
 
 def _joined(graph):
     """How many nodes were replaced."""
-    count = len([node for node in graph.nodes if is_ours(node)])
+    count = len(names_of_ours(graph))
     join_products(graph)
-    names = [node.target.name() for node in graph.nodes if is_ours(node)]
+    names = names_of_ours(graph)
     assert len(names) == count
     return sum(name.endswith("_joined") for name in names)
