@@ -27,6 +27,7 @@ PATTERN_OPS = tuple(dict.fromkeys(pattern.name.partition(".")[0] for pattern in 
 BUDGET = 0.8  # of what would be kept for backward; 0.5 was slower and larger (Llama-3.2-1B, 4x2048, H100, 2026-11-22)
 LOCK = "BENCH_TRAIN_STEP_LOCK"  # variable of the environment: a file that processes lock
 SLOT = "BENCH_TRAIN_STEP_SLOT"  # likewise: a number that a process shares with some of the others
+PROGRESS = "  size "  # how a line begins that is passed on while the answer is awaited
 SLOTS = 4  # processes that compile at once: the step that compiles needs as much memory as any
 COPIED_ELEMENTS = 2**28  # of the floor at once
 LONGEST, MOST_SEQUENCES = 2**18, 2**10  # that are tried
@@ -232,10 +233,13 @@ class Step:
         """Whether a step of that many tokens fits on the GPU."""
         self._clear()  # of what the step before has left, whole or broken off
         self._inputs = self._inputs_of(batch, length)
+        begin, fits = time.perf_counter(), False
         with suppressing_out_of_memory():
             self.run()
-            return True
-        return False
+            fits = True
+        verdict = "fits" if fits else "does not fit"
+        print(f"{PROGRESS}{batch}x{length} {verdict}, {time.perf_counter() - begin:.0f} s", flush=True)
+        return fits
 
     def scale(self) -> Row:
         """The longest sequence, and the most sequences of the case's length, of which a step fits on the GPU."""

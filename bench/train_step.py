@@ -24,7 +24,20 @@ from pathlib import Path
 
 from bench.common import RESULTS, ROOT, Row, file_name, machine, merge_csv, print_row
 from bench.models import MODELS
-from bench.step import FLOOR, INDUCTOR, LIGER_KERNEL, LOCK, OURS, SLOT, SLOTS, VARIANTS, Case, Floor, Step
+from bench.step import (
+    FLOOR,
+    INDUCTOR,
+    LIGER_KERNEL,
+    LOCK,
+    OURS,
+    PROGRESS,
+    SLOT,
+    SLOTS,
+    VARIANTS,
+    Case,
+    Floor,
+    Step,
+)
 from bench.timing import spread
 
 SCALE = "scale"  # what a variant's process reads instead of a number of steps
@@ -109,6 +122,8 @@ class Process:
         for line in self._process.stdout:
             if line.startswith("{"):  # libraries print too
                 return json.loads(line)
+            if line.startswith(PROGRESS):
+                print(line, end="", flush=True)
         self._process.wait()
         self._errors.seek(0)
         lines = [line for line in self._errors.read().splitlines() if line.strip()]
