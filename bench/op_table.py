@@ -18,7 +18,7 @@ from liger_compile import functional
 
 OURS = "liger-compile"
 LOW_MEMORY_MIB = 128
-WINDOW, SOFTCAP = 1024, 50.0  # of attention
+WINDOW, SOFTCAP = 1024, 50.0  # of attention; of fewer than 2 * WINDOW tokens, half are the window
 
 Make = Callable[..., tuple[Any, ...]]
 
@@ -146,10 +146,14 @@ def make_attention(batch: int, length: int, heads: int, kv_heads: int, width: in
     return q.requires_grad_(), k.requires_grad_(), v.requires_grad_()
 
 
-def _seen(q: Tensor, window: int | None) -> Tensor:
+def _window_of(q: Tensor) -> int:
+    return min(WINDOW, q.shape[-2] // 2)
+
+
+def _seen(q: Tensor, has_window: bool) -> Tensor:
     at = torch.arange(q.shape[-2], device=q.device)
     seen = at[None, :] <= at[:, None]
-    return seen if window is None else seen & (at[None, :] > at[:, None] - window)
+    return seen & (at[None, :] > at[:, None] - _window_of(q)) if has_window else seen
 
 
 def _repeated(x: Tensor, heads: int) -> Tensor:
@@ -159,7 +163,7 @@ def _repeated(x: Tensor, heads: int) -> Tensor:
 
 
 def eager_attention(
-    q: Tensor, k: Tensor, v: Tensor, window: int | None = None, softcap: float | None = None
+    q: Tensor, k: Tensor, v: Tensor, has_window: bool = False, softcap: float | None = None
 ) -> Tensor:
     """Written out, as transformers' eager_attention_forward."""
     k, v = _repeated(k, q.shape[1]), _repeated(v, q.shape[1])
@@ -167,14 +171,16 @@ def eager_attention(
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
     hidden = torch.finfo(q.dtype).min
-    scores = scores + torch.where(_seen(q, window), torch.zeros((), dtype=q.dtype, device=q.device), hidden)
+    scores = scores + torch.where(
+        _seen(q, has_window), torch.zeros((), dtype=q.dtype, device=q.device), hidden
+    )
     return torch.matmul(F.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype), v)
 
 
-def masked_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None = None) -> Tensor:
+def masked_attention(q: Tensor, k: Tensor, v: Tensor, has_window: bool = False) -> Tensor:
     """As transformers' sdpa_attention_forward with a mask in memory."""
     k, v = _repeated(k, q.shape[1]), _repeated(v, q.shape[1])
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=_seen(q, window)[None, None])
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=_seen(q, has_window)[None, None])
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -182,16 +188,18 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def flex_attention(
-    q: Tensor, k: Tensor, v: Tensor, window: int | None = None, softcap: float | None = None
+    q: Tensor, k: Tensor, v: Tensor, has_window: bool = False, softcap: float | None = None
 ) -> Tensor:
     """As its documentation has it."""
     from torch.nn.attention import flex_attention as flex
+
+    window = _window_of(q)
 
     def score(score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return score if softcap is None else softcap * torch.tanh(score / softcap)
 
     def mask(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return query >= key if window is None else (query >= key) & (query - key < window)
+        return (query >= key) & (query - key < window) if has_window else query >= key
 
     blocks = flex.create_block_mask(mask, None, None, q.shape[-2], k.shape[-2], device=q.device)
     return flex.flex_attention(q, k, v, score_mod=score, block_mask=blocks, enable_gqa=True)
@@ -207,9 +215,9 @@ def _attention_elements(b: int, t: int, h: int, k: int, d: int) -> dict[str, int
     return {"forward": 2 * b * t * (h + k) * d, "backward": 4 * b * t * (h + k) * d}
 
 
-window_attention = functools.partial(masked_attention, window=WINDOW)
+window_attention = functools.partial(masked_attention, has_window=True)
 capped_attention = functools.partial(eager_attention, softcap=SOFTCAP)
-capped_window_attention = functools.partial(eager_attention, window=WINDOW, softcap=SOFTCAP)
+capped_window_attention = functools.partial(eager_attention, has_window=True, softcap=SOFTCAP)
 
 
 # Embedding
@@ -384,19 +392,26 @@ OPS: Mapping[str, Op] = {
         },
     ),
     "window_attention": Op(  # as causal_attention, and the last WINDOW keys
-        shapes=((4, 2048, 32, 8, 64), (1, 8192, 32, 8, 128), (2, 4096, 8, 4, 256), (8, 1024, 16, 8, 128)),
+        shapes=(
+            (4, 2048, 32, 8, 64),
+            (1, 8192, 32, 8, 128),
+            (2, 4096, 8, 4, 256),
+            (8, 1024, 16, 8, 128),
+            (16, 512, 32, 8, 128),
+            (32, 256, 32, 8, 128),
+        ),
         tiny=(1, 8, 4, 2, 16),
         make=make_attention,
         elements=_attention_elements,
         variants={
             "eager": window_attention,
             "SDPA causal": causal_attention,
-            "flex_attention": _compiled(functools.partial(flex_attention, window=WINDOW)),
+            "flex_attention": _compiled(functools.partial(flex_attention, has_window=True)),
             OURS: _compiled(window_attention, "liger"),
         },
     ),
     "capped_attention": Op(  # as causal_attention, written out with the scores bent by tanh
-        shapes=((2, 4096, 8, 4, 256), (1, 8192, 8, 4, 256), (4, 1024, 8, 4, 256)),
+        shapes=((2, 4096, 8, 4, 256), (1, 8192, 8, 4, 256), (4, 1024, 8, 4, 256), (32, 256, 8, 4, 256)),
         tiny=(1, 8, 4, 2, 16),
         make=make_attention,
         elements=_attention_elements,
@@ -413,7 +428,7 @@ OPS: Mapping[str, Op] = {
         elements=_attention_elements,
         variants={
             "eager": capped_window_attention,
-            "flex_attention": _compiled(functools.partial(flex_attention, window=WINDOW, softcap=SOFTCAP)),
+            "flex_attention": _compiled(functools.partial(flex_attention, has_window=True, softcap=SOFTCAP)),
             OURS: _compiled(capped_window_attention, "liger"),
         },
     ),

@@ -9,12 +9,14 @@ the op. AOTAutograd differentiates it, and Inductor has kernels for it on GPUs.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 BLOCK_SIZE = 128  # what Inductor's templates are tuned for
+HALF = (torch.float16, torch.bfloat16)
 SMALLEST_HEAD = 16  # a product of tiles takes no fewer channels; other sizes than powers of two are padded
 
 
@@ -32,8 +34,14 @@ def windowed_attention(
         softcap: the bound of the scores; None is no bound.
     """
 
+    is_half = q.dtype in HALF
+
     def score(score, batch, head, query, key):
-        return score if softcap is None else softcap * torch.tanh(score / softcap)
+        if softcap is None:
+            return score
+        if is_half:  # CUDA's tanh takes as long as the products, and this is right to about 1e-7 of the cap
+            return softcap * (2 * torch.sigmoid(score * (2 / softcap)) - 1)
+        return softcap * torch.tanh(score / softcap)
 
     def mask(batch, head, query, key):
         return key <= query if window is None else (key <= query) & (query - key < window)
@@ -48,11 +56,22 @@ def windowed_attention(
         "WRITE_DQ": True,
         "OUTPUT_LOGSUMEXP": torch.is_grad_enabled() and q.device.type != "cpu",
         "OUTPUT_MAX": False,
+        **_tiles(q, v),
     }
     out, _, _ = torch.ops.higher_order.flex_attention(
         q, k, v, score, blocks.as_tuple(), scale, options, (), ()
     )
     return out
+
+
+def _tiles(q: Tensor, v: Tensor) -> dict[str, Any]:
+    if q.device.type != "cuda" or q.dtype not in HALF:
+        return {}
+    from liger_compile.kernels.flex_attention import tiles
+
+    found = tiles(torch.cuda.get_device_capability(q.device), max(q.shape[-1], v.shape[-1]))
+    # Inductor's kernel for fewer than 128 queries has other tiles, and these would be forced upon it.
+    return {**found, "BACKEND": "TRITON"} if found else {}
 
 
 def _block_mask(q: Tensor, window: int | None, mask: Callable[..., Tensor]) -> BlockMask:

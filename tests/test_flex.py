@@ -114,6 +114,22 @@ def test_more_than_one_block_and_not_a_whole_number_of_them(liger_is_as_right_as
     liger_is_as_right_as_eager(CASES[name], *inputs(length=150))
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", ["window", "capped_causal", "capped_window"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("size", [32, 64, 96, 128, 256])
+def test_numbers_of_inductors_kernels(liger_is_as_right_as_eager, name, dtype, size):
+    """With the tiles that flex.py gives them, and lengths that no tile divides."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(BATCH, 1100, n, size, device="cuda") for n in (HEADS, GROUPS, GROUPS))
+    heads = [x.to(dtype).transpose(1, 2) for x in (q * size**-0.5, k, v)]
+    function = {"window": lambda q, k, v: mistral(q, k, v, 300), "capped_causal": gemma}.get(
+        name, lambda q, k, v: gemma(q, k, v, 300)
+    )
+    liger_is_as_right_as_eager(function, *heads, inner="inductor")
+
+
 def test_the_mask_is_gone(monkeypatch):
     """Two functions and eight small tensors of integers are left of it."""
     from liger_compile import backend

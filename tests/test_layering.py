@@ -31,7 +31,7 @@ ALLOWED = {
     "gradients": ("norms", "ops.registration", "products", "terms.mutation"),
     "compile": ("gradients", "ops.embedding", "ops.registration", "pattern"),
     "report": ("pattern",),
-    "flex": (),
+    "flex": ("kernels",),
     "variants": ("terms.mutation",),
     "lazy": (),
     "outputs": ("lazy", "terms"),

@@ -52,13 +52,19 @@ class Config(NamedTuple):
 
 
 def config(classes: int, itemsize: int, is_lean: bool) -> Config:
-    """`is_lean`: both passes, and neither smoothing nor softcap, which take registers for each element."""
+    """`is_lean`: both passes, and neither smoothing nor tanh in float32, which take registers for each element."""
     programs = max(1, min(MOST_PROGRAMS, ROWS_IN_L2 // (classes * itemsize)))
     num_warps = min(MOST_WARPS, 2 ** ((WARPS_PER_MULTIPROCESSOR // programs).bit_length() - 1))
     vector = VECTOR_BYTES // itemsize
     vectors = VECTORS_OF_LONG_ROWS if programs == 1 and is_lean else VECTORS_PER_THREAD
     lanes = min(32 * num_warps * vectors, triton.next_power_of_2(triton.cdiv(classes, vector)))
     return Config(programs, num_warps, lanes, vector)
+
+
+@triton.jit
+def _exp(x, IS_HALF: tl.constexpr):
+    """For half precision without results below 2^-126: to have those takes three instructions more for each number."""
+    return tl.exp2(x * 1.4426950408889634) if IS_HALF else tl.exp(x)
 
 
 @triton.jit
@@ -76,13 +82,30 @@ def _tanh(x):
 
 
 @triton.jit
-def _scores(logits, inner_scale, softcap, HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr):
+def _tanh_in_half_precision(x):
+    """The same to about 1e-6 of 1, more digits than x has, in few instructions: rsqrt(y)^2 is 1 / y in two.
+
+    Both passes in place over 1024 x 256000 logits with a softcap took 0.53 ms instead of 0.79, and 0.49 without (one
+    H100, torch 2.11.0, triton 3.6.0, bfloat16, 2026-11-26).
+    """
+    root = tl.rsqrt(1.0 + tl.exp2(2.8853900817779268 * x))  # 1 + exp(2 x)
+    inverse = root * root
+    return 1.0 - 2.0 * inverse, 4.0 * inverse * (1.0 - inverse)
+
+
+@triton.jit
+def _scores(
+    logits, inner_scale, softcap, HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr, IS_HALF: tl.constexpr
+):
     z = logits.to(tl.float32)
     if HAS_SCALE:
         z = z * inner_scale
     slope = 1.0
     if HAS_SOFTCAP:
-        z, slope = _tanh(z)
+        if IS_HALF:
+            z, slope = _tanh_in_half_precision(z)
+        else:
+            z, slope = _tanh(z)
         z = z * softcap
     return z, slope
 
@@ -118,6 +141,7 @@ def _softmax_loss_kernel(
     LANES: tl.constexpr,
     VECTOR: tl.constexpr,
 ):
+    IS_HALF: tl.constexpr = logits_ptr.dtype.element_ty != tl.float32
     lanes = tl.arange(0, LANES)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
     # From a 64-bit start, the row is a 64-bit number.
     for row in range(tl.program_id(0).to(tl.int64), rows, tl.num_programs(0)):
@@ -144,11 +168,11 @@ def _softmax_loss_kernel(
             if losses_ptr is None:
                 row_max = tl.load(row_max_ptr + row)
                 log_sum = tl.load(log_sum_ptr + row)
-                inverse_sum = tl.exp(-log_sum)
+                inverse_sum = _exp(-log_sum, IS_HALF)
             else:
-                z_label = _scores(tl.load(logits_row + label), inner_scale, softcap, HAS_SCALE, HAS_SOFTCAP)[
-                    0
-                ]
+                z_label = _scores(
+                    tl.load(logits_row + label), inner_scale, softcap, HAS_SCALE, HAS_SOFTCAP, IS_HALF
+                )[0]
                 # Smoothing sums z: from somewhere near all of them, for they may be large beside their differences.
                 origin = tl.where(tl.abs(z_label) < float("inf"), z_label, 0.0)
                 highs = tl.full([LANES], float("-inf"), tl.float32)
@@ -161,12 +185,14 @@ def _softmax_loss_kernel(
                         mask=columns < readable,
                         eviction_policy="evict_first" if dlogits_ptr is None else "evict_last",
                     )
-                    z = _scores(logits, inner_scale, softcap, HAS_SCALE, HAS_SOFTCAP)[0]
+                    z = _scores(logits, inner_scale, softcap, HAS_SCALE, HAS_SOFTCAP, IS_HALF)[0]
                     z = tl.where(columns < classes, z, float("-inf"))
                     new_highs = tl.maximum(highs, tl.max(z, 1))
                     # All of a vector may be -inf: 0 is as good a reference for that, and -inf would make NaN.
                     reference = tl.where(new_highs == float("-inf"), 0.0, new_highs)
-                    sums = sums * tl.exp(highs - reference) + tl.sum(tl.exp(z - reference[:, None]), 1)
+                    sums = sums * _exp(highs - reference, IS_HALF) + tl.sum(
+                        _exp(z - reference[:, None], IS_HALF), 1
+                    )
                     highs = new_highs
                     if HAS_SMOOTHING:
                         tilt = z - origin
@@ -177,7 +203,7 @@ def _softmax_loss_kernel(
 
                 row_max = tl.max(highs, 0)
                 reference = tl.where(row_max == float("-inf"), 0.0, row_max)
-                total = tl.sum(sums * tl.exp(highs - reference), 0)
+                total = tl.sum(sums * _exp(highs - reference, IS_HALF), 0)
                 log_sum = tl.log(total)
                 inverse_sum = 1.0 / total
                 # Not log_sum + row_max first: where logits are large, that would lose log_sum.
@@ -215,8 +241,8 @@ def _softmax_loss_kernel(
                     columns = start + lanes
                     mask = columns < readable
                     logits = tl.load(logits_row + columns, mask=mask, eviction_policy="evict_first")
-                    z, slope = _scores(logits, inner_scale, softcap, HAS_SCALE, HAS_SOFTCAP)
-                    dlogits = tl.exp(z - row_max) * through_p
+                    z, slope = _scores(logits, inner_scale, softcap, HAS_SCALE, HAS_SOFTCAP, IS_HALF)
+                    dlogits = _exp(z - row_max, IS_HALF) * through_p
                     if HAS_SMOOTHING:
                         if class_weight_ptr is not None:
                             w = tl.load(class_weight_ptr + columns, mask=columns < classes, other=0.0)
@@ -285,7 +311,8 @@ def _launch(
     mass = class_weight.sum(dtype=torch.float32) if class_weight is not None and label_smoothing else None
     inner_scale = logit_scale if softcap is None else logit_scale / softcap
     is_in_one_pass = dlogits is None or losses is None
-    is_lean = not (is_in_one_pass or label_smoothing or softcap is not None)
+    is_long_tanh = softcap is not None and logits.dtype == torch.float32
+    is_lean = not (is_in_one_pass or label_smoothing or is_long_tanh)
     programs, num_warps, lanes, vector = config(classes, logits.element_size(), is_lean)
     if is_in_one_pass:  # which the cache has nothing to keep for
         programs *= 2

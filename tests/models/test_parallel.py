@@ -1,0 +1,73 @@
+"""Training on two processes: with DDP, and with FSDP2 compiled whole and layer by layer."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+PROGRAM = Path(__file__).parent / "parallel.py"
+LAYER = ["gated_mlp.swiglu", "rms_norm.llama", "rms_norm.llama", "rotary.half_pair"]
+FOUND = {
+    # Nothing breaks the graph.
+    "ddp": [
+        *LAYER,
+        *LAYER,
+        "attention.causal",
+        "attention.causal",
+        "linear_cross_entropy.plain",
+        "rms_norm.llama",
+    ],
+    # Sharding does: the layers are one graph, compiled once; their mask comes from another. Head and loss are whole.
+    "fsdp": [*LAYER, "linear_cross_entropy.plain", "rms_norm.llama"],
+    "fsdp by layer": LAYER,
+}
+DEVICES = [
+    "cpu",
+    pytest.param(
+        "cuda",
+        marks=[
+            pytest.mark.gpu,
+            pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices"),
+        ],
+    ),
+]
+
+
+@pytest.fixture(scope="module", params=DEVICES)
+def rows(request):
+    """What parallel.py found, by way."""
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*run, str(PROGRAM), request.param, *FOUND],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert done.returncode == 0, done.stderr[-3000:]
+    return {row["way"]: row for row in found}
+
+
+@pytest.mark.parametrize("way", FOUND)
+def test_numbers_are_those_of_eager_code(rows, way):
+    row = rows[way]
+    assert row["losses"] == pytest.approx(row["eager_losses"], rel=1e-5)
+    assert len(set(row["eager_losses"])) == 3  # it learns
+    assert row["difference"] < 1e-5
+
+
+@pytest.mark.parametrize("way", FOUND)
+def test_what_is_in_one_graph_is_found(rows, way):
+    assert rows[way]["found"] == sorted(FOUND[way])
+
+
+def test_logits_of_a_step_that_is_over_are_told_to_be_lost(rows):
+    assert "was changed in place (by an optimizer's step, say)" in rows["ddp"]["logits"]
+    assert "was freed (as sharding frees gathered weights)" in rows["fsdp"]["logits"]
+    assert rows["fsdp by layer"]["logits"] > 0  # the model itself is eager, and has computed them
