@@ -411,7 +411,13 @@ OPS: Mapping[str, Op] = {
         },
     ),
     "capped_attention": Op(  # as causal_attention, written out with the scores bent by tanh
-        shapes=((2, 4096, 8, 4, 256), (1, 8192, 8, 4, 256), (4, 1024, 8, 4, 256), (32, 256, 8, 4, 256)),
+        shapes=(
+            (2, 4096, 8, 4, 256),
+            (1, 8192, 8, 4, 256),
+            (4, 2048, 8, 4, 256),
+            (8, 1024, 8, 4, 256),
+            (32, 256, 8, 4, 256),
+        ),
         tiny=(1, 8, 4, 2, 16),
         make=make_attention,
         elements=_attention_elements,

@@ -37,7 +37,11 @@ from torch.fx import Node
 from liger_compile import flex
 from liger_compile.pattern import Match, Pattern
 
-FEWEST = 1024  # tokens from which flex_attention is used: eight of its blocks; to be measured
+# Tokens from which flex_attention takes no longer than what Inductor makes of the code, forward and backward (one H100,
+# torch 2.11.0, triton 3.6.0, bfloat16, 2026-11-26: bench/results/ops_nvidia_h100_80gb_hbm3.csv). With windows of 1024, or
+# half of the tokens: 0.72 of its time for 32 x 256, 0.62 for 16 x 512, 0.53 for 8 x 1024, 0.14 for 1 x 8192. Capped: 1.09
+# for 32 x 256, 1.23 for 8 x 1024, 0.95 for 4 x 2048, 0.90 for 1 x 8192; capped in a window 0.46 for 2 x 4096.
+FEWEST, FEWEST_CAPPED = 256, 2048
 
 
 def _attend(q, k, v, mask, dropout_p, scale):
@@ -184,8 +188,9 @@ def _flex_pays(match: Match) -> str | None:
     q = match["q"]
     if q.device.type != "cuda":
         return "flex_attention, which knows windows and capped scores, is trained on NVIDIA GPUs only"
-    if isinstance(q.shape[-2], int) and q.shape[-2] < FEWEST:
-        return f"for fewer than {FEWEST} tokens the blocks of flex_attention do not pay"
+    fewest = FEWEST_CAPPED if "softcap" in match.captures else FEWEST
+    if isinstance(q.shape[-2], int) and q.shape[-2] < fewest:
+        return f"for fewer than {fewest} tokens the blocks of flex_attention do not pay"
     return _weights_used_elsewhere(match)
 
 

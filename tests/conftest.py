@@ -144,7 +144,7 @@ def _differentiated(function, args, frozen, dtype=None):
     results = function(*inputs)
     results = results if isinstance(results, tuple) else (results,)
     generator = torch.Generator().manual_seed(1)
-    upstream = [torch.randn(r.shape, generator=generator).to(args[0].dtype).to(r.dtype) for r in results]
+    upstream = [torch.randn(r.shape, generator=generator).to(args[0].dtype).to(r) for r in results]
     wanted = [each for each in inputs if isinstance(each, torch.Tensor) and each.requires_grad]
     gradients = torch.autograd.grad(results, wanted, upstream, allow_unused=True)
     return [*(r.detach() for r in results), *(g for g in gradients if g is not None)]

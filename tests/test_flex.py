@@ -79,7 +79,8 @@ def gemma(q, k, v, window=None):
     """The scores are large, so that the cap bends them."""
     scores = torch.matmul(q, repeat_kv(k).transpose(2, 3)) * 2.0
     scores = torch.tanh(scores / 3.0) * 3.0
-    lowest = torch.finfo(q.dtype).min
+    # float16's lowest number is not so low that nothing could reach it, so that attention with it is left alone.
+    lowest = -math.inf if q.dtype == torch.float16 else torch.finfo(q.dtype).min
     scores = scores + torch.where(within(q, window), torch.zeros((), dtype=q.dtype), lowest)
     weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype)
     return torch.matmul(weights, repeat_kv(v)).transpose(1, 2).contiguous()
@@ -99,7 +100,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_one_site_with_the_numbers(run_liger, liger_is_as_right_as_eager, name, dtype):
     function, args = CASES[name], inputs(dtype)
     liger_is_as_right_as_eager(function, *args)
