@@ -37,10 +37,10 @@ from torch.fx import Node
 from liger_compile import flex
 from liger_compile.pattern import Match, Pattern
 
-# Tokens from which flex_attention takes no longer than what Inductor makes of the code, forward and backward (one H100,
-# torch 2.11.0, triton 3.6.0, bfloat16, 2026-11-26: bench/results/ops_nvidia_h100_80gb_hbm3.csv). With windows of 1024, or
-# half of the tokens: 0.72 of its time for 32 x 256, 0.62 for 16 x 512, 0.53 for 8 x 1024, 0.14 for 1 x 8192. Capped: 1.09
-# for 32 x 256, 1.23 for 8 x 1024, 0.95 for 4 x 2048, 0.90 for 1 x 8192; capped in a window 0.46 for 2 x 4096.
+# Tokens from which flex_attention takes no longer than what Inductor makes of the code, forward and backward (one
+# H100, torch 2.11.0, triton 3.6.0, bfloat16, 2026-11-26: bench/results/ops_nvidia_h100_80gb_hbm3.csv). With windows of
+# 1024, or half of the tokens: 0.72 of its time for 32 x 256, 0.62 for 16 x 512, 0.53 for 8 x 1024, 0.14 for 1 x 8192.
+# Capped: 1.09 for 32 x 256, 1.23 for 8 x 1024, 0.95 for 4 x 2048, 0.90 for 1 x 8192; in a window 0.46 for 2 x 4096.
 FEWEST, FEWEST_CAPPED = 256, 2048
 
 
