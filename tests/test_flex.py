@@ -5,10 +5,14 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses import FakeTensorMode
+from torch.fx import Graph
 from torch.nn.attention.flex_attention import create_block_mask
 
 import liger_compile
 from liger_compile.flex import _block_mask
+from liger_compile.pattern import Capture, Match
+from liger_compile.registry import default_patterns
 
 BATCH, HEADS, GROUPS, SIZE = 2, 4, 2, 16
 LENGTHS = (1, 5, 127, 128, 129, 255, 256, 257, 300, 512, 1000)
@@ -208,6 +212,29 @@ def test_nowhere_but_on_a_gpu(run_liger):
     (site,) = report.sites
     assert site.kind == "leave" and site.reason.startswith("the replacement refuses: Inductor trains with")
     torch.testing.assert_close(result, mistral(*inputs()))
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "fewest"),
+    [
+        ("window", torch.bfloat16, 256),
+        ("window", torch.float32, 1024),
+        ("capped_causal", torch.float16, 2048),
+        ("capped_window", torch.float32, 2048),
+    ],
+)
+def test_short_sequences_are_left_to_inductor_on_a_gpu(name, dtype, fewest):
+    (pattern,) = (each for each in default_patterns() if each.name == f"attention.{name}")
+    for length, pays in ((fewest, True), (fewest - 1, False)):
+        with FakeTensorMode():
+            q = torch.empty(1, 2, length, 64, device="cuda", dtype=dtype)
+        node = Graph().placeholder("q")
+        captures = {
+            name: Capture(node, value=q) if isinstance(value, torch.Tensor) else value
+            for name, value in pattern.examples.items()
+        }
+        reason = pattern.profit(Match(pattern, captures, (node,), (node,)))
+        assert reason is None if pays else f"fewer than {fewest} tokens" in reason
 
 
 def test_a_refusal_leaves_no_functions_behind(run_liger, monkeypatch):
