@@ -21,6 +21,7 @@ from torch.fx import GraphModule, Node
 
 from liger_compile import compile as compiling
 from liger_compile import ops, variants  # noqa: F401 - ops are registered, so that cached artifacts find them
+from liger_compile.buckets import make_masks_where_they_are_read
 from liger_compile.decide import decide, insertion_point
 from liger_compile.match import find_matches
 from liger_compile.options import Options, parse
@@ -235,3 +236,4 @@ def _calls(module: GraphModule) -> Iterator[tuple[Node, GraphModule]]:
 
 
 compiling.set_up_dynamo()
+compiling.before_ddp_cuts(liger, make_masks_where_they_are_read)

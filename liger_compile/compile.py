@@ -18,6 +18,7 @@ import hashlib
 import importlib
 import inspect
 import logging
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableSet, Sequence
 from pathlib import Path
 from types import CodeType
@@ -304,6 +305,39 @@ def set_up_dynamo() -> None:
     # transformers may be imported after us, so look again whenever a trace begins.
     if _ignore_logger_methods not in callback_handler.start_callbacks:
         callback_handler.register_start_callback(_ignore_logger_methods)
+
+
+def before_ddp_cuts(backend: Callable[..., Any], change: Callable[[Graph], None]) -> None:
+    """Has `change` called with each whole graph of `backend` that DDP's optimizer is about to cut in buckets.
+
+    It has no hook for that, so that its class gets another method. Call it once.
+    """
+    if not torch.distributed.is_available():
+        return
+    from torch._dynamo.backends.distributed import DDPOptimizer
+
+    cut = DDPOptimizer.compile_fn
+
+    @functools.wraps(cut)
+    def compile_fn(self: Any, gm: GraphModule, *args: Any, **kwargs: Any) -> Any:
+        if _is_or_wraps(self.backend_compile_fn, backend):
+            try:
+                change(gm.graph)
+                gm.recompile()
+            except Exception as error:
+                what = f"{type(error).__name__}: {error}"
+                warnings.warn(f"liger_compile: DDP cuts a graph as it came, because of {what}", stacklevel=2)
+        return cut(self, gm, *args, **kwargs)
+
+    DDPOptimizer.compile_fn = compile_fn
+
+
+def _is_or_wraps(candidate: Any, backend: Callable[..., Any]) -> bool:
+    """Dynamo has it inside of objects of its own: one that holds mode and options, and one for debugging."""
+    while candidate is not None and candidate is not backend:
+        inner = getattr(candidate, "compiler_fn", None)
+        candidate = getattr(candidate, "_torchdynamo_orig_backend", None) if inner is None else inner
+    return candidate is backend
 
 
 def _ignore_logger_methods(_: object = None) -> None:

@@ -33,6 +33,7 @@ ALLOWED = {
     "report": ("pattern",),
     "flex": ("kernels",),
     "variants": ("terms.mutation",),
+    "buckets": ("terms",),
     "lazy": (),
     "outputs": ("lazy", "terms"),
     "registry": ("pattern", "terms", "patterns"),

@@ -151,8 +151,8 @@ class Terms:
         return None if base is None else (base[0], (*base[1], step))
 
 
-def _brought_in(space: Space, term: Term) -> Term | None:
-    """A term of the graph around, as a term of this one; None if it is not what masks are made of."""
+def made_of_positions(term: Term) -> set[Term] | None:
+    """The term and all that it is computed from, if that is positions and flags alone, as masks are; else None."""
     parts: set[Term] = set()
     stack = [term]
     while stack:
@@ -163,6 +163,14 @@ def _brought_in(space: Space, term: Term) -> Term | None:
         if part not in parts:
             parts.add(part)
             stack.extend(part.args)
+    return parts
+
+
+def _brought_in(space: Space, term: Term) -> Term | None:
+    """A term of the graph around, as a term of this one; None if it is not what masks are made of."""
+    parts = made_of_positions(term)
+    if parts is None:
+        return None
     made: dict[Term, Term] = {}
     for part in sorted(parts, key=lambda part: part.serial):  # arguments first
         is_named = part.op == "leaf" and isinstance(part.consts[0], str)
