@@ -21,7 +21,7 @@ from torch.fx import GraphModule, Node
 
 from liger_compile import compile as compiling
 from liger_compile import ops, variants  # noqa: F401 - ops are registered, so that cached artifacts find them
-from liger_compile.buckets import make_masks_where_they_are_read
+from liger_compile.buckets import make_masks_where_they_are_read, padding_in
 from liger_compile.decide import decide, insertion_point
 from liger_compile.match import find_matches
 from liger_compile.options import Options, parse
@@ -29,7 +29,7 @@ from liger_compile.outputs import Filled, filling, logits_in, settle, take_out
 from liger_compile.pattern import Decision, NearMiss, Pattern
 from liger_compile.registry import patterns_in_use
 from liger_compile.remat import mark_for_recompute
-from liger_compile.report import GraphReport, record
+from liger_compile.report import GraphReport, record, recorded_as
 from liger_compile.rewrite import rewrite
 from liger_compile.terms.attention import Note, notes_in, sentences
 from liger_compile.terms.build import Terms
@@ -195,6 +195,49 @@ def _without_padding(
     return names, without
 
 
+def _in_buckets(
+    gm: GraphModule,
+    example_inputs: Sequence[Any],
+    cut: compiling.Cut,
+    mode: str | None,
+    options: Mapping[str, Any] | None,
+) -> Callable[..., Any]:
+    """A whole graph that DDP cuts in parts, for each of which it calls `liger`. What masks mean is seen here alone."""
+    chosen, _ = parse(mode, options)
+    if chosen.policy == "never" or chosen.skips("attention.causal"):
+        return cut(gm, example_inputs)
+    general, without, names = gm, None, ()
+    try:
+        if chosen.padding == "auto" and not variants.is_symbolic(gm):
+            names = variants.padding_inputs(gm, padding_in(gm.graph))
+        if names:
+            general, without = variants.copied(gm), variants.without_padding(gm, names)
+        for module in filter(None, (general, without)):
+            make_masks_where_they_are_read(module.graph)
+            module.recompile()
+    except Exception as error:
+        if chosen.strict:
+            raise
+        why = f"{type(error).__name__}: {error}"
+        warnings.warn(f"liger_compile: DDP cuts the graph as it came, because of {why}", stacklevel=2)
+        return cut(gm, example_inputs)
+    if without is None:
+        return cut(general, example_inputs)
+
+    def compiled(module: GraphModule, variant: tuple[str, str], inputs: Sequence[Any]) -> Callable[..., Any]:
+        with recorded_as(*variant):
+            return cut(module, inputs)
+
+    return variants.chosen_at_each_call(
+        gm,
+        names,
+        without=partial(compiled, without, variants.specialised(names)),
+        general=partial(compiled, general, variants.general(names)),
+        example_inputs=example_inputs,
+        later=compiling.when_called,
+    )
+
+
 def _why_logits_stay(options: Options, inductor_options: Mapping[str, Any]) -> str | None:
     """Why logits that are returned beside their loss stay among the outputs of the graph, in a sentence."""
     if options.logits == "eager":
@@ -236,4 +279,4 @@ def _calls(module: GraphModule) -> Iterator[tuple[Node, GraphModule]]:
 
 
 compiling.set_up_dynamo()
-compiling.before_ddp_cuts(liger, make_masks_where_they_are_read)
+compiling.before_ddp_cuts(liger, _in_buckets)

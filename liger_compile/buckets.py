@@ -1,10 +1,12 @@
-"""What DDP is about to cut in buckets: each reader of a mask gets one of its own, made right before it.
+"""What DDP is about to cut in buckets: a graph that is still whole, in which a mask can be seen to mean something.
 
 DDP's optimizer in torch.compile cuts a graph where a bucket of gradients is full, and has the parts compiled apart. A
-mask is made in the first part; the others are handed it, and cannot see what it means. It is made of positions alone,
-and nowhere once attention has been told what it means.
+mask is made in the first part; the others are handed it, and cannot see what it means. So each reader of a mask gets
+one of its own, made right before it. It is made of positions alone, and nowhere once attention has been told what it
+means.
 
-In: a Dynamo graph, whole. Out: the same, in which masks that are causal, or a window, are made where they are read.
+In: a Dynamo graph, whole. Out: the same, in which masks that are causal, or a window, are made where they are read; and
+the names of what is padding to the others.
 """
 
 from __future__ import annotations
@@ -15,27 +17,22 @@ import torch
 from torch.fx import Graph, Node
 
 from liger_compile.terms.build import Terms, made_of_positions
-from liger_compile.terms.indices import mask_meaning
+from liger_compile.terms.indices import Meaning, mask_meaning
 from liger_compile.terms.mutation import Mutations
 from liger_compile.terms.term import Term
 
 MEANINGS = ("causal", "window")
+NO_MASK = Meaning("unknown", "it has one dimension")
 
 
 def make_masks_where_they_are_read(graph: Graph) -> None:
     """Changes `graph`: of what several readers' masks are made of, all but the first get copies."""
-    mutations = Mutations(graph)
-    terms = Terms(graph, mutations)
-    of_positions = {node: term for node in graph.nodes if (term := _of_positions(node, terms, mutations))}
-    masks = {
-        node: None
-        for node, term in of_positions.items()
-        if len(term.shape) > 1 and mask_meaning(terms.space, term, *term.shape[-2:]).kind in MEANINGS
-    }
+    found = _read(graph)
+    masks = dict.fromkeys(node for node, meaning in found.items() if meaning.kind in MEANINGS)
     taken: set[Node] = set()
     for reader in [node for node in graph.nodes if node not in masks]:
         for mask in [node for node in reader.all_input_nodes if node in masks]:
-            makers = _makers(mask, of_positions)
+            makers = _makers(mask, found)
             if taken.isdisjoint(makers):
                 taken.update(makers)
             else:
@@ -43,6 +40,25 @@ def make_masks_where_they_are_read(graph: Graph) -> None:
     for mask in reversed(masks):
         if not mask.users:
             graph.erase_node(mask)
+
+
+def padding_in(graph: Graph) -> set[str]:
+    """The values that are padding to masks which would be causal, a window, or nothing without."""
+    return {name for meaning in _read(graph).values() for name in meaning.padding}
+
+
+def _read(graph: Graph) -> dict[Node, Meaning]:
+    """What is made of positions and flags, in the order of the graph, and what it would mean as a mask: to queries and
+    keys as many as its last two dimensions say."""
+    mutations = Mutations(graph)
+    terms = Terms(graph, mutations)
+    found: dict[Node, Meaning] = {}
+    for node in graph.nodes:
+        term = _of_positions(node, terms, mutations)
+        if term is not None:
+            is_matrix = len(term.shape) > 1
+            found[node] = mask_meaning(terms.space, term, *term.shape[-2:]) if is_matrix else NO_MASK
+    return found
 
 
 def _of_positions(node: Node, terms: Terms, mutations: Mutations) -> Term | None:

@@ -18,7 +18,6 @@ import hashlib
 import importlib
 import inspect
 import logging
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableSet, Sequence
 from pathlib import Path
 from types import CodeType
@@ -307,37 +306,49 @@ def set_up_dynamo() -> None:
         callback_handler.register_start_callback(_ignore_logger_methods)
 
 
-def before_ddp_cuts(backend: Callable[..., Any], change: Callable[[Graph], None]) -> None:
-    """Has `change` called with each whole graph of `backend` that DDP's optimizer is about to cut in buckets.
+# Compiles a whole graph, part by part: what DDP's optimizer does, of what a backend does instead.
+Cut = Callable[[GraphModule, Sequence[Any]], Callable[..., Any]]
+
+
+def before_ddp_cuts(
+    backend: Callable[..., Any], instead: Callable[[GraphModule, Sequence[Any], Cut, Any, Any], Any]
+) -> None:
+    """Has `instead` called with each whole graph of `backend` that DDP's optimizer is about to cut in buckets.
 
     It has no hook for that, so that its class gets another method. Call it once.
+
+    Args:
+        instead: takes a graph, its example inputs, what cuts and compiles one, and the mode and options of the backend.
     """
     if not torch.distributed.is_available():
         return
     from torch._dynamo.backends.distributed import DDPOptimizer
 
-    cut = DDPOptimizer.compile_fn
+    cut: Any = DDPOptimizer.compile_fn
 
     @functools.wraps(cut)
-    def compile_fn(self: Any, gm: GraphModule, *args: Any, **kwargs: Any) -> Any:
-        if _is_or_wraps(self.backend_compile_fn, backend):
-            try:
-                change(gm.graph)
-                gm.recompile()
-            except Exception as error:
-                what = f"{type(error).__name__}: {error}"
-                warnings.warn(f"liger_compile: DDP cuts a graph as it came, because of {what}", stacklevel=2)
-        return cut(self, gm, *args, **kwargs)
+    def compile_fn(self: Any, gm: GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Any:
+        chain = list(_unwrapped(self.backend_compile_fn))
+        if chain[-1] is not backend:
+            return cut(self, gm, example_inputs, **kwargs)
+        given = next((each.kwargs for each in chain if hasattr(each, "kwargs")), {})
+        return instead(
+            gm,
+            example_inputs,
+            lambda module, inputs: cut(self, module, inputs, **kwargs),
+            given.get("mode"),
+            given.get("options"),
+        )
 
     DDPOptimizer.compile_fn = compile_fn
 
 
-def _is_or_wraps(candidate: Any, backend: Callable[..., Any]) -> bool:
+def _unwrapped(backend: Any) -> Iterator[Any]:
     """Dynamo has it inside of objects of its own: one that holds mode and options, and one for debugging."""
-    while candidate is not None and candidate is not backend:
-        inner = getattr(candidate, "compiler_fn", None)
-        candidate = getattr(candidate, "_torchdynamo_orig_backend", None) if inner is None else inner
-    return candidate is backend
+    while backend is not None:
+        yield backend
+        wrapped = getattr(backend, "_torchdynamo_orig_backend", None)
+        backend = getattr(backend, "compiler_fn", None) if wrapped is None else wrapped
 
 
 def _ignore_logger_methods(_: object = None) -> None:

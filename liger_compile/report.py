@@ -6,6 +6,7 @@ are written where they arise (a pattern's check, decide.py); here they are only 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -13,7 +14,8 @@ import os
 import re
 import textwrap
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +31,7 @@ MAX_NEAR_MISSES = 12  # in the text; to_dict() has them all
 
 _log = logging.getLogger("liger_compile")
 _reports: deque[GraphReport] = deque(maxlen=256)
+_recorded_as: ContextVar[tuple[str, str] | None] = ContextVar("_recorded_as", default=None)
 
 
 @dataclass(frozen=True)
@@ -170,8 +173,21 @@ class GraphReport:
 # The process-wide list.
 
 
+@contextlib.contextmanager
+def recorded_as(variant: str, note: str) -> Iterator[None]:
+    """What is recorded meanwhile is of this variant of a graph, which the note explains."""
+    token = _recorded_as.set((variant, note))
+    try:
+        yield
+    finally:
+        _recorded_as.reset(token)
+
+
 def record(report: GraphReport) -> None:
     """Appends to `reports()`, and tells the logger (TORCH_LOGS="+liger_compile") and tlparse."""
+    variant = _recorded_as.get()
+    if variant is not None:
+        report = report.of_variant(*variant)
     _reports.append(report)
     _log.info("%s", report.summary)
     if _log.isEnabledFor(logging.DEBUG) and (details := report._details()):

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 import liger_compile
+from liger_compile import variants
 from liger_compile.backend import liger
 from liger_compile.buckets import make_masks_where_they_are_read
 
@@ -126,11 +127,29 @@ class Model(torch.nn.Module):
         super().__init__()
         self.layers = torch.nn.ModuleList(Layer() for _ in range(3))
 
-    def forward(self, x):
+    def forward(self, x, padding=None):
         mask = positions(x)[None, None]
+        if padding is not None:
+            mask = mask & padding[:, None, None, :].bool()
         for layer in self.layers:
             x = layer(x, mask)
         return x.square().mean()
+
+
+def gradients(function, model, *args):
+    model.zero_grad()
+    function(*args).backward()
+    return tuple(parameter.grad.clone() for parameter in model.parameters())
+
+
+def found():
+    """How often attention was found in each variant of the graph, and in how many parts that is."""
+    parts = {}
+    for report in liger_compile.reports():
+        times = sum(site.pattern == "attention.causal" for site in report.sites)
+        before = parts.get(report.variant, (0, 0))
+        parts[report.variant] = before[0] + times, before[1] + 1
+    return parts
 
 
 @pytest.fixture
@@ -140,34 +159,80 @@ def process_group():
     torch.distributed.destroy_process_group()
 
 
-@pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
+needs_distributed = pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
+
+
+@needs_distributed
 @pytest.mark.parametrize("backend", ["liger", liger])
-def test_attention_is_found_in_every_bucket(process_group, backend):
+def test_attention_is_found_in_every_part(process_group, backend):
     torch.manual_seed(0)
     model, x = Model(), torch.randn(BATCH, LENGTH, 512)
-    expected = torch.autograd.grad(model(x), tuple(model.parameters()))
+    expected = gradients(model, model, x)
+    ddp = torch.compile(DistributedDataParallel(model, bucket_cap_mb=1), backend=backend, options=OPTIONS)
+    torch.testing.assert_close(gradients(ddp, model, x), expected)
+    assert found() == {"": (3, 3)}
+    assert not any("keeps its mask" in note for report in liger_compile.reports() for note in report.notes)
+
+
+@needs_distributed
+@pytest.mark.parametrize("first", [variants.WITHOUT, variants.GENERAL])
+@pytest.mark.parametrize("inner", ["aot_eager", "inductor"])
+def test_calls_without_padding_have_parts_of_their_own(process_group, first, inner):
+    torch.manual_seed(0)
+    model, x = Model(), torch.randn(BATCH, LENGTH, 512)
+    ones, padding = torch.ones(BATCH, LENGTH, dtype=torch.int64), torch.ones(BATCH, LENGTH, dtype=torch.int64)
+    padding[0, :3] = 0
     ddp = DistributedDataParallel(model, bucket_cap_mb=1)
-    torch.compile(ddp, backend=backend, options=OPTIONS)(x).backward()
-    torch.testing.assert_close(tuple(one.grad for one in model.parameters()), expected)
-    reports = liger_compile.reports()
-    assert len(reports) > 1  # it was cut
-    assert sum(site.pattern == "attention.causal" for report in reports for site in report.sites) == 3
-    assert not any("keeps its mask" in note for report in reports for note in report.notes)
+    compiled = torch.compile(ddp, backend="liger", options={**OPTIONS, "liger.inner": inner})
+    parts = {variants.WITHOUT: (3, 3), variants.GENERAL: (0, 3)}
+    order = (ones, padding) if first == variants.WITHOUT else (padding, ones)
+    for call, mask in enumerate((*order, *order)):
+        expected = gradients(model, model, x, mask)
+        torch.testing.assert_close(gradients(compiled, model, x, mask), expected)
+        assert found() == ({first: parts[first]} if call == 0 else parts)
+    assert all("is all ones" in report.notes[0] for report in liger_compile.reports())
 
 
-@pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
+@needs_distributed
+@pytest.mark.parametrize(
+    ("option", "times"),
+    [({"padding": "general"}, 0), ({"policy": "never"}, 0), ({"skip": ("attention",)}, 0)],
+)
+def test_options_that_leave_nothing_to_choose(process_group, option, times):
+    model, x = Model(), torch.randn(BATCH, LENGTH, 512)
+    ones = torch.ones(BATCH, LENGTH, dtype=torch.int64)
+    options = {**OPTIONS, **{f"liger.{name}": value for name, value in option.items()}}
+    compiled = torch.compile(
+        DistributedDataParallel(model, bucket_cap_mb=1), backend="liger", options=options
+    )
+    torch.testing.assert_close(gradients(compiled, model, x, ones), gradients(model, model, x, ones))
+    assert found() == {"": (times, 3)}
+
+
+@needs_distributed
+def test_two_lengths_are_symbolic_and_general(process_group):
+    model = Model()
+    compiled = torch.compile(
+        DistributedDataParallel(model, bucket_cap_mb=1), backend="liger", options=OPTIONS
+    )
+    for length in (LENGTH, 2 * LENGTH, 3 * LENGTH):
+        x, ones = torch.randn(BATCH, length, 512), torch.ones(BATCH, length, dtype=torch.int64)
+        torch.testing.assert_close(gradients(compiled, model, x, ones), gradients(model, model, x, ones))
+
+
+@needs_distributed
 def test_graphs_of_other_backends_are_cut_as_they_come(process_group, monkeypatch):
     monkeypatch.setattr("liger_compile.buckets.mask_meaning", operator.truediv)  # would fail
     ddp, x = DistributedDataParallel(Model(), bucket_cap_mb=1), torch.randn(BATCH, LENGTH, 512)
     torch.compile(ddp, backend="aot_eager")(x).backward()
 
 
-@pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
+@needs_distributed
 def test_a_failure_is_a_warning(process_group, monkeypatch):
     monkeypatch.setattr("liger_compile.buckets.mask_meaning", operator.truediv)
     model, x = Model(), torch.randn(BATCH, LENGTH, 512)
-    expected = torch.autograd.grad(model(x), tuple(model.parameters()))
+    expected = gradients(model, model, x)
     ddp = DistributedDataParallel(model, bucket_cap_mb=1)
-    with pytest.warns(UserWarning, match="DDP cuts a graph as it came, because of TypeError"):
-        torch.compile(ddp, backend="liger", options=OPTIONS)(x).backward()
-    torch.testing.assert_close(tuple(one.grad for one in model.parameters()), expected)
+    compiled = torch.compile(ddp, backend="liger", options={**OPTIONS, "liger.strict": False})
+    with pytest.warns(UserWarning, match="DDP cuts the graph as it came, because of TypeError"):
+        torch.testing.assert_close(gradients(compiled, model, x), expected)
