@@ -29,7 +29,7 @@ from liger_compile.outputs import Filled, filling, logits_in, settle, take_out
 from liger_compile.pattern import Decision, NearMiss, Pattern
 from liger_compile.registry import patterns_in_use
 from liger_compile.remat import mark_for_recompute
-from liger_compile.report import GraphReport, record, recorded_as
+from liger_compile.report import GraphReport, is_of_variant, record, recorded_as
 from liger_compile.rewrite import rewrite
 from liger_compile.terms.attention import Note, notes_in, sentences
 from liger_compile.terms.build import Terms
@@ -79,7 +79,8 @@ def liger(
     try:
         original = variants.copied(gm)
         general = _rewritten(gm, patterns, chosen, why_logits_stay)
-        if chosen.padding == "auto" and not any(isinstance(each, FakeTensor) for each in example_inputs):
+        is_readable = not any(isinstance(each, FakeTensor) for each in example_inputs)
+        if chosen.padding == "auto" and is_readable and not is_of_variant():
             special = _without_padding(original, general, patterns, chosen, why_logits_stay)
     except Exception as error:
         # Promise one: whatever went wrong in our code, the user's program runs, and hears of it once.

@@ -183,6 +183,11 @@ def recorded_as(variant: str, note: str) -> Iterator[None]:
         _recorded_as.reset(token)
 
 
+def is_of_variant() -> bool:
+    """Whether what is recorded now is of a variant that somebody has chosen already."""
+    return _recorded_as.get() is not None
+
+
 def record(report: GraphReport) -> None:
     """Appends to `reports()`, and tells the logger (TORCH_LOGS="+liger_compile") and tlparse."""
     variant = _recorded_as.get()

@@ -176,21 +176,29 @@ def test_attention_is_found_in_every_part(process_group, backend):
 
 @needs_distributed
 @pytest.mark.parametrize("first", [variants.WITHOUT, variants.GENERAL])
-@pytest.mark.parametrize("inner", ["aot_eager", "inductor"])
-def test_calls_without_padding_have_parts_of_their_own(process_group, first, inner):
+@pytest.mark.parametrize(("inner", "num_parts"), [("aot_eager", 3), ("aot_eager", 1), ("inductor", 3)])
+def test_calls_without_padding_have_parts_of_their_own(process_group, monkeypatch, first, inner, num_parts):
     torch.manual_seed(0)
     model, x = Model(), torch.randn(BATCH, LENGTH, 512)
     ones, padding = torch.ones(BATCH, LENGTH, dtype=torch.int64), torch.ones(BATCH, LENGTH, dtype=torch.int64)
     padding[0, :3] = 0
-    ddp = DistributedDataParallel(model, bucket_cap_mb=1)
+    ddp = DistributedDataParallel(model, bucket_cap_mb=1 if num_parts > 1 else 25)
+    monkeypatch.setattr(
+        "torch.distributed._DEFAULT_FIRST_BUCKET_BYTES", 2**20 if num_parts > 1 else 25 * 2**20
+    )
     compiled = torch.compile(ddp, backend="liger", options={**OPTIONS, "liger.inner": inner})
-    parts = {variants.WITHOUT: (3, 3), variants.GENERAL: (0, 3)}
+    parts = {variants.WITHOUT: (3, num_parts), variants.GENERAL: (0, num_parts)}
     order = (ones, padding) if first == variants.WITHOUT else (padding, ones)
     for call, mask in enumerate((*order, *order)):
         expected = gradients(model, model, x, mask)
         torch.testing.assert_close(gradients(compiled, model, x, mask), expected)
         assert found() == ({first: parts[first]} if call == 0 else parts)
     assert all("is all ones" in report.notes[0] for report in liger_compile.reports())
+    looks = []
+    is_all_ones = variants._is_all_ones
+    monkeypatch.setattr(variants, "_is_all_ones", lambda mask: looks.append(mask) or is_all_ones(mask))
+    compiled(x, padding)
+    assert len(looks) == 1
 
 
 @needs_distributed
