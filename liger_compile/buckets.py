@@ -22,7 +22,7 @@ from liger_compile.terms.mutation import Mutations
 from liger_compile.terms.term import Term
 
 MEANINGS = ("causal", "window")
-NO_MASK = Meaning("unknown", "it has one dimension")
+NO_MASK = Meaning("unknown", "it is not square")
 
 
 def make_masks_where_they_are_read(graph: Graph) -> None:
@@ -48,16 +48,15 @@ def padding_in(graph: Graph) -> set[str]:
 
 
 def _read(graph: Graph) -> dict[Node, Meaning]:
-    """What is made of positions and flags, in the order of the graph, and what it would mean as a mask: to queries and
-    keys as many as its last two dimensions say."""
+    """What is made of positions and flags, in the order of the graph, and what it means as a mask if it is square."""
     mutations = Mutations(graph)
     terms = Terms(graph, mutations)
     found: dict[Node, Meaning] = {}
     for node in graph.nodes:
         term = _of_positions(node, terms, mutations)
         if term is not None:
-            is_matrix = len(term.shape) > 1
-            found[node] = mask_meaning(terms.space, term, *term.shape[-2:]) if is_matrix else NO_MASK
+            is_square = len(term.shape) > 1 and term.shape[-2] == term.shape[-1]
+            found[node] = mask_meaning(terms.space, term, *term.shape[-2:]) if is_square else NO_MASK
     return found
 
 

@@ -10,7 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 import liger_compile
 from liger_compile import variants
 from liger_compile.backend import liger
-from liger_compile.buckets import make_masks_where_they_are_read
+from liger_compile.buckets import make_masks_where_they_are_read, padding_in
 
 BATCH, HEADS, LENGTH, SIZE = 2, 4, 12, 8
 OPTIONS = {"liger.inner": "aot_eager", "liger.strict": True, "liger.policy": "always"}
@@ -109,6 +109,19 @@ def test_other_masks_stay(function):
     before = [(node.name, node.target, node.args, node.kwargs) for node in gm.graph.nodes]
     make_masks_where_they_are_read(gm.graph)
     assert [(node.name, node.target, node.args, node.kwargs) for node in gm.graph.nodes] == before
+
+
+def pooled(x, padding):
+    """Flags that are no mask of attention."""
+    return (attend(x, positions(x)) * padding[:, None, :, None]).sum(2) / padding[:, None, :].sum(
+        -1, keepdim=True
+    )
+
+
+@pytest.mark.parametrize(("function", "times"), [(shared, 0), (padded, 1), (pooled, 0)])
+def test_padding_is_what_masks_are_causal_but_for(function, times):
+    gm, _, _ = captured(function)
+    assert len(padding_in(gm.graph)) == times
 
 
 class Layer(torch.nn.Module):
