@@ -306,7 +306,7 @@ def set_up_dynamo() -> None:
         callback_handler.register_start_callback(_ignore_logger_methods)
 
 
-# Compiles a whole graph, part by part: what DDP's optimizer does, of what a backend does instead.
+# Compiles a whole graph part by part, as DDP's optimizer does.
 Cut = Callable[[GraphModule, Sequence[Any]], Callable[..., Any]]
 
 
