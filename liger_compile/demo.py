@@ -158,8 +158,8 @@ All three train with this function, as it is or compiled:
 
     {inspect.getsource(loss_fn).strip().replace(chr(10), chr(10) + "    ")}
 
-It returns the loss alone. Where the logits are returned too they must be computed for the caller,
-and the linear layer and cross-entropy are left as they are; the report would say so.
+It returns the loss alone. Where the logits are returned too, backend='liger' fuses the loss all the same, and
+computes the logits when somebody reads them.
 """
 
 
