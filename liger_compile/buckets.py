@@ -22,13 +22,12 @@ from liger_compile.terms.mutation import Mutations
 from liger_compile.terms.term import Term
 
 MEANINGS = ("causal", "window")
-NO_MASK = Meaning("unknown", "it is not square")
 
 
 def make_masks_where_they_are_read(graph: Graph) -> None:
     """Changes `graph`: of what several readers' masks are made of, all but the first get copies."""
     found = _read(graph)
-    masks = dict.fromkeys(node for node, meaning in found.items() if meaning.kind in MEANINGS)
+    masks = dict.fromkeys(node for node, meaning in found.items() if meaning and meaning.kind in MEANINGS)
     taken: set[Node] = set()
     for reader in [node for node in graph.nodes if node not in masks]:
         for mask in [node for node in reader.all_input_nodes if node in masks]:
@@ -44,19 +43,19 @@ def make_masks_where_they_are_read(graph: Graph) -> None:
 
 def padding_in(graph: Graph) -> set[str]:
     """The values that are padding to masks which would be causal, a window, or nothing without."""
-    return {name for meaning in _read(graph).values() for name in meaning.padding}
+    return {name for meaning in _read(graph).values() if meaning for name in meaning.padding}
 
 
-def _read(graph: Graph) -> dict[Node, Meaning]:
-    """What is made of positions and flags, in the order of the graph, and what it means as a mask if it is square."""
+def _read(graph: Graph) -> dict[Node, Meaning | None]:
+    """What is made of positions and flags, in the order of the graph, and what it means as a mask, if it is square."""
     mutations = Mutations(graph)
     terms = Terms(graph, mutations)
-    found: dict[Node, Meaning] = {}
+    found: dict[Node, Meaning | None] = {}
     for node in graph.nodes:
         term = _of_positions(node, terms, mutations)
         if term is not None:
             is_square = len(term.shape) > 1 and term.shape[-2] == term.shape[-1]
-            found[node] = mask_meaning(terms.space, term, *term.shape[-2:]) if is_square else NO_MASK
+            found[node] = mask_meaning(terms.space, term, *term.shape[-2:]) if is_square else None
     return found
 
 

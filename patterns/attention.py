@@ -42,7 +42,12 @@ from liger_compile.pattern import Match, Pattern
 # 1024, or half of the tokens: 0.72 of its time for 32 x 256, 0.62 for 16 x 512, 0.53 for 8 x 1024, 0.14 for 1 x 8192.
 # Capped: 1.09 for 32 x 256, 1.23 for 8 x 1024, 0.95 for 4 x 2048, 0.90 for 1 x 8192; in a window 0.46 for 2 x 4096.
 # Windows in float32 are not measured.
-FEWEST, FEWEST_CAPPED, FEWEST_IN_FLOAT32 = 256, 2048, 1024
+FEWEST = {  # by whether scores are capped, and whether they are of a half precision
+    (False, True): 256,
+    (False, False): 1024,
+    (True, True): 2048,
+    (True, False): 2048,
+}
 
 
 def _attend(q, k, v, mask, dropout_p, scale):
@@ -189,9 +194,7 @@ def _flex_pays(match: Match) -> str | None:
     q = match["q"]
     if q.device.type != "cuda":
         return "flex_attention, which knows windows and capped scores, is trained on NVIDIA GPUs only"
-    fewest = FEWEST if q.dtype in flex.HALF else FEWEST_IN_FLOAT32
-    if "softcap" in match.captures:
-        fewest = FEWEST_CAPPED
+    fewest = FEWEST["softcap" in match.captures, q.dtype in flex.HALF]
     if isinstance(q.shape[-2], int) and q.shape[-2] < fewest:
         return f"for fewer than {fewest} tokens the blocks of flex_attention do not pay"
     return _weights_used_elsewhere(match)

@@ -109,6 +109,16 @@ def run_liger():
 
 
 @pytest.fixture
+def process_group():
+    """Of this process alone."""
+    if not torch.distributed.is_available():
+        pytest.skip("needs torch.distributed")
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture
 def liger_is_as_right_as_eager():
     """check(function, *args, frozen=(), inner="aot_eager"): results and gradients against a float64 run.
 

@@ -211,14 +211,6 @@ class TwoBuckets(torch.nn.Module):
         return x.sum()
 
 
-@pytest.fixture
-def process_group():
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
-
-
-@pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
 def test_ddp_buckets_come_with_fake_inputs(process_group):
     inputs_of_buckets = []
 

@@ -54,12 +54,15 @@ def rows(request):
     return {row["way"]: row for row in found}
 
 
+ROUNDING = 1e-5  # relative, as for whole models in float32: sums in another order
+
+
 @pytest.mark.parametrize("way", FOUND)
 def test_numbers_are_those_of_eager_code(rows, way):
     row = rows[way]
-    assert row["losses"] == pytest.approx(row["eager_losses"], rel=1e-5)
+    assert row["losses"] == pytest.approx(row["eager_losses"], rel=ROUNDING)
     assert len(set(row["eager_losses"])) == 3  # it learns
-    assert row["difference"] < 1e-5
+    assert row["difference"] < ROUNDING
 
 
 @pytest.mark.parametrize("way", FOUND)
