@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import torch._functorch.config as functorch_config
+import torch.distributed as dist
 import torch.nn.functional as F
 
 from bench.common import Row
@@ -29,6 +30,7 @@ LOCK = "BENCH_TRAIN_STEP_LOCK"  # variable of the environment: a file that proce
 SLOT = "BENCH_TRAIN_STEP_SLOT"  # likewise: a number that a process shares with some of the others
 PROGRESS = "  size "  # how a line begins that is passed on while the answer is awaited
 SLOTS = 4  # processes that compile at once: the step that compiles needs as much memory as any
+DDP, FSDP = "ddp", "fsdp"
 COPIED_ELEMENTS = 2**28  # of the floor at once
 LONGEST, MOST_SEQUENCES = 2**18, 2**10  # that are tried
 WARMUP = 2  # steps that are not measured: after the first, which compiles, and in each turn
@@ -75,6 +77,8 @@ class Case:
     attention_mask: str = "none"
     device: str = "cuda"
     options: str = "{}"  # more of torch.compile's for backend="liger", in JSON
+    parallel: str = "none"  # or DDP or FSDP, FSDP2's
+    processes: int = 1  # with a GPU each; all are given the same tokens
 
     @property
     def dtype(self) -> torch.dtype:
@@ -133,7 +137,7 @@ class Step:
         if variant.memory_budget is not None:
             functorch_config.activation_memory_budget = variant.memory_budget
         self.model: Any = model.build(self._device, case.dtype, case.layers)
-
+        self._parallel = _parallel(self.model, case)
         self._case = case
         self._inputs = self._inputs_of(*map(int, case.tokens.split("x")))
         self._loss = self._compiled(case, variant)
@@ -150,10 +154,10 @@ class Step:
 
     def _compiled(self, case: Case, variant: Variant) -> Callable[..., torch.Tensor]:
         def loss_alone(**inputs: Any) -> torch.Tensor:
-            return self.model(**inputs).loss
+            return self._parallel(**inputs).loss
 
         returns = variant.returns or case.returns
-        function = loss_alone if returns == "loss" else self.model
+        function = loss_alone if returns == "loss" else self._parallel
         if variant.compile is not None:
             arguments = dict(variant.compile)
             if arguments.get("backend") == "liger":
@@ -172,7 +176,7 @@ class Step:
     def _first(self, compiling: float) -> Row:
         seconds = [self._clocked() for _ in range(WARMUP)]
         loss = self.run()
-        norms = [p.grad.float().norm() for p in self.model.parameters() if p.grad is not None]
+        norms = [_norm(p.grad) for p in self.model.parameters() if p.grad is not None]
         grad_norm = torch.stack(norms).norm().item()
         self._clear()
         peak = peak_bytes(self.run) / 2**30 if self._device.type == "cuda" else None
@@ -276,6 +280,22 @@ class Step:
         if self._device.type == "cuda":
             gc.collect()
             torch.cuda.empty_cache()
+
+
+def _parallel(model: Any, case: Case) -> Any:
+    """What is called instead of the model where several processes share the work."""
+    if case.parallel == DDP:
+        return torch.nn.parallel.DistributedDataParallel(model)
+    if case.parallel == FSDP:
+        mesh = dist.device_mesh.init_device_mesh(case.device, (case.processes,))
+        for layer in (*model.model.layers, model):
+            dist.fsdp.fully_shard(layer, mesh=mesh)
+    return model
+
+
+def _norm(gradient: torch.Tensor) -> torch.Tensor:
+    norm = gradient.float().norm()
+    return norm.full_tensor() if isinstance(norm, dist.tensor.DTensor) else norm
 
 
 class Floor(Step):

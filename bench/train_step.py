@@ -15,6 +15,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import socket
 import subprocess
 import sys
 import tempfile
@@ -22,10 +23,15 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+import torch
+import torch.distributed as dist
+
 from bench.common import RESULTS, ROOT, Row, file_name, machine, merge_csv, print_row
 from bench.models import MODELS
 from bench.step import (
+    DDP,
     FLOOR,
+    FSDP,
     INDUCTOR,
     LIGER_KERNEL,
     LOCK,
@@ -44,6 +50,7 @@ SCALE = "scale"  # what a variant's process reads instead of a number of steps
 PACKAGES = ("triton", "transformers", "liger-kernel")
 CASE = ("model", "layers", "tokens", "dtype", "returns", "use_cache", "attention_mask", "options", "variant")
 KEYS = ("device", "torch", "transformers", *CASE)
+PARALLEL = ("parallel", "processes")  # more of KEYS, in a file of their own
 WIDTHS = {
     "variant": 29,
     "step_ms": 8,
@@ -80,6 +87,10 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
 
 def serve(case: Case, variant: str) -> None:
     """A variant's process: says what `Step.first` found, then a line for each number of steps that it reads."""
+    if case.processes > 1:
+        if case.device == "cuda":
+            torch.cuda.set_device(int(os.environ["RANK"]))
+        dist.init_process_group("nccl" if case.device == "cuda" else "gloo")
     step = Floor(case) if variant == FLOOR else Step(case, VARIANTS[variant])
     print(json.dumps(step.first()), flush=True)
     for line in sys.stdin:
@@ -87,17 +98,21 @@ def serve(case: Case, variant: str) -> None:
 
 
 class Process:
-    """A variant's process, seen from the one that hands out the turns."""
+    """A variant's process, or processes, seen from the one that hands out the turns."""
 
     def __init__(self, case: Case, variant: str, folder: Path) -> None:
         folder.mkdir(exist_ok=True)
-        self._errors = (folder / "stderr").open("w+")
+        self._errors = (folder / "stderr").open("a+")
         variables = {
             LOCK: str(folder.parent / "lock"),
             SLOT: str(tuple(VARIANTS).index(variant) % SLOTS),
             "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"),
             "TRITON_CACHE_DIR": str(folder / "triton"),
         }
+        if case.processes > 1:  # these wait for one another, and must not for those of other variants
+            del variables[LOCK]
+            address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+            variables.update(address, WORLD_SIZE=str(case.processes))
         command = [
             sys.executable,
             "-m",
@@ -106,43 +121,59 @@ class Process:
             json.dumps(dataclasses.asdict(case)),
             variant,
         ]
-        self._process = subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env={**os.environ, **variables},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._errors,
-            text=True,
-        )
+        self._processes = [
+            subprocess.Popen(
+                command,
+                cwd=ROOT,
+                env={**os.environ, **variables, "RANK": str(rank)},
+                stdin=subprocess.PIPE,
+                stdout=self._errors if rank else subprocess.PIPE,
+                stderr=self._errors,
+                text=True,
+            )
+            for rank in range(case.processes)
+        ]
 
     def answer(self) -> Row:
-        """The next that it says. Raises RuntimeError with its last words if it ends instead."""
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
+        """The next that the first says. Raises RuntimeError with its last words if it ends instead."""
+        process, *_ = self._processes
+        assert process.stdout is not None
+        for line in process.stdout:
             if line.startswith("{"):  # libraries print too
                 return json.loads(line)
             if line.startswith(PROGRESS):
                 print(line, end="", flush=True)
-        self._process.wait()
+        process.wait()
         self._errors.seek(0)
         lines = [line for line in self._errors.read().splitlines() if line.strip()]
-        raise RuntimeError("\n".join(lines[-30:]) or f"ended with {self._process.returncode} and no word")
+        raise RuntimeError("\n".join(lines[-30:]) or f"ended with {process.returncode} and no word")
 
     def turn(self, steps: int | str) -> Row:
-        assert self._process.stdin is not None
-        self._process.stdin.write(f"{steps}\n")
-        self._process.stdin.flush()
+        for process in self._processes:
+            assert process.stdin is not None
+            process.stdin.write(f"{steps}\n")
+            process.stdin.flush()
         return self.answer()
 
     def close(self) -> None:
         """Ends it by the end of its input."""
-        try:
-            self._process.communicate(timeout=30)
-        except (subprocess.TimeoutExpired, BrokenPipeError, ValueError):
-            self._process.kill()
-            self._process.wait()
+        for process in self._processes:
+            with contextlib.suppress(BrokenPipeError):
+                assert process.stdin is not None
+                process.stdin.close()
+        for process in self._processes:
+            try:
+                process.wait(timeout=30)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
         self._errors.close()
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -161,6 +192,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--attention-mask", choices=("none", "ones"), default="none")
     parser.add_argument("--options", default="{}", help='more options for backend="liger", in JSON')
+    parser.add_argument(
+        "--parallel", choices=("none", DDP, FSDP), default="none", help="several processes, with a GPU each"
+    )
+    parser.add_argument("--processes", type=int, help="that share the work, 2 if there are any")
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--steps", type=int, default=3, help="measured in a turn")
     parser.add_argument("--warm", action="store_true", help="also compile again from the caches")
@@ -175,6 +210,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the CSV")
     chosen = parser.parse_args(arguments)
+    chosen.processes = 1 if chosen.parallel == "none" else (chosen.processes or 2)
     case = Case(**{field.name: getattr(chosen, field.name) for field in dataclasses.fields(Case)})
     names = [n for part in chosen.variants.split(",") for n in GROUPS.get(part, (part,))]
     if unknown := set(names) - set(VARIANTS):
@@ -200,7 +236,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     ]
     for row in rows:
         print_row(row, WIDTHS, header=row is rows[0])
-    merge_csv(file_name("train_step", case.device), rows, KEYS, chosen.out)
+    if case.parallel == "none":
+        merge_csv(file_name("train_step", case.device), rows, KEYS, chosen.out)
+        return
+    rows = [{**{key: getattr(case, key) for key in PARALLEL}, **row} for row in rows]
+    merge_csv(file_name("parallel", case.device), rows, (*PARALLEL, *KEYS), chosen.out)
 
 
 def measure(

@@ -35,6 +35,7 @@ from liger_compile.terms.attention import Note, notes_in, sentences
 from liger_compile.terms.build import Terms
 from liger_compile.terms.heads import notes_on_logits
 from liger_compile.terms.mutation import Mutations
+from liger_compile.zeros import sharing_zeros
 
 # Higher-order ops whose body is a graph like any other: activation checkpoints and nested compile regions.
 _BODIES = ("tag_activation_checkpoint", "invoke_subgraph")
@@ -106,7 +107,7 @@ def liger(
         )
         # Not before: Dynamo may restart the analysis and come back with another graph of the same code.
         record(report)
-        return filling(result, rewritten.filled)
+        return filling(sharing_zeros(result), rewritten.filled)
 
     if special is None:
         return compiled(general, general.report, example_inputs)

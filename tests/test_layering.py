@@ -35,6 +35,7 @@ ALLOWED = {
     "variants": ("terms.mutation",),
     "buckets": ("terms",),
     "lazy": (),
+    "zeros": (),
     "outputs": ("lazy", "terms"),
     "registry": ("pattern", "terms", "patterns"),
     "patterns": ("pattern", "patterns", "functional", "flex", "ops.dispatch"),

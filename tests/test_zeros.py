@@ -1,0 +1,141 @@
+"""Outputs that nobody uses have their zeros in one buffer, and nobody can tell from the gradients."""
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from liger_compile.zeros import FEWEST, sharing_zeros
+
+SIZE = 4
+
+
+@pytest.fixture(params=["aot_eager", "inductor"])
+def compiled(request):
+    """What compiles a function with `sharing_zeros` around the callable."""
+
+    def backend(gm, example_inputs):
+        return sharing_zeros(torch._dynamo.lookup_backend(request.param)(gm, example_inputs))
+
+    return lambda function: torch.compile(function, backend=backend)
+
+
+def leaves(*shapes):
+    random = torch.Generator().manual_seed(0)
+    return [torch.randn(shape, generator=random, requires_grad=True) for shape in shapes]
+
+
+def several(x, w):
+    y = x @ w
+    return y.sum(), y.t() + 1, (y * x).view(2, -1), y.half(), y.detach()
+
+
+@pytest.mark.parametrize("used", [(0,), (1,), (0, 2), (1, 3), (0, 1, 2, 3)], ids=str)
+def test_gradients_are_those_of_eager_code(compiled, used):
+    def gradients(function):
+        given = leaves((SIZE, SIZE), (SIZE, SIZE))
+        outputs = function(*given)
+        sum(outputs[position].float().square().sum() for position in used).backward()
+        return [output.detach() for output in outputs], [each.grad for each in given]
+
+    outputs, expected = gradients(compiled(several))
+    eager_outputs, eager_expected = gradients(several)
+    torch.testing.assert_close(outputs, eager_outputs)
+    assert [output.stride() for output in outputs] == [output.stride() for output in eager_outputs]
+    torch.testing.assert_close(expected, eager_expected)
+
+
+def test_zeros_are_made_once(compiled):
+    """Of each dtype; without, autograd makes as many as there are outputs."""
+    x, w = leaves((SIZE, SIZE), (SIZE, SIZE))
+    function = compiled(several)
+    function(x, w)[0].backward()
+    outputs = function(x, w)
+    with profile(activities=[ProfilerActivity.CPU]) as profiled:
+        outputs[0].backward()
+    made = {event.key: event.count for event in profiled.key_averages()}
+    assert made["aten::zeros"] == 2  # float32 and float16
+
+
+def test_parameters_do_not_share_a_gradient(compiled):
+    """Backward returns the gradient of the second output as it came, and that of the third."""
+    x, y, w = leaves((SIZE, SIZE), (SIZE, SIZE), SIZE)
+    function = compiled(lambda x, y, w: ((w * 2).sum(), x + 1, y.view(-1) + 1))
+    function(x, y, w)[0].backward()
+    x.grad += 1
+    assert torch.equal(y.grad, torch.zeros(SIZE, SIZE))
+    assert torch.equal(w.grad, torch.full((SIZE,), 2.0))
+
+
+def test_outputs_can_be_written_into(compiled):
+    """As trainers do that divide the loss by a number of steps."""
+    x, w = leaves((SIZE, SIZE), (SIZE, SIZE))
+    loss, second, *_ = compiled(several)(x, w)
+    loss /= 2
+    second += 1
+    loss.backward()
+    whole = leaves((SIZE, SIZE), (SIZE, SIZE))
+    several(*whole)[0].backward()
+    torch.testing.assert_close(x.grad, whole[0].grad / 2)
+    torch.testing.assert_close(second, several(*whole)[1] + 1)
+
+
+def test_backward_twice(compiled):
+    x, w = leaves((SIZE, SIZE), (SIZE, SIZE))
+    outputs = compiled(several)(x, w)
+    (first,) = torch.autograd.grad(outputs[0], x, retain_graph=True)
+    (again,) = torch.autograd.grad(outputs[0], x)
+    assert torch.equal(first, again)
+
+
+def test_outputs_with_a_gradient_of_their_own_are_left_alone(compiled):
+    """What is an input, or has another function for its gradient: these have no zeros to share."""
+
+    def function(x, w):
+        return w.sum(), x, x.view(-1), w * 2
+
+    x, w = leaves((SIZE, SIZE), (SIZE, SIZE))
+    outputs = compiled(function)(x, w)
+    outputs[0].backward()
+    assert outputs[1] is x and outputs[0].grad_fn is not None
+    assert x.grad is None
+
+
+def test_few_outputs_are_what_the_compiled_function_returned():
+    given = leaves((SIZE, SIZE), (SIZE, SIZE))
+    outputs = torch.compile(several, backend="aot_eager")(*given)[: FEWEST - 1]
+    assert sharing_zeros(lambda: outputs)() is outputs
+    with torch.no_grad():
+        assert sharing_zeros(several)(*given)[0].grad_fn is None
+
+
+def test_a_model_that_returns_its_cache():
+    """Two outputs a layer that nobody uses, or somebody does, through the backend."""
+    config = LlamaConfig(
+        num_hidden_layers=3,
+        hidden_size=32,
+        intermediate_size=48,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=64,
+    )
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config)
+    ids = torch.randint(64, (2, 8))
+
+    def gradients(function, chosen):
+        outputs = function(input_ids=ids, labels=ids)
+        parameters = list(model.parameters())
+        return outputs, torch.autograd.grad(
+            chosen(outputs), parameters, allow_unused=True, materialize_grads=True
+        )
+
+    function = torch.compile(model, backend="liger", options={"liger.inner": "aot_eager"})
+    for chosen in (
+        lambda outputs: outputs.loss,
+        lambda outputs: outputs.past_key_values.layers[1].keys.square().sum(),
+        lambda outputs: outputs.loss + outputs.logits.square().mean(),
+    ):
+        outputs, found = gradients(function, chosen)
+        torch.testing.assert_close(found, gradients(model, chosen)[1])
+    assert type(outputs.loss.grad_fn).__name__ == "_SharedBackward"
