@@ -35,7 +35,7 @@ from liger_compile.terms.attention import Note, notes_in, sentences
 from liger_compile.terms.build import Terms
 from liger_compile.terms.heads import notes_on_logits
 from liger_compile.terms.mutation import Mutations
-from liger_compile.zeros import sharing_zeros
+from liger_compile.zeros import sharing_zeros, strides_of_outputs
 
 # Higher-order ops whose body is a graph like any other: activation checkpoints and nested compile regions.
 _BODIES = ("tag_activation_checkpoint", "invoke_subgraph")
@@ -48,9 +48,8 @@ class _Rewritten:
     gm: GraphModule
     report: GraphReport
     filled: Sequence[Filled] = ()  # outputs that are not computed in it
-    padding: set[str] = field(
-        default_factory=set
-    )  # values that are padding to masks, and nothing else unknown
+    padding: set[str] = field(default_factory=set)  # values that are padding to masks
+    masks: set[str] = field(default_factory=set)  # values that are masks; nothing else of either is unknown
 
 
 def liger(
@@ -82,7 +81,7 @@ def liger(
         general = _rewritten(gm, patterns, chosen, why_logits_stay)
         is_readable = not any(isinstance(each, FakeTensor) for each in example_inputs)
         if chosen.padding == "auto" and is_readable and not is_of_variant():
-            special = _without_padding(original, general, patterns, chosen, why_logits_stay)
+            special = _specialised(original, example_inputs, general, patterns, chosen, why_logits_stay)
     except Exception as error:
         # Promise one: whatever went wrong in our code, the user's program runs, and hears of it once.
         if chosen.strict:
@@ -94,6 +93,7 @@ def liger(
         general = _Rewritten(original, GraphReport.of(original, (), (), notes=(why,)))
 
     def compiled(rewritten: _Rewritten, report: GraphReport, inputs: Sequence[Any]) -> Callable[..., Any]:
+        strides = strides_of_outputs(rewritten.gm.graph)
         result = compiling.compile_graph(
             rewritten.gm,
             inputs,
@@ -107,16 +107,16 @@ def liger(
         )
         # Not before: Dynamo may restart the analysis and come back with another graph of the same code.
         record(report)
-        return filling(sharing_zeros(result), rewritten.filled)
+        return filling(sharing_zeros(result, strides), rewritten.filled)
 
     if special is None:
         return compiled(general, general.report, example_inputs)
-    names, without = special
+    expected, rewritten = special
     return variants.chosen_at_each_call(
         original,
-        names,
-        without=partial(compiled, without, without.report.of_variant(*variants.specialised(names))),
-        general=partial(compiled, general, general.report.of_variant(*variants.general(names))),
+        expected,
+        special=partial(compiled, rewritten, rewritten.report.of_variant(*variants.specialised(expected))),
+        general=partial(compiled, general, general.report.of_variant(*variants.general(expected))),
         example_inputs=example_inputs,
         later=compiling.when_called,
     )
@@ -177,24 +177,27 @@ def _rewritten(
     )
     for module in modules:
         module.recompile()
-    return _Rewritten(gm, report, filled, {name for note in attention for name in note.padding})
+    meanings = [note.meaning for note in attention if note.meaning]
+    padding = {name for meaning in meanings for name in meaning.padding}
+    return _Rewritten(gm, report, filled, padding, {name for meaning in meanings for name in meaning.masks})
 
 
-def _without_padding(
+def _specialised(
     original: GraphModule,
+    example_inputs: Sequence[Any],
     general: _Rewritten,
     patterns: Sequence[Pattern],
     options: Options,
     why_logits_stay: str | None,
-) -> tuple[tuple[str, ...], _Rewritten] | None:
-    """The inputs that tell of padding, and the graph for calls without; None where it brings nothing."""
-    names = variants.padding_inputs(original, general.padding)
-    if not names:
+) -> tuple[Mapping[str, variants.Expected], _Rewritten] | None:
+    """What to expect of which inputs, and the graph for calls in which they are that; None where it brings nothing."""
+    expected = variants.expected_inputs(original, general.padding, general.masks, example_inputs)
+    if not expected:
         return None
-    without = _rewritten(variants.without_padding(original, names), patterns, options, why_logits_stay)
-    if without.report.count("replace") <= general.report.count("replace"):
+    special = _rewritten(variants.with_expected(original, expected), patterns, options, why_logits_stay)
+    if special.report.count("replace") <= general.report.count("replace"):
         return None
-    return names, without
+    return expected, special
 
 
 def _in_buckets(
@@ -208,13 +211,13 @@ def _in_buckets(
     chosen, _ = parse(mode, options)
     if chosen.policy == "never" or chosen.skips("attention.causal"):
         return cut(gm, example_inputs)
-    general, without, names = gm, None, ()
+    general, special, expected = gm, None, {}
     try:
         if chosen.padding == "auto" and not variants.is_symbolic(gm):
-            names = variants.padding_inputs(gm, padding_in(gm.graph))
-        if names:
-            general, without = variants.copied(gm), variants.without_padding(gm, names)
-        for module in filter(None, (general, without)):
+            expected = variants.expected_inputs(gm, padding_in(gm.graph))
+        if expected:
+            general, special = variants.copied(gm), variants.with_expected(gm, expected)
+        for module in filter(None, (general, special)):
             make_masks_where_they_are_read(module.graph)
             module.recompile()
     except Exception as error:
@@ -223,7 +226,7 @@ def _in_buckets(
         why = f"{type(error).__name__}: {error}"
         warnings.warn(f"liger_compile: DDP cuts the graph as it came, because of {why}", stacklevel=2)
         return cut(gm, example_inputs)
-    if without is None:
+    if special is None:
         return cut(general, example_inputs)
 
     def compiled(module: GraphModule, variant: tuple[str, str], inputs: Sequence[Any]) -> Callable[..., Any]:
@@ -232,9 +235,9 @@ def _in_buckets(
 
     return variants.chosen_at_each_call(
         gm,
-        names,
-        without=partial(compiled, without, variants.specialised(names)),
-        general=partial(compiled, general, variants.general(names)),
+        expected,
+        special=partial(compiled, special, variants.specialised(expected)),
+        general=partial(compiled, general, variants.general(expected)),
         example_inputs=example_inputs,
         later=compiling.when_called,
     )

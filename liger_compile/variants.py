@@ -1,44 +1,93 @@
-"""One graph, compiled twice: for calls without padding, and for all.
+"""One graph, compiled twice: for calls whose masks are what they mostly are, and for all.
 
 Trainers hand a padding mask to every call, and in most it says nothing: all ones. A mask of attention that is causal
-but for such an input is then just causal. So a second graph has ones in the input's place, from which the steps prove
-the mask as they prove any other, and each call looks at its real input to choose between the two, as Hugging Face's
-eager code does. What is checked is what was put in, so either graph computes what the captured one does.
+but for such an input is then just causal. Other masks are made elsewhere, before the graph was broken or in a buffer,
+and are causal themselves. So a second graph has what an input is expected to be in its place, from which the steps
+prove the mask as they prove any other, and each call looks at its real input to choose between the two, as Hugging
+Face's eager code does. What is checked is what was put in, so either graph computes what the captured one does.
 
 In: a Dynamo GraphModule as it came. Out: a copy of it that is specialised, and the callable that chooses.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch._subclasses import FakeTensor
 from torch.fx import Graph, GraphModule, Node
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from liger_compile.terms.mutation import Mutations, storages_of
 
 Compile = Callable[[Sequence[Any]], Callable[..., Any]]  # example inputs -> the compiled graph
-WITHOUT, GENERAL = "without padding", "general"
+WITHOUT, CAUSAL, GENERAL = "without padding", "with causal masks", "general"
 
 
-def specialised(names: Sequence[str]) -> tuple[str, str]:
-    """The name of the graph for calls without padding in these inputs, and a report's note on it."""
-    scalars = "a scalar" if len(names) == 1 else f"up to {len(names)} scalars"
-    return WITHOUT, (
-        f"this graph runs in calls where {_all_ones(names)}; each call looks, and reads {scalars} for it. In others "
+@dataclass(frozen=True)
+class Expected:
+    """What an input is in most calls. `steps`, each a function and what it takes beside a tensor, make it of any tensor
+    of its shape and dtype; also of the last `rank` dimensions of one, along which alone it changes."""
+
+    words: str
+    rank: int
+    steps: tuple[tuple[Any, ...], ...]
+
+    def made_of(self, tensor: Tensor) -> Tensor:
+        for function, *arguments in self.steps:
+            tensor = function(tensor, *arguments)
+        return tensor
+
+    def is_it(self, tensor: Tensor) -> bool:
+        """Whether the tensor is that."""
+        if not tensor.numel():
+            return True
+        last = tensor[(0,) * (tensor.dim() - self.rank)]
+        return bool((tensor == self.made_of(last)).all())
+
+
+ONES = Expected("all ones", 0, ((torch.ones_like,),))
+
+
+def _causal_masks(dtype: torch.dtype) -> Iterable[Expected]:
+    """The forms in which masks are causal."""
+    words = "a causal mask"
+    yield Expected(words, 2, ((torch.ones_like,), (torch.tril,)))
+    yield Expected(words, 2, ((torch.ones_like,), (torch.triu, 1)))  # of what it hides
+    if dtype.is_floating_point:
+        for lowest in (torch.finfo(dtype).min, float("-inf")):
+            yield Expected(words, 2, ((torch.full_like, lowest), (torch.triu, 1)))
+
+
+def specialised(expected: Mapping[str, Expected]) -> tuple[str, str]:
+    """The name of the graph for calls in which these inputs are what is expected, and a report's note on it."""
+    scalars = "a scalar" if len(expected) == 1 else f"up to {len(expected)} scalars"
+    name = WITHOUT if set(expected.values()) == {ONES} else CAUSAL
+    return name, (
+        f"this graph runs in calls where {_said(expected)}; each call looks, and reads {scalars} for it. In others "
         f"the {GENERAL} graph runs, which is compiled when it is needed and then has a report of its own"
     )
 
 
-def general(names: Sequence[str]) -> tuple[str, str]:
+def general(expected: Mapping[str, Expected]) -> tuple[str, str]:
     """The name of the graph for all calls, and a report's note on it."""
-    return GENERAL, f"this graph runs in calls with padding; where {_all_ones(names)}, the one {WITHOUT} runs"
+    name, _ = specialised(expected)
+    others = "padding" if name == WITHOUT else "other masks"
+    return GENERAL, f"this graph runs in calls with {others}; where {_said(expected)}, the one {name} runs"
 
 
-def _all_ones(names: Sequence[str]) -> str:
-    return f"{' and '.join(names)} {'is' if len(names) == 1 else 'are'} all ones"
+def _said(expected: Mapping[str, Expected]) -> str:
+    names: dict[str, list[str]] = {}
+    for name, each in expected.items():
+        names.setdefault(each.words, []).append(name)
+    return " and ".join(
+        f"{' and '.join(those)} {'is' if len(those) == 1 else 'are'} {words}"
+        for words, those in names.items()
+    )
 
 
 def copied(gm: GraphModule) -> GraphModule:
@@ -69,17 +118,27 @@ def is_symbolic(gm: GraphModule) -> bool:
     return any(isinstance(each, (torch.SymInt, torch.SymFloat, torch.SymBool)) for each in (*values, *sizes))
 
 
-def padding_inputs(gm: GraphModule, names: Collection[str]) -> tuple[str, ...]:
-    """Those of the named values that are inputs of the graph for which ones may stand in."""
+def expected_inputs(
+    gm: GraphModule, padding: Collection[str], masks: Collection[str] = (), example_inputs: Sequence[Any] = ()
+) -> dict[str, Expected]:
+    """What to expect of those of the named values that are inputs of the graph: ones of padding, and of masks what
+    they are in the example."""
     mutations = Mutations(gm.graph)
-    inputs = (node for node in gm.graph.find_nodes(op="placeholder") if node.name in names)
-    return tuple(node.name for node in inputs if _only_read(node, gm.graph, mutations))
+    found: dict[str, Expected] = {}
+    for position, node in enumerate(gm.graph.find_nodes(op="placeholder")):
+        if node.name not in (*padding, *masks) or not _only_read(node, gm.graph, mutations):
+            continue
+        if node.name in padding:
+            found[node.name] = ONES
+        elif form := _causal_form(example_inputs[position]):
+            found[node.name] = form
+    return found
 
 
 def _only_read(node: Node, graph: Graph, mutations: Mutations) -> bool:
     """Whether it is a plain tensor that nobody writes, returns, or looks up rows with: token ids are no flags."""
     value, storages = node.meta.get("example_value"), storages_of(node)
-    if not isinstance(value, torch.Tensor) or is_traceable_wrapper_subclass(value):
+    if not isinstance(value, Tensor) or is_traceable_wrapper_subclass(value) or value.requires_grad:
         return False
     return mutations.is_clean(node) and not any(
         storages & storages_of(arg)
@@ -89,29 +148,39 @@ def _only_read(node: Node, graph: Graph, mutations: Mutations) -> bool:
     )
 
 
-def without_padding(gm: GraphModule, names: Collection[str]) -> GraphModule:
-    """A copy of `gm` in which these inputs are all ones, whatever is handed in."""
+def _causal_form(mask: Tensor) -> Expected | None:
+    """The form in which it is a causal mask, if it is one."""
+    if mask.dim() < 2 or mask.shape[-1] != mask.shape[-2]:
+        return None
+    return next((form for form in _causal_masks(mask.dtype) if form.is_it(mask)), None)
+
+
+def with_expected(gm: GraphModule, expected: Mapping[str, Expected]) -> GraphModule:
+    """A copy of `gm` in which these inputs are what is expected, whatever is handed in."""
     module = copied(gm)
     inputs = module.graph.find_nodes(op="placeholder")
-    for node in (node for node in inputs if node.name in names):
-        value = node.meta["example_value"]
-        with module.graph.inserting_after(inputs[-1]):
-            ones = module.graph.call_function(torch.ones_like, (node,))
-        with value.fake_mode:
-            ones.meta["example_value"] = torch.ones_like(value)
-        node.replace_all_uses_with(ones, delete_user_cb=lambda user, ones=ones: user is not ones)
+    for node in (node for node in inputs if node.name in expected):
+        first, last = node, node
+        with module.graph.inserting_before(inputs[-1].next):
+            for function, *arguments in expected[node.name].steps:
+                value = last.meta["example_value"]
+                last = module.graph.call_function(function, (last, *arguments))
+                with value.fake_mode:
+                    last.meta["example_value"] = function(value, *arguments)
+                first = last if first is node else first
+        node.replace_all_uses_with(last, delete_user_cb=lambda user, first=first: user is not first)
     return module
 
 
 def chosen_at_each_call(
     gm: GraphModule,
-    names: Collection[str],
-    without: Compile,
+    expected: Mapping[str, Expected],
+    special: Compile,
     general: Compile,
     example_inputs: Sequence[Any],
     later: Callable[[Compile], Callable[..., Any]],
 ) -> Callable[..., Any]:
-    """What runs the graph of `without` where these inputs of `gm` are all ones, and that of `general` where not.
+    """What runs the graph of `special` where these inputs of `gm` are what is expected, and that of `general` if not.
 
     Each is compiled when it is first needed; where `gm` is symbolic, both now.
 
@@ -120,23 +189,33 @@ def chosen_at_each_call(
         later: gives a callable that compiles for the inputs of its first call.
     """
     inputs = enumerate(gm.graph.find_nodes(op="placeholder"))
-    positions = [position for position, node in inputs if node.name in names]
+    looked_at = [(position, expected[node.name]) for position, node in inputs if node.name in expected]
 
-    def is_without(args: Sequence[Any]) -> bool:
-        return all(_is_all_ones(args[position]) for position in positions)
+    def is_special(args: Sequence[Any]) -> bool:
+        return all(_is(each, args[position]) for position, each in looked_at)
 
-    needed = is_without(example_inputs)
-    compiles = {True: without, False: general}
+    needed = is_special(example_inputs)
+    compiles = {True: special, False: general}
     callables = {needed: compiles[needed](example_inputs)}
     other = compiles[not needed]
     callables[not needed] = other(example_inputs) if is_symbolic(gm) else later(other)
-    return lambda *args: callables[is_without(args)](*args)
+    return lambda *args: callables[is_special(args)](*args)
 
 
-def _is_all_ones(tensor: torch.Tensor) -> bool:
-    """False too where nobody can know: in a fake tensor, and while a CUDA graph is captured."""
-    if isinstance(tensor, torch._subclasses.FakeTensor):
+# Of a mask: its version when it was looked at, as what, and whether it was that. The layers of a model are handed the
+# same one, and would each wait for the GPU.
+_LOOKED_AT: MutableMapping[Tensor, tuple[int, Expected, bool]] = WeakTensorKeyDictionary()
+
+
+def _is(expected: Expected, tensor: Tensor) -> bool:
+    """Whether it is what is expected. False too where nobody can know: in a fake tensor, and while a CUDA graph is
+    captured."""
+    if isinstance(tensor, FakeTensor) or (tensor.is_cuda and torch.cuda.is_current_stream_capturing()):
         return False
-    if tensor.is_cuda and torch.cuda.is_current_stream_capturing():
-        return False
-    return bool((tensor == 1).all())
+    if expected is ONES or tensor.is_inference():
+        return expected.is_it(tensor)
+    version, form, is_it = _LOOKED_AT.get(tensor, (None, None, False))
+    if (version, form) != (tensor._version, expected):
+        is_it = expected.is_it(tensor)
+        _LOOKED_AT[tensor] = (tensor._version, expected, is_it)
+    return is_it

@@ -4,7 +4,8 @@ AOTAutograd traces backward with a gradient for every output that can have one. 
 zeros: of all outputs at once, before backward begins, when a step has the most in memory. A model that returns its
 cache returns two such outputs a layer.
 
-In: a compiled callable. Out: one that returns the same, with the same gradients.
+In: a compiled callable, and the strides of its outputs where they were traced. Out: one that returns the same, with the
+same gradients.
 """
 
 from __future__ import annotations
@@ -16,23 +17,39 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction, once_differentiable
+from torch.fx import Graph, Node
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 FEWEST = 3  # outputs of one backward: where one is used and one is not, there is nothing to share
 
 
-def sharing_zeros(compiled: Callable[..., Any]) -> Callable[..., Any]:
-    """`compiled`, with zeros for its outputs made here."""
+Strides = tuple[int, ...]
+
+
+def strides_of_outputs(graph: Graph) -> list[Strides | None]:
+    """As they are traced: so AOTAutograd wants the gradients, whatever strides the outputs have in the end, and copies
+    others. None for what is no tensor or symbolic."""
+    (outputs,) = graph.output_node().args
+    assert isinstance(outputs, tuple)
+    values = [each.meta.get("example_value") if isinstance(each, Node) else None for each in outputs]
+    strides = [value.stride() if isinstance(value, Tensor) else None for value in values]
+    return [each if each and all(isinstance(stride, int) for stride in each) else None for each in strides]
+
+
+def sharing_zeros(compiled: Callable[..., Any], strides: Sequence[Strides | None]) -> Callable[..., Any]:
+    """`compiled`, with zeros for its outputs made here, in these strides."""
+    if len(strides) < FEWEST:
+        return compiled
 
     def call(*inputs: Any) -> Any:
         outputs = compiled(*inputs)
         backward, positions = _most_outputs(outputs)
         if len(positions) < FEWEST or any(map(is_traceable_wrapper_subclass, inputs)):
             return outputs
-        zeros = _Zeros()
+        given = [outputs[position] for position in positions]
+        zeros = _Zeros([_Layout.of(each, strides[at]) for at, each in zip(positions, given, strict=True)])
         backward.register_hook(zeros.leave)
-        shared = _Shared.apply(zeros, *(outputs[position] for position in positions))
-        there = dict(zip(positions, shared, strict=True))
+        there = dict(zip(positions, _Shared.apply(zeros, *given), strict=True))
         return tuple(there.get(position, output) for position, output in enumerate(outputs))
 
     return call
@@ -52,9 +69,13 @@ def _most_outputs(outputs: Sequence[Any]) -> tuple[Any, list[int]]:
 
 class _Layout(NamedTuple):
     shape: torch.Size
-    strides: tuple[int, ...]
+    strides: Strides
     dtype: torch.dtype
     device: torch.device
+
+    @classmethod
+    def of(cls, tensor: Tensor, strides: Strides | None) -> _Layout:
+        return cls(tensor.shape, tensor.stride() if strides is None else strides, tensor.dtype, tensor.device)
 
     @property
     def kind(self) -> tuple[torch.dtype, torch.device]:
@@ -74,34 +95,39 @@ class _Shared(torch.autograd.Function):
     def forward(ctx: Any, zeros: _Zeros, *outputs: Tensor) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         ctx.zeros = zeros
-        ctx.layouts = [_Layout(each.shape, each.stride(), each.dtype, each.device) for each in outputs]
         # As they came, autograd would refuse to have them written into.
         return tuple(each.detach() for each in outputs)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        unused = [layout for layout, each in zip(ctx.layouts, gradients, strict=True) if each is None]
-        zeros = iter(ctx.zeros.of(unused))
-        return (None, *(next(zeros) if each is None else each for each in gradients))
+        return None, *ctx.zeros.filled_into(gradients)
 
 
 class _Zeros:
     """The zeros of one backward."""
 
-    def __init__(self) -> None:
+    def __init__(self, layouts: Sequence[_Layout]) -> None:
+        self._layouts = layouts
         self._buffers: dict[tuple[torch.dtype, torch.device], Tensor] = {}
 
-    def of(self, layouts: Sequence[_Layout]) -> list[Tensor]:
-        """Zeros in these layouts. They share their memory."""
+    def filled_into(self, gradients: Sequence[Tensor | None]) -> list[Tensor]:
+        """The gradients, with zeros for those that there are not, which share their memory."""
+        pairs = list(zip(gradients, self._layouts, strict=True))
         spans: dict[tuple[torch.dtype, torch.device], int] = {}
-        for each in layouts:
-            spans[each.kind] = max(spans.get(each.kind, 0), each.span)
+        for gradient, layout in pairs:
+            if gradient is None:
+                spans[layout.kind] = max(spans.get(layout.kind, 0), layout.span)
         self._buffers = {
             (dtype, device): torch.zeros(span, dtype=dtype, device=device)
             for (dtype, device), span in spans.items()
         }
-        return [self._buffers[each.kind].as_strided(each.shape, each.strides) for each in layouts]
+        return [
+            self._buffers[layout.kind].as_strided(layout.shape, layout.strides)
+            if gradient is None
+            else gradient
+            for gradient, layout in pairs
+        ]
 
     def leave(self, gradients: Sequence[Tensor | None], _: Any) -> tuple[Tensor | None, ...]:
         """After backward: what it returns of the zeros as they are becomes tensors of their own. A parameter would take

@@ -31,11 +31,11 @@ DEPTH = 8  # sums, products and choices between a product of queries and keys an
 
 @dataclass(frozen=True)
 class Note:
-    """What attention does, and why: keeps its mask, or stays written out. `padding` is that of its mask's meaning."""
+    """What attention does, and why: keeps its mask, or stays written out; and what its mask means, if that is why."""
 
     what: str
     reason: str
-    padding: tuple[str, ...] = ()
+    meaning: Meaning | None = None
 
 
 def attention(
@@ -87,16 +87,16 @@ def _attention(
     plain_k, plain_v = _ungrouped(space, k, HEADS), _ungrouped(space, v, HEADS)
     if plain_k is not None and plain_v is not None and plain_k.shape[1] == plain_v.shape[1]:
         k, v = plain_k, plain_v
-    reason, padding, (_, dropout_p, _, *cap) = "", (), consts
+    reason, unknown, (_, dropout_p, _, *cap) = "", None, consts
     if mask is not space.none:
         meaning = mask_meaning(space, mask, q.shape[2], k.shape[2])
         mask = _canonical(space, mask, meaning)
         if meaning.kind == "unknown" or (meaning.kind == "window" and dropout_p):
-            reason, padding = meaning.reason, meaning.padding
+            reason, unknown = meaning.reason, meaning
         elif cap and (meaning.kind == "all" or dropout_p):
             reason = "its scores are capped, which is known for causal attention without dropout only"
     term = normalize.apply(space, "attention", (mask, q, k, v), consts, q.dtype, shape)
-    return _noted(space, term, otherwise, reason, padding) if reason else term
+    return _noted(space, term, otherwise, reason, unknown) if reason else term
 
 
 def _canonical(space: Space, mask: Term, meaning: Meaning) -> Term:
@@ -108,8 +108,8 @@ def _canonical(space: Space, mask: Term, meaning: Meaning) -> Term:
     return space.intern(names[meaning.kind], (), consts, torch.bool, ())
 
 
-def _noted(space: Space, term: Term, what: str, reason: str, padding: tuple[str, ...] = ()) -> Term:
-    space.found_out["note", term] = Note(what, reason, padding)
+def _noted(space: Space, term: Term, what: str, reason: str, meaning: Meaning | None = None) -> Term:
+    space.found_out["note", term] = Note(what, reason, meaning)
     return term
 
 

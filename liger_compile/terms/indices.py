@@ -39,14 +39,16 @@ class Meaning:
 
     causal: just the keys j <= i to query i, and T is S; window: of these the last `window`; all: everything.
     unknown: anything else, or what could not be read; `reason` is the sentence.
-    `padding` names the values that say of each key whether it is there, if it is them alone that make it unknown:
-    were they all ones, the mask would be causal, or let everything through.
+    `padding` and `masks` name the values, if it is them alone that make it unknown. `padding` says of each key whether
+    it is there: were it all ones, the mask would be causal, or let everything through. `masks` have an entry for each
+    query and key, as masks themselves have: what they mean is not to be seen here.
     """
 
     kind: Literal["causal", "window", "all", "unknown"]
     reason: str = ""
     window: int | ConstVar | None = None  # a number, or a pattern's capture of one
     padding: tuple[str, ...] = ()
+    masks: tuple[str, ...] = ()
 
 
 def mask_meaning(space: Space, mask: Term, queries: Size, keys: Size) -> Meaning:
@@ -56,24 +58,25 @@ def mask_meaning(space: Space, mask: Term, queries: Size, keys: Size) -> Meaning
         try:
             space.found_out[key] = _Reader(space, mask, queries, keys).meaning()
         except _UnreadError as why:
-            space.found_out[key] = _but_for_padding(space, mask, queries, keys) or Meaning(
-                "unknown", str(why)
-            )
+            known = _but_for_inputs(space, mask, queries, keys, str(why))
+            space.found_out[key] = known or Meaning("unknown", str(why))
     return space.found_out[key]
 
 
-def _but_for_padding(space: Space, mask: Term, queries: Size, keys: Size) -> Meaning | None:
-    """What a mask means that is known but for padding; None if it is not."""
+def _but_for_inputs(space: Space, mask: Term, queries: Size, keys: Size, why: str) -> Meaning | None:
+    """What a mask means that is known but for padding, or for masks in it; None if it is not."""
     try:
-        reader = _Reader(space, mask, queries, keys, without_padding=True)
+        reader = _Reader(space, mask, queries, keys, but_for_inputs=True)
         kind = reader.meaning().kind
     except _UnreadError:
         return None
+    padding, masks = tuple(sorted(reader.padding)), tuple(sorted(reader.masks))
+    if masks:
+        return Meaning("unknown", why, padding=padding, masks=masks)
     if kind not in _BUT_FOR_PADDING:
         return None
-    names = tuple(sorted(reader.padding))
-    reason = f"it {_BUT_FOR_PADDING[kind]} but for the padding in {' and '.join(names)}"
-    return Meaning("unknown", reason, padding=names)
+    reason = f"it {_BUT_FOR_PADDING[kind]} but for the padding in {' and '.join(padding)}"
+    return Meaning("unknown", reason, padding=padding)
 
 
 class _UnreadError(Exception):
@@ -101,6 +104,7 @@ class _Linear:
 
 
 _ZERO = _Linear(0)
+_POSITION = tuple(_Linear(0, frozenset(((dim, 1),))) for dim in (-2, -1))  # of a score: its query and key
 
 # Any of these, each of which is: all of these linear forms are <= 0.
 _Condition = frozenset[frozenset[_Linear]]
@@ -139,7 +143,7 @@ class _Reader:
     """Reads one mask; its coordinates range over the sizes of the scores that it is applied to."""
 
     def __init__(
-        self, space: Space, mask: Term, queries: Size, keys: Size, *, without_padding: bool = False
+        self, space: Space, mask: Term, queries: Size, keys: Size, *, but_for_inputs: bool = False
     ) -> None:
         if len(mask.shape) < 2 or mask.shape[-1] not in (1, keys) or mask.shape[-2] not in (1, queries):
             shape = ", ".join(map(str, mask.shape))
@@ -147,8 +151,11 @@ class _Reader:
         self.space, self.mask, self.is_square = space, mask, queries == keys
         self.sizes = {dim: _of_size(mask.shape[dim]) for dim in range(-len(mask.shape), 0)}
         self.sizes.update({-1: _of_size(keys), -2: _of_size(queries)})
-        self.without_padding = without_padding
+        self.but_for_inputs = but_for_inputs
         self.padding: set[str] = set()  # the flags that were taken for ones
+        self.masks: set[str] = (
+            set()
+        )  # the masks that were taken for true, or ones: what is made of them is unknown
 
     def meaning(self) -> Meaning:
         at = tuple(_Linear(0, frozenset(((dim, 1),))) for dim in sorted(self.sizes))
@@ -267,7 +274,7 @@ class _Reader:
             return self.any_of(self.all_of(condition, chosen), self.all_of(self.not_(condition), other))
         if term.op == "cast":
             return self._as_truth(term.args[0], at)
-        if self._is_padding(term, at):
+        if self._is_assumed(term, at):
             return _TRUE
         return self.truth(*self._moved(term, at))
 
@@ -315,14 +322,19 @@ class _Reader:
             if value.parts:
                 raise _UnreadError(f"it adds up {value}")
             return self._only(_scaled(at[dim].plus(_Linear(1)), value))
-        if self._is_padding(term, at):
-            return self._only(_Linear(1))
+        if self._is_assumed(term, at):
+            return self._only(_ZERO if _is_floating(term) else _Linear(1))
         return self.number(*self._moved(term, at))
 
-    def _is_padding(self, term: Term, at: _At) -> bool:
-        """Whether these are flags of the keys, the same for each query, and are to be taken for ones."""
-        is_flag = term.op == "leaf" and term.dtype in (torch.bool, torch.int32, torch.int64)
-        if not (self.without_padding and is_flag) or any(part == -2 for form in at for part, _ in form.parts):
+    def _is_assumed(self, term: Term, at: _At) -> bool:
+        """Whether this is padding or a mask in itself, and such things are to be taken for known."""
+        if not self.but_for_inputs or term.op != "leaf" or term.dtype is None:
+            return False
+        if at[-2:] == _POSITION:
+            self.masks.add(term.consts[0])
+            return True
+        is_flag = term.dtype in (torch.bool, torch.int32, torch.int64)
+        if not is_flag or any(part == -2 for form in at for part, _ in form.parts):
             return False
         self.padding.add(term.consts[0])
         return True
@@ -448,9 +460,13 @@ class _Reader:
 
 def _elsewhere(term: Term) -> str:
     """What a mask may be that no positions of this graph say."""
-    if term.dtype is not None and term.dtype.is_floating_point:
+    if _is_floating(term):
         return "a bias, or a mask that was made elsewhere"
     return "padding, packed sequences, or a mask that was made elsewhere"
+
+
+def _is_floating(term: Term) -> bool:
+    return term.dtype is not None and term.dtype.is_floating_point
 
 
 def _plain(scalar) -> float:

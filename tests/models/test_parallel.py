@@ -21,8 +21,9 @@ FOUND = {
         "linear_cross_entropy.plain",
         "rms_norm.llama",
     ],
-    # Sharding does: the layers are one graph, compiled once; their mask comes from another. Head and loss are whole.
-    "fsdp": [*LAYER, "linear_cross_entropy.plain", "rms_norm.llama"],
+    # Sharding does: the layers are one graph, compiled once; their mask comes from another, and is looked at. Head and
+    # loss are whole.
+    "fsdp": [*LAYER, "attention.causal", "linear_cross_entropy.plain", "rms_norm.llama"],
     "fsdp by layer": LAYER,
 }
 DEVICES = [
