@@ -3,7 +3,7 @@
     Dynamo graph -> terms -> match -> decide -> rewrite -> compile -> callable
 
 One file a step. This file calls them in order, for the graph and for the checkpoint bodies in it; twice where calls
-without padding get a graph of their own.
+whose masks are as expected get a graph of their own.
 """
 
 from __future__ import annotations

@@ -94,7 +94,7 @@ class Options:
     padding: str = _option(
         "auto",
         _one_of("auto", "general"),
-        "Compile a graph of its own for calls without padding, or one graph for all calls.",
+        "Compile a graph of its own for calls without padding or with causal masks, or one graph for all calls.",
     )
     strict: bool = _option(
         False, _FLAG, "Raise if the rewriter fails, instead of compiling the graph as it came."
