@@ -21,7 +21,7 @@ from torch.fx import GraphModule, Node
 
 from liger_compile import compile as compiling
 from liger_compile import ops, variants  # noqa: F401 - ops are registered, so that cached artifacts find them
-from liger_compile.buckets import make_masks_where_they_are_read, padding_in
+from liger_compile.buckets import Places, make_masks_where_they_are_read, padding_in, places_to_cut
 from liger_compile.decide import decide, insertion_point
 from liger_compile.match import find_matches
 from liger_compile.options import Options, parse
@@ -207,19 +207,24 @@ def _in_buckets(
     mode: str | None,
     options: Mapping[str, Any] | None,
 ) -> Callable[..., Any]:
-    """A whole graph that DDP cuts in parts, for each of which it calls `liger`. What masks mean is seen here alone."""
+    """A whole graph that DDP cuts in parts, for each of which it calls `liger`. What masks mean, and where layers
+    begin, is seen here alone."""
     chosen, _ = parse(mode, options)
-    if chosen.policy == "never" or chosen.skips("attention.causal"):
+    if chosen.policy == "never":
         return cut(gm, example_inputs)
     general, special, expected = gm, None, {}
+    places: dict[GraphModule, Places] = {}
     try:
-        if chosen.padding == "auto" and not variants.is_symbolic(gm):
+        reads_masks, is_symbolic = not chosen.skips("attention.causal"), variants.is_symbolic(gm)
+        if reads_masks and chosen.padding == "auto" and not is_symbolic:
             expected = variants.expected_inputs(gm, padding_in(gm.graph))
         if expected:
             general, special = variants.copied(gm), variants.with_expected(gm, expected)
         for module in filter(None, (general, special)):
-            make_masks_where_they_are_read(module.graph)
-            module.recompile()
+            if reads_masks:
+                make_masks_where_they_are_read(module.graph)
+                module.recompile()
+            places[module] = Places() if is_symbolic else places_to_cut(module.graph, cut.bucket_bytes)
     except Exception as error:
         if chosen.strict:
             raise
@@ -227,11 +232,11 @@ def _in_buckets(
         warnings.warn(f"liger_compile: DDP cuts the graph as it came, because of {why}", stacklevel=2)
         return cut(gm, example_inputs)
     if special is None:
-        return cut(general, example_inputs)
+        return cut(general, example_inputs, places[general].nodes, places[general].beyond)
 
     def compiled(module: GraphModule, variant: tuple[str, str], inputs: Sequence[Any]) -> Callable[..., Any]:
         with recorded_as(*variant):
-            return cut(module, inputs)
+            return cut(module, inputs, places[module].nodes, places[module].beyond)
 
     return variants.chosen_at_each_call(
         gm,

@@ -1,27 +1,39 @@
-"""What DDP is about to cut in buckets: a graph that is still whole, in which a mask can be seen to mean something.
+"""What DDP is about to cut in buckets: a graph that is still whole.
 
-DDP's optimizer in torch.compile cuts a graph where a bucket of gradients is full, and has the parts compiled apart. A
-mask is made in the first part; the others are handed it, and cannot see what it means. So each reader of a mask gets
+DDP's optimizer in torch.compile cuts a graph where a bucket of gradients is full, and has the parts compiled apart. Two
+things can only be seen before.
+
+What a mask means: it is made in the first part; the others are handed it, and cannot see. So each reader of a mask gets
 one of its own, made right before it. It is made of positions alone, and nowhere once attention has been told what it
 means.
 
-In: a Dynamo graph, whole. Out: the same, in which masks that are causal, or a window, are made where they are read; and
-the names of what is padding to the others.
+Where layers begin: a full bucket may end anywhere in one. What is one computation is then in two parts, and all that
+passes from the one to the other is kept for backward. Between layers little passes.
+
+In: a Dynamo graph, whole. Out: the same, in which masks that are causal, or a window, are made where they are read; the
+names of what is padding to the others; and the places where little passes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch.fx import Graph, Node
 
 from liger_compile.terms.build import Terms, made_of_positions
 from liger_compile.terms.indices import Meaning, mask_meaning
-from liger_compile.terms.mutation import Mutations
+from liger_compile.terms.mutation import Mutations, storage_of, tensors_of
 from liger_compile.terms.term import Term
 
 MEANINGS = ("causal", "window")
+MORE_PASSES = (
+    1.5  # than where the least passes: between layers tables do as well, inside of them twice as much
+)
+NEAR = 16  # nodes: within so many of a place, less passes nowhere
+FEWEST_PARTS = 8  # in which a graph is cut at least, so that gradients are sent while others are computed
 
 
 def make_masks_where_they_are_read(graph: Graph) -> None:
@@ -86,3 +98,63 @@ def _copied(graph: Graph, makers: Sequence[Node], reader: Node) -> Node:
         for maker in makers:
             copies[maker] = graph.node_copy(maker, lambda node: copies.get(node, node))
     return copies[makers[-1]]
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where to cut a graph: before these nodes, unless a part would exceed its bucket by so many bytes."""
+
+    nodes: frozenset[Node] = frozenset()
+    beyond: int = 0
+
+
+def places_to_cut(graph: Graph, bucket_bytes: int) -> Places:
+    """Where little passes, of all places that have a bucket of parameters on both sides."""
+    nodes = list(graph.nodes)
+    parameters = _bytes_of_parameters(nodes)
+    before, total = list(accumulate(parameters, initial=0)), sum(parameters)
+    inside = [
+        at
+        for at, node in enumerate(nodes)
+        if node.op.startswith("call") and bucket_bytes <= before[at] <= total - bucket_bytes
+    ]
+    passing = _bytes_passing(nodes)
+    most = MORE_PASSES * min((passing[at] for at in inside), default=0)
+    found = (at for at in inside if passing[at] <= min(most, *passing[max(at - NEAR, 0) : at + NEAR + 1]))
+    return Places(frozenset(nodes[at] for at in found), total // FEWEST_PARTS)
+
+
+def _bytes_of_parameters(nodes: Sequence[Node]) -> list[int]:
+    """Of those that each node is the first to read."""
+    seen: set[Node] = set()
+    sizes = []
+    for node in nodes:
+        new = {each for each in node.all_input_nodes if _is_parameter(each)} - seen
+        seen |= new
+        sizes.append(sum(each.meta["example_value"].untyped_storage().nbytes() for each in new))
+    return sizes
+
+
+def _is_parameter(node: Node) -> bool:
+    value = node.meta.get("example_value")
+    return node.op == "placeholder" and isinstance(value, torch.nn.Parameter) and value.requires_grad
+
+
+def _bytes_passing(nodes: Sequence[Node]) -> list[int]:
+    """Of the tensors that are computed before each node, and read by it or later."""
+    sizes: dict[int | None, int] = {}
+    made: dict[int | None, int] = {}
+    read: dict[int | None, int] = {}
+    for at, node in enumerate(nodes):
+        for tensor in tensors_of(node):
+            storage = storage_of(tensor)
+            made.setdefault(storage, -1 if node.op in ("placeholder", "get_attr") else at)
+            sizes[storage] = 0 if storage is None else tensor.untyped_storage().nbytes()
+        for each in node.all_input_nodes:
+            read.update((storage_of(tensor), at) for tensor in tensors_of(each))
+    changes = [0] * (len(nodes) + 1)
+    for storage, at in made.items():
+        if 0 <= at < read.get(storage, 0):
+            changes[at + 1] += sizes[storage]
+            changes[read[storage] + 1] -= sizes[storage]
+    return list(accumulate(changes))

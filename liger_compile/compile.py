@@ -18,7 +18,8 @@ import hashlib
 import importlib
 import inspect
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableSet, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableSet, Sequence, Set
+from dataclasses import dataclass
 from pathlib import Path
 from types import CodeType
 from typing import Any
@@ -26,7 +27,7 @@ from typing import Any
 import torch
 import torch._dynamo
 from torch._dynamo.callback import callback_handler
-from torch.fx import Graph, GraphModule
+from torch.fx import Graph, GraphModule, Node
 
 from liger_compile.gradients import rewrite_backward, trace_through
 from liger_compile.ops.embedding import PAYS_FROM
@@ -306,8 +307,36 @@ def set_up_dynamo() -> None:
         callback_handler.register_start_callback(_ignore_logger_methods)
 
 
-# Compiles a whole graph part by part, as DDP's optimizer does.
-Cut = Callable[[GraphModule, Sequence[Any]], Callable[..., Any]]
+@dataclass(frozen=True)
+class Cut:
+    """Cuts a whole graph and compiles part by part, as DDP's optimizer does."""
+
+    optimizer: Any
+    method: Callable[..., Callable[..., Any]]
+    arguments: Mapping[str, Any]
+
+    @property
+    def bucket_bytes(self) -> int:
+        return self.optimizer.bucket_bytes_cap
+
+    def __call__(
+        self, gm: GraphModule, example_inputs: Sequence[Any], nodes: Set[Node] = frozenset(), beyond: int = 0
+    ) -> Callable[..., Any]:
+        """With `nodes`, a part begins with one of them, or where its bucket is exceeded by so many bytes."""
+        from torch._dynamo.backends import distributed
+
+        theirs = distributed.bucket_has_external_output
+
+        def may_begin(bucket: Any) -> bool:
+            grown = bucket.size - bucket.paramsize_before_opcount_increase
+            is_beyond = bucket.opcount_increased_to_capture_external_output and grown > beyond
+            return theirs(bucket) and (not nodes or bucket.nodes[-1] in nodes or is_beyond)
+
+        distributed.bucket_has_external_output = may_begin  # asked whether a full bucket may be one
+        try:
+            return self.method(self.optimizer, gm, example_inputs, **self.arguments)
+        finally:
+            distributed.bucket_has_external_output = theirs
 
 
 def before_ddp_cuts(
@@ -324,21 +353,16 @@ def before_ddp_cuts(
         return
     from torch._dynamo.backends.distributed import DDPOptimizer
 
-    cut: Any = DDPOptimizer.compile_fn
+    method: Any = DDPOptimizer.compile_fn
 
-    @functools.wraps(cut)
+    @functools.wraps(method)
     def compile_fn(self: Any, gm: GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Any:
+        cut = Cut(self, method, kwargs)
         chain = list(_unwrapped(self.backend_compile_fn))
         if chain[-1] is not backend:
-            return cut(self, gm, example_inputs, **kwargs)
+            return cut(gm, example_inputs)
         given = next((each.kwargs for each in chain if hasattr(each, "kwargs")), {})
-        return instead(
-            gm,
-            example_inputs,
-            lambda module, inputs: cut(self, module, inputs, **kwargs),
-            given.get("mode"),
-            given.get("options"),
-        )
+        return instead(gm, example_inputs, cut, given.get("mode"), given.get("options"))
 
     DDPOptimizer.compile_fn = compile_fn
 
