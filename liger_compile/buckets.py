@@ -30,9 +30,9 @@ from liger_compile.terms.term import Term
 
 MEANINGS = ("causal", "window")
 MORE_PASSES = (
-    1.5  # than where the least passes: between layers tables do as well, inside of them twice as much
+    1.5  # than where the least passes, and it is between layers still: inside of them twice as much does
 )
-NEAR = 16  # nodes: within so many of a place, less passes nowhere
+NEAR = 8  # nodes: within so many of a place, less passes nowhere; a norm is shorter
 FEWEST_PARTS = 8  # in which a graph is cut at least, so that gradients are sent while others are computed
 
 
@@ -113,14 +113,17 @@ def places_to_cut(graph: Graph, bucket_bytes: int) -> Places:
     nodes = list(graph.nodes)
     parameters = _bytes_of_parameters(nodes)
     before, total = list(accumulate(parameters, initial=0)), sum(parameters)
-    inside = [
+    passing = {
+        at: size
+        for at, size in enumerate(_bytes_passing(nodes))
+        if bucket_bytes <= before[at] <= total - bucket_bytes
+    }
+    most = MORE_PASSES * min(passing.values(), default=0)
+    found = (
         at
-        for at, node in enumerate(nodes)
-        if node.op.startswith("call") and bucket_bytes <= before[at] <= total - bucket_bytes
-    ]
-    passing = _bytes_passing(nodes)
-    most = MORE_PASSES * min((passing[at] for at in inside), default=0)
-    found = (at for at in inside if passing[at] <= min(most, *passing[max(at - NEAR, 0) : at + NEAR + 1]))
+        for at, size in passing.items()
+        if size <= min(most, *(passing.get(near, size) for near in range(at - NEAR, at + NEAR + 1)))
+    )
     return Places(frozenset(nodes[at] for at in found), total // FEWEST_PARTS)
 
 
@@ -141,7 +144,8 @@ def _is_parameter(node: Node) -> bool:
 
 
 def _bytes_passing(nodes: Sequence[Node]) -> list[int]:
-    """Of the tensors that are computed before each node, and read by it or later."""
+    """Of the tensors that are computed before each node, and read by it or later. Without what is read in more than
+    half of the graph, as tables are: that passes everywhere."""
     sizes: dict[int | None, int] = {}
     made: dict[int | None, int] = {}
     read: dict[int | None, int] = {}
@@ -154,7 +158,8 @@ def _bytes_passing(nodes: Sequence[Node]) -> list[int]:
             read.update((storage_of(tensor), at) for tensor in tensors_of(each))
     changes = [0] * (len(nodes) + 1)
     for storage, at in made.items():
-        if 0 <= at < read.get(storage, 0):
+        end = read.get(storage, 0)
+        if 0 <= at < end <= at + len(nodes) // 2:
             changes[at + 1] += sizes[storage]
-            changes[read[storage] + 1] -= sizes[storage]
-    return list(accumulate(changes))
+            changes[end + 1] -= sizes[storage]
+    return list(accumulate(changes[:-1]))

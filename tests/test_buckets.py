@@ -6,11 +6,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import liger_compile
 from liger_compile import variants
 from liger_compile.backend import liger
-from liger_compile.buckets import make_masks_where_they_are_read, padding_in
+from liger_compile.buckets import FEWEST_PARTS, make_masks_where_they_are_read, padding_in
 
 BATCH, HEADS, LENGTH, SIZE = 2, 4, 12, 8
 OPTIONS = {"liger.inner": "aot_eager", "liger.strict": True, "liger.policy": "always"}
@@ -240,3 +241,79 @@ def test_a_failure_is_a_warning(process_group, monkeypatch):
     compiled = torch.compile(ddp, backend="liger", options={**OPTIONS, "liger.strict": False})
     with pytest.warns(UserWarning, match="DDP cuts the graph as it came, because of TypeError"):
         torch.testing.assert_close(gradients(compiled, model, x), expected)
+
+
+# Where parts begin
+
+
+def kept(model, function, **inputs):
+    """Bytes that a step keeps for backward, besides parameters; it is compiled already."""
+    sizes = {}
+
+    def seen(tensor):
+        sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(seen, lambda tensor: tensor):
+        outputs = function(**inputs)
+    for parameter in model.parameters():
+        sizes.pop(parameter.untyped_storage().data_ptr(), None)
+    outputs.loss.backward()
+    return sum(sizes.values())
+
+
+def sites(kind):
+    found = [site.pattern for report in liger_compile.reports() for site in report.sites if site.kind == kind]
+    return sorted(found)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_parts_begin_where_layers_do(process_group, dtype):
+    """So that in every part MLPs are whole, and as little is kept as of the whole graph."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        num_hidden_layers=FEWEST_PARTS,
+        hidden_size=256,
+        intermediate_size=1024,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=512,
+    )
+    model = LlamaForCausalLM(config).to(dtype)
+    ids = torch.randint(512, (2, 32))
+    inputs = {"input_ids": ids, "labels": ids, "use_cache": False}
+    options = {"liger.inner": "aot_eager", "liger.strict": True}
+    alone = torch.compile(model, backend="liger", options=options)
+    alone(**inputs)
+    expected, size = (sites("annotate"), sites("replace")), kept(model, alone, **inputs)
+    torch._dynamo.reset()
+    liger_compile.clear_reports()
+
+    ddp = torch.compile(DistributedDataParallel(model, bucket_cap_mb=1), backend="liger", options=options)
+    ddp(**inputs).loss.backward()
+    assert len(liger_compile.reports()) >= FEWEST_PARTS
+    assert (sites("annotate"), sites("replace")) == expected
+    assert kept(model, ddp, **inputs) == pytest.approx(size, rel=0.01)
+
+
+class Hourglass(torch.nn.Module):
+    """Little passes in one place alone, and that is not where gradients should wait for one another."""
+
+    def __init__(self):
+        super().__init__()
+        before, after = ([torch.nn.Linear(512, 512) for _ in range(8)] for _ in range(2))
+        self.layers = torch.nn.ModuleList([*before, torch.nn.Linear(512, 4), torch.nn.Linear(4, 512), *after])
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = torch.tanh(layer(x))
+        return x.square().mean()
+
+
+def test_a_part_does_not_wait_for_a_place_that_is_far(process_group):
+    torch.manual_seed(0)
+    model, x = Hourglass(), torch.randn(BATCH, LENGTH, 512)
+    expected = gradients(model, model, x)
+    ddp = torch.compile(DistributedDataParallel(model, bucket_cap_mb=1), backend="liger", options=OPTIONS)
+    torch.testing.assert_close(gradients(ddp, model, x), expected)
+    assert FEWEST_PARTS // 2 <= len(liger_compile.reports()) <= FEWEST_PARTS
