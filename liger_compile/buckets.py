@@ -29,9 +29,7 @@ from liger_compile.terms.mutation import Mutations, storage_of, tensors_of
 from liger_compile.terms.term import Term
 
 MEANINGS = ("causal", "window")
-MORE_PASSES = (
-    1.5  # than where the least passes, and it is between layers still: inside of them twice as much does
-)
+MORE_PASSES = 1.5  # than where the least passes, and it is between layers; inside, twice as much does
 NEAR = 8  # nodes: within so many of a place, less passes nowhere; a norm is shorter
 FEWEST_PARTS = 8  # in which a graph is cut at least, so that gradients are sent while others are computed
 
@@ -55,7 +53,8 @@ def make_masks_where_they_are_read(graph: Graph) -> None:
 
 def padding_in(graph: Graph) -> set[str]:
     """The values that are padding to masks which would be causal, a window, or nothing without."""
-    return {name for meaning in _read(graph).values() if meaning for name in meaning.padding}
+    meanings = [meaning for meaning in _read(graph).values() if meaning and not meaning.masks]
+    return {name for meaning in meanings for name in meaning.padding}
 
 
 def _read(graph: Graph) -> dict[Node, Meaning | None]:

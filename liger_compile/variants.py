@@ -55,12 +55,11 @@ ONES = Expected("all ones", 0, ((torch.ones_like,),))
 
 def _causal_masks(dtype: torch.dtype) -> Iterable[Expected]:
     """The forms in which masks are causal."""
-    words = "a causal mask"
-    yield Expected(words, 2, ((torch.ones_like,), (torch.tril,)))
-    yield Expected(words, 2, ((torch.ones_like,), (torch.triu, 1)))  # of what it hides
+    yield Expected("causal", 2, ((torch.ones_like,), (torch.tril,)))
+    yield Expected("causal", 2, ((torch.ones_like,), (torch.triu, 1)))  # of what it hides
     if dtype.is_floating_point:
         for lowest in (torch.finfo(dtype).min, float("-inf")):
-            yield Expected(words, 2, ((torch.full_like, lowest), (torch.triu, 1)))
+            yield Expected("causal", 2, ((torch.full_like, lowest), (torch.triu, 1)))
 
 
 def specialised(expected: Mapping[str, Expected]) -> tuple[str, str]:

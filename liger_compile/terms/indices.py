@@ -155,7 +155,7 @@ class _Reader:
         self.padding: set[str] = set()  # the flags that were taken for ones
         self.masks: set[str] = (
             set()
-        )  # the masks that were taken for true, or ones: what is made of them is unknown
+        )  # masks that were taken for true, or zeros: what is made of them is unknown
 
     def meaning(self) -> Meaning:
         at = tuple(_Linear(0, frozenset(((dim, 1),))) for dim in sorted(self.sizes))
