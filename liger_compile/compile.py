@@ -328,9 +328,15 @@ class Cut:
         theirs = distributed.bucket_has_external_output
 
         def may_begin(bucket: Any) -> bool:
-            grown = bucket.size - bucket.paramsize_before_opcount_increase
-            is_beyond = bucket.opcount_increased_to_capture_external_output and grown > beyond
-            return theirs(bucket) and (not nodes or bucket.nodes[-1] in nodes or is_beyond)
+            if not theirs(bucket):
+                return False
+            full = bucket.paramsize_before_opcount_increase or bucket.size
+            if not nodes or bucket.nodes[-1] in nodes or bucket.size > full + beyond:
+                return True
+            bucket.paramsize_before_opcount_increase = full
+            # The optimizer adds one, and warns of what is not zero then.
+            bucket.opcount_increased_to_capture_external_output = -1
+            return False
 
         distributed.bucket_has_external_output = may_begin  # asked whether a full bucket may be one
         try:

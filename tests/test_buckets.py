@@ -268,7 +268,7 @@ def sites(kind):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_parts_begin_where_layers_do(process_group, dtype):
+def test_parts_begin_where_layers_do(process_group, dtype, monkeypatch):
     """So that in every part MLPs are whole, and as little is kept as of the whole graph."""
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -289,10 +289,13 @@ def test_parts_begin_where_layers_do(process_group, dtype):
     torch._dynamo.reset()
     liger_compile.clear_reports()
 
+    warned = []
+    monkeypatch.setattr(torch._dynamo.backends.distributed.log, "warning", lambda *args: warned.append(args))
     ddp = torch.compile(DistributedDataParallel(model, bucket_cap_mb=1), backend="liger", options=options)
     ddp(**inputs).loss.backward()
     assert len(liger_compile.reports()) >= FEWEST_PARTS
     assert (sites("annotate"), sites("replace")) == expected
+    assert warned == []
     assert kept(model, ddp, **inputs) == pytest.approx(size, rel=0.01)
 
 
