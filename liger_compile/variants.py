@@ -201,9 +201,9 @@ def chosen_at_each_call(
     return lambda *args: callables[is_special(args)](*args)
 
 
-# Of a mask: its version when it was looked at, as what, and whether it was that. The layers of a model are handed the
-# same one, and would each wait for the GPU.
-_LOOKED_AT: MutableMapping[Tensor, tuple[int, Expected, bool]] = WeakTensorKeyDictionary()
+# Of a mask: where it was and its version when it was looked at, as what, and whether it was that. The layers of a model
+# are handed the same one, and would each wait for the GPU.
+_LOOKED_AT: MutableMapping[Tensor, tuple[tuple[int, int], Expected, bool]] = WeakTensorKeyDictionary()
 
 
 def _is(expected: Expected, tensor: Tensor) -> bool:
@@ -213,8 +213,9 @@ def _is(expected: Expected, tensor: Tensor) -> bool:
         return False
     if expected is ONES or tensor.is_inference():
         return expected.is_it(tensor)
-    version, form, is_it = _LOOKED_AT.get(tensor, (None, None, False))
-    if (version, form) != (tensor._version, expected):
+    state = (tensor.data_ptr(), tensor._version)
+    before, form, is_it = _LOOKED_AT.get(tensor, (None, None, False))
+    if (before, form) != (state, expected):
         is_it = expected.is_it(tensor)
-        _LOOKED_AT[tensor] = (tensor._version, expected, is_it)
+        _LOOKED_AT[tensor] = (state, expected, is_it)
     return is_it

@@ -145,6 +145,34 @@ def test_processes_at_once_take_turns(module, tmp_path):
     assert "error" not in floor and float(eager["of_floor"]) > 0 and "compile_s" not in eager
 
 
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_processes_that_share_the_work_have_the_numbers_of_one(module, tmp_path, parallel):
+    train_step = module("train_step")
+    arguments = [
+        "--model",
+        "tiny",
+        "--tokens",
+        "2x16",
+        "--device",
+        "cpu",
+        "--rounds",
+        "1",
+        "--out",
+        str(tmp_path),
+    ]
+    train_step.main([*arguments, "--variants", "eager"])
+    options = ["--variants", "eager,liger-compile", "--options", '{"liger.inner": "aot_eager"}']
+    train_step.main([*arguments, *options, "--parallel", parallel])
+    (alone,) = rows_of(tmp_path, "train_step_cpu.csv")
+    rows = rows_of(tmp_path, "parallel_cpu.csv")
+    assert [(row["parallel"], row["processes"]) for row in rows] == [(parallel, "2")] * 2
+    assert int(rows[1]["replaced"]) > 0
+    for row in rows:
+        for column in ("loss", "grad_norm"):
+            assert float(row[column]) == pytest.approx(float(alone[column]), rel=1e-4)
+
+
 def test_curves_are_compared_with_what_rounding_does(module):
     convergence = module("convergence")
     curves = {

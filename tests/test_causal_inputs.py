@@ -137,9 +137,12 @@ def test_a_buffer_is_looked_at_once(monkeypatch):
     for _ in range(2):
         assert_as_in_eager(fast, module, *inputs())
     assert len(looks) == first + 1 and found() == BOTH
-    module.bias = torch.ones(1, 1, 2 * LENGTH, 2 * LENGTH).tril()
+    module.bias.data = changed(torch.ones(1, 1, 2 * LENGTH, 2 * LENGTH).tril())
     assert_as_in_eager(fast, module, *inputs())
     assert len(looks) == first + 2
+    module.bias = torch.ones(1, 1, 2 * LENGTH, 2 * LENGTH).tril()
+    assert_as_in_eager(fast, module, *inputs())
+    assert len(looks) == first + 3 and found() == BOTH
 
 
 def test_masks_of_inference_mode_are_looked_at_each_time():
