@@ -325,20 +325,23 @@ class Cut:
         """With `nodes`, a part begins with one of them, or where its bucket is exceeded by so many bytes."""
         from torch._dynamo.backends import distributed
 
-        theirs = distributed.bucket_has_external_output
+        # Asked whether a full bucket may be one. Where a torch has no such function, it cuts as it would.
+        theirs: Any = getattr(distributed, "bucket_has_external_output", None)
+        if theirs is None or not nodes:
+            return self.method(self.optimizer, gm, example_inputs, **self.arguments)
 
-        def may_begin(bucket: Any) -> bool:
+        def may_be_one(bucket: Any) -> bool:
             if not theirs(bucket):
                 return False
             full = bucket.paramsize_before_opcount_increase or bucket.size
-            if not nodes or bucket.nodes[-1] in nodes or bucket.size > full + beyond:
+            if bucket.nodes[-1] in nodes or bucket.size > full + beyond:
                 return True
             bucket.paramsize_before_opcount_increase = full
             # The optimizer adds one, and warns of what is not zero then.
             bucket.opcount_increased_to_capture_external_output = -1
             return False
 
-        distributed.bucket_has_external_output = may_begin  # asked whether a full bucket may be one
+        distributed.bucket_has_external_output = may_be_one
         try:
             return self.method(self.optimizer, gm, example_inputs, **self.arguments)
         finally:
@@ -363,11 +366,11 @@ def before_ddp_cuts(
 
     @functools.wraps(method)
     def compile_fn(self: Any, gm: GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Any:
-        cut = Cut(self, method, kwargs)
         chain = list(_unwrapped(self.backend_compile_fn))
         if chain[-1] is not backend:
-            return cut(gm, example_inputs)
+            return method(self, gm, example_inputs, **kwargs)
         given = next((each.kwargs for each in chain if hasattr(each, "kwargs")), {})
+        cut = Cut(self, method, kwargs)
         return instead(gm, example_inputs, cut, given.get("mode"), given.get("options"))
 
     DDPOptimizer.compile_fn = compile_fn
