@@ -11,7 +11,7 @@ same gradients.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from typing import Any, NamedTuple
 
 import torch
@@ -22,18 +22,21 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 FEWEST = 3  # outputs of one backward: where one is used and one is not, there is nothing to share
 
-
 Strides = tuple[int, ...]
 
 
 def strides_of_outputs(graph: Graph) -> list[Strides | None]:
     """As they are traced: so AOTAutograd wants the gradients, whatever strides the outputs have in the end, and copies
-    others. None for what is no tensor or symbolic."""
+    others. None for what has no strides, or symbolic ones."""
     (outputs,) = graph.output_node().args
-    assert isinstance(outputs, tuple)
-    values = [each.meta.get("example_value") if isinstance(each, Node) else None for each in outputs]
-    strides = [value.stride() if isinstance(value, Tensor) else None for value in values]
-    return [each if each and all(isinstance(stride, int) for stride in each) else None for each in strides]
+    return [_strides(each) for each in outputs] if isinstance(outputs, (tuple, list)) else []
+
+
+def _strides(output: Any) -> Strides | None:
+    value = output.meta.get("example_value") if isinstance(output, Node) else None
+    if not isinstance(value, Tensor) or value.layout is not torch.strided:
+        return None
+    return value.stride() if all(isinstance(each, int) for each in value.stride()) else None
 
 
 def sharing_zeros(compiled: Callable[..., Any], strides: Sequence[Strides | None]) -> Callable[..., Any]:
@@ -134,7 +137,8 @@ class _Zeros:
         them for its gradient, and add to them."""
         mine = {each.untyped_storage().data_ptr() for each in self._buffers.values()}
         self._buffers = {}
-        return tuple(
-            each.clone() if each is not None and each.untyped_storage().data_ptr() in mine else each
-            for each in gradients
-        )
+        return tuple(each.clone() if each is not None and _is_in(mine, each) else each for each in gradients)
+
+
+def _is_in(storages: Set[int], tensor: Tensor) -> bool:
+    return tensor.layout is torch.strided and tensor.untyped_storage().data_ptr() in storages

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch.fx import Graph
 from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -122,6 +124,27 @@ def test_outputs_with_a_gradient_of_their_own_are_left_alone(compiled):
     outputs[0].backward()
     assert outputs[1] is x and outputs[0].grad_fn is not None
     assert x.grad is None
+
+
+def test_sparse_gradients():
+    def function(ids, table):
+        rows = F.embedding(ids, table, sparse=True)
+        return rows.sum(), rows * 2, rows + 1
+
+    ids, (table,) = torch.tensor([1, 3]), leaves((SIZE, SIZE))
+    compiled_by("aot_eager")(function)(ids, table)[0].backward()
+    (expected,) = leaves((SIZE, SIZE))
+    function(ids, expected)[0].backward()
+    torch.testing.assert_close(table.grad.to_dense(), expected.grad.to_dense())
+
+
+@pytest.mark.parametrize("outputs", [tuple, list, lambda nodes: nodes[0]])
+def test_graphs_that_dynamo_has_not_made(outputs):
+    """A list of outputs, or one; of what nobody has traced."""
+    graph = Graph()
+    x = graph.placeholder("x")
+    graph.output(outputs([x, graph.call_function(torch.neg, (x,)), 3]))
+    assert strides_of_outputs(graph) in ([None] * 3, [])
 
 
 def test_few_outputs_are_what_the_compiled_function_returned():
