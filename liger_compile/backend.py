@@ -48,8 +48,9 @@ class _Rewritten:
     gm: GraphModule
     report: GraphReport
     filled: Sequence[Filled] = ()  # outputs that are not computed in it
-    padding: set[str] = field(default_factory=set)  # values that are padding to masks
-    masks: set[str] = field(default_factory=set)  # values that are masks; nothing else of either is unknown
+    # What keeps masks from being known, and nothing else does: values that are padding, and masks made elsewhere.
+    padding: set[str] = field(default_factory=set)
+    masks: set[str] = field(default_factory=set)
 
 
 def liger(
