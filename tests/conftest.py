@@ -1,6 +1,8 @@
 """What every test can ask for: a clean process, and what the backend did with a function."""
 
+import importlib
 import os
+from pathlib import Path
 from types import SimpleNamespace
 
 # Two cores, small tensors: threads cost more than they bring, and results do not depend on their number.
@@ -89,6 +91,13 @@ def kept_for_backward():
         return sum(size for storage, size in sizes.items() if storage not in known), gradients
 
     return kept
+
+
+@pytest.fixture
+def module(monkeypatch):
+    """module(name) imports one of the benches, which are in the repository and not in the package."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1]))
+    return lambda name: importlib.import_module(f"bench.{name}")
 
 
 @pytest.fixture

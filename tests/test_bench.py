@@ -3,21 +3,10 @@
 from __future__ import annotations
 
 import csv
-import importlib
-from pathlib import Path
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-
-ROOT = Path(__file__).parents[1]
-
-
-@pytest.fixture
-def module(monkeypatch):
-    """module(name) imports one of the benches, which are in the repository and not in the package."""
-    monkeypatch.syspath_prepend(str(ROOT))
-    return lambda name: importlib.import_module(f"bench.{name}")
 
 
 def rows_of(folder, pattern):

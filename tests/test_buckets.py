@@ -246,30 +246,15 @@ def test_a_failure_is_a_warning(process_group, monkeypatch):
 # Where parts begin
 
 
-def kept(model, function, **inputs):
-    """Bytes that a step keeps for backward, besides parameters; it is compiled already."""
-    sizes = {}
-
-    def seen(tensor):
-        sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(seen, lambda tensor: tensor):
-        outputs = function(**inputs)
-    for parameter in model.parameters():
-        sizes.pop(parameter.untyped_storage().data_ptr(), None)
-    outputs.loss.backward()
-    return sum(sizes.values())
-
-
 def sites(kind):
     found = [site.pattern for report in liger_compile.reports() for site in report.sites if site.kind == kind]
     return sorted(found)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_parts_begin_where_layers_do(process_group, dtype, monkeypatch):
+def test_parts_begin_where_layers_do(process_group, dtype, monkeypatch, module):
     """So that in every part MLPs are whole, and as little is kept as of the whole graph."""
+    kept_bytes = module("ddp_kept").kept_bytes
     torch.manual_seed(0)
     config = LlamaConfig(
         num_hidden_layers=FEWEST_PARTS,
@@ -285,7 +270,7 @@ def test_parts_begin_where_layers_do(process_group, dtype, monkeypatch):
     options = {"liger.inner": "aot_eager", "liger.strict": True}
     alone = torch.compile(model, backend="liger", options=options)
     alone(**inputs)
-    expected, size = (sites("annotate"), sites("replace")), kept(model, alone, **inputs)
+    expected, size = (sites("annotate"), sites("replace")), kept_bytes(model, alone, **inputs)
     torch._dynamo.reset()
     liger_compile.clear_reports()
 
@@ -296,7 +281,7 @@ def test_parts_begin_where_layers_do(process_group, dtype, monkeypatch):
     assert len(liger_compile.reports()) >= FEWEST_PARTS
     assert (sites("annotate"), sites("replace")) == expected
     assert warned == []
-    assert kept(model, ddp, **inputs) == pytest.approx(size, rel=0.01)
+    assert kept_bytes(model, ddp, **inputs) == pytest.approx(size, rel=0.01)
 
 
 class Hourglass(torch.nn.Module):
