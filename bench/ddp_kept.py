@@ -9,8 +9,7 @@ billion parameters. Rows go to bench/results/ddp_kept_cpu.csv.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any
 from unittest import mock
 
@@ -21,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import liger_compile
 from bench.common import Row, file_name, machine, merge_csv, print_row
-from liger_compile.buckets import Places
+from liger_compile.buckets import Places, places_to_cut
 
 BATCH, LENGTH, VOCABULARY, BUCKET_MIB = 4, 128, 4096, 1
 _SIZES = {
@@ -39,7 +38,11 @@ FAMILIES: Mapping[str, Mapping[str, Any]] = {
     "Gemma2ForCausalLM": _SIZES,
     "GPT2LMHeadModel": _GPT2,
 }
-WAYS = ("without DDP", "parts begin anywhere", "parts begin where layers do")
+ALONE, ANYWHERE, *_ = WAYS = (
+    "without DDP",
+    "parts begin anywhere",
+    "parts begin where layers do",
+)
 KEYS = ("family", "way", "device", "torch", "transformers")
 WIDTHS = {"family": 18, "way": 28, "kept_mib": 8, "parts": 5}
 
@@ -61,12 +64,6 @@ def kept_bytes(model: torch.nn.Module, function: Callable[..., Any], **inputs: A
     return sum(sizes.values())
 
 
-@contextmanager
-def cut_anywhere() -> Iterator[None]:
-    with mock.patch("liger_compile.backend.places_to_cut", lambda *_: Places()):
-        yield
-
-
 def measured(family: str, way: str) -> Row:
     torch._dynamo.reset()
     liger_compile.clear_reports()
@@ -75,7 +72,7 @@ def measured(family: str, way: str) -> Row:
     model = kind(kind.config_class(vocab_size=VOCABULARY, **FAMILIES[family])).to(torch.bfloat16)
     ids = torch.randint(VOCABULARY, (BATCH, LENGTH))
     inputs = {"input_ids": ids, "labels": ids, "use_cache": False}
-    called = model if way == WAYS[0] else DistributedDataParallel(model, bucket_cap_mb=BUCKET_MIB)
+    called = model if way == ALONE else DistributedDataParallel(model, bucket_cap_mb=BUCKET_MIB)
     function = torch.compile(called, backend="liger", options={"liger.inner": "aot_eager"})
     function(**inputs).loss.backward()
     parts = len(liger_compile.reports())
@@ -92,10 +89,8 @@ def main() -> None:
     rows = []
     for family in FAMILIES:
         for way in WAYS:
-            if way == WAYS[1]:
-                with cut_anywhere():
-                    row = measured(family, way)
-            else:
+            places = (lambda *_: Places()) if way == ANYWHERE else places_to_cut
+            with mock.patch("liger_compile.backend.places_to_cut", places):
                 row = measured(family, way)
             print_row(row, WIDTHS, header=not rows)
             rows.append({**row, **machine("cpu")})

@@ -30,7 +30,7 @@ LOCK = "BENCH_TRAIN_STEP_LOCK"  # variable of the environment: a file that proce
 SLOT = "BENCH_TRAIN_STEP_SLOT"  # likewise: a number that a process shares with some of the others
 PROGRESS = "  size "  # how a line begins that is passed on while the answer is awaited
 SLOTS = 4  # processes that compile at once: the step that compiles needs as much memory as any
-DDP, FSDP = "ddp", "fsdp"
+NONE, DDP, FSDP = "none", "ddp", "fsdp"
 COPIED_ELEMENTS = 2**28  # of the floor at once
 LONGEST, MOST_SEQUENCES = 2**18, 2**10  # that are tried
 WARMUP = 2  # steps that are not measured: after the first, which compiles, and in each turn
@@ -77,7 +77,7 @@ class Case:
     attention_mask: str = "none"
     device: str = "cuda"
     options: str = "{}"  # more of torch.compile's for backend="liger", in JSON
-    parallel: str = "none"  # or DDP or FSDP, FSDP2's
+    parallel: str = NONE  # or DDP or FSDP, FSDP2's
     processes: int = 1  # with a GPU each; all are given the same tokens
 
     @property

@@ -35,6 +35,7 @@ from bench.step import (
     INDUCTOR,
     LIGER_KERNEL,
     LOCK,
+    NONE,
     OURS,
     PROGRESS,
     SLOT,
@@ -87,7 +88,7 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
 
 def serve(case: Case, variant: str) -> None:
     """A variant's process: says what `Step.first` found, then a line for each number of steps that it reads."""
-    if case.processes > 1:
+    if case.parallel != NONE:
         if case.device == "cuda":
             torch.cuda.set_device(int(os.environ["RANK"]))
         dist.init_process_group("nccl" if case.device == "cuda" else "gloo")
@@ -102,14 +103,14 @@ class Process:
 
     def __init__(self, case: Case, variant: str, folder: Path) -> None:
         folder.mkdir(exist_ok=True)
-        self._errors = (folder / "stderr").open("a+")
+        self._errors = (folder / "stderr").open("a+")  # several may write
         variables = {
             LOCK: str(folder.parent / "lock"),
             SLOT: str(tuple(VARIANTS).index(variant) % SLOTS),
             "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"),
             "TRITON_CACHE_DIR": str(folder / "triton"),
         }
-        if case.processes > 1:  # these wait for one another, and must not for those of other variants
+        if case.parallel != NONE:  # these wait for one another, and must not for those of other variants
             del variables[LOCK]
             address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
             variables.update(address, WORLD_SIZE=str(case.processes))
@@ -193,7 +194,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--attention-mask", choices=("none", "ones"), default="none")
     parser.add_argument("--options", default="{}", help='more options for backend="liger", in JSON')
     parser.add_argument(
-        "--parallel", choices=("none", DDP, FSDP), default="none", help="several processes, with a GPU each"
+        "--parallel", choices=(NONE, DDP, FSDP), default=NONE, help="several processes, with a GPU each"
     )
     parser.add_argument("--processes", type=int, help="that share the work, 2 if there are any")
     parser.add_argument("--rounds", type=int, default=6)
@@ -210,14 +211,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the CSV")
     chosen = parser.parse_args(arguments)
-    chosen.processes = 1 if chosen.parallel == "none" else (chosen.processes or 2)
+    if chosen.scale and chosen.parallel != NONE:
+        parser.error("expected --scale or --parallel, got both: a size that fits is found in one process")
+    chosen.processes = 1 if chosen.parallel == NONE else (chosen.processes or 2)
     case = Case(**{field.name: getattr(chosen, field.name) for field in dataclasses.fields(Case)})
     names = [n for part in chosen.variants.split(",") for n in GROUPS.get(part, (part,))]
     if unknown := set(names) - set(VARIANTS):
         parser.error(f"expected variants of {', '.join(VARIANTS)}, got {', '.join(unknown)}")
+    if chosen.scale or chosen.parallel != NONE:  # of which there is no floor
+        names = [name for name in names if name != FLOOR]
 
     if chosen.scale:
-        found = scaled(case, [name for name in dict.fromkeys(names) if name != FLOOR])
+        found = scaled(case, list(dict.fromkeys(names)))
         rows = [
             {**_described(case, name), **row, **machine(case.device, PACKAGES)} for name, row in found.items()
         ]
@@ -236,7 +241,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     ]
     for row in rows:
         print_row(row, WIDTHS, header=row is rows[0])
-    if case.parallel == "none":
+    if case.parallel == NONE:
         merge_csv(file_name("train_step", case.device), rows, KEYS, chosen.out)
         return
     rows = [{**{key: getattr(case, key) for key in PARALLEL}, **row} for row in rows]

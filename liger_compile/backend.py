@@ -22,6 +22,7 @@ from torch.fx import GraphModule, Node
 from liger_compile import compile as compiling
 from liger_compile import ops, variants  # noqa: F401 - ops are registered, so that cached artifacts find them
 from liger_compile.buckets import Places, make_masks_where_they_are_read, padding_in, places_to_cut
+from liger_compile.ddp import Cut, before_ddp_cuts
 from liger_compile.decide import decide, insertion_point
 from liger_compile.match import find_matches
 from liger_compile.options import Options, parse
@@ -204,7 +205,7 @@ def _specialised(
 def _in_buckets(
     gm: GraphModule,
     example_inputs: Sequence[Any],
-    cut: compiling.Cut,
+    cut: Cut,
     mode: str | None,
     options: Mapping[str, Any] | None,
 ) -> Callable[..., Any]:
@@ -233,11 +234,11 @@ def _in_buckets(
         warnings.warn(f"liger_compile: DDP cuts the graph as it came, because of {why}", stacklevel=2)
         return cut(gm, example_inputs)
     if special is None:
-        return cut(general, example_inputs, places[general].nodes, places[general].beyond)
+        return cut(general, example_inputs, places[general].may_begin)
 
     def compiled(module: GraphModule, variant: tuple[str, str], inputs: Sequence[Any]) -> Callable[..., Any]:
         with recorded_as(*variant):
-            return cut(module, inputs, places[module].nodes, places[module].beyond)
+            return cut(module, inputs, places[module].may_begin)
 
     return variants.chosen_at_each_call(
         gm,
@@ -290,4 +291,4 @@ def _calls(module: GraphModule) -> Iterator[tuple[Node, GraphModule]]:
 
 
 compiling.set_up_dynamo()
-compiling.before_ddp_cuts(liger, _in_buckets)
+before_ddp_cuts(liger, _in_buckets)

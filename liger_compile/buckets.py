@@ -101,10 +101,14 @@ def _copied(graph: Graph, makers: Sequence[Node], reader: Node) -> Node:
 
 @dataclass(frozen=True)
 class Places:
-    """Where to cut a graph: before these nodes, unless a part would exceed its bucket by so many bytes."""
+    """Where to cut a graph: before these nodes, or where a part would exceed its bucket by so many bytes; without any,
+    wherever a bucket is full."""
 
     nodes: frozenset[Node] = frozenset()
     beyond: int = 0
+
+    def may_begin(self, node: Node, beyond: int) -> bool:
+        return not self.nodes or node in self.nodes or beyond > self.beyond
 
 
 def places_to_cut(graph: Graph, bucket_bytes: int) -> Places:

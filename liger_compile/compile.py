@@ -18,8 +18,7 @@ import hashlib
 import importlib
 import inspect
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableSet, Sequence, Set
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableSet, Sequence
 from pathlib import Path
 from types import CodeType
 from typing import Any
@@ -27,7 +26,7 @@ from typing import Any
 import torch
 import torch._dynamo
 from torch._dynamo.callback import callback_handler
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import Graph, GraphModule
 
 from liger_compile.gradients import rewrite_backward, trace_through
 from liger_compile.ops.embedding import PAYS_FROM
@@ -305,83 +304,6 @@ def set_up_dynamo() -> None:
     # transformers may be imported after us, so look again whenever a trace begins.
     if _ignore_logger_methods not in callback_handler.start_callbacks:
         callback_handler.register_start_callback(_ignore_logger_methods)
-
-
-@dataclass(frozen=True)
-class Cut:
-    """Cuts a whole graph and compiles part by part, as DDP's optimizer does."""
-
-    optimizer: Any
-    method: Callable[..., Callable[..., Any]]
-    arguments: Mapping[str, Any]
-
-    @property
-    def bucket_bytes(self) -> int:
-        return self.optimizer.bucket_bytes_cap
-
-    def __call__(
-        self, gm: GraphModule, example_inputs: Sequence[Any], nodes: Set[Node] = frozenset(), beyond: int = 0
-    ) -> Callable[..., Any]:
-        """With `nodes`, a part begins with one of them, or where its bucket is exceeded by so many bytes."""
-        from torch._dynamo.backends import distributed
-
-        # Asked whether a full bucket may be one. Where a torch has no such function, it cuts as it would.
-        theirs: Any = getattr(distributed, "bucket_has_external_output", None)
-        if theirs is None or not nodes:
-            return self.method(self.optimizer, gm, example_inputs, **self.arguments)
-
-        def may_be_one(bucket: Any) -> bool:
-            if not theirs(bucket):
-                return False
-            full = bucket.paramsize_before_opcount_increase or bucket.size
-            if bucket.nodes[-1] in nodes or bucket.size > full + beyond:
-                return True
-            bucket.paramsize_before_opcount_increase = full
-            # The optimizer adds one, and warns of what is not zero then.
-            bucket.opcount_increased_to_capture_external_output = -1
-            return False
-
-        distributed.bucket_has_external_output = may_be_one
-        try:
-            return self.method(self.optimizer, gm, example_inputs, **self.arguments)
-        finally:
-            distributed.bucket_has_external_output = theirs
-
-
-def before_ddp_cuts(
-    backend: Callable[..., Any], instead: Callable[[GraphModule, Sequence[Any], Cut, Any, Any], Any]
-) -> None:
-    """Has `instead` called with each whole graph of `backend` that DDP's optimizer is about to cut in buckets.
-
-    It has no hook for that, so that its class gets another method. Call it once.
-
-    Args:
-        instead: takes a graph, its example inputs, what cuts and compiles one, and the mode and options of the backend.
-    """
-    if not torch.distributed.is_available():
-        return
-    from torch._dynamo.backends.distributed import DDPOptimizer
-
-    method: Any = DDPOptimizer.compile_fn
-
-    @functools.wraps(method)
-    def compile_fn(self: Any, gm: GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Any:
-        chain = list(_unwrapped(self.backend_compile_fn))
-        if chain[-1] is not backend:
-            return method(self, gm, example_inputs, **kwargs)
-        given = next((each.kwargs for each in chain if hasattr(each, "kwargs")), {})
-        cut = Cut(self, method, kwargs)
-        return instead(gm, example_inputs, cut, given.get("mode"), given.get("options"))
-
-    DDPOptimizer.compile_fn = compile_fn
-
-
-def _unwrapped(backend: Any) -> Iterator[Any]:
-    """Dynamo has it inside of objects of its own: one that holds mode and options, and one for debugging."""
-    while backend is not None:
-        yield backend
-        wrapped = getattr(backend, "_torchdynamo_orig_backend", None)
-        backend = getattr(backend, "compiler_fn", None) if wrapped is None else wrapped
 
 
 def _ignore_logger_methods(_: object = None) -> None:

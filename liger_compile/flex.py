@@ -39,9 +39,8 @@ def windowed_attention(
     def score(score, batch, head, query, key):
         if softcap is None:
             return score
-        if (
-            is_half
-        ):  # with CUDA's tanh forward takes 1.5 times as long, and this is right to about 1e-7 of the cap
+        # With CUDA's tanh forward takes 1.5 times as long, and this is right to about 1e-7 of the cap.
+        if is_half:
             return softcap * (2 * torch.sigmoid(score * (2 / softcap)) - 1)
         return softcap * torch.tanh(score / softcap)
 

@@ -151,7 +151,7 @@ def test_processes_that_share_the_work_have_the_numbers_of_one(module, tmp_path,
         str(tmp_path),
     ]
     train_step.main([*arguments, "--variants", "eager"])
-    options = ["--variants", "eager,liger-compile", "--options", '{"liger.inner": "aot_eager"}']
+    options = ["--variants", "floor,eager,liger-compile", "--options", '{"liger.inner": "aot_eager"}']
     train_step.main([*arguments, *options, "--parallel", parallel])
     (alone,) = rows_of(tmp_path, "train_step_cpu.csv")
     rows = rows_of(tmp_path, "parallel_cpu.csv")
@@ -160,6 +160,13 @@ def test_processes_that_share_the_work_have_the_numbers_of_one(module, tmp_path,
     for row in rows:
         for column in ("loss", "grad_norm"):
             assert float(row[column]) == pytest.approx(float(alone[column]), rel=1e-4)
+
+
+def test_what_fits_is_not_looked_for_in_several_processes(module, capsys):
+    arguments = ["--model", "tiny", "--tokens", "2x16", "--device", "cpu", "--scale", "--parallel", "ddp"]
+    with pytest.raises(SystemExit):
+        module("train_step").main(arguments)
+    assert "expected --scale or --parallel, got both" in capsys.readouterr().err
 
 
 def test_curves_are_compared_with_what_rounding_does(module):

@@ -34,6 +34,7 @@ ALLOWED = {
     "flex": ("kernels",),
     "variants": ("terms.mutation",),
     "buckets": ("terms",),
+    "ddp": (),
     "lazy": (),
     "zeros": (),
     "outputs": ("lazy", "terms"),

@@ -143,6 +143,32 @@ def test_default_use_cache() -> None:
     check(lambda model, ids: model(input_ids=ids, labels=ids).loss, model, ids, counts=counts)
 
 
+RETURNED = {
+    "nothing else": lambda outputs: outputs.loss,
+    "keys alone": lambda outputs: outputs.past_key_values.layers[1].keys.square().sum(),
+    "logits too": lambda outputs: outputs.loss + outputs.logits.square().mean(),
+}
+
+
+@pytest.mark.parametrize("used", RETURNED)
+def test_a_cache_that_is_returned(used: str) -> None:
+    """Two outputs a layer that nobody uses, or somebody does (zeros.py)."""
+    model, (ids, _) = LLAMA.build(), batch(LLAMA)
+
+    def trained(function: Callable[..., Any]) -> tuple[Any, Step]:
+        outputs = function(input_ids=ids, labels=ids)
+        value, parameters = RETURNED[used](outputs), dict(model.named_parameters())
+        found = torch.autograd.grad(
+            value, list(parameters.values()), allow_unused=True, materialize_grads=True
+        )
+        return outputs, Step(value.detach(), dict(zip(parameters, found, strict=True)))
+
+    _, expected = trained(model)
+    outputs, found = trained(compiled(model))
+    assert_within(found, expected, EXACT)
+    assert type(outputs.loss.grad_fn).__name__ == "_SharedBackward"
+
+
 def test_fullgraph() -> None:
     check(LLAMA.loss, LLAMA.build(), *batch(LLAMA), fullgraph=True)
 
