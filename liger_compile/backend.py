@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-import torch
 from torch._subclasses import FakeTensor
 from torch.fx import GraphModule, Node
 
@@ -24,6 +23,8 @@ from liger_compile import ops, variants  # noqa: F401 - ops are registered, so t
 from liger_compile.buckets import Places, make_masks_where_they_are_read, padding_in, places_to_cut
 from liger_compile.ddp import Cut, before_ddp_cuts
 from liger_compile.decide import decide, insertion_point
+from liger_compile.graphs.aliasing import BODIES, Mutations
+from liger_compile.graphs.regions import Region, Regions
 from liger_compile.match import find_matches
 from liger_compile.options import Options, parse
 from liger_compile.outputs import Filled, filling, logits_in, settle, take_out
@@ -35,11 +36,7 @@ from liger_compile.rewrite import rewrite
 from liger_compile.terms.attention import Note, notes_in, sentences
 from liger_compile.terms.build import Terms
 from liger_compile.terms.heads import notes_on_logits
-from liger_compile.terms.mutation import Mutations
 from liger_compile.zeros import sharing_zeros, strides_of_outputs
-
-# Higher-order ops whose body is a graph like any other: activation checkpoints and nested compile regions.
-_BODIES = ("tag_activation_checkpoint", "invoke_subgraph")
 
 
 @dataclass(frozen=True)
@@ -134,6 +131,7 @@ def _rewritten(
     start = time.perf_counter()
     modules = _graphs(gm)
     calls: dict[GraphModule, list[tuple[Any, ...]]] = {}  # body -> what each call hands in
+    called_in: dict[GraphModule, list[Region]] = {}  # body -> the modes of each call
     decisions: list[Decision] = []
     near_misses: list[NearMiss] = []
     notes: list[str] = []
@@ -142,21 +140,26 @@ def _rewritten(
     for module in modules:
         is_top_level = module is gm
         mutations = Mutations(module.graph)
-        terms = Terms(module.graph, mutations, calls.get(module, ()))
+        regions = Regions(module.graph, called_in.get(module, ()))
+        terms = Terms(module.graph, mutations, calls.get(module, ()), regions)
         for call, body in _calls(module):
             calls.setdefault(body, []).append(terms.arguments(call, body.graph))
+            called_in.setdefault(body, []).append(regions.of[call])
         attention.extend(notes_in(terms.space, terms.of.values()))
         logits = logits_in(module.graph, terms) if is_top_level else []
         if is_top_level:
             notes.extend(notes_on_logits(module.graph, terms))
-        if logits and why_logits_stay:
-            notes.append(f"the logits are computed in the graph: {why_logits_stay}")
-        deferred = [] if why_logits_stay else [take_out(each, terms) for each in logits]
+        staying = {each: why_logits_stay or _why_read(regions.of[each.head], options) for each in logits}
+        notes.extend(
+            f"the logits are computed in the graph: {why}" for why in {*filter(None, staying.values())}
+        )
+        deferred = [take_out(each, terms) for each, why in staying.items() if not why]
         matches, missed = find_matches(module.graph, patterns, terms)
         decided = decide(
             module.graph,
             matches,
             mutations,
+            regions=regions,
             policy=options.policy,
             fuel=_left(options.fuel, decisions),
             recompute=options.recompute == "auto",
@@ -167,6 +170,7 @@ def _rewritten(
             decided,
             lambda m, at=mutations.position: insertion_point(m, at.__getitem__),
             settings={"loss_memory": options.loss_memory, "inner": options.inner},
+            regions=regions,
         )
         filled.extend(settle(module.graph, deferred, is_dropped=options.logits == "none"))
         if is_top_level and options.recompute == "auto":  # in a checkpoint body the user has decided already
@@ -254,10 +258,15 @@ def _why_logits_stay(options: Options, inductor_options: Mapping[str, Any]) -> s
     """Why logits that are returned beside their loss stay among the outputs of the graph, in a sentence."""
     if options.logits == "eager":
         return "liger.logits is 'eager'"
-    if options.logits == "auto" and not torch.is_grad_enabled():
-        return "gradients are off, so it is an evaluation, which is likely to read them"
     if options.logits == "auto" and compiling.uses_cudagraphs(options.mode, inductor_options):
         return "the next replay of a CUDA graph would overwrite what they are computed from"
+    return None
+
+
+def _why_read(region: Region, options: Options) -> str | None:
+    """Why logits that are computed in these modes are likely to be read, in a sentence."""
+    if options.logits == "auto" and not region.has_gradients:
+        return "gradients are off, so it is an evaluation, which is likely to read them"
     return None
 
 
@@ -282,7 +291,7 @@ def _graphs(gm: GraphModule) -> list[GraphModule]:
 def _calls(module: GraphModule) -> Iterator[tuple[Node, GraphModule]]:
     """The calls of bodies in a graph."""
     for node in module.graph.nodes:
-        if node.op != "call_function" or getattr(node.target, "__name__", "") not in _BODIES:
+        if node.op != "call_function" or getattr(node.target, "__name__", "") not in BODIES:
             continue
         for argument in node.all_input_nodes:
             body = getattr(module, str(argument.target), None) if argument.op == "get_attr" else None

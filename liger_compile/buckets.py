@@ -23,9 +23,9 @@ from itertools import accumulate
 import torch
 from torch.fx import Graph, Node
 
+from liger_compile.graphs.aliasing import Mutations, storage_of, tensors_of
 from liger_compile.terms.build import Terms, made_of_positions
 from liger_compile.terms.indices import Meaning, mask_meaning
-from liger_compile.terms.mutation import Mutations, storage_of, tensors_of
 from liger_compile.terms.term import Term
 
 MEANINGS = ("causal", "window")
@@ -76,7 +76,8 @@ def _of_positions(node: Node, terms: Terms, mutations: Mutations) -> Term | None
     if node.op not in ("call_function", "call_method") or not isinstance(value, torch.Tensor):
         return None
     is_made_of_them = isinstance(term, Term) and made_of_positions(term) is not None
-    return term if is_made_of_them and mutations.is_clean(node) else None
+    is_clean = all(map(mutations.is_clean, (node, *node.all_input_nodes)))
+    return term if is_made_of_them and is_clean and not terms.regions.of[node].transforms else None
 
 
 def _makers(mask: Node, of_positions: Collection[Node]) -> list[Node]:

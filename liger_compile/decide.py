@@ -7,25 +7,16 @@ first refusal wins and is a sentence. Nothing here edits a graph.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.fx import Graph, Node
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from liger_compile.graphs.aliasing import Mutations
+from liger_compile.graphs.regions import Regions, in_words
 from liger_compile.pattern import Annotate, Capture, Decision, Match
-from liger_compile.terms.mutation import Mutations, storages_of
-
-# Calls that change how everything after them runs.
-_CONTEXT_SWITCHES = (
-    "_set_grad_enabled",
-    "_enter_autocast",
-    "_exit_autocast",
-    "_enter_inference_mode",
-    "_exit_inference_mode",
-)
-_NESTING = ("_increment_nesting", "_decrement_nesting")  # a torch.func transform (vmap, grad) begins and ends
 
 
 def decide(
@@ -33,6 +24,7 @@ def decide(
     matches: Sequence[Match],
     mutations: Mutations,
     *,
+    regions: Regions | None = None,
     policy: str = "auto",
     fuel: int | None = None,
     recompute: bool = True,
@@ -42,12 +34,13 @@ def decide(
 
     Args:
         matches: larger patterns first, as find_matches gives them.
+        regions: the modes of the nodes; for a body, those of its calls are in them.
         policy: "auto" asks profit too, "always" does not, "never" leaves everything.
         fuel: how many matches may be replaced at most; None is no limit.
         recompute: False marks nothing as cheap: what would only be marked is left.
         is_top_level: False in the body of a checkpoint, where no loss is replaced.
     """
-    context = _Context(graph, mutations, is_top_level)
+    context = _Context(mutations, regions or Regions(graph), is_top_level)
     consumed: set[Node] = set()
     replaced: set[Node] = set()
     decisions: list[Decision] = []
@@ -113,21 +106,11 @@ def _without_covered(decisions: list[Decision], consumed: set[Node]) -> list[Dec
     return kept
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Context:
-    graph: Graph
     mutations: Mutations
+    regions: Regions
     is_top_level: bool
-    switches: dict[Node, int] = field(default_factory=dict)  # with their positions
-    depth: dict[Node, int] = field(default_factory=dict)  # of torch.func transforms around a node
-
-    def __post_init__(self) -> None:
-        depth = 0
-        for node in self.graph.nodes:
-            name = getattr(node.target, "__name__", "") if node.op == "call_function" else ""
-            if name in _CONTEXT_SWITCHES or name.endswith(_NESTING):
-                self.switches[node] = self.position(node)
-            self.depth[node] = depth = depth + name.endswith(_NESTING[0]) - name.endswith(_NESTING[1])
 
     def position(self, node: Node) -> int:
         return self.mutations.position[node]
@@ -172,35 +155,29 @@ def _refuse_several_devices(match: Match, context: _Context) -> str | None:
 
 
 def _refuse_several_regions(match: Match, context: _Context) -> str | None:
+    regions, position = context.regions, context.position
+    if regions.why_uncertain:
+        return regions.why_uncertain
     # Integers and booleans are the same in every region: the positions that a mask is made of.
     floating = [node for node in match.nodes if not _is_of_integers(node)] or match.nodes
-    first, last = context.position(floating[0]), context.position(match.nodes[-1])
-    last = max(last, context.span(match)[1])
-    for switch, at in context.switches.items():
-        if first < at < last:
-            before = max((n for n in floating if context.position(n) < at), key=context.position)
-            after = next((n for n in match.nodes if context.position(n) > at), None)
-            after = after or insertion_point(match, context.position)
-            return (
-                f"{_switched(switch)} between {before.name} and {after.name}, and a replacement runs in one mode; "
-                "compute all of it on one side of that"
-            )
-    return None
-
-
-def _switched(switch: Node) -> str:
-    """What a call that switches a mode does, in words."""
-    name = getattr(switch.target, "__name__", "")
-    if name == "_set_grad_enabled":
-        return f"gradients are switched {'on' if switch.args[0] else 'off'}"
-    change = "begins" if "_enter" in name else "ends"
-    if "inference" in name:
-        return f"inference mode {change}"
-    enter = switch.args[0] if isinstance(switch.args[0], Node) else switch
-    _, dtype, is_enabled, *_ = enter.args
-    if not is_enabled:
-        return f"a region without autocast {change}"
-    return f"autocast to {str(dtype).removeprefix('torch.')} {change}" if dtype else f"autocast {change}"
+    there, own = insertion_point(match, position), regions.of[match.outputs[0]]
+    if own.stream is not None:
+        return "it runs on a stream that the function chooses, and a replacement runs on the current one"
+    if regions.of[there].kernels == own.kernels and all(
+        regions.of[node].meaning == own.meaning for node in (*floating, there)
+    ):
+        return None
+    first, last = position(floating[0]), max(position(match.nodes[-1]), context.span(match)[1])
+    change = regions.change_between(first, last)
+    if change is None:
+        return "it runs in several modes, and a replacement runs in one"
+    at, switch = change
+    before = max((node for node in floating if position(node) < at), key=position)
+    after = next((node for node in match.nodes if position(node) > at), there)
+    return (
+        f"{in_words(switch)} between {before.name} and {after.name}, and a replacement runs in one mode; "
+        "compute all of it on one side of that"
+    )
 
 
 def _is_of_integers(node: Node) -> bool:
@@ -211,7 +188,7 @@ def _is_of_integers(node: Node) -> bool:
 
 
 def _refuse_transforms(match: Match, context: _Context) -> str | None:
-    if any(context.depth[node] for node in match.nodes):
+    if any(context.regions.of[node].transforms for node in match.nodes):
         return "it runs under a torch.func transform (vmap, grad), for which the ops have no rule"
     return None
 
@@ -225,10 +202,13 @@ def _refuse_mutation(match: Match, context: _Context) -> str | None:
         # What is captured is read where the replacement stands, and has to be by then what it was when it was made.
         at = context.mutations.write_between(node, made.get(node, first - 1), last + 1)
         if at is not None and not (node in inner and _is_private(node, match, context.mutations)):
-            return f"{node.name} is written in place while it is in use{_source(context, at)}"
+            return (
+                f"{node.name} is written in place while it is in use, by {context.mutations.nodes[at].name}"
+            )
     escaping = match.escaping()
     for output in match.outputs:
-        alias = next((node for node in escaping if storages_of(node) & storages_of(output)), None)
+        memory = context.mutations.memory(output)
+        alias = next((node for node in escaping if memory & context.mutations.memory(node)), None)
         if alias is not None and not context.mutations.is_clean(output):
             # The result of the replacement is other memory than what stays of the alias.
             return f"{output.name} and {alias.name}, which is used elsewhere too, share memory that is written in place"
@@ -252,19 +232,12 @@ def _is_private(node: Node, match: Match, mutations: Mutations) -> bool:
 
     Then a write into it, which the term knows of, is a step of the computation: `F.silu(gate).mul_(up)`.
     """
-    storages, inside = storages_of(node), set(match.nodes)
-    is_lent = any(storages & storages_of(other) for other in (*match.operands, *captured_nodes(match)))
+    memory, inside = mutations.memory(node), set(match.nodes)
+    is_lent = any(memory & mutations.memory(other) for other in (*match.operands, *captured_nodes(match)))
     if is_lent or not mutations.is_known(node):
         return False
-    sharing = (n for n in match.nodes if n not in match.outputs and storages & storages_of(n))
+    sharing = (n for n in match.nodes if n not in match.outputs and memory & mutations.memory(n))
     return all(user in inside for each in sharing for user in each.users)
-
-
-def _source(context: _Context, position: int) -> str:
-    for node, at in context.mutations.position.items():
-        if at == position:
-            return f", by {node.name}"
-    return ""
 
 
 def _refuse_late_captures(match: Match, context: _Context) -> str | None:
@@ -284,9 +257,10 @@ def _refuse_late_captures(match: Match, context: _Context) -> str | None:
 
 def _refuse_aliases(match: Match, context: _Context) -> str | None:
     """What shares memory with an input has to go on sharing it."""
-    inputs: set[Any] = set().union(*(storages_of(node) for node in captured_nodes(match)))
+    memory = context.mutations.memory
+    inputs: set[Any] = set().union(*(memory(node) for node in captured_nodes(match)))
     for output in match.outputs:
-        if storages_of(output) & inputs:
+        if memory(output) & inputs:
             return f"{output.name} is a view of an input, and has to stay one"
     return None
 

@@ -32,10 +32,10 @@ from torch.fx import Graph, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from liger_compile.graphs.aliasing import storage_of
 from liger_compile.norms import join_norms
 from liger_compile.ops.registration import BODIES
 from liger_compile.products import join_products
-from liger_compile.terms.mutation import storage_of
 
 _aten, _ours = torch.ops.aten, torch.ops.liger_compile
 

@@ -29,6 +29,7 @@ import torch
 from torch._dispatch.python import enable_python_dispatcher
 from torch.fx import Graph, Node
 
+from liger_compile.graphs.regions import without_modes
 from liger_compile.pattern import Capture, Match, NearMiss, Pattern
 from liger_compile.terms.build import Terms, trace
 from liger_compile.terms.call import Draw
@@ -128,7 +129,7 @@ def _traced(pattern: Pattern, tensors: Mapping[str, Any]) -> tuple[Term, ...]:
     disabled, log.disabled = log.disabled, True
     try:
         # An autocast around the model has put its casts into the graph; search says its own.
-        with torch.no_grad(), torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+        with without_modes():
             return trace(pattern.search, captures)
     finally:
         log.disabled = disabled

@@ -13,7 +13,7 @@ their gradient: AOTAutograd makes one of zeros for every output that is not used
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -100,7 +100,18 @@ def _walk(output: Node, head: Term, terms: Terms) -> Logits | None:
             stack.extend(node.all_input_nodes)
     in_order = sorted(recipe, key=terms.mutations.position.__getitem__)
     heads = [n for n in in_order if isinstance(value := terms.of[n], Term) and value.bare is head]
-    return Logits(output, hidden, heads[0], tuple(in_order)) if hidden and heads else None
+    if not hidden or not heads or not _is_same_later([hidden, *in_order], heads[0], terms):
+        return None
+    return Logits(output, hidden, heads[0], tuple(in_order))
+
+
+def _is_same_later(nodes: Sequence[Node], head: Node, terms: Terms) -> bool:
+    """Whether what these nodes read is at the end what it was for them, and all of them run in the head's modes."""
+    inputs = [arg for node in nodes[1:] for arg in node.all_input_nodes]
+    # Of the steps after a head autocast changes none.
+    regions = {replace(terms.regions.of[node].meaning, autocast=()) for node in nodes[1:]}
+    is_certain = terms.regions.of[head].unknown is None and not terms.regions.why_uncertain
+    return is_certain and len(regions) == 1 and all(map(terms.mutations.is_as_made, (nodes[0], *inputs)))
 
 
 def _can_run_again(node: Node, value: Any, terms: Terms) -> bool:
@@ -127,7 +138,7 @@ def take_out(logits: Logits, terms: Terms) -> Deferred:
     returned = graph.output_node().args[0]
     assert isinstance(returned, tuple)
     positions = tuple(i for i, node in enumerate(returned) if node is output)
-    autocast = _autocast_at(logits.head)
+    autocast = terms.regions.of[logits.head].autocast_on(logits.head.meta["example_value"].device.type)
     _return(graph, positions, hidden)
     originals = {copies[node]: node for node in nodes}
     for node in reversed(nodes):
@@ -142,22 +153,6 @@ def _return(graph: Graph, positions: Sequence[int], value: Node | None) -> None:
     (outputs,) = output.args
     assert isinstance(outputs, tuple)
     output.args = (tuple(value if i in positions else each for i, each in enumerate(outputs)),)
-
-
-def _autocast_at(head: Node) -> tuple[str, torch.dtype] | None:
-    """What autocast is on at a node: the one around the compiled function, or one that was entered in it."""
-    device = head.meta["example_value"].device.type
-    states = [torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None]
-    for node in head.graph.nodes:
-        name = getattr(node.target, "__name__", "") if node.op == "call_function" else ""
-        if name == "_enter_autocast" and node.args[0] == device:
-            _, dtype, enabled, *_ = node.args
-            states.append((dtype or torch.get_autocast_dtype(device)) if enabled else None)
-        elif name == "_exit_autocast" and node.args[0].args[0] == device:
-            states.pop()
-        elif node is head:
-            break
-    return None if states[-1] is None else (device, states[-1])
 
 
 def settle(graph: Graph, deferred: Sequence[Deferred], is_dropped: bool) -> list[Filled]:
@@ -188,7 +183,7 @@ def _put_back(graph: Graph, deferred: Deferred) -> None:
     ends, *nodes = reversed(deferred.recipe.nodes)
     there: dict[Node, Node] = {}
     given = iter((hidden, *deferred.inputs))
-    with graph.inserting_before(graph.output_node()):
+    with graph.inserting_before(deferred.head.next):  # in its modes
         for node in reversed(nodes):
             if node.op == "placeholder":
                 there[node] = next(given)

@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 import torch
 from torch._subclasses import FakeTensorMode
 
+from liger_compile.graphs.regions import without_modes
 from liger_compile.pattern import Pattern
 from liger_compile.terms.build import trace
 from liger_compile.terms.term import ConstVar, Scalar, Term, sizes_of
@@ -101,7 +102,7 @@ def validate(pattern: Pattern) -> None:
     for name, example in pattern.examples.items():
         _refuse_annotation(pattern, name, example)
     for dtype in (torch.float32, torch.bfloat16):
-        with FakeTensorMode(), torch.no_grad(), torch.autocast("cpu", enabled=False):
+        with FakeTensorMode(), without_modes():
             captures = {name: _as(dtype, example) for name, example in pattern.examples.items()}
             try:
                 terms = trace(pattern.search, captures)

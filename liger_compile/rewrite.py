@@ -24,6 +24,7 @@ from torch.fx import Graph, Node, symbolic_trace
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
+from liger_compile.graphs.regions import Region, Regions
 from liger_compile.pattern import Capture, Decision, Match
 from liger_compile.terms.term import size_of, sizes_of
 
@@ -35,19 +36,22 @@ def rewrite(
     decisions: Sequence[Decision],
     insertion_point: Callable[[Match], Node],
     settings: Mapping[str, Any] | None = None,
+    regions: Regions | None = None,
 ) -> list[Decision]:
     """Edits `graph` as decided. Returns the decisions with what could not be spliced turned into refusals.
 
     Args:
         settings: what the user chose for replacements: each gets those that it has a parameter for.
+        regions: the modes of the nodes, in which the replacements run.
     """
+    regions = regions or Regions(graph)
     replaced: dict[Node, Node] = {}  # original output -> what stands in for it
-    grad_modes = _grad_modes(graph)
     result = []
     for decision in decisions:
         if decision.kind == "replace":
             before = insertion_point(decision.match)
-            spliced = _splice(graph, decision.match, before, replaced, grad_modes, settings or {})
+            region = regions.of[decision.match.outputs[0]]
+            spliced = _splice(graph, decision.match, before, replaced, region, settings or {})
             if isinstance(spliced, str):
                 decision = replace(decision, kind="leave", reason=spliced, saved_bytes=None)
             else:
@@ -65,7 +69,7 @@ def _splice(
     match: Match,
     before: Node,
     replaced: dict[Node, Node],
-    grad_modes: Mapping[Node, bool],
+    region: Region,
     settings: Mapping[str, Any],
 ) -> tuple[Node, ...] | str:
     """Inserts the replacement of one match; gives the sentence why not if it is not like the original."""
@@ -81,7 +85,7 @@ def _splice(
     try:
         # A user's hooks on saved tensors are for tensors that have values.
         hooks = torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is)
-        with fake_mode, hooks, torch.set_grad_enabled(grad_modes[match.outputs[0]]), splicer:
+        with fake_mode, hooks, region.entered(), splicer:
             for name, bound in match.captures.items():
                 if isinstance(bound, Capture):
                     arguments[name] = bound.derive(arguments[name])
@@ -267,16 +271,6 @@ def _without_gradients(func: Any, args: tuple, kwargs: dict) -> Any:
         return tree_map_only(
             torch.Tensor, lambda part: part.requires_grad_(needs_grad and part.is_floating_point()), out
         )
-
-
-def _grad_modes(graph: Graph) -> dict[Node, bool]:
-    """Whether grad mode is on at each node: Dynamo restores the mode of the frame around the backend."""
-    modes, enabled = {}, torch.is_grad_enabled()
-    for node in graph.nodes:
-        if node.op == "call_function" and getattr(node.target, "__name__", "") == "_set_grad_enabled":
-            enabled = bool(node.args[0])
-        modes[node] = enabled
-    return modes
 
 
 def _erase_unused(graph: Graph, match: Match) -> None:

@@ -22,7 +22,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from liger_compile.terms.mutation import Mutations, storages_of
+from liger_compile.graphs.aliasing import Mutations
 
 Compile = Callable[[Sequence[Any]], Callable[..., Any]]  # example inputs -> the compiled graph
 WITHOUT, CAUSAL, GENERAL = "without padding", "with causal masks", "general"
@@ -136,11 +136,11 @@ def expected_inputs(
 
 def _only_read(node: Node, graph: Graph, mutations: Mutations) -> bool:
     """Whether it is a plain tensor that nobody writes, returns, or looks up rows with: token ids are no flags."""
-    value, storages = node.meta.get("example_value"), storages_of(node)
+    value, memory = node.meta.get("example_value"), mutations.memory(node)
     if not isinstance(value, Tensor) or is_traceable_wrapper_subclass(value) or value.requires_grad:
         return False
     return mutations.is_clean(node) and not any(
-        storages & storages_of(arg)
+        memory & mutations.memory(arg)
         for reader in graph.nodes
         if reader.op == "output" or getattr(reader.target, "__name__", "") == "embedding"
         for arg in reader.all_input_nodes

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
+from liger_compile.graphs.aliasing import Mutations
 from liger_compile.terms.attention import notes_in, sentences
 from liger_compile.terms.build import Terms
 from liger_compile.terms.indices import mask_meaning
-from liger_compile.terms.mutation import Mutations
 
 BATCH, LENGTH = 2, 6
 INF = float("-inf")

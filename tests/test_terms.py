@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from liger_compile.graphs.aliasing import Mutations
 from liger_compile.terms.build import Terms
-from liger_compile.terms.mutation import Mutations
 from liger_compile.terms.term import Term
 
 torch.manual_seed(0)

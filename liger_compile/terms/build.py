@@ -17,10 +17,11 @@ from torch.fx.node import map_arg
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
+from liger_compile.graphs.aliasing import Mutations, handed_to
+from liger_compile.graphs.regions import Regions
 from liger_compile.terms import identities, normalize
 from liger_compile.terms.call import IntVar, NumberVar, StrVar, Value, opaque
 from liger_compile.terms.indices import OPERATIONS
-from liger_compile.terms.mutation import Mutations
 from liger_compile.terms.operators import call
 from liger_compile.terms.term import ConstVar, Scalar, Space, Term, sizes_of
 
@@ -31,7 +32,13 @@ ROUND_TRIP = 8  # nodes on the way of a value to another form and back
 class Terms:
     """The terms of one graph: `of[node]`, and back again: `nodes[term]`, `derive(term)`."""
 
-    def __init__(self, graph: Graph, mutations: Mutations, calls: Sequence[Sequence[Value]] = ()) -> None:
+    def __init__(
+        self,
+        graph: Graph,
+        mutations: Mutations,
+        calls: Sequence[Sequence[Value]] = (),
+        regions: Regions | None = None,
+    ) -> None:
         """`calls`: where the graph is a body, what each call of it hands to its placeholders (`arguments`)."""
         self.space = identities.new_space()
         self.of: dict[Node, Value] = {}
@@ -39,9 +46,8 @@ class Terms:
         self.written: dict[Term, Node] = {}  # what a node stands for once it has seen all writes
         self.passes_through: set[Node] = set()  # nodes that only give back a value that they come from
         self.mutations = mutations
+        self.regions = regions or Regions(graph)
         self.space.shape_env = _shape_env(graph)
-        # Dynamo restores the mode of the frame around the backend.
-        self._has_gradients, self._no_grad = torch.is_grad_enabled(), False
         placeholders = graph.find_nodes(op="placeholder") if calls else ()
         self._from_outside = dict(zip(placeholders, zip(*calls, strict=True), strict=True))
         for node in graph.nodes:
@@ -49,11 +55,9 @@ class Terms:
 
     def _visit(self, node: Node) -> None:
         example = node.meta.get("example_value")
-        if getattr(node.target, "__name__", "") == "_set_grad_enabled":
-            self._no_grad = self._has_gradients and not node.args[0]
         is_call = node.op in ("call_function", "call_method")
-        if is_call and not _moves_device(node) and not (self._no_grad and _reads_gradient(node)):
-            args, kwargs = map_arg((node.args, node.kwargs), lambda arg: self._read(arg, node))
+        if is_call and not _moves_device(node):
+            args, kwargs = map_arg((node.args, node.kwargs), lambda arg: self._seen(arg, node))
             value = call(self.space, node.target, args, kwargs, example, node.name)
         else:
             value = self._handed_in(node) or opaque(self.space, example, node.name)
@@ -62,6 +66,20 @@ class Terms:
             if value in self.nodes and self._comes_from(node, self.nodes[value]):
                 self.passes_through.add(node)
             self.nodes.setdefault(value, []).append(node)
+
+    def _seen(self, node: Node, reader: Node) -> Value:
+        """The value of `node` in the modes of `reader`. What is made of it under no_grad, in inference mode or under a
+        transform of torch.func has the numbers of the same made elsewhere, and another gradient: another value."""
+        value, region = self._read(node, reader), self.regions.of[reader]
+        example = node.meta.get("example_value")
+        if not isinstance(value, Term) or not isinstance(example, torch.Tensor):
+            return value
+        if region.transforms and region.transforms != self.regions.of[node].transforms:
+            return self.space.intern("within", (value,), region.transforms, value.dtype, value.shape)
+        is_cut = self.regions.differ_in_gradients and not region.has_gradients
+        if is_cut and example.requires_grad:
+            return self.space.intern("detached", (value,), (), value.dtype, value.shape)
+        return value
 
     def _read(self, node: Node, reader: Node) -> Value:
         """The value of `node` at the time of `reader`: another one once somebody has written into it."""
@@ -83,8 +101,7 @@ class Terms:
 
     def arguments(self, call: Node, body: Graph) -> tuple[Value, ...]:
         """What a call hands to the placeholders of its body: its last positional arguments."""
-        count = len(body.find_nodes(op="placeholder"))
-        handed = call.args[len(call.args) - count :]
+        handed = handed_to(call, len(body.find_nodes(op="placeholder"))) or ()
         return tuple(self._read(arg, call) if isinstance(arg, Node) else arg for arg in handed)
 
     def _handed_in(self, placeholder: Node) -> Term | None:
@@ -121,8 +138,9 @@ class Terms:
     def derive(self, term: Term) -> tuple[Node, tuple[Step, ...]] | None:
         """A node that has the value of `term` once the steps are taken; None if there is none."""
         nodes = self.nodes.get(term)
-        if nodes:
-            return nodes[0], ()
+        if nodes:  # what inference mode made cannot be kept for backward
+            recordable = (node for node in nodes if not self.regions.of[node].inference_mode)
+            return next(recordable, nodes[0]), ()
         if term in self.written:
             return self.written[term], ()
         moved = self._before_moving(term)
@@ -189,6 +207,10 @@ def _step(term: Term) -> Step | None:
     """How to compute a term that is one cheap operation on its argument."""
     if term.op == "cast":
         return operator.methodcaller("to", term.dtype)
+    if term.op == "detached":
+        return operator.methodcaller("detach")
+    if term.op == "within":
+        return _as_it_is
     if term.op == "permute":
         rank, moved = len(term.shape), term.consts
         return operator.methodcaller("permute", *range(-rank, -len(moved)), *moved)
@@ -209,10 +231,8 @@ def _step(term: Term) -> Step | None:
     return None
 
 
-def _reads_gradient(node: Node) -> bool:
-    """Under no_grad this makes a value that has the numbers of its term and not its gradient: another value."""
-    inputs = (arg.meta.get("example_value") for arg in node.all_input_nodes)
-    return any(isinstance(arg, torch.Tensor) and arg.requires_grad for arg in inputs)
+def _as_it_is(value: Any) -> Any:
+    return value
 
 
 def _moves_device(node: Node) -> bool:

@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 
+from liger_compile.graphs.effects import is_in_place
 from liger_compile.terms import normalize
 from liger_compile.terms.attention import attention
 from liger_compile.terms.call import Call, Draw, Value, const_of, negative, opaque, scalar_of, term_of
 from liger_compile.terms.index_operators import INDEX_TABLE
 from liger_compile.terms.layout_operators import LAYOUT_TABLE, halves
-from liger_compile.terms.mutation import is_in_place
 from liger_compile.terms.term import ConstVar, Scalar, Space, Term
 
 

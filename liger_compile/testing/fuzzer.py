@@ -21,8 +21,8 @@ from torch.fx import Graph, GraphModule, Interpreter, Node
 from torch.fx._lazy_graph_module import _LazyGraphModule
 from torch.utils._pytree import tree_leaves
 
+from liger_compile.graphs.aliasing import storage_of, storages_of
 from liger_compile.pattern import Pattern
-from liger_compile.terms.mutation import storage_of, storages_of
 from liger_compile.testing import graphs, precision
 from liger_compile.testing.graphs import Recorder, Rewriting, Value, again, name_of, replay
 from liger_compile.testing.mutations import MUTATIONS, WRITES, Call, Mutation, NotApplicable

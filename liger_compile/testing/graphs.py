@@ -21,12 +21,12 @@ from torch.fx.node import map_arg
 from torch.fx.proxy import GraphAppendingTracer
 
 from liger_compile.decide import decide, insertion_point
+from liger_compile.graphs.aliasing import Mutations
 from liger_compile.match import find_matches
 from liger_compile.pattern import Decision, NearMiss, Pattern
 from liger_compile.registry import patterns_in_use
 from liger_compile.rewrite import rewrite as carry_out
 from liger_compile.terms.build import Terms
-from liger_compile.terms.mutation import Mutations
 
 
 @dataclass(frozen=True)

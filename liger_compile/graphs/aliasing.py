@@ -1,0 +1,161 @@
+"""Which values of a graph share memory, and when that memory is written: Dynamo's graphs are not functional.
+
+Storages come from the fake tensors, so aliases come free: views share one. What a call writes into is in effects.py.
+The version counter of a fake tensor is final and counts most writes, so a storage that has a version, and no writer
+that was found here, is held to be written everywhere.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.fx import Graph, GraphModule, Node
+from torch.utils._pytree import tree_leaves
+
+from liger_compile.graphs.effects import calls_bodies, effect_of, written_arguments
+
+# Calls of a graph that hand their last positional arguments to its placeholders.
+BODIES = ("tag_activation_checkpoint", "invoke_subgraph")
+
+
+def tensors_of(node: Node) -> list[torch.Tensor]:
+    """The fake tensors that a node stands for."""
+    leaves = tree_leaves(node.meta.get("example_value"))
+    return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+
+
+def storage_of(tensor: torch.Tensor) -> int | None:
+    """An identity that a tensor shares with its views; None where there is no storage (sparse)."""
+    try:
+        return tensor.untyped_storage()._cdata
+    except (NotImplementedError, RuntimeError):
+        return None
+
+
+def storages_of(node: Node) -> set[int | None]:
+    """The storages of the tensors that a node stands for."""
+    return {storage_of(tensor) for tensor in tensors_of(node)}
+
+
+def graph_of(node: Node) -> GraphModule | None:
+    """The graph that a node names: a get_attr, or the target of a call_module."""
+    if node.op not in ("get_attr", "call_module"):
+        return None
+    found: Any = node.graph.owning_module
+    for name in str(node.target).split("."):
+        found = getattr(found, name, None)
+    return found if isinstance(found, GraphModule) else None
+
+
+class Mutations:
+    """When each storage of a graph is written. Positions are indices into the graph's nodes."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.position: dict[Node, int] = {}
+        self.nodes = list(graph.nodes)
+        self._memory: dict[Node, frozenset[int | None]] = {}
+        self._writes: dict[int | None, list[int]] = {}  # positions, in order
+        self._everywhere: set[int | None] = set()
+        versions: set[int | None] = set()
+        for position, node in enumerate(self.nodes):
+            self.position[node] = position
+            self._memory[node] = self._memory_of(node)
+            for storage in self._written_by(node):
+                self._writes.setdefault(storage, []).append(position)
+            versions.update(storage_of(tensor) for tensor in tensors_of(node) if _version(tensor) > 0)
+        self._everywhere.update(versions - set(self._writes))
+
+    def _memory_of(self, node: Node) -> frozenset[int | None]:
+        """Storages; of a tensor without one (sparse, or wrapped by torch.func), those of what it is made from too."""
+        found = storages_of(node)
+        if None in found:
+            found.update(*(self._memory[arg] for arg in node.all_input_nodes))
+        return frozenset(found)
+
+    def _written_by(self, node: Node) -> set[int | None]:
+        written = list(written_arguments(node))
+        if effect_of(node).moves_memory:
+            # The fake tensor is as it is in the end: what shared its memory before is found among its neighbors.
+            near = {each for arg in written for each in (arg, *arg.users, *arg.all_input_nodes)}
+            self._everywhere.update(*(storages_of(each) for each in near))
+        storages = set().union(*(self.memory(arg) for arg in written))
+        return storages | (self._written_in_bodies(node) if _has_bodies(node) else set())
+
+    def _written_in_bodies(self, call: Node) -> set[int | None]:
+        """What the graphs that are called write, of the memory outside."""
+        written: set[int | None] = set()
+        for named in (call, *call.all_input_nodes):
+            body = graph_of(named)
+            if body is None:
+                continue
+            inside = Mutations(body.graph)
+            written.update(inside._writes)
+            placeholders = body.graph.find_nodes(op="placeholder")
+            changed = [
+                at for at, node in enumerate(placeholders) if inside.memory(node) & inside._writes.keys()
+            ]
+            handed = handed_to(call, len(placeholders))
+            arguments = call.all_input_nodes if handed is None else [handed[at] for at in changed]
+            if changed:
+                written.update(*(self.memory(arg) for arg in arguments if isinstance(arg, Node)))
+        return written
+
+    def memory(self, node: Node) -> frozenset[int | None]:
+        """Identities of the memory of a node's tensors; values that may share memory have one in common."""
+        return self._memory[node] if node in self._memory else frozenset(storages_of(node))
+
+    def is_clean(self, node: Node) -> bool:
+        """True if nothing ever writes into what the node stands for."""
+        return all(s not in self._writes and s not in self._everywhere for s in self.memory(node))
+
+    def is_known(self, node: Node) -> bool:
+        """True if all writes into what the node stands for are nodes of the graph that were recognised."""
+        return not self.memory(node) & self._everywhere
+
+    def epoch(self, node: Node, position: int) -> int | None:
+        """How many writes what `node` stands for has seen before `position`; None if that is not known."""
+        if not self.is_known(node):
+            return None
+        return sum(bisect_left(writes, position) for writes in self._writes_into(node))
+
+    def last_write(self, node: Node) -> Node | None:
+        """What writes last into what `node` stands for."""
+        last = max((writes[-1] for writes in self._writes_into(node)), default=None)
+        return None if last is None else self.nodes[last]
+
+    def write_between(self, node: Node, first: int, last: int) -> int | None:
+        """The position of a write into what `node` stands for, after `first` and before `last`."""
+        if not self.is_known(node):
+            return first
+        for writes in self._writes_into(node):
+            at = bisect_right(writes, first)
+            if at < len(writes) and writes[at] < last:
+                return writes[at]
+        return None
+
+    def is_as_made(self, node: Node) -> bool:
+        """True if nothing writes into what the node stands for once it is there."""
+        return self.write_between(node, self.position[node], len(self.nodes)) is None
+
+    def _writes_into(self, node: Node) -> Iterator[list[int]]:
+        return (self._writes[storage] for storage in self.memory(node) if storage in self._writes)
+
+
+def handed_to(call: Node, count: int) -> tuple[Any, ...] | None:
+    """What a call of a graph hands to its `count` placeholders, in their order; None where that is not known."""
+    is_known = call.op == "call_module" or getattr(call.target, "__name__", "") in BODIES
+    if not is_known or (call.op == "call_module" and len(call.args) != count) or len(call.args) < count:
+        return None
+    return call.args[len(call.args) - count :]
+
+
+def _has_bodies(node: Node) -> bool:
+    return calls_bodies(node) or (node.op == "call_module" and graph_of(node) is not None)
+
+
+def _version(tensor: torch.Tensor) -> int:
+    """How often it was written, as autograd counts; tensors of inference mode have no such counter."""
+    return 0 if tensor.is_inference() else tensor._version

@@ -1,0 +1,299 @@
+"""Which modes each node of a graph runs in: gradients, autocast, inference mode, transforms of torch.func, and others.
+
+Dynamo's graphs switch modes by calls that take no tensors, such as torch._C._set_grad_enabled(False). `Regions` reads
+all of them. Nodes with equal regions run in the same modes, whatever is switched in between. A call that may switch
+something unknown begins a region that is equal to no other.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+from torch.fx.node import map_arg
+from torch.utils._pytree import tree_leaves
+
+from liger_compile.graphs.effects import effect_of
+
+Settings = tuple[tuple[str, Any], ...]  # sorted by name
+
+
+@dataclass(frozen=True)
+class Region:
+    """The modes that a node runs in.
+
+    Args:
+        grad_mode: as torch.is_grad_enabled().
+        inference_mode: as torch.is_inference_mode_enabled().
+        autocast: (device type, dtype) of each device that autocast is on for.
+        transforms: those of torch.func that are around the node, outermost first: name, and where each begins.
+        settings: (name, value) of what else calls in the graph have set.
+        kernels: (name, value) of what they have set that chooses between kernels, and changes no meaning.
+        stream: the stream that the function chose for the node; None for the current one.
+        unknown: name and position of the last call that may have switched something unknown.
+    """
+
+    grad_mode: bool
+    inference_mode: bool
+    autocast: tuple[tuple[str, torch.dtype], ...] = ()
+    transforms: tuple[tuple[str, int], ...] = ()
+    settings: Settings = ()
+    kernels: Settings = ()
+    stream: Any = None
+    unknown: tuple[str, int] | None = None
+
+    @property
+    def has_gradients(self) -> bool:
+        """Whether operations are recorded for backward."""
+        return self.grad_mode and not self.inference_mode
+
+    @property
+    def meaning(self) -> Region:
+        """The region without what only chooses between kernels."""
+        return replace(self, kernels=())
+
+    def autocast_on(self, device: str) -> tuple[str, torch.dtype] | None:
+        """(device type, dtype) of the autocast on a type of device; None for none."""
+        return next((each for each in self.autocast if each[0] == device), None)
+
+    @contextlib.contextmanager
+    def entered(self) -> Iterator[None]:
+        """Gradients and autocast as in this region, for what runs while a graph is rewritten."""
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(torch.set_grad_enabled(self.has_gradients))
+            for device in _devices_with_autocast():
+                _, dtype = self.autocast_on(device) or (device, None)
+                if dtype is not None or torch.is_autocast_enabled(device):
+                    stack.enter_context(torch.autocast(device, dtype=dtype, enabled=dtype is not None))
+            yield
+
+
+def around() -> Region:
+    """The modes around the code that is compiled: Dynamo restores them before it calls a backend."""
+    on = [device for device in _devices_with_autocast() if torch.is_autocast_enabled(device)]
+    autocast = tuple((device, torch.get_autocast_dtype(device)) for device in on)
+    return Region(torch.is_grad_enabled(), torch.is_inference_mode_enabled(), autocast)
+
+
+def without_modes() -> contextlib.AbstractContextManager[None]:
+    """Neither gradients nor autocast, whatever is around: for functions that are run for the shapes they give."""
+    return Region(grad_mode=False, inference_mode=False).entered()
+
+
+@functools.cache
+def _devices_with_autocast() -> tuple[str, ...]:
+    accelerator = torch.accelerator.current_accelerator()
+    devices = {"cpu", "cuda", *([accelerator.type] if accelerator else [])}
+    return tuple(sorted(filter(torch.amp.is_autocast_available, devices)))
+
+
+class Regions:
+    """The region of every node of a graph."""
+
+    def __init__(self, graph: Graph, calls: Sequence[Region] = ()) -> None:
+        """`calls`: where the graph is a body, the regions of its calls."""
+        self.of: dict[Node, Region] = {}
+        self._switches: list[tuple[int, Node, Region]] = []  # position, call, and the region after it
+        self.why_uncertain: str | None = (
+            None  # why it is not known in which modes the graph runs, in a sentence
+        )
+        entered: dict[Node, Region] = {}
+        region = calls[0] if calls else around()
+        if len({_modes(each) for each in calls}) > 1:
+            self.why_uncertain = "the calls of the body that it is in run in several modes"
+        for position, node in enumerate(graph.nodes):
+            self.of[node] = replace(region, stream=_stream_of(node))
+            if is_switch(node):
+                entered[node] = region
+                region = _after(node, region, position, entered)
+                self._switches.append((position, node, region))
+        self.differ_in_gradients = len({each.has_gradients for each in self.of.values()}) > 1
+
+    def change_between(self, first: int, last: int) -> tuple[int, Node] | None:
+        """The first call, after one position and before another, with which the region changes; and its position."""
+        before = next((after for at, _, after in reversed(self._switches) if at <= first), None)
+        for at, switch, after in self._switches:
+            if first < at < last and after.meaning != (before or self.of[switch]).meaning:
+                return at, switch
+        return None
+
+
+def _modes(region: Region) -> Any:
+    """What must be equal for all calls of a body."""
+    transforms = tuple(name for name, _ in region.transforms)
+    return region.grad_mode, region.inference_mode, region.autocast, transforms
+
+
+def _stream_of(node: Node) -> Any:
+    custom = node.meta.get("custom")
+    return custom.get("stream") if isinstance(custom, Mapping) else None
+
+
+# Switches: calls that change how what follows runs.
+
+_HARMLESS = frozenset(
+    (
+        *(
+            "lazy_load_decompositions",
+            "_maybe_load_decompositions",
+            "_backend_from_string",
+            "_log_api_usage_once",
+        ),
+        *("_record_function_enter", "_record_function_enter_new", "_record_function_exit"),
+        "_record_function_exit._RecordFunction",
+    )
+)
+_KERNEL_CHOICES = ("sdpa", "sdp_", "deterministic", "flush_denormal")
+_DEFAULTS = {"set_inplace_requires_grad_allowed": False, "_set_fwd_grad_enabled": True}
+
+
+def is_switch(node: Node) -> bool:
+    """Whether a node is a call that takes and gives no tensor, and that may do something else than to compute."""
+    if node.op not in ("call_function", "call_method") or _name(node) in _HARMLESS:
+        return False
+    values = [each.meta.get("example_value") for each in (node, *node.all_input_nodes)]
+    if any(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(values)):
+        return False
+    namespace = getattr(node.target, "namespace", None) or getattr(node.target, "_qualified_op_name", "")
+    if namespace and not namespace.startswith("aten"):
+        return True  # an operator that somebody defined: its schema speaks of tensors alone
+    return not effect_of(node).is_nothing
+
+
+def _name(node: Node) -> str:
+    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+
+
+def _after(switch: Node, region: Region, position: int, entered: Mapping[Node, Region]) -> Region:
+    """The region after a switch. `entered`: the region before each of the switches so far."""
+    effect = _effect(_name(switch))
+    if effect is None:
+        return replace(region, unknown=(_name(switch), position))
+    return effect(switch, region, position, entered)
+
+
+def _set_grad_mode(switch: Node, region: Region, *_: Any) -> Region:
+    return replace(region, grad_mode=bool(switch.args[0]))
+
+
+def _enter_inference_mode(switch: Node, region: Region, *_: Any) -> Region:
+    is_on = bool(switch.args[0]) if switch.args else True
+    return replace(region, inference_mode=is_on, grad_mode=not is_on)
+
+
+def _exit_inference_mode(switch: Node, region: Region, _: int, entered: Mapping[Node, Region]) -> Region:
+    before = _begun(switch, region, entered)
+    return replace(region, inference_mode=before.inference_mode, grad_mode=before.grad_mode)
+
+
+def _enter_autocast(switch: Node, region: Region, *_: Any) -> Region:
+    arguments: Any = switch.args
+    device, dtype, is_on, *_ = arguments
+    others = [each for each in region.autocast if each[0] != device]
+    own = [(device, dtype or torch.get_autocast_dtype(device))] if is_on else []
+    return replace(region, autocast=tuple(sorted([*others, *own], key=str)))
+
+
+def _exit_autocast(switch: Node, region: Region, _: int, entered: Mapping[Node, Region]) -> Region:
+    return replace(region, autocast=_begun(switch, region, entered).autocast)
+
+
+def _begun(switch: Node, region: Region, entered: Mapping[Node, Region]) -> Region:
+    """The region before the call that a switch is handed, and ends."""
+    return next((entered[each] for each in switch.all_input_nodes if each in entered), region)
+
+
+def _begin_transform(switch: Node, region: Region, position: int, _: Any) -> Region:
+    return replace(region, transforms=(*region.transforms, (_name(switch), position)))
+
+
+def _end_transform(_: Node, region: Region, *__: Any) -> Region:
+    return replace(region, transforms=region.transforms[:-1])
+
+
+def _set(switch: Node, region: Region, *_: Any) -> Region:
+    name, value = _name(switch), _resolved((switch.args, switch.kwargs))
+    if switch.args and switch.args[0] is _DEFAULTS.get(name, ...):
+        value = None
+    return _with_setting(region, name, value)
+
+
+def _push(switch: Node, region: Region, *_: Any) -> Region:
+    values = dict(region.settings).get("pushed", ())
+    return _with_setting(region, "pushed", (*values, _resolved((_name(switch), switch.args))))
+
+
+def _pop(_: Node, region: Region, position: int, __: Any) -> Region:
+    values = dict(region.settings).get("pushed")
+    return _with_setting(region, "pushed", values[:-1] or None if values else (f"popped at {position}",))
+
+
+def _with_setting(region: Region, name: str, value: Any) -> Region:
+    """The region with a setting; None takes it out."""
+    slot = "kernels" if any(choice in name for choice in _KERNEL_CHOICES) else "settings"
+    values = {**dict(getattr(region, slot)), name: value}
+    return replace(region, **{slot: tuple(sorted((k, v) for k, v in values.items() if v is not None))})
+
+
+def _resolved(value: Any) -> str:
+    """Arguments in words, so that two calls can be compared: nodes are what they call."""
+    return repr(map_arg(value, lambda node: (_name(node), _resolved(node.args))))
+
+
+_Effect = Callable[[Node, Region, int, Mapping[Node, Region]], Region]
+# By a part of the name; the first that fits. Torch's names for the same differ between devices and versions.
+_EFFECTS: Mapping[str, _Effect] = {
+    "_set_grad_enabled": _set_grad_mode,
+    "_enter_inference_mode": _enter_inference_mode,
+    "_exit_inference_mode": _exit_inference_mode,
+    "_enter_autocast": _enter_autocast,
+    "_exit_autocast": _exit_autocast,
+    "_increment_nesting": _begin_transform,
+    "_decrement_nesting": _end_transform,
+    "_enter_dual_level": _begin_transform,
+    "_exit_dual_level": _end_transform,
+    "_hooks_disable": _push,
+    "_hooks_enable": _pop,
+    "maybe_exchange_device": _pop,
+    "_maybeExchangeDevice": _pop,
+    "exchange_device": _push,
+    "_exchangeDevice": _push,
+    "push_": _push,
+    "pop_": _pop,
+    "sdpa_kernel": _set,
+    "set_": _set,
+}
+
+
+@functools.cache
+def _effect(name: str) -> _Effect | None:
+    return next((effect for part, effect in _EFFECTS.items() if part in name), None)
+
+
+def in_words(switch: Node) -> str:
+    """What a switch does."""
+    name = _name(switch)
+    if name == "_set_grad_enabled":
+        return f"gradients are switched {'on' if switch.args[0] else 'off'}"
+    change = "begins" if _effect(name) in _BEGINNINGS else "ends"
+    if "inference" in name:
+        return f"inference mode {change}"
+    if "autocast" in name:
+        enter = switch.args[0] if isinstance(switch.args[0], Node) else switch
+        _, dtype, is_on, *_ = enter.args
+        if not is_on:
+            return f"a region without autocast {change}"
+        return f"autocast to {str(dtype).removeprefix('torch.')} {change}" if dtype else f"autocast {change}"
+    if _effect(name) in (_begin_transform, _end_transform):
+        return f"a transform of torch.func {change}"
+    if _effect(name) is None:
+        return f"{name} is called, which may change how what follows runs,"
+    return f"{name} changes how what follows runs"
+
+
+_BEGINNINGS = (_enter_inference_mode, _enter_autocast, _begin_transform)
