@@ -22,10 +22,8 @@ from torch.fx import Graph, Node
 FEWEST = 3  # outputs of one backward: where one is used and one is not, there is nothing to share
 
 Strides = tuple[int, ...]
-_MAKES_ZEROS = "_liger_compile_makes_zeros"  # of an autograd.Function
-_STRIDES = (
-    "_liger_compile_strides"  # of a backward's context: by an output's number, those that its gradient has
-)
+# Attributes of what is AOTAutograd's: of a function, that it makes zeros; of a context, strides by number of output.
+_MAKES_ZEROS, _STRIDES = "_liger_compile_makes_zeros", "_liger_compile_strides"
 
 
 def strides_of_outputs(graph: Graph) -> list[Strides | None]:
@@ -107,6 +105,7 @@ def _as_before(method: Callable[[Any], Any]) -> Callable[[Any], Any]:
 def _making_zeros(method: Callable[..., Any]) -> Callable[..., Any]:
     """The `backward` of an autograd.Function of AOTAutograd, for contexts that get None where there is no gradient."""
 
+    @torch.compiler.disable  # in a function that calls backward, Dynamo looks at every frame
     @functools.wraps(method)
     def backward(ctx: Any, *given: Any) -> Any:
         strides = getattr(ctx, _STRIDES, None)
