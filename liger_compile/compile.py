@@ -13,11 +13,13 @@ error. `cache_key` covers what they do not look at.
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import functools
 import hashlib
 import importlib
 import inspect
 import logging
+import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableSet, Sequence
 from pathlib import Path
 from types import CodeType
@@ -26,7 +28,10 @@ from typing import Any
 import torch
 import torch._dynamo
 from torch._dynamo.callback import callback_handler
+from torch._guards import CompileContext, TracingContext, compile_context, tracing
 from torch.fx import Graph, GraphModule
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.utils._python_dispatch import _disable_current_modes
 
 from liger_compile.gradients import rewrite_backward, trace_through
 from liger_compile.ops.embedding import PAYS_FROM
@@ -143,32 +148,61 @@ def _with_rewritten_backward(theirs: Any, strict: bool = False) -> Any:
 
 
 def when_called(compile: Callable[[Sequence[Any]], Callable[..., Any]]) -> Callable[..., Any]:
-    """What `compile` gives for the inputs of the first call, compiled in that call.
+    """What `compile` gives for the inputs of the first call, compiled in that call; in the next, where it raises.
 
-    For static sizes only: Dynamo takes no more guards then. Those that it has make sure that grad mode and autocast
-    are in each call what they are now. Must be called in a trace, which the first call's goes on in the logs.
+    Threads may call at once: one compiles, the others wait. For static sizes only: Dynamo takes no more guards then.
+    Those that it has make sure that grad mode and autocast are in each call what they are now. Must be called in a
+    trace, which the first call's goes on in the logs, and whose settings of torch hold there, whichever thread calls.
     """
-    from torch._guards import CompileContext, TracingContext, compile_context, tracing
-    from torch.fx.experimental.symbolic_shapes import ShapeEnv
-
-    logged_as = CompileContext.try_get()
+    logged_as, settings = CompileContext.try_get(), contextvars.copy_context()
+    waiting: list[Callable[[Sequence[Any]], Callable[..., Any]]] = [compile]
     compiled: list[Callable[..., Any]] = []
 
     def call(*args: Any) -> Any:
-        nonlocal compile
         if not compiled:
-            # Nothing of the first trace is left: Dynamo has let go of its fake tensors. A fake mode remembers the
-            # tensors that it has made fakes of, so that AOTAutograd gets these, and no symbols for their sizes.
-            fake_mode = torch._subclasses.FakeTensorMode(shape_env=ShapeEnv())
-            tensors = (arg for arg in args if isinstance(arg, torch.Tensor))
-            fakes = [fake_mode.from_tensor(tensor, static_shapes=True) for tensor in tensors]
-            with compile_context(logged_as), tracing(TracingContext(fake_mode)):
-                compiled.append(compile(args))
-            del fakes
-            del compile
+            with _as_dynamo_compiles():
+                if not compiled:  # meanwhile, by another thread
+                    compiled.append(settings.copy().run(_traced_and_compiled, waiting[0], args, logged_as))
+                    waiting.clear()
         return compiled[0](*args)
 
     return call
+
+
+def _traced_and_compiled(
+    compile: Callable[[Sequence[Any]], Callable[..., Any]],
+    args: Sequence[Any],
+    logged_as: CompileContext | None,
+) -> Callable[..., Any]:
+    """What `compile` gives in a trace of its own: Dynamo has let go of the fake tensors of the first."""
+    # A fake mode remembers the tensors that it has made fakes of, so that AOTAutograd gets these, and no symbols for
+    # their sizes.
+    fake_mode = torch._subclasses.FakeTensorMode(shape_env=ShapeEnv())
+    tensors = (arg for arg in args if isinstance(arg, torch.Tensor))
+    fakes = [fake_mode.from_tensor(tensor, static_shapes=True) for tensor in tensors]
+    with compile_context(logged_as), tracing(TracingContext(fake_mode)):
+        result = compile(args)
+    del fakes
+    return result
+
+
+@contextlib.contextmanager
+def _as_dynamo_compiles() -> Iterator[None]:
+    """The state in which Dynamo calls a backend. Tracing sets flags of the whole process: only one thread compiles, and
+    what others call meanwhile is told so. Random numbers and modes stay the user's."""
+    from torch._dynamo.convert_frame import compile_lock
+
+    session = getattr(
+        torch.compiler, "_compile_session_context", contextlib.nullcontext
+    )  # not in every torch
+    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+    with compile_lock, session(), _disable_current_modes():
+        state = random.getstate()
+        try:
+            with torch.random.fork_rng(devices):
+                yield
+        finally:
+            random.setstate(state)
 
 
 def reset() -> None:
@@ -302,8 +336,8 @@ def set_up_dynamo() -> None:
     """Keeps logging calls from breaking graphs. Call it when the backend is loaded: before Dynamo traces."""
     _ignore_logger_methods()
     # transformers may be imported after us, so look again whenever a trace begins.
-    if _ignore_logger_methods not in callback_handler.start_callbacks:
-        callback_handler.register_start_callback(_ignore_logger_methods)
+    if _when_a_trace_begins not in callback_handler.start_callbacks:
+        callback_handler.register_start_callback(_when_a_trace_begins)
 
 
 def _ignore_logger_methods(_: object = None) -> None:
@@ -312,6 +346,11 @@ def _ignore_logger_methods(_: object = None) -> None:
     if _METRICS_SORT_SETS and type(config.ignore_logging_functions) is set and methods:
         config.ignore_logging_functions = _FunctionSet(config.ignore_logging_functions)
     config.ignore_logging_functions.update(methods)
+
+
+# Callbacks run while Dynamo holds a lock, also where a function that it compiles calls backward, and a backward is
+# compiled: Dynamo would trace the callback, and wait for its own lock.
+_when_a_trace_begins: Any = torch._dynamo.disable(_ignore_logger_methods)
 
 
 # torch 2.11 and 2.12 write Dynamo's config into their metrics at every compile: every set sorted, as JSON. With a

@@ -4,25 +4,26 @@ AOTAutograd traces backward with a gradient for every output that can have one. 
 zeros: of all outputs at once, before backward begins, when a step has the most in memory. A model that returns its
 cache returns two such outputs a layer.
 
-In: a compiled callable, and the strides of its outputs where they were traced. Out: one that returns the same, with the
-same gradients.
+In: a compiled callable, and the strides of its outputs where they were traced. Out: one that returns the very same
+tensors, so that aliases, versions, hooks and errors stay those of the compiled callable. What changes is inside of its
+backward, where no hook sees it: autograd passes None where there is no gradient, and the zeros are made there.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Sequence, Set
-from typing import Any, NamedTuple
+import functools
+from collections.abc import Callable, Iterable, Mapping, MutableSequence, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import BackwardCFunction, once_differentiable
 from torch.fx import Graph, Node
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 FEWEST = 3  # outputs of one backward: where one is used and one is not, there is nothing to share
 
 Strides = tuple[int, ...]
+# Attributes of what is AOTAutograd's: of a function, that it makes zeros; of a context, strides by number of output.
+_MAKES_ZEROS, _STRIDES = "_liger_compile_makes_zeros", "_liger_compile_strides"
 
 
 def strides_of_outputs(graph: Graph) -> list[Strides | None]:
@@ -40,105 +41,158 @@ def _strides(output: Any) -> Strides | None:
 
 
 def sharing_zeros(compiled: Callable[..., Any], strides: Sequence[Strides | None]) -> Callable[..., Any]:
-    """`compiled`, with zeros for its outputs made here, in these strides."""
+    """`compiled`, with zeros for its outputs made in its backward, in these strides."""
     if len(strides) < FEWEST:
         return compiled
 
     def call(*inputs: Any) -> Any:
         outputs = compiled(*inputs)
-        backward, positions = _most_outputs(outputs)
-        if len(positions) < FEWEST or any(map(is_traceable_wrapper_subclass, inputs)):
-            return outputs
-        given = [outputs[position] for position in positions]
-        zeros = _Zeros([_Layout.of(each, strides[at]) for at, each in zip(positions, given, strict=True)])
-        backward.register_hook(zeros.leave)
-        there = dict(zip(positions, _Shared.apply(zeros, *given), strict=True))
-        return tuple(there.get(position, output) for position, output in enumerate(outputs))
+        for backward, strides_by_number in _backwards(inputs, outputs, strides).items():
+            _share_zeros(backward, strides_by_number)
+        return outputs
 
     return call
 
 
-def _most_outputs(outputs: Sequence[Any]) -> tuple[Any, list[int]]:
-    """The backward that most outputs have, of those that autograd makes zeros for, and where these outputs are."""
-    backwards = {
-        position: output.grad_fn
-        for position, output in enumerate(outputs)
-        if type(output) is Tensor and isinstance(output.grad_fn, BackwardCFunction)
+def _backwards(
+    inputs: Sequence[Any], outputs: Sequence[Any], strides: Sequence[Strides | None]
+) -> dict[Any, dict[int, Strides | None]]:
+    """The backwards of this graph that have enough outputs, with the strides of these; none where gradients may be
+    other than plain tensors."""
+    found: dict[Any, dict[int, Strides | None]] = {}
+    if not all(_is_plain(each) for each in outputs if isinstance(each, Tensor)):
+        return found
+    given = set(map(id, inputs))  # these have the backward of another graph
+    for output, traced in zip(outputs, strides, strict=False):
+        if isinstance(output, Tensor) and _is_of_aot_autograd(output.grad_fn) and id(output) not in given:
+            found.setdefault(output.grad_fn, {})[output.output_nr] = traced
+    return {backward: those for backward, those in found.items() if len(those) >= FEWEST}
+
+
+def _is_of_aot_autograd(backward: Any) -> bool:
+    return hasattr(getattr(backward, "_forward_cls", None), "_aot_id")
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    is_of_torch = type(tensor) in (Tensor, torch.nn.Parameter)
+    return is_of_torch and tensor.layout is torch.strided and not tensor.is_nested
+
+
+def _share_zeros(backward: Any, strides: Mapping[int, Strides | None]) -> None:
+    """Has a backward make its zeros. Its class is that of one compiled graph, and gets other methods once."""
+    if hasattr(backward, _STRIDES) or not hasattr(backward, "_input_metadata"):
+        return
+    function = backward._forward_cls
+    if not hasattr(function, _MAKES_ZEROS):
+        function._compiled_autograd_key = staticmethod(_as_before(function._compiled_autograd_key))
+        function.backward = staticmethod(_making_zeros(function.backward))
+        setattr(function, _MAKES_ZEROS, True)  # last: twice, by two threads, does no harm, and not yet would
+    setattr(backward, _STRIDES, strides)
+    backward.set_materialize_grads(False)
+
+
+def _as_before(method: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """What compiled autograd asks a backward before it runs its graph, and not its method: autograd makes the zeros."""
+
+    @functools.wraps(method)
+    def key(ctx: Any) -> Any:
+        ctx.set_materialize_grads(True)
+        return method(ctx)
+
+    return key
+
+
+def _making_zeros(method: Callable[..., Any]) -> Callable[..., Any]:
+    """The `backward` of an autograd.Function of AOTAutograd, for contexts that get None where there is no gradient."""
+
+    @torch.compiler.disable  # in a function that calls backward, Dynamo looks at every frame
+    @functools.wraps(method)
+    def backward(ctx: Any, *given: Any) -> Any:
+        strides = getattr(ctx, _STRIDES, None)
+        if strides is None:
+            return method(ctx, *given)
+        # From torch 2.13 on gradients come in a list, which backward empties as it goes.
+        in_a_list = len(given) == 1 and isinstance(given[0], list)
+        gradients = given[0] if in_a_list else list(given)
+        buffers = _fill(gradients, ctx._input_metadata, strides)
+        results = method(ctx, gradients) if in_a_list else method(ctx, *gradients)
+        return _with_memory_of_their_own(results, buffers) if buffers else results
+
+    return backward
+
+
+def _fill(
+    gradients: MutableSequence[Tensor | None],
+    outputs: Sequence[Any],
+    strides: Mapping[int, Strides | None],
+) -> list[Tensor]:
+    """Puts zeros where there is no gradient. They share the buffers, one for a dtype and device, that are returned."""
+    missing = {number: outputs[number] for number, gradient in enumerate(gradients) if gradient is None}
+    may_share = not torch.is_grad_enabled() and all(
+        each is None or _storage(each) is not None for each in gradients
+    )
+    zeros, buffers = (_sharing if may_share else _apart)(missing, strides)
+    for number, each in zeros.items():
+        gradients[number] = each
+    return buffers
+
+
+def _apart(missing: Mapping[int, Any], _: object) -> tuple[dict[int, Tensor], list[Tensor]]:
+    """As autograd makes them: for gradients that get a graph of their own, or are a batch of gradients."""
+    return {
+        number: torch.zeros(of.shape, dtype=of.dtype, device=of.device) for number, of in missing.items()
+    }, []
+
+
+def _sharing(
+    missing: Mapping[int, Any], strides: Mapping[int, Strides | None]
+) -> tuple[dict[int, Tensor], list[Tensor]]:
+    """Zeros that share buffers, and these. A backward of AOTAutograd's writes into no gradient that it is given."""
+    steps = {number: _strides_of_gradient(of.shape, strides.get(number)) for number, of in missing.items()}
+    spans: dict[tuple[torch.dtype, torch.device], int] = {}
+    for number, of in missing.items():
+        kind = of.dtype, of.device
+        spans[kind] = max(spans.get(kind, 0), _span(of.shape, steps[number]))
+    buffers = {kind: torch.zeros(span, dtype=kind[0], device=kind[1]) for kind, span in spans.items()}
+    zeros = {
+        number: buffers[of.dtype, of.device].as_strided(of.shape, steps[number])
+        for number, of in missing.items()
     }
-    for backward, _ in Counter(backwards.values()).most_common(1):
-        return backward, [position for position, each in backwards.items() if each is backward]
-    return None, []
+    return zeros, list(buffers.values())
 
 
-class _Layout(NamedTuple):
-    shape: torch.Size
-    strides: Strides
-    dtype: torch.dtype
-    device: torch.device
-
-    @classmethod
-    def of(cls, tensor: Tensor, strides: Strides | None) -> _Layout:
-        return cls(tensor.shape, tensor.stride() if strides is None else strides, tensor.dtype, tensor.device)
-
-    @property
-    def kind(self) -> tuple[torch.dtype, torch.device]:
-        return self.dtype, self.device
-
-    @property
-    def span(self) -> int:
-        """The elements from the first to the last."""
-        steps = ((size - 1) * stride for size, stride in zip(self.shape, self.strides, strict=True))
-        return 1 + sum(steps) if self.shape.numel() else 0
+def _strides_of_gradient(shape: Sequence[int], traced: Strides | None) -> Strides:
+    """Contiguous where they are not known, as autograd makes them."""
+    if traced is not None and len(traced) == len(shape):
+        return traced
+    return torch.empty(tuple(shape), device="meta").stride()
 
 
-class _Shared(torch.autograd.Function):
-    """Hands its inputs on, and for each that has no gradient zeros back."""
-
-    @staticmethod
-    def forward(ctx: Any, zeros: _Zeros, *outputs: Tensor) -> tuple[Tensor, ...]:
-        ctx.set_materialize_grads(False)
-        ctx.zeros = zeros
-        # As they came, autograd would refuse to have them written into.
-        return tuple(each.detach() for each in outputs)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return None, *ctx.zeros.filled_into(gradients)
+def _span(shape: Sequence[int], strides: Strides) -> int:
+    """The elements from the first to the last."""
+    if 0 in shape:
+        return 0
+    return 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
 
 
-class _Zeros:
-    """The zeros of one backward."""
-
-    def __init__(self, layouts: Sequence[_Layout]) -> None:
-        self._layouts = layouts
-        self._buffers: dict[tuple[torch.dtype, torch.device], Tensor] = {}
-
-    def filled_into(self, gradients: Sequence[Tensor | None]) -> list[Tensor]:
-        """The gradients, with zeros for those that there are not, which share their memory."""
-        pairs = list(zip(gradients, self._layouts, strict=True))
-        spans: dict[tuple[torch.dtype, torch.device], int] = {}
-        for gradient, layout in pairs:
-            if gradient is None:
-                spans[layout.kind] = max(spans.get(layout.kind, 0), layout.span)
-        self._buffers = {
-            (dtype, device): torch.zeros(span, dtype=dtype, device=device)
-            for (dtype, device), span in spans.items()
-        }
-        return [
-            self._buffers[layout.kind].as_strided(layout.shape, layout.strides)
-            if gradient is None
-            else gradient
-            for gradient, layout in pairs
-        ]
-
-    def leave(self, gradients: Sequence[Tensor | None], _: Any) -> tuple[Tensor | None, ...]:
-        """After backward: what it returns of the zeros as they are becomes tensors of their own. A parameter would take
-        them for its gradient, and add to them."""
-        mine = {each.untyped_storage().data_ptr() for each in self._buffers.values()}
-        self._buffers = {}
-        return tuple(each.clone() if each is not None and _is_in(mine, each) else each for each in gradients)
+def _with_memory_of_their_own(results: Iterable[Any], buffers: Sequence[Tensor]) -> tuple[Any, ...]:
+    """What backward returns of the zeros as they are becomes tensors of their own. A parameter would take them for its
+    gradient, and add to them."""
+    mine = {_storage(each) for each in buffers}
+    return tuple(_copied(each) if _storage(each) in mine else each for each in results)
 
 
-def _is_in(storages: Set[int], tensor: Tensor) -> bool:
-    return tensor.layout is torch.strided and tensor.untyped_storage().data_ptr() in storages
+def _copied(tensor: Tensor) -> Tensor:
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device).copy_(
+        tensor
+    )
+
+
+def _storage(value: Any) -> int | None:
+    """An identity that a plain tensor shares with its views; None for anything else."""
+    if type(value) is not Tensor:
+        return None
+    try:
+        return value.untyped_storage()._cdata
+    except (NotImplementedError, RuntimeError):  # sparse, or one of a batch that is run as one
+        return None

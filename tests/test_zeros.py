@@ -1,8 +1,11 @@
-"""Outputs that nobody uses have their zeros in one buffer, and nobody can tell from the gradients."""
+"""Outputs that nobody uses have their zeros in one buffer, and nobody can tell."""
+
+import threading
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._dynamo import compiled_autograd
 from torch.fx import Graph
 from torch.profiler import ProfilerActivity, profile
 
@@ -154,3 +157,275 @@ def test_few_outputs_are_what_the_compiled_function_returned():
     assert sharing_zeros(lambda: outputs, [None] * FEWEST)() is outputs
     with torch.no_grad():
         assert sharing_zeros(several, [None] * 6)(*given)[0].grad_fn is None
+
+
+# What a caller can observe is what the compiled callable gives ------------------------------------------------
+
+
+def whole_and_view(x):
+    whole = x * 2
+    return whole, whole.view(2, 2), x + 1, x + 2
+
+
+def two_views(x):
+    whole = x * 2
+    return whole.view(2, 2), whole[1:], x + 1, x * x
+
+
+def output_twice(x):
+    whole = x.exp()
+    return whole, whole, whole.sin(), x + 1
+
+
+def parts_of_one(x):
+    return *(x * 2).unbind(0), x + 1
+
+
+def with_its_input(x):
+    return x, x.view(2, 2), x + 1, x + 2, x * 3
+
+
+def written_inside(x):
+    whole = (x * 1).mul_(2)
+    return whole, whole[:2], x + 1, x.tanh()
+
+
+def with_what_has_no_gradient(x):
+    whole = x * 2
+    return whole, whole.detach(), x > 0, 3, x + 1, whole.bfloat16()
+
+
+ALIASES = (
+    *(whole_and_view, two_views, output_twice, parts_of_one),
+    *(with_its_input, written_inside, with_what_has_no_gradient),
+)
+
+
+def described(output):
+    if not isinstance(output, torch.Tensor):
+        return output
+    node = output.grad_fn
+    parents = [] if node is None else [parent and type(parent).__name__ for parent, _ in node.next_functions]
+    facts = (output.shape, output.stride(), output.dtype, output.requires_grad, output.is_leaf)
+    history = (output._version, output._is_view(), output.output_nr, type(node).__name__, parents)
+    return *facts, *history, output.detach().tolist()
+
+
+def alike(outputs):
+    """Which outputs are the same, views of one another, and share memory."""
+    tensors = [each for each in outputs if isinstance(each, torch.Tensor)]
+    return [
+        (a is b, a._base is b, a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr())
+        for a in tensors
+        for b in tensors
+    ]
+
+
+def seen(function, *given):
+    """What it returns, or raises."""
+    try:
+        return function(*given)
+    except (RuntimeError, NotImplementedError) as error:
+        return type(error).__name__, str(error).split("0x")[0]
+
+
+def both(function):
+    """It as "aot_eager" compiles it, and with zeros that are shared."""
+    torch._dynamo.reset()
+    return torch.compile(function, backend="aot_eager"), compiled_by("aot_eager")(function)
+
+
+def input_of_four():
+    return torch.arange(1.0, 5.0).requires_grad_()
+
+
+def differentiable(outputs):
+    return [each for each in outputs if isinstance(each, torch.Tensor) and each.requires_grad]
+
+
+@pytest.mark.parametrize("function", ALIASES)
+def test_writes_into_outputs_that_share_memory(function):
+    """Each output is written into, and then each is used: values, gradients, versions, aliases and errors."""
+
+    def written_and_used(compiled, written, used):
+        x = input_of_four()
+        outputs = compiled(x)
+        before = [described(each) for each in outputs], alike(outputs)
+        differentiable(outputs)[written].mul_(3)
+        after = [described(each) for each in outputs], alike(outputs)
+        differentiable(outputs)[used].float().square().sum().backward()
+        return before, after, x.grad.tolist()
+
+    stock, sharing = both(function)
+    count = len(differentiable(stock(input_of_four())))
+    for written in range(count):
+        for used in range(count):
+            expected = seen(written_and_used, stock, written, used)
+            assert seen(written_and_used, sharing, written, used) == expected
+
+
+def test_outputs_are_what_the_compiled_callable_returns():
+    returned = []
+
+    def backend(gm, example_inputs):
+        compiled = torch._dynamo.lookup_backend("aot_eager")(gm, example_inputs)
+
+        def recorded(*inputs):
+            returned[:] = compiled(*inputs)
+            return tuple(returned)
+
+        call = sharing_zeros(recorded, strides_of_outputs(gm.graph))
+        return lambda *inputs: [check_same(call(*inputs))] and tuple(returned)
+
+    def check_same(outputs):
+        assert len(outputs) == len(returned) and all(a is b for a, b in zip(outputs, returned, strict=True))
+
+    outputs = torch.compile(whole_and_view, backend=backend)(input_of_four())
+    assert returned and type(outputs[0].grad_fn).__name__ == "CompiledFunctionBackward"
+
+
+def listed(gradient):
+    return None if gradient is None else gradient.tolist()
+
+
+def on_nodes(compiled):
+    """A user's hooks see no zeros that autograd would not show them, and gradients that they change are used."""
+    x, calls = input_of_four(), []
+    outputs = compiled(x)
+    node = outputs[2].grad_fn
+    tensors = differentiable(outputs)
+    for at, each in enumerate(tensors):
+        each.retain_grad()
+        each.register_hook(lambda gradient, at=at: calls.append((at, listed(gradient))))
+    node.register_prehook(lambda gradients: calls.append([g is None for g in gradients]))
+    node.register_prehook(lambda gradients: tuple(g if g is None else g * 7 for g in gradients))
+    node.register_hook(lambda *gradients: calls.append([[g is None for g in each] for each in gradients]))
+    outputs[2].sum().backward()
+    return calls, [each.grad is None for each in tensors], x.grad.tolist()
+
+
+def of_a_batch(compiled):
+    x = input_of_four()
+    (gradients,) = torch.autograd.grad(compiled(x)[2], x, torch.eye(4), is_grads_batched=True)
+    return gradients.tolist()
+
+
+def with_a_graph(compiled):
+    x = input_of_four()
+    (gradient,) = torch.autograd.grad(compiled(x)[3].square().sum(), x, create_graph=True)
+    return type(gradient.grad_fn).__name__, seen(gradient.sum().backward)
+
+
+def several_times(compiled):
+    x = input_of_four()
+    outputs = compiled(x)
+    for each in (outputs[3], outputs[2], outputs[3]):
+        each.sum().backward(retain_graph=True)
+    outputs[2].sum().backward()
+    return x.grad.tolist(), seen(outputs[3].sum().backward)
+
+
+def of_an_output(compiled):
+    outputs = compiled(input_of_four())
+    gradients = torch.autograd.grad(outputs[2].sum() * 2, [outputs[2], outputs[3]], allow_unused=True)
+    return [*map(listed, gradients)]
+
+
+def without_gradients(compiled):
+    with torch.no_grad():
+        outputs = compiled(input_of_four())
+    with torch.inference_mode():
+        return [described(each) for each in outputs], [
+            each.is_inference() for each in compiled(input_of_four())
+        ]
+
+
+def transformed(compiled):
+    return torch.func.grad(lambda x: compiled(x)[2].sum())(input_of_four().detach()).tolist()
+
+
+def by_threads(compiled):
+    """Backwards of one graph at once."""
+    x, barrier, gradients = input_of_four(), threading.Barrier(4), []
+    outputs = compiled(x)
+
+    def backward():
+        barrier.wait(timeout=30)
+        gradients.append(torch.autograd.grad(outputs[3].sum(), x, retain_graph=True)[0].tolist())
+
+    threads = [threading.Thread(target=backward) for _ in range(4)]
+    for each in threads:
+        each.start()
+    for each in threads:
+        each.join(timeout=60)
+    return gradients
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        *(on_nodes, of_a_batch, with_a_graph, several_times),
+        *(of_an_output, without_gradients, transformed, by_threads),
+    ],
+)
+def test_every_way_to_take_gradients(use):
+    stock, sharing = both(whole_and_view)
+    assert use(sharing) == use(stock)
+
+
+def test_gradients_returned_as_they_came_have_strides_of_their_own():
+    """Where backward hands on zeros, expanded or not, they are in the strides that AOTAutograd would give."""
+
+    def function(x, y):
+        return (x * 2).sum(), y.t() + 1, y + 2
+
+    def gradients(compiled):
+        x, y = leaves((SIZE,), (SIZE, SIZE))
+        return torch.autograd.grad(compiled(x, y)[0], [x, y])
+
+    for one, other in zip(*map(gradients, both(function)), strict=True):
+        assert torch.equal(one, other) and one.stride() == other.stride()
+
+
+@pytest.mark.parametrize("is_first_eager", [True, False])
+def test_compiled_autograd(is_first_eager):
+    """It runs the graph of backward without its method, and is not compiled more often."""
+
+    def gradients(compiled):
+        x, compiles = input_of_four(), []
+
+        def compiler(gm):
+            compiles.append(gm)
+            return torch.compile(gm, backend="aot_eager", fullgraph=True)
+
+        outputs = compiled(x)
+        if is_first_eager:
+            outputs[3].sum().backward(retain_graph=True)
+        for _ in range(3):
+            with compiled_autograd._enable(compiler):
+                outputs[3].sum().backward(retain_graph=True)
+        outputs[3].sum().backward()
+        return x.grad.tolist(), len(compiles)
+
+    stock, sharing = both(whole_and_view)
+    assert gradients(sharing) == gradients(stock)
+
+
+def test_an_inputs_backward_is_left_alone():
+    """It belongs to the graph that has computed the input, whoever has compiled that."""
+    stock = torch.compile(whole_and_view, backend="aot_eager")
+    first = stock(input_of_four())
+    method = first[2].grad_fn._forward_cls.backward
+    compiled_by("aot_eager")(lambda *given: (*given, given[0] + 1))(*first)
+    assert first[2].grad_fn._forward_cls.backward is method
+
+
+def test_dynamic_sizes():
+    compiled = compiled_by("aot_eager")(lambda x: (x.sum(), x.t() + 1, x * 2))
+    for rows in (3, 4, 5):
+        (x,) = leaves((rows, SIZE))
+        loss, *_ = compiled(x)
+        with profile(activities=[ProfilerActivity.CPU]) as profiled:
+            loss.backward()
+        assert torch.equal(x.grad, torch.ones(rows, SIZE))
+    assert {event.key: event.count for event in profiled.key_averages()}["aten::zeros"] == 1
