@@ -340,7 +340,7 @@ def linear_cross_entropy(
     )
     validation.check_memory(name, memory)
     in_forward = torch.is_grad_enabled() and reduction != "none"
-    loss, _, _, _ = torch.ops.liger_compile.linear_cross_entropy.default(
+    loss, *_ = torch.ops.liger_compile.linear_cross_entropy.default(
         x.reshape(-1, x.shape[-1]),
         weight,
         target.reshape(-1),

@@ -30,7 +30,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import num_multiprocessors
+from . import launch, num_multiprocessors
 
 # The quickest of these, in place, at 32000, 128256 and 151936 classes, or nearly (one H100, torch 2.11.0, triton 3.6.0,
 # bfloat16, 2026-11-25): 1.10, 1.20 and 1.30 times a copy, against 1.27, 1.31 and 1.43 with 256 KiB, 32 and 2.
@@ -317,35 +317,34 @@ def _launch(
     if is_in_one_pass:  # which the cache has nothing to keep for
         programs *= 2
     grid = (min(rows, programs * num_multiprocessors(logits.device)),)
-    with torch.cuda.device_of(logits):
-        _softmax_loss_kernel[grid](
-            logits,
-            logits.stride(0),
-            dlogits,
-            0 if dlogits is None else dlogits.stride(0),
-            target.contiguous(),
-            None if class_weight is None else class_weight.contiguous(),
-            mass,
-            upstream,
-            0 if upstream is None else upstream.stride(0),
-            losses,
-            row_max,
-            log_sum,
-            rows,
-            classes,
-            readable,
-            ignore_index,
-            label_smoothing,
-            label_smoothing / classes,
-            inner_scale,
-            logit_scale,
-            1.0 if softcap is None else softcap,
-            z_loss,
-            HAS_SMOOTHING=label_smoothing != 0,
-            HAS_SCALE=inner_scale != 1,
-            HAS_SOFTCAP=softcap is not None,
-            HAS_Z_LOSS=z_loss != 0,
-            LANES=lanes,
-            VECTOR=vector,
-            num_warps=num_warps,
-        )
+    launch(_softmax_loss_kernel)[grid](
+        logits,
+        logits.stride(0),
+        dlogits,
+        0 if dlogits is None else dlogits.stride(0),
+        target.contiguous(),
+        None if class_weight is None else class_weight.contiguous(),
+        mass,
+        upstream,
+        0 if upstream is None else upstream.stride(0),
+        losses,
+        row_max,
+        log_sum,
+        rows,
+        classes,
+        readable,
+        ignore_index,
+        label_smoothing,
+        label_smoothing / classes,
+        inner_scale,
+        logit_scale,
+        1.0 if softcap is None else softcap,
+        z_loss,
+        HAS_SMOOTHING=label_smoothing != 0,
+        HAS_SCALE=inner_scale != 1,
+        HAS_SOFTCAP=softcap is not None,
+        HAS_Z_LOSS=z_loss != 0,
+        LANES=lanes,
+        VECTOR=vector,
+        num_warps=num_warps,
+    )

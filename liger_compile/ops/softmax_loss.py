@@ -15,6 +15,7 @@ Chowdhery et al. 2022 (z-loss, arXiv 2204.02311); Gemma Team 2024 (softcap, arXi
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -84,6 +85,14 @@ class SoftmaxLoss:
         index = self.index(target).squeeze(-1).clamp(0, len(self.class_weight) - 1)
         weight = self.class_weight.to(dtype)[index]
         return weight.masked_fill(~self.counted(target), 0)
+
+    def largest_gradient(self, like: Tensor, classes: int) -> Tensor:
+        """A bound of |d loss / d logits| of a token, if its logits are float16; as a () tensor of like's dtype."""
+        weights = like.new_ones(1) if self.class_weight is None else self.class_weight.to(like.dtype).abs()
+        largest_z = self.softcap or abs(self.logit_scale) * torch.finfo(torch.float16).max
+        through_z_loss = 2 * abs(self.z_loss) * (largest_z + math.log(classes))
+        spread = self.label_smoothing * (weights.mean() + weights.amax() / classes)
+        return (weights.amax() * (1 - self.label_smoothing + through_z_loss) + spread) * abs(self.logit_scale)
 
     def statistics(self, z: Tensor, logp: Tensor) -> tuple[Tensor, Tensor]:
         """(row_max, log_sum); where z is largest, logp is -log_sum. (C)"""
