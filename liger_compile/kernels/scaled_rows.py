@@ -8,7 +8,7 @@ of the cache. Bytes an element: 6, or 8 with the sum. Infinite numbers leave a r
 """
 
 # Triton's own: a launch takes num_warps.
-# pyright: reportCallIssue=false
+# pyright: reportCallIssue=false, reportAttributeAccessIssue=false, reportOperatorIssue=false
 
 from __future__ import annotations
 

@@ -137,30 +137,39 @@ def _sums(
 
 
 def _made_for(
-    head: SoftmaxLoss, x: Tensor, weight: Tensor, divisor: Tensor, counted: Tensor, by_kernel: bool
+    head: SoftmaxLoss, x: Tensor, weight: Tensor, bias: Tensor | None, divisor: Tensor, counted: Tensor
 ) -> tuple[Tensor, float, Tensor | None]:
     """1 / divisor, in three: what the losses' gradients are multiplied by, what their products are, and what is left
     for the scales and dbias, if anything.
 
-    Where there is nothing to divide by, F.cross_entropy has gradients of 0 if all tokens are ignored, else NaN.
+    Where there is nothing to divide by, F.cross_entropy has gradients of NaN, and of 0 for tokens that are ignored.
     """
     if x.dtype == torch.float16:
-        upstream = power_of_two(LARGEST_HALF / head.largest_gradient(divisor, weight.shape[0]))
+        largest_logit = _largest_logit(x, weight, bias) if head.z_loss else None
+        upstream = power_of_two(LARGEST_HALF / head.largest_gradient(divisor, weight.shape[0], largest_logit))
         return upstream, 1.0, torch.where(counted.any(), 1 / upstream / divisor, 0.0)
-    if by_kernel:  # ignored tokens have a gradient of 0 whatever this is
+    by_kernel = x.device.type != "cpu" or has_kernel(x, weight, bias, head.class_weight)
+    if by_kernel or not divisor:
         return 1 / divisor, 1.0, None
-    number = divisor.item()
-    return torch.ones_like(divisor), 1 / number if number else float("nan") if counted.any() else 0.0, None
+    return torch.ones_like(divisor), 1 / divisor.item(), None
 
 
-def _undo(made: Gradients, counted: Tensor, rest: Tensor | None) -> Gradients:
+def _largest_logit(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """A bound of |logits|, by the lengths of what is multiplied. ()"""
+    if not x.numel():
+        return x.new_zeros((), dtype=torch.float32)
+    lengths = [torch.linalg.vector_norm(each, dim=1, dtype=torch.float32).amax() for each in (x, weight)]
+    product = lengths[0] * lengths[1]
+    return product if bias is None else product + bias.abs().amax()
+
+
+def _undo(made: Gradients, counted: Tensor, rest: Tensor | None) -> None:
     """Changes the scales, and dbias, so that what backward is told to multiply is the gradient."""
     if rest is not None:
         for each in (made.dbias, made.token_scales, made.class_scales):
             each.mul_(rest)
     if made.token_scales.numel():
         made.token_scales.masked_fill_(~counted, 0)
-    return made
 
 
 def losses_and_gradients(
@@ -283,8 +292,7 @@ def linear_cross_entropy(
     token_weight = head.token_weight(target, accumulation_dtype(x.dtype))
     counted = head.counted(target)
     divisor = token_weight.sum() if reduction == "mean" else token_weight.new_ones(())
-    by_kernel = x.device.type != "cpu" or has_kernel(x, weight, bias, class_weight)
-    upstream, scale, rest = _made_for(head, x, weight, divisor, counted, by_kernel)
+    upstream, scale, rest = _made_for(head, x, weight, bias, divisor, counted)
     losses, made = losses_and_gradients(
         head,
         x,
@@ -296,7 +304,9 @@ def linear_cross_entropy(
         (needs_dx, needs_dweight, needs_dbias),
         memory,
     )
-    return reduce(losses, token_weight, reduction), *_undo(made, counted, rest)
+    _undo(made, counted, rest)
+    dx, dweight, dbias, token_scales, class_scales = made
+    return reduce(losses, token_weight, reduction), dx, dweight, dbias, token_scales, class_scales
 
 
 @linear_cross_entropy.register_fake
@@ -318,7 +328,8 @@ def _(
     memory: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     loss = x.new_empty(x.shape[:1] if reduction == "none" else (), dtype=accumulation_dtype(x.dtype))
-    return loss, *_empty_gradients(x, weight, (needs_dx, needs_dweight, needs_dbias))
+    dx, dweight, dbias, *scales = _empty_gradients(x, weight, (needs_dx, needs_dweight, needs_dbias))
+    return loss, dx, dweight, dbias, scales[0], scales[1]
 
 
 @opaque_op

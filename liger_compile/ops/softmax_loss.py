@@ -86,13 +86,15 @@ class SoftmaxLoss:
         weight = self.class_weight.to(dtype)[index]
         return weight.masked_fill(~self.counted(target), 0)
 
-    def largest_gradient(self, like: Tensor, classes: int) -> Tensor:
-        """A bound of |d loss / d logits| of a token, if its logits are float16; as a () tensor of like's dtype."""
+    def largest_gradient(self, like: Tensor, classes: int, largest_logit: Tensor | None) -> Tensor:
+        """A bound of |d loss / d logits| of a token, a () tensor of like's dtype. A z-loss takes one of |logits|."""
         weights = like.new_ones(1) if self.class_weight is None else self.class_weight.to(like.dtype).abs()
-        largest_z = self.softcap or abs(self.logit_scale) * torch.finfo(torch.float16).max
-        through_z_loss = 2 * abs(self.z_loss) * (largest_z + math.log(classes))
+        through_p = weights.amax() * (1 - self.label_smoothing)
+        if largest_logit is not None:
+            lse = largest_logit * abs(self.logit_scale) if self.softcap is None else self.softcap
+            through_p = through_p + 2 * abs(self.z_loss) * (lse + math.log(classes)) * weights.amax()
         spread = self.label_smoothing * (weights.mean() + weights.amax() / classes)
-        return (weights.amax() * (1 - self.label_smoothing + through_z_loss) + spread) * abs(self.logit_scale)
+        return (through_p + spread) * abs(self.logit_scale)
 
     def statistics(self, z: Tensor, logp: Tensor) -> tuple[Tensor, Tensor]:
         """(row_max, log_sum); where z is largest, logp is -log_sum. (C)"""
