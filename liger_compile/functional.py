@@ -264,8 +264,8 @@ def cross_entropy(
         over no tokens is NaN, with gradients of 0.
 
     Raises:
-        IndexError: a target is no class, on a CPU. Elsewhere the loss and the gradient of that token are NaN, or a
-            device that has no kernel asserts.
+        IndexError: a target is no class, on a CPU. A GPU stops with a device-side assertion, as in `F.cross_entropy`:
+            the error is raised where something waits for it.
     """
     validation.check_loss(
         "cross_entropy",
@@ -325,8 +325,8 @@ def linear_cross_entropy(
         The loss, as that of `cross_entropy`. Logits are rounded to the dtype of x, as `F.linear` rounds them.
 
     Raises:
-        IndexError: a target is no class, on a CPU. Elsewhere the loss and the gradient of that token are NaN, or a
-            device that has no kernel asserts.
+        IndexError: a target is no class, on a CPU. A GPU stops with a device-side assertion, as in `F.cross_entropy`:
+            the error is raised where something waits for it.
         RuntimeError: in a backward with create_graph=True.
 
     Source: Hsu et al. 2024, arXiv 2410.10989.

@@ -55,13 +55,13 @@ def _store_kernel(
         high = tl.max(highs, 0)
         bits = high.to(tl.int32, bitcast=True) & 0x7F800000
         scale = tl.where(high < float("inf"), bits.to(tl.float32, bitcast=True) / TOP, 1.0)
+        inverse = 1.0 / scale  # exact, as is what is multiplied by it
         for start in range(0, width, COLUMNS):
             columns = start + tl.arange(0, COLUMNS)
             mask = columns < width
             total = _total(values_ptr, rows_ptr, row * width + columns, mask, before, ADDS)
-            tl.store(
-                rows_ptr + row * width + columns, (total / scale).to(rows_ptr.dtype.element_ty), mask=mask
-            )
+            rounded = (total * inverse).to(rows_ptr.dtype.element_ty)
+            tl.store(rows_ptr + row * width + columns, rounded, mask=mask)
         tl.store(scales_ptr + row, scale)
 
 

@@ -15,7 +15,8 @@ a multiprocessor; longer rows are read twice). The device's memory is then read 
 half precision with the gradient, 2 without. Within a pass no thread waits for another: each has a maximum and a sum of
 its own, and they meet at the end of the row.
 
-A row whose target is ignored is not read. A row whose target is no class is NaN, and nothing is read by that target.
+A row whose target is ignored is not read. A row whose target is no class is NaN, and nothing is read by that target;
+`assert_classes` is for the callers that have it stop the program, as eager code's kernel does.
 """
 
 # Triton's own: what may be None in a kernel is known when it is compiled, and a launch takes num_warps.
@@ -39,6 +40,7 @@ WARPS_PER_MULTIPROCESSOR = 48
 MOST_PROGRAMS, MOST_WARPS = 32, 32
 VECTOR_BYTES = 16  # what a thread reads at a time
 VECTORS_PER_THREAD, VECTORS_OF_LONG_ROWS = 2, 4
+TARGETS = 1024  # that a program checks
 
 # class_weight, ignore_index, label_smoothing, logit_scale, softcap, z_loss: the fields of ops.softmax_loss.SoftmaxLoss
 Terms = tuple[Tensor | None, int, float, float, float | None, float]
@@ -258,6 +260,25 @@ def _softmax_loss_kernel(
                         mask=mask,
                         eviction_policy="evict_first",
                     )
+
+
+# Assertions are compiled in debug mode alone. A kernel of its own: in that mode all sums of integers are checked too.
+@triton.jit(do_not_specialize=["rows", "classes", "ignore_index"], debug=True)
+def _assert_classes_kernel(target_ptr, rows, classes, ignore_index, BLOCK: tl.constexpr):
+    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    is_row = offsets < rows
+    target = tl.load(target_ptr + offsets, mask=is_row, other=0)
+    is_right = (target == ignore_index) | ((target >= 0) & (target < classes))
+    tl.device_assert(is_right | (is_row == 0), "target >= 0 && target < n_classes")
+
+
+def assert_classes(target: Tensor, classes: int, ignore_index: int) -> None:
+    """Stops the device with an assertion if a target (N) is neither a class nor ignored. Nothing waits for it."""
+    rows = target.numel()
+    if rows:
+        launch(_assert_classes_kernel)[(triton.cdiv(rows, TARGETS),)](
+            target.contiguous(), rows, classes, ignore_index, BLOCK=TARGETS, num_warps=4
+        )
 
 
 def losses(logits: Tensor, target: Tensor, terms: Terms, upstream: Tensor | None) -> Tensor:

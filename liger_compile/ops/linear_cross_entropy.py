@@ -288,7 +288,7 @@ def linear_cross_entropy(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(loss, dx, dweight, dbias, token_scales, class_scales)"""
     head = SoftmaxLoss(class_weight, ignore_index, label_smoothing, logit_scale, softcap, z_loss)
-    head.check(target, weight.shape[0])
+    head.check(target, weight.shape[0], has_kernel(x, weight, bias, class_weight))
     token_weight = head.token_weight(target, accumulation_dtype(x.dtype))
     counted = head.counted(target)
     divisor = token_weight.sum() if reduction == "mean" else token_weight.new_ones(())

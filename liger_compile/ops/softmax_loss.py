@@ -60,13 +60,17 @@ class SoftmaxLoss:
         scaled = logits.to(accumulation_dtype(logits.dtype)) * self.logit_scale
         return (1 - torch.tanh(scaled / self.softcap).square()) * self.logit_scale
 
-    def check(self, target: Tensor, classes: int) -> None:
-        """Raises what F.cross_entropy raises for a target that is no class. Elsewhere, that would be to wait for it."""
-        if target.device.type != "cpu":
-            return
-        wrong = target[(target != self.ignore_index) & ((target < 0) | (target >= classes))]
-        if wrong.numel():
-            raise IndexError(f"Target {wrong[0].item()} is out of bounds.")
+    def check(self, target: Tensor, classes: int, by_kernel: bool) -> None:
+        """Does what F.cross_entropy does with a target that is no class: raises on a CPU, and elsewhere asserts on the
+        device, for nothing waits for it. Without a kernel of ours, `gather` does."""
+        if target.device.type == "cpu":
+            wrong = target[(target != self.ignore_index) & ((target < 0) | (target >= classes))]
+            if wrong.numel():
+                raise IndexError(f"Target {wrong[0].item()} is out of bounds.")
+        elif by_kernel:
+            from ..kernels import softmax_loss as kernels
+
+            kernels.assert_classes(target, classes, self.ignore_index)
 
     def counted(self, target: Tensor) -> Tensor:
         return target != self.ignore_index
@@ -78,7 +82,7 @@ class SoftmaxLoss:
     def token_weight(self, target: Tensor, dtype: torch.dtype) -> Tensor:
         """w[t], 0 where the target is ignored. Its sum is what reduction="mean" divides by. (C)
 
-        Something or other where a target is no class: the loss of that is NaN.
+        Something or other where a target is no class, which `check` has seen.
         """
         if self.class_weight is None:
             return self.counted(target).to(dtype)
