@@ -320,6 +320,7 @@ def linear_cross_entropy(
         class_weight: (V), or None, as weight in `cross_entropy`, whose other arguments mean the same here.
         memory: bytes for a chunk of the logits, or None for a default: 600 MiB on a GPU. A chunk has 128 tokens at the
             least, and in half precision more rather than have a sum of weight's gradient in float32 that is larger.
+            In float16 an eighth of it is for products in float32.
 
     Returns:
         The loss, as that of `cross_entropy`. Logits are rounded to the dtype of x, as `F.linear` rounds them.
