@@ -70,7 +70,7 @@ def compile_graph(
     gm._liger_compile_key = digest  # pyright: ignore[reportArgumentType]
     if inner != "inductor":
         # "aot_eager" partitions by min-cut, which honours recompute marks, and then runs the aten ops.
-        return torch._dynamo.lookup_backend(inner)(gm, list(example_inputs))
+        return _on_their_device(torch._dynamo.lookup_backend(inner)(gm, list(example_inputs)), example_inputs)
 
     from torch._inductor import config
     from torch._inductor.compile_fx import compile_fx
@@ -95,6 +95,20 @@ def compile_graph(
     with traced_for_gradients:
         compiled: Any = compile_fx(gm, example_inputs, config_patches=patches, decompositions=decompositions)
     return compiled
+
+
+def _on_their_device(compiled: Callable[..., Any], inputs: Sequence[Any]) -> Callable[..., Any]:
+    """Triton launches a traced graph's kernels on the current device; in what Inductor writes, they have their own."""
+    device = next((each.device for each in inputs if isinstance(each, torch.Tensor) and each.is_cuda), None)
+    if device is None:
+        return compiled
+
+    @functools.wraps(compiled)
+    def call(*args: Any) -> Any:
+        with torch.cuda.device(device):
+            return compiled(*args)
+
+    return call
 
 
 def _is_on_gpu(inputs: Sequence[Any]) -> bool:

@@ -264,8 +264,8 @@ def cross_entropy(
         over no tokens is NaN, with gradients of 0.
 
     Raises:
-        IndexError: a target is no class, on a CPU. Elsewhere the loss and the gradient of that token are NaN, or a
-            device that has no kernel asserts.
+        IndexError: a target is no class, on a CPU. A GPU stops with a device-side assertion, as in `F.cross_entropy`:
+            the error is raised where something waits for it.
     """
     validation.check_loss(
         "cross_entropy",
@@ -320,13 +320,14 @@ def linear_cross_entropy(
         class_weight: (V), or None, as weight in `cross_entropy`, whose other arguments mean the same here.
         memory: bytes for a chunk of the logits, or None for a default: 600 MiB on a GPU. A chunk has 128 tokens at the
             least, and in half precision more rather than have a sum of weight's gradient in float32 that is larger.
+            In float16 an eighth of it is for products in float32.
 
     Returns:
         The loss, as that of `cross_entropy`. Logits are rounded to the dtype of x, as `F.linear` rounds them.
 
     Raises:
-        IndexError: a target is no class, on a CPU. Elsewhere the loss and the gradient of that token are NaN, or a
-            device that has no kernel asserts.
+        IndexError: a target is no class, on a CPU. A GPU stops with a device-side assertion, as in `F.cross_entropy`:
+            the error is raised where something waits for it.
         RuntimeError: in a backward with create_graph=True.
 
     Source: Hsu et al. 2024, arXiv 2410.10989.
@@ -340,7 +341,7 @@ def linear_cross_entropy(
     )
     validation.check_memory(name, memory)
     in_forward = torch.is_grad_enabled() and reduction != "none"
-    loss, _, _, _ = torch.ops.liger_compile.linear_cross_entropy.default(
+    loss, *_ = torch.ops.liger_compile.linear_cross_entropy.default(
         x.reshape(-1, x.shape[-1]),
         weight,
         target.reshape(-1),

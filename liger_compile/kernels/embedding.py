@@ -22,6 +22,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import launch
+
 CHUNK = 16
 MOST_COLUMNS = 1024  # of a program
 PARTS_AT_ONCE = 8
@@ -39,9 +41,8 @@ def add_rows(table: Tensor, dy: Tensor, indices: Tensor, padding_idx: int) -> No
     num_blocks = triton.cdiv(width, columns)
     of_both = table, rows, parts, num_tokens, num_chunks, width, table.shape[0], padding_idx
     tile = {"CHUNK": CHUNK, "COLUMNS": columns, "num_warps": max(1, columns // 256)}
-    with torch.cuda.device_of(dy):
-        _add_runs_kernel[(num_tokens, num_blocks)](dy, order, *of_both, **tile)
-        _add_parts_kernel[(num_chunks, num_blocks)](*of_both, PARTS=PARTS_AT_ONCE, **tile)
+    launch(_add_runs_kernel)[(num_tokens, num_blocks)](dy, order, *of_both, **tile)
+    launch(_add_parts_kernel)[(num_chunks, num_blocks)](*of_both, PARTS=PARTS_AT_ONCE, **tile)
 
 
 @triton.jit

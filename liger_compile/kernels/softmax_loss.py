@@ -15,7 +15,8 @@ a multiprocessor; longer rows are read twice). The device's memory is then read 
 half precision with the gradient, 2 without. Within a pass no thread waits for another: each has a maximum and a sum of
 its own, and they meet at the end of the row.
 
-A row whose target is ignored is not read. A row whose target is no class is NaN, and nothing is read by that target.
+A row whose target is ignored is not read. A row whose target is no class is NaN, and nothing is read by that target;
+`assert_classes` is for the callers that have it stop the program, as eager code's kernel does.
 """
 
 # Triton's own: what may be None in a kernel is known when it is compiled, and a launch takes num_warps.
@@ -30,7 +31,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import num_multiprocessors
+from . import launch, num_multiprocessors
 
 # The quickest of these, in place, at 32000, 128256 and 151936 classes, or nearly (one H100, torch 2.11.0, triton 3.6.0,
 # bfloat16, 2026-11-25): 1.10, 1.20 and 1.30 times a copy, against 1.27, 1.31 and 1.43 with 256 KiB, 32 and 2.
@@ -39,6 +40,7 @@ WARPS_PER_MULTIPROCESSOR = 48
 MOST_PROGRAMS, MOST_WARPS = 32, 32
 VECTOR_BYTES = 16  # what a thread reads at a time
 VECTORS_PER_THREAD, VECTORS_OF_LONG_ROWS = 2, 4
+TARGETS = 1024  # that a program checks
 
 # class_weight, ignore_index, label_smoothing, logit_scale, softcap, z_loss: the fields of ops.softmax_loss.SoftmaxLoss
 Terms = tuple[Tensor | None, int, float, float, float | None, float]
@@ -260,6 +262,25 @@ def _softmax_loss_kernel(
                     )
 
 
+# Assertions are compiled in debug mode alone. A kernel of its own: in that mode all sums of integers are checked too.
+@triton.jit(do_not_specialize=["rows", "classes", "ignore_index"], debug=True)
+def _assert_classes_kernel(target_ptr, rows, classes, ignore_index, BLOCK: tl.constexpr):
+    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    is_row = offsets < rows
+    target = tl.load(target_ptr + offsets, mask=is_row, other=0)
+    is_right = (target == ignore_index) | ((target >= 0) & (target < classes))
+    tl.device_assert(is_right | (is_row == 0), "target >= 0 && target < n_classes")
+
+
+def assert_classes(target: Tensor, classes: int, ignore_index: int) -> None:
+    """Stops the device with an assertion if a target (N) is neither a class nor ignored. Nothing waits for it."""
+    rows = target.numel()
+    if rows:
+        launch(_assert_classes_kernel)[(triton.cdiv(rows, TARGETS),)](
+            target.contiguous(), rows, classes, ignore_index, BLOCK=TARGETS, num_warps=4
+        )
+
+
 def losses(logits: Tensor, target: Tensor, terms: Terms, upstream: Tensor | None) -> Tensor:
     """The rows' losses (N). With upstream, (N), the logits become the gradient of (losses * upstream).sum() to them.
 
@@ -317,35 +338,34 @@ def _launch(
     if is_in_one_pass:  # which the cache has nothing to keep for
         programs *= 2
     grid = (min(rows, programs * num_multiprocessors(logits.device)),)
-    with torch.cuda.device_of(logits):
-        _softmax_loss_kernel[grid](
-            logits,
-            logits.stride(0),
-            dlogits,
-            0 if dlogits is None else dlogits.stride(0),
-            target.contiguous(),
-            None if class_weight is None else class_weight.contiguous(),
-            mass,
-            upstream,
-            0 if upstream is None else upstream.stride(0),
-            losses,
-            row_max,
-            log_sum,
-            rows,
-            classes,
-            readable,
-            ignore_index,
-            label_smoothing,
-            label_smoothing / classes,
-            inner_scale,
-            logit_scale,
-            1.0 if softcap is None else softcap,
-            z_loss,
-            HAS_SMOOTHING=label_smoothing != 0,
-            HAS_SCALE=inner_scale != 1,
-            HAS_SOFTCAP=softcap is not None,
-            HAS_Z_LOSS=z_loss != 0,
-            LANES=lanes,
-            VECTOR=vector,
-            num_warps=num_warps,
-        )
+    launch(_softmax_loss_kernel)[grid](
+        logits,
+        logits.stride(0),
+        dlogits,
+        0 if dlogits is None else dlogits.stride(0),
+        target.contiguous(),
+        None if class_weight is None else class_weight.contiguous(),
+        mass,
+        upstream,
+        0 if upstream is None else upstream.stride(0),
+        losses,
+        row_max,
+        log_sum,
+        rows,
+        classes,
+        readable,
+        ignore_index,
+        label_smoothing,
+        label_smoothing / classes,
+        inner_scale,
+        logit_scale,
+        1.0 if softcap is None else softcap,
+        z_loss,
+        HAS_SMOOTHING=label_smoothing != 0,
+        HAS_SCALE=inner_scale != 1,
+        HAS_SOFTCAP=softcap is not None,
+        HAS_Z_LOSS=z_loss != 0,
+        LANES=lanes,
+        VECTOR=vector,
+        num_warps=num_warps,
+    )

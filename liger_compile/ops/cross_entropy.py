@@ -38,8 +38,9 @@ def cross_entropy(
     z_loss: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     head = SoftmaxLoss(class_weight, ignore_index, label_smoothing, logit_scale, softcap, z_loss)
-    head.check(target, logits.shape[1])
-    if has_kernel(logits, class_weight):
+    by_kernel = has_kernel(logits, class_weight)
+    head.check(target, logits.shape[1], by_kernel)
+    if by_kernel:
         from ..kernels import softmax_loss as kernels
 
         losses, row_max, log_sum = kernels.losses_and_statistics(logits, target, head.terms)

@@ -4,12 +4,16 @@
     loss = reduce(losses of softmax_loss.py)       "none": each token's; "sum"; "mean": sum(loss) / sum(w[t])
 
     x (N, H), weight (V, H), target (N), bias (V) or None, class_weight (V) or None
-    -> loss () or (N), dx (N, H), dweight (V, H), dbias (V); a gradient that is not needed is empty
+    -> loss () or (N), dx (N, H), dweight (V, H), dbias (V), and what backward multiplies their rows by besides the
+       incoming gradient: token_scales (N) dx's, class_scales (V) dweight's; what is not needed is empty
 
 Tokens go through in chunks: logits of a chunk, their loss, the gradient of that in place, and two products with it,
 the chunk's rows of dx and its share of dweight. No more than a chunk of logits ever exists. For "mean" and "sum" the
 gradients are therefore made in forward, as for an incoming gradient of 1, and saved; backward only scales them. For
 "none" every token has an incoming gradient of its own, so backward computes the logits again.
+
+Where an incoming gradient is infinite or NaN, so are the gradients of a token that counts, and those of weight and bias
+if any does; an ignored token's are 0, as in eager code, which multiplies before. token_scales are 0 for those.
 
 A chunk has `memory` bytes of logits, by default CHUNK_BYTES on a CPU and DEVICE_CHUNK_BYTES elsewhere, and LEAST_ROWS
 at the least; by default on a CPU, where dweight is made, ROWS_A_BYTE for each byte of an element and half as many as x
@@ -23,15 +27,17 @@ for float64). 1 / sum(w[t]) of a "mean":
   p - onehot, in which the 1 is exact, and divided before the result is rounded.
 - On other devices it is divided before, as eager code does, rather than wait for the number or have a pass over
   dweight for it.
-- float16 has no numbers for that. Its kernel rounds HALF_SCALE * (p - onehot), the products are divided by a power of
-  two that is at least N, and a pass over the results multiplies by what is left.
+- float16 has no numbers for that: before the incoming gradient, a GradScaler's, brings it back, what is small would be
+  lost and what is large infinite. The gradient of the logits is rounded as a power of two times p - onehot, as large as
+  float16 allows for the class weights at hand, and products of it are kept as scaled rows (scaled_rows.py), which have
+  been float32 before. token_scales and class_scales undo that. It costs a pass over dweight for each chunk.
 
 Source: Hsu et al., Liger Kernel, 2024 (arXiv 2410.10989), for gradients in forward. The algorithm is our own.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -39,9 +45,11 @@ from torch import Tensor
 
 from .blocks import row_blocks, split_rows
 from .dispatch import has_kernel
+from .gradient_sums import GradientSum, Plain, ScaledRows, Wide
 from .precision import accumulation_dtype
 from .registration import graph_is_retained, opaque_op, second_derivative_error
-from .scale import scale_into
+from .scale import by_rows, scale_into
+from .scaled_rows import power_of_two
 from .softmax_loss import SoftmaxLoss, reduce
 
 # A chunk of logits is small beside any model, and long enough for its products to run at full speed: on a CPU, and
@@ -58,7 +66,8 @@ ROWS_A_BYTE = 64
 ROW_TILE = 128  # rows that a GPU's matrix product has in one tile
 PITCH = 64  # elements that a row of logits is padded to a multiple of, so that all rows are aligned
 ACCUMULATE_WIDE_ABOVE = 16
-HALF_SCALE = 16.0  # brings p of 1 / 2^18 to the normal numbers of float16, and leaves room for class weights
+LARGEST_HALF = 2.0**15  # to which gradients of logits are scaled in float16: half of what it holds
+PRODUCT_SHARE = 8  # of a chunk's memory, one part in so many is for products in float32, where there are any
 
 
 def _chunks(x: Tensor, weight: Tensor, needs_dweight: bool, memory: int) -> list[slice]:
@@ -70,7 +79,9 @@ def _chunks(x: Tensor, weight: Tensor, needs_dweight: bool, memory: int) -> list
 
 
 def _chunk_rows(x: Tensor, weight: Tensor, needs_dweight: bool, memory: int = 0) -> int:
-    budget = memory or (CHUNK_BYTES if x.device.type == "cpu" else DEVICE_CHUNK_BYTES)
+    budget = _budget(x, memory)
+    if x.dtype == torch.float16:
+        budget -= budget // PRODUCT_SHARE
     rows = max(budget // (x.element_size() * weight.shape[0]), LEAST_ROWS)
     if x.device.type != "cpu":
         rows -= rows % ROW_TILE
@@ -81,21 +92,84 @@ def _chunk_rows(x: Tensor, weight: Tensor, needs_dweight: bool, memory: int = 0)
     return max(rows, few) if needs_dweight and x.element_size() == 2 and few <= 2 * x.shape[1] else rows
 
 
-def _made_for(dtype: torch.dtype, reduction: str) -> float:
-    """The incoming gradient that forward makes gradients for. 1 / count takes them below the normal numbers of
-    float16, from where no GradScaler, which multiplies the incoming gradient, would bring them back."""
-    return 256.0 if dtype == torch.float16 and reduction == "mean" else 1.0
+def _budget(x: Tensor, memory: int) -> int:
+    return memory or (CHUNK_BYTES if x.device.type == "cpu" else DEVICE_CHUNK_BYTES)
 
 
-def _empty_gradients(
-    x: Tensor, weight: Tensor, needs: tuple[bool, bool, bool]
-) -> tuple[Tensor, Tensor, Tensor]:
+class Gradients(NamedTuple):
+    """dx (N, H) and dweight (V, H) in the dtype of x, dbias (V) in float32 or wider; and, where float16 needs them,
+    token_scales (N) and class_scales (V), by which their rows are to be multiplied. Empty where not needed."""
+
+    dx: Tensor
+    dweight: Tensor
+    dbias: Tensor
+    token_scales: Tensor
+    class_scales: Tensor
+
+
+def _empty_gradients(x: Tensor, weight: Tensor, needs: tuple[bool, bool, bool]) -> Gradients:
     needs_dx, needs_dweight, needs_dbias = needs
-    return (
+    wide = accumulation_dtype(x.dtype)
+    has_class_scales = needs_dweight and x.dtype == torch.float16
+    return Gradients(
         x.new_empty(x.shape if needs_dx else (0,)),
         weight.new_empty(weight.shape if needs_dweight else (0,)),
-        weight.new_empty(weight.shape[:1] if needs_dbias else (0,)),
+        weight.new_empty(weight.shape[:1] if needs_dbias else (0,), dtype=wide),
+        x.new_empty(x.shape[:1] if any(needs) else (0,), dtype=wide),
+        x.new_empty(weight.shape[:1] if has_class_scales else (0,), dtype=wide),
     )
+
+
+def _sums(
+    x: Tensor, made: Gradients, chunks: int, scale: float, memory: int
+) -> tuple[GradientSum, GradientSum]:
+    """How dx and dweight are added up."""
+    dx, dweight, _, token_scales, class_scales = made
+    dx_sum, dweight_sum = Plain(dx, scale), Plain(dweight, scale)
+    if x.dtype == torch.float16:
+        share = _budget(x, memory) // PRODUCT_SHARE
+        dx_sum, dweight_sum = (
+            ScaledRows(dx, token_scales, share),
+            ScaledRows(dweight, class_scales, share),
+        )
+    is_wide = chunks > ACCUMULATE_WIDE_ABOVE and x.dtype.itemsize == 2
+    return dx_sum, Wide(dweight_sum, scale) if is_wide else dweight_sum
+
+
+def _made_for(
+    head: SoftmaxLoss, x: Tensor, weight: Tensor, bias: Tensor | None, divisor: Tensor, counted: Tensor
+) -> tuple[Tensor, float, Tensor | None]:
+    """1 / divisor, in three: what the losses' gradients are multiplied by, what their products are, and what is left
+    for the scales and dbias, if anything.
+
+    Where there is nothing to divide by, F.cross_entropy has gradients of NaN, and of 0 for tokens that are ignored.
+    """
+    if x.dtype == torch.float16:
+        largest_logit = _largest_logit(x, weight, bias) if head.z_loss else None
+        upstream = power_of_two(LARGEST_HALF / head.largest_gradient(divisor, weight.shape[0], largest_logit))
+        return upstream, 1.0, torch.where(counted.any(), 1 / upstream / divisor, 0.0)
+    by_kernel = x.device.type != "cpu" or has_kernel(x, weight, bias, head.class_weight)
+    if by_kernel or not divisor:
+        return 1 / divisor, 1.0, None
+    return torch.ones_like(divisor), 1 / divisor.item(), None
+
+
+def _largest_logit(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """A bound of |logits|, by the lengths of what is multiplied. ()"""
+    if not x.numel():
+        return x.new_zeros((), dtype=torch.float32)
+    lengths = [torch.linalg.vector_norm(each, dim=1, dtype=torch.float32).amax() for each in (x, weight)]
+    product = lengths[0] * lengths[1]
+    return product if bias is None else product + bias.abs().amax()
+
+
+def _undo(made: Gradients, counted: Tensor, rest: Tensor | None) -> None:
+    """Changes the scales, and dbias, so that what backward is told to multiply is the gradient."""
+    if rest is not None:
+        for each in (made.dbias, made.token_scales, made.class_scales):
+            each.mul_(rest)
+    if made.token_scales.numel():
+        made.token_scales.masked_fill_(~counted, 0)
 
 
 def losses_and_gradients(
@@ -108,30 +182,34 @@ def losses_and_gradients(
     scale: float,
     needs: tuple[bool, bool, bool],
     memory: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Gradients]:
     """The tokens' losses, and scale times the gradients of (losses * upstream).sum()."""
     needs_dx, needs_dweight, _ = needs
-    wide = accumulation_dtype(x.dtype)
     chunks = _chunks(x, weight, needs_dweight, memory)
     on_chunk = _kernel_on_chunk if has_kernel(x, weight, bias, head.class_weight) else _reference_on_chunk
-    losses = x.new_empty(x.shape[:1], dtype=wide)
-    dx, dweight, dbias = _empty_gradients(x, weight, needs)
-    is_wide = len(chunks) > ACCUMULATE_WIDE_ABOVE and weight.dtype != wide
-    dweight_sum = torch.empty_like(dweight, dtype=wide) if is_wide else dweight
+    losses = x.new_empty(x.shape[:1], dtype=accumulation_dtype(x.dtype))
+    made = _empty_gradients(x, weight, needs)
+    made.token_scales.fill_(1)
+    dx_sum, dweight_sum = _sums(x, made, len(chunks), scale, memory)
     # Of many short blocks on a CPU, whose sums would lose more than eager code's one sum does.
-    dbias_sum = torch.zeros_like(dbias, dtype=torch.float64 if x.device.type == "cpu" else wide)
+    dbias_sum = torch.zeros_like(
+        made.dbias, dtype=torch.float64 if x.device.type == "cpu" else made.dbias.dtype
+    )
     for i, chunk in enumerate(chunks):
         logits, losses[chunk] = on_chunk(
             head, x[chunk], weight, bias, target[chunk], upstream[chunk], scale, any(needs), dbias_sum
         )
         if needs_dx:  # logits have become their gradient
-            torch.addmm(dx[chunk], logits, weight, beta=0, alpha=scale, out=dx[chunk])
+            dx_sum.add(chunk, logits, weight, is_first=True)
         if needs_dweight:
-            _add_product(dweight_sum, logits.t(), x[chunk], scale, beta=min(i, 1))
+            dweight_sum.add(slice(None), logits.t(), x[chunk], is_first=i == 0)
         del logits  # before the next chunk's
-    if not chunks:
-        dweight_sum.zero_()
-    return losses, dx, dweight.copy_(dweight_sum) if is_wide else dweight, dbias.copy_(dbias_sum)
+    if chunks and needs_dweight:
+        dweight_sum.finish()
+    elif not chunks:
+        made.dweight.zero_(), made.class_scales.fill_(1)
+    made.dbias.copy_(dbias_sum)
+    return losses, made
 
 
 def _reference_on_chunk(
@@ -190,18 +268,6 @@ def _kernel_on_chunk(
     return logits, losses
 
 
-def _add_product(total: Tensor, a: Tensor, b: Tensor, scale: float, beta: int) -> None:
-    """total = beta * total + scale * a @ b, where total may be wider than the product."""
-    if total.dtype == a.dtype:
-        total.addmm_(a, b, beta=beta, alpha=scale)
-    elif total.is_cuda:
-        torch.addmm(total, a, b, out_dtype=total.dtype, beta=beta, alpha=scale, out=total)
-    else:  # some rows at a time, for the product in the dtype of a is large
-        for rows in split_rows(total.shape[0], max(CHUNK_BYTES // (a.element_size() * total.shape[1]), 1)):
-            product = torch.addmm(a.new_zeros(()), a[rows], b, beta=0, alpha=scale)
-            total[rows] = total[rows] + product if beta else product.to(total.dtype)
-
-
 @opaque_op
 def linear_cross_entropy(
     x: Tensor,
@@ -219,23 +285,15 @@ def linear_cross_entropy(
     needs_dweight: bool,
     needs_dbias: bool,
     memory: int = 0,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(loss, dx, dweight, dbias, token_scales, class_scales)"""
     head = SoftmaxLoss(class_weight, ignore_index, label_smoothing, logit_scale, softcap, z_loss)
-    head.check(target, weight.shape[0])
+    head.check(target, weight.shape[0], has_kernel(x, weight, bias, class_weight))
     token_weight = head.token_weight(target, accumulation_dtype(x.dtype))
-    upstream, scale, rest = token_weight.new_ones(()), _made_for(x.dtype, reduction), None
-    if reduction == "mean":
-        total, counts = token_weight.sum(), head.counted(target).any()
-        # Nothing to divide by: F.cross_entropy has gradients of 0 if all tokens are ignored, else NaN.
-        if x.device.type == "cpu" and not has_kernel(x, weight, bias, class_weight):
-            scale *= 1 / total.item() if total else float("nan") if counts else 0.0
-        elif x.dtype == torch.float16:
-            power = 2.0 ** x.shape[0].bit_length()
-            upstream, scale = upstream * HALF_SCALE, scale / HALF_SCALE / power
-            rest = torch.where(counts, power / total, 0.0)
-        else:  # ignored tokens have a gradient of 0 whatever this is
-            upstream = upstream / total
-    losses, *gradients = losses_and_gradients(
+    counted = head.counted(target)
+    divisor = token_weight.sum() if reduction == "mean" else token_weight.new_ones(())
+    upstream, scale, rest = _made_for(head, x, weight, bias, divisor, counted)
+    losses, made = losses_and_gradients(
         head,
         x,
         weight,
@@ -246,10 +304,9 @@ def linear_cross_entropy(
         (needs_dx, needs_dweight, needs_dbias),
         memory,
     )
-    if rest is not None:
-        gradients = [scale_into(gradient, rest, gradient) for gradient in gradients]
-    dx, dweight, dbias = gradients
-    return reduce(losses, token_weight, reduction), dx, dweight, dbias
+    _undo(made, counted, rest)
+    dx, dweight, dbias, token_scales, class_scales = made
+    return reduce(losses, token_weight, reduction), dx, dweight, dbias, token_scales, class_scales
 
 
 @linear_cross_entropy.register_fake
@@ -269,9 +326,10 @@ def _(
     needs_dweight: bool,
     needs_dbias: bool,
     memory: int = 0,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     loss = x.new_empty(x.shape[:1] if reduction == "none" else (), dtype=accumulation_dtype(x.dtype))
-    return loss, *_empty_gradients(x, weight, (needs_dx, needs_dweight, needs_dbias))
+    dx, dweight, dbias, *scales = _empty_gradients(x, weight, (needs_dx, needs_dweight, needs_dbias))
+    return loss, dx, dweight, dbias, scales[0], scales[1]
 
 
 @opaque_op
@@ -295,7 +353,11 @@ def linear_cross_entropy_backward(
     """(dx, dweight, dbias) for reduction "none", empty where not needed."""
     head = SoftmaxLoss(class_weight, ignore_index, label_smoothing, logit_scale, softcap, z_loss)
     needs = needs_dx, needs_dweight, needs_dbias
-    return losses_and_gradients(head, x, weight, bias, target, dlosses, 1.0, needs, memory)[1:]
+    _, made = losses_and_gradients(head, x, weight, bias, target, dlosses, 1.0, needs, memory)
+    if x.dtype == torch.float16:
+        for gradient, scales in ((made.dx, made.token_scales), (made.dweight, made.class_scales)):
+            scale_into(gradient, scales, gradient)
+    return made.dx, made.dweight, made.dbias.to(x.dtype)
 
 
 @linear_cross_entropy_backward.register_fake
@@ -316,10 +378,11 @@ def _(
     needs_dbias: bool,
     memory: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _empty_gradients(x, weight, (needs_dx, needs_dweight, needs_dbias))
+    dx, dweight, dbias, *_ = _empty_gradients(x, weight, (needs_dx, needs_dweight, needs_dbias))
+    return dx, dweight, dbias.to(x.dtype)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, weight, target, bias, class_weight, ignore_index, reduction, *terms, memory = inputs
     _, *gradients = output
     ctx.set_materialize_grads(False)
@@ -327,7 +390,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.reduction = reduction
     ctx.terms, ctx.made = (ignore_index, *terms[:-3]), terms[-3:]
     ctx.memory = memory
-    ctx.made_for = _made_for(x.dtype, reduction)
+    ctx.dtype = x.dtype
     if reduction == "none":
         ctx.save_for_backward(x, weight, target, bias, class_weight)
     else:
@@ -344,15 +407,13 @@ def _backward(ctx: Any, dloss: Tensor | None, *others: None) -> tuple[Tensor | N
             dloss, *ctx.saved_tensors, *ctx.terms, *needs, ctx.memory
         )
     else:
-        gradients = _scaled(dloss / ctx.made_for, ctx.saved_tensors, ctx.made, needs)
+        _check_made(ctx.made, needs)
+        gradients = _scaled(dloss, Gradients(*ctx.saved_tensors), ctx.dtype)
     dx, dweight, dbias = (grad if needed else None for grad, needed in zip(gradients, needs, strict=True))
     return dx, dweight, None, dbias, *(None,) * 11
 
 
-def _scaled(
-    dloss: Tensor, gradients: tuple[Tensor, ...], made: list[bool], needs: tuple[bool, ...]
-) -> list[Tensor]:
-    """The gradients made in forward, times dloss: in float32, for a half precision would round dloss."""
+def _check_made(made: list[bool], needs: tuple[bool, ...]) -> None:
     if torch.is_grad_enabled():  # create_graph=True: these gradients know nothing of x and weight any more
         raise second_derivative_error("linear_cross_entropy")
     for name, was_made, needed in zip(("dx", "dweight", "dbias"), made, needs, strict=True):
@@ -361,16 +422,40 @@ def _scaled(
                 f"linear_cross_entropy: expected needs_{name}=True for an input that requires grad, got False; "
                 "call liger_compile.functional.linear_cross_entropy, which sets it"
             )
-    if type(dloss) is not Tensor:  # traced: Inductor makes one kernel of it and what follows, on a CPU
-        if gradients[0].is_cuda:  # gradients.py has it done in place, where nothing is read for a factor of 1
-            scale = torch.ops.liger_compile.scale.default
-            return [
-                scale(each, dloss) if needed else each for each, needed in zip(gradients, needs, strict=True)
-            ]
-        return [(gradient.to(dloss.dtype) * dloss).to(gradient.dtype) for gradient in gradients]
-    # In place if this was the last backward: dweight is too large to have it twice for no reason.
-    keeps = graph_is_retained()
-    return [scale_into(each, dloss, torch.empty_like(each) if keeps else each) for each in gradients]
+
+
+def _scaled(dloss: Tensor, made: Gradients, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients made in forward, times dloss: in float32, for a half precision would round dloss."""
+    dx_factor, dweight_factor, dbias_factor = _factors(dloss, made)
+    dx, dweight = _times(made.dx, dx_factor), _times(made.dweight, dweight_factor)
+    return dx, dweight, (made.dbias * dbias_factor).to(dtype)
+
+
+def _factors(dloss: Tensor, made: Gradients) -> tuple[Tensor, Tensor, Tensor]:
+    """What dx's rows, dweight's, and dbias are multiplied by. No incoming gradient reaches a token that is ignored;
+    one that is infinite makes the others NaN in eager code: inf - inf, in the gradient of log_softmax."""
+    counted = made.token_scales != 0
+    dloss = torch.where(dloss.isfinite(), dloss, float("nan"))
+    of_any = torch.where(counted.any(), dloss, 0.0)
+    has_class_scales = made.dweight.dtype == torch.float16
+    return (
+        torch.where(counted, made.token_scales * dloss, 0.0),
+        made.class_scales * of_any if has_class_scales else of_any,
+        of_any,
+    )
+
+
+def _times(gradient: Tensor, factor: Tensor) -> Tensor:
+    if gradient.dim() < 2:  # not needed
+        return gradient
+    if type(factor) is Tensor:
+        # In place if this was the last backward: dweight is too large to have it twice for no reason.
+        return scale_into(gradient, factor, torch.empty_like(gradient) if graph_is_retained() else gradient)
+    # Traced. On a GPU gradients.py has it done in place, where nothing is read for a factor of 1; on a CPU Inductor
+    # makes one kernel of it and what follows.
+    if gradient.is_cuda:
+        return torch.ops.liger_compile.scale.default(gradient, factor)
+    return (gradient.to(factor.dtype) * by_rows(factor)).to(gradient.dtype)
 
 
 linear_cross_entropy.register_autograd(_backward, setup_context=_setup_context)

@@ -1,6 +1,6 @@
 """A gradient that forward has made, times the incoming gradient, which in training is nearly always exactly 1.
 
-    gradient (...), factor () -> gradient * factor, in float32 (in factor's dtype if wider), rounded once
+    gradient (R, ...), factor () or one for each row, (R) -> gradient * factor, in factor's dtype, rounded once
 
 As ops of their own, so that a compiler does not have gradients of a gigabyte read and written for a factor of 1: with
 `scale_in_place`, on a GPU, nothing is read then but the factor. `gradients.py` puts it where it may stand.
@@ -20,10 +20,15 @@ def scale_into(gradient: Tensor, factor: Tensor, out: Tensor) -> Tensor:
     if has_kernel(gradient, factor) and gradient.is_contiguous() and out.is_contiguous():
         from ..kernels import scale as kernels
 
-        return kernels.scale(gradient, factor, out)
+        return (kernels.scale_rows if factor.dim() else kernels.scale)(gradient, factor, out)
     for rows in row_blocks(gradient.shape[0], gradient[:1].numel()):
-        out[rows] = gradient[rows].to(factor.dtype) * factor
+        out[rows] = gradient[rows].to(factor.dtype) * by_rows(factor[rows] if factor.dim() else factor)
     return out
+
+
+def by_rows(factor: Tensor) -> Tensor:
+    """The factor, so that it multiplies the rows of a matrix."""
+    return factor.unsqueeze(-1) if factor.dim() else factor
 
 
 @opaque_op

@@ -15,6 +15,7 @@ Chowdhery et al. 2022 (z-loss, arXiv 2204.02311); Gemma Team 2024 (softcap, arXi
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -59,13 +60,17 @@ class SoftmaxLoss:
         scaled = logits.to(accumulation_dtype(logits.dtype)) * self.logit_scale
         return (1 - torch.tanh(scaled / self.softcap).square()) * self.logit_scale
 
-    def check(self, target: Tensor, classes: int) -> None:
-        """Raises what F.cross_entropy raises for a target that is no class. Elsewhere, that would be to wait for it."""
-        if target.device.type != "cpu":
-            return
-        wrong = target[(target != self.ignore_index) & ((target < 0) | (target >= classes))]
-        if wrong.numel():
-            raise IndexError(f"Target {wrong[0].item()} is out of bounds.")
+    def check(self, target: Tensor, classes: int, by_kernel: bool) -> None:
+        """Does what F.cross_entropy does with a target that is no class: raises on a CPU, and elsewhere asserts on the
+        device, for nothing waits for it. Without a kernel of ours, `gather` does."""
+        if target.device.type == "cpu":
+            wrong = target[(target != self.ignore_index) & ((target < 0) | (target >= classes))]
+            if wrong.numel():
+                raise IndexError(f"Target {wrong[0].item()} is out of bounds.")
+        elif by_kernel:
+            from ..kernels import softmax_loss as kernels
+
+            kernels.assert_classes(target, classes, self.ignore_index)
 
     def counted(self, target: Tensor) -> Tensor:
         return target != self.ignore_index
@@ -77,13 +82,23 @@ class SoftmaxLoss:
     def token_weight(self, target: Tensor, dtype: torch.dtype) -> Tensor:
         """w[t], 0 where the target is ignored. Its sum is what reduction="mean" divides by. (C)
 
-        Something or other where a target is no class: the loss of that is NaN.
+        Something or other where a target is no class, which `check` has seen.
         """
         if self.class_weight is None:
             return self.counted(target).to(dtype)
         index = self.index(target).squeeze(-1).clamp(0, len(self.class_weight) - 1)
         weight = self.class_weight.to(dtype)[index]
         return weight.masked_fill(~self.counted(target), 0)
+
+    def largest_gradient(self, like: Tensor, classes: int, largest_logit: Tensor | None) -> Tensor:
+        """A bound of |d loss / d logits| of a token, a () tensor of like's dtype. A z-loss takes one of |logits|."""
+        weights = like.new_ones(1) if self.class_weight is None else self.class_weight.to(like.dtype).abs()
+        through_p = weights.amax() * (1 - self.label_smoothing)
+        if largest_logit is not None:
+            lse = largest_logit * abs(self.logit_scale) if self.softcap is None else self.softcap
+            through_p = through_p + 2 * abs(self.z_loss) * (lse + math.log(classes)) * weights.amax()
+        spread = self.label_smoothing * (weights.mean() + weights.amax() / classes)
+        return (through_p + spread) * abs(self.logit_scale)
 
     def statistics(self, z: Tensor, logp: Tensor) -> tuple[Tensor, Tensor]:
         """(row_max, log_sum); where z is largest, logp is -log_sum. (C)"""

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -152,6 +156,32 @@ def test_a_target_that_is_no_class_makes_its_row_nan_and_no_other(device, ours, 
     target[2] = wrong
     losses[2] = dlogits[2] = torch.nan
     torch.testing.assert_close(ours(head, logits, target, upstream), (losses, dlogits), equal_nan=True)
+
+
+def test_targets_that_are_classes_or_ignored_pass(device):
+    kernels.assert_classes(torch.tensor([0, 100, 7, 0] * 600, device=device), 101, 7)
+    kernels.assert_classes(torch.tensor([10**12, 5], device=device), 101, 10**12)
+    kernels.assert_classes(torch.zeros(0, dtype=torch.int64, device=device), 101, -100)
+
+
+ASSERTS = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from liger_compile.kernels.softmax_loss import _assert_classes_kernel as kernel
+signature = dict.fromkeys(kernel.arg_names, "i32") | {"target_ptr": "*i64", "BLOCK": "constexpr"}
+source = ASTSource(kernel, signature=signature, constexprs={(kernel.arg_names.index("BLOCK"),): 1024})
+compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"debug": kernel.debug})
+assert "__assertfail" in compiled.asm["ptx"]
+"""
+
+
+def test_the_assertion_is_compiled_without_any_setting():
+    """Triton leaves assertions out where nothing asks for them. The interpreter does so always."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("TRITON")}
+    environment["PYTHONPATH"] = ":".join(sys.path)
+    done = subprocess.run([sys.executable, "-c", ASSERTS], capture_output=True, text=True, env=environment)
+    assert not done.returncode, done.stderr
 
 
 @both

@@ -229,10 +229,11 @@ def test_only_the_gradients_that_are_needed_are_made(needs):
     x, weight, bias = torch.randn(6, H), torch.randn(V, H), torch.randn(V)
     target = torch.randint(0, V, (6,))
     flags = [bool(need) for need in needs]
-    made = torch.ops.liger_compile.linear_cross_entropy.default(
+    _, *made, token_scales, class_scales = torch.ops.liger_compile.linear_cross_entropy.default(
         x, weight, target, bias, None, -100, "mean", 0.0, 1.0, None, 0.0, *flags
-    )[1:]
+    )
     assert [g.numel() > 0 for g in made] == flags
+    assert (token_scales.numel(), class_scales.numel()) == (6 if any(flags) else 0, 0)
 
 
 def test_no_gradients_are_made_where_none_are_wanted():
@@ -241,7 +242,7 @@ def test_no_gradients_are_made_where_none_are_wanted():
     target = torch.randint(0, V, (6,))
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         L.linear_cross_entropy(x, weight, target)
-        assert [t.numel() for t in saved] == [6 * H, 0, 0]
+        assert [t.numel() for t in saved] == [6 * H, 0, 0, 6, 0]
         saved.clear()
         with torch.no_grad():
             L.linear_cross_entropy(x, weight, target)

@@ -209,6 +209,28 @@ def test_the_budget_for_logits_reaches_the_op(run_liger, monkeypatch):
     assert budgets == [None, 4096]
 
 
+@pytest.mark.parametrize(
+    "function", [nanogpt, shifted_logits, classes_second, smoothed, weighted_tokens, cohere]
+)
+@pytest.mark.parametrize("wrong", [V, -7])
+def test_a_label_that_is_no_class_raises_what_eager_raises(run_liger, function, wrong):
+    labels = LABELS.clamp(min=-1) if function is nanogpt else LABELS.clone()
+    labels[1, 4] = wrong
+    with pytest.raises(IndexError) as eager:
+        function(X, W, labels)
+    with pytest.raises(IndexError) as found:
+        run_liger(function, X, W, labels)
+    assert str(found.value) == str(eager.value)
+
+
+@pytest.mark.parametrize("inner", ["aot_eager", "inductor"])
+def test_a_label_that_is_no_class_raises_in_a_compiled_step(run_liger, inner):
+    labels = LABELS.clone()
+    labels[1, 4] = V
+    with pytest.raises(IndexError, match=f"Target {V} is out of bounds"):
+        run_liger(hugging_face, X.clone().requires_grad_(), W, labels, inner=inner)
+
+
 def test_a_cap_of_zero_is_no_cap(run_liger):
     def f(x, w, labels):
         logits = torch.tanh(F.linear(x, w).float() / 30.0) * 0.0
