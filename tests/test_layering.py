@@ -35,9 +35,9 @@ ALLOWED = {
     "variants": ("terms.mutation",),
     "buckets": ("terms",),
     "ddp": (),
-    "lazy": (),
+    "runtime": ("runtime",),
     "zeros": (),
-    "outputs": ("lazy", "terms"),
+    "outputs": ("runtime", "terms"),
     "registry": ("pattern", "terms", "patterns"),
     "patterns": ("pattern", "patterns", "functional", "flex", "ops.dispatch"),
 }

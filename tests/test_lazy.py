@@ -9,7 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from liger_compile.lazy import LazyTensor, Recipe, lazy
+from liger_compile.runtime.lazy import LazyTensor, lazy
+from liger_compile.runtime.promise import Recipe
 
 X, W = torch.randn(4, 8), torch.randn(16, 8)
 

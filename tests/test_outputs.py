@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 import liger_compile
-from liger_compile.lazy import LazyTensor
+from liger_compile.runtime.lazy import LazyTensor
 
 V, H = 32, 8
 
