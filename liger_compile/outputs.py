@@ -33,6 +33,8 @@ _ADVICE = (
     "or read them before the weights change"
 )
 
+_MOST_LIKES = 1024  # lengths of sequences, say: so many are remembered
+
 
 @dataclass(frozen=True)
 class Logits:
@@ -224,6 +226,8 @@ class Filled:
             arguments = (outputs[self.positions[0]], *(inputs[i] for i in self.inputs))
             key = tuple(map(_layout, arguments))
             if key not in self.likes:
+                if len(self.likes) >= _MOST_LIKES:
+                    self.likes.clear()
                 self.likes[key] = _like(self.recipe, arguments)
             made = lazy(self.recipe, self.likes[key], *arguments)
         for position in self.positions:

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import copy
 import functools
+from multiprocessing.reduction import ForkingPickler
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.utils.dlpack
 from torch import Tensor
+from torch.multiprocessing.reductions import reduce_tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from liger_compile.runtime.fingerprint import Fingerprint, fingerprint, has_fingerprint
@@ -135,16 +137,10 @@ class LazyTensor(Tensor):
         dense_args, dense_kwargs = tree_map_only(LazyTensor, LazyTensor.dense, (args, kwargs))
         result = func(*dense_args, **dense_kwargs)
         if func._schema.is_mutable:
-            for each in lazies.values():
-                each._follow()
+            for each in lazies.values():  # it may have another shape or storage now
+                _DATA.__set__(each, each.dense())
         # Operations in place give back what they wrote into.
         return tree_map_only(Tensor, lambda each: lazies.get(id(each), each), result)
-
-    def _follow(self) -> None:
-        """After an operation that may have changed the shape, the strides or the storage in place."""
-        dense = self.dense()
-        if not self.is_set_to(dense):
-            _DATA.__set__(self, dense)
 
     # Another compiled function takes the values as its input.
 
@@ -174,10 +170,13 @@ class LazyTensor(Tensor):
         self._put(plain.detach())
 
     def __repr__(self, *, tensor_contents=None) -> str:
+        """The values as torch prints them; where they cannot be computed, why. Never raises: a debugger calls it."""
         try:
-            return repr(self.dense())
-        except RuntimeError as error:
-            return f"tensor(<{error}>, size={tuple(self.shape)}, dtype={self.dtype}, device='{self.device}')"
+            values = repr(self.dense()).removesuffix(")")
+        except Exception as error:
+            values = f"tensor(<{error}>, size={tuple(self.shape)}, dtype={self.dtype}, device='{self.device}'"
+        grad = f", grad_fn=<{type(self.grad_fn).__name__}>" if self.grad_fn is not None else ""
+        return f"{values}{grad})"
 
     def tolist(self):
         return self.dense().tolist()
@@ -205,6 +204,9 @@ class LazyTensor(Tensor):
     def __reduce_ex__(self, protocol):
         return self._leaf().__reduce_ex__(protocol)
 
+    def as_subclass(self, cls):
+        return self.view_as(self).as_subclass(cls)
+
     def __deepcopy__(self, memo):
         if self.requires_grad:  # as of any tensor that is no leaf: torch has the words for it
             return super().__deepcopy__(memo)
@@ -213,6 +215,10 @@ class LazyTensor(Tensor):
 
 def _like(tensor: Tensor) -> Tensor:
     return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+
+
+# By type: the queues of torch.multiprocessing.
+ForkingPickler.register(LazyTensor, lambda tensor: reduce_tensor(tensor.view_as(tensor)))
 
 
 def _with_memory(to_dlpack: Callable[..., Any]) -> Callable[..., Any]:

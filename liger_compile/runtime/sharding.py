@@ -35,15 +35,15 @@ def keep_before_sharding(promise: Promise, inputs: Sequence[Tensor]) -> None:
 
 
 def _gathered_weights() -> Iterator[tuple[int | None, bool]]:
-    """The storage of each weight that FSDP2 has gathered once, and whether it is freed after forward, not only after
+    """The storage of each weight that FSDP2 has gathered by now, and whether it is freed after forward, not only after
     backward."""
-    # Private, and the same from torch 2.11 on, but for the groups.
+    # Private; from torch 2.11 to 2.13 the same, but for the groups.
     composable = sys.modules.get("torch.distributed._composable_state")
-    for reference in list(composable._module_state_mapping.values()) if composable else ():
-        for group in _groups(reference()):
-            for each in group.fsdp_params:
-                if (weight := getattr(each, "_unsharded_param", None)) is not None:
-                    yield storage_of(weight), group._reshard_after_forward
+    states = list(composable._module_state_mapping.values()) if composable else ()
+    groups = (group for reference in states for group in _groups(reference()) if group.is_unsharded)
+    for group in groups:
+        for each in group.fsdp_params:
+            yield storage_of(each._unsharded_param), group._reshard_after_forward
 
 
 def _groups(state: Any) -> Sequence[Any]:
