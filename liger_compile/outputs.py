@@ -29,8 +29,8 @@ from liger_compile.terms.term import Term
 # On the way from a head to its loss, or to an output. All logits stay there.
 _STEPS = ("cast", "view", "slice", "permute", "mul", "add", "tanh")
 _ADVICE = (
-    'compile with options={"liger.logits": "eager"} to have them computed in the compiled graph, '
-    "or read them before the weights change"
+    "read them before the weights change, or compile with "
+    'options={"liger.logits": "eager"} to have them computed in the compiled graph'
 )
 
 _MOST_LIKES = 1024  # lengths of sequences, say: so many are remembered

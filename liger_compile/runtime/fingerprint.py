@@ -11,7 +11,7 @@ dimension are held whole.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,7 +33,8 @@ class Fingerprint(NamedTuple):
 
 def has_fingerprint(tensor: Tensor) -> bool:
     """Whether the elements of a tensor are bits in plain memory that can be read."""
-    is_plain = type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__
+    plain: Any = Tensor
+    is_plain = type(tensor).__torch_dispatch__ is plain.__torch_dispatch__  # pyright: ignore[reportAttributeAccessIssue]
     return is_plain and tensor.layout is torch.strided and not tensor.is_quantized and not tensor.is_meta
 
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import copy
 import functools
-from multiprocessing.reduction import ForkingPickler
 from collections.abc import Callable, Sequence
+from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 import torch
@@ -19,9 +19,9 @@ from torch import Tensor
 from torch.multiprocessing.reductions import reduce_tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from liger_compile.runtime.fingerprint import Fingerprint, fingerprint, has_fingerprint
+from liger_compile.runtime.fingerprint import fingerprint, has_fingerprint
 from liger_compile.runtime.optimizer_steps import keep_before_steps
-from liger_compile.runtime.promise import CHANGED_UNSEEN, Promise, Recipe, Values
+from liger_compile.runtime.promise import CHANGED_UNSEEN, FREED, Promise, Recipe, Values, is_freed
 from liger_compile.runtime.sharding import keep_before_sharding
 
 # What stays lazy: the same memory, and a copy of it in another dtype.
@@ -35,7 +35,8 @@ def lazy(recipe: Recipe, like: Tensor, *inputs: Any) -> Tensor:
     """A tensor with the shape, strides, dtype and device of `like`, which may be on the meta device, whose values and
     gradients are those of recipe(*inputs), with the inputs as they are now.
 
-    It is computed at once where the inputs could change and nothing would tell, as in a CUDA graph that is being recorded.
+    It is computed at once where the inputs could change and nothing would tell: while a CUDA graph is recorded, whose
+    replays write into them, and of tensor subclasses.
     """
     tensors = [each for each in inputs if isinstance(each, Tensor)]
     if _is_recorded(tensors) or not all(map(has_fingerprint, tensors)):
@@ -68,8 +69,9 @@ class _Deferred(torch.autograd.Function):
         inputs, wanted = list(ctx.inputs), []
         again = torch.is_grad_enabled()
         for i, saved in zip(ctx.positions, ctx.saved_tensors, strict=True):
-            if not ctx.fingerprints[i].is_same(fingerprint(saved)):
-                raise ctx.recipe.refusal(saved.shape, CHANGED_UNSEEN)
+            if is_freed(saved) or not ctx.fingerprints[i].is_same(fingerprint(saved)):
+                what = FREED if is_freed(saved) else CHANGED_UNSEEN
+                raise ctx.recipe.refusal("gradients", saved.shape, what)
             needs_gradient = ctx.needs_input_grad[3 + i]
             inputs[i] = saved if again else saved.detach().requires_grad_(needs_gradient)
             wanted += [i] if needs_gradient else []
@@ -92,8 +94,10 @@ class _Absent:
 class LazyTensor(Tensor):
     """Made by lazy(). `dense()` is the same tensor with its values in memory."""
 
-    _values: Values | None  # until dense() is called
-    _dense_alias: Tensor | None  # from then on; a plain tensor with the metadata of this one, in the same memory
+    _promised: Values | None  # until dense() is called
+    _dense_alias: (
+        Tensor | None
+    )  # from then on; a plain tensor with the metadata of this one, in the same memory
 
     # Everything arrives at __torch_dispatch__, below autograd; results are plain tensors.
     __torch_function__ = torch._C._disabled_torch_function_impl  # pyright: ignore
@@ -104,7 +108,7 @@ class LazyTensor(Tensor):
             cls, like.shape, strides=like.stride(), dtype=like.dtype, device=device
         )
         torch._C._set_throw_on_mutable_data_ptr(made)  # in C++; a null pointer would not tell
-        made._values, made._dense_alias = values, None
+        made._promised, made._dense_alias = values, None
         return made
 
     def dense(self) -> Tensor:
@@ -113,9 +117,9 @@ class LazyTensor(Tensor):
         Raises:
             RuntimeError: they had not been read before something changed that they are computed from.
         """
-        if (values := self._values) is not None:
+        if (values := self._promised) is not None:
             with values.lock, torch.inference_mode(False):
-                if self._values is not None:  # still, now that no other thread is at it
+                if self._promised is not None:  # still, now that no other thread is at it
                     self._put(values().detach())
         assert self._dense_alias is not None
         return self._dense_alias
@@ -123,17 +127,19 @@ class LazyTensor(Tensor):
     def _put(self, dense: Tensor) -> None:
         """Takes over the memory and the metadata of a plain tensor; autograd, hooks and the version stay."""
         _DATA.__set__(self, dense)
-        self._values, self._dense_alias = None, dense
+        self._promised, self._dense_alias = None, dense
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func in _ALIASES and (values := args[0]._values) is not None:
+        if func in _ALIASES and (values := args[0]._promised) is not None:
             return LazyTensor(_like(args[0]), args[0].device, values)
-        if func is _COPY and kwargs.keys() == {"dtype"} and (values := args[0]._values) is not None:
+        if func is _COPY and kwargs.keys() == {"dtype"} and (values := args[0]._promised) is not None:
             like = _COPY(_like(args[0]), **kwargs)
             return LazyTensor(like, args[0].device, values.copy(like.dtype))
-        lazies = {id(each.dense()): each for each in tree_leaves((args, kwargs)) if isinstance(each, LazyTensor)}
+        lazies = {
+            id(each.dense()): each for each in tree_leaves((args, kwargs)) if isinstance(each, LazyTensor)
+        }
         dense_args, dense_kwargs = tree_map_only(LazyTensor, LazyTensor.dense, (args, kwargs))
         result = func(*dense_args, **dense_kwargs)
         if func._schema.is_mutable:
@@ -196,7 +202,7 @@ class LazyTensor(Tensor):
         return self.dense().data_ptr()
 
     def const_data_ptr(self) -> int:
-        return self.dense().const_data_ptr()
+        return self.dense().data_ptr()
 
     def untyped_storage(self):
         return self.dense().untyped_storage()
@@ -235,4 +241,5 @@ def _with_memory(to_dlpack: Callable[..., Any]) -> Callable[..., Any]:
 
 
 # The one function of torch's that asks neither the class nor the dispatcher before it reads a tensor's memory.
-torch.utils.dlpack.to_dlpack = torch.to_dlpack = _with_memory(torch.utils.dlpack.to_dlpack)
+_dlpack: Any = torch.utils.dlpack
+_dlpack.to_dlpack = torch.to_dlpack = _with_memory(_dlpack.to_dlpack)

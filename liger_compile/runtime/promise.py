@@ -52,16 +52,19 @@ class Recipe:
                     stack.enter_context(torch.autocast(device, enabled=False))
             return self.function(*inputs)
 
-    def refusal(self, shape: Sequence[int], what: str) -> RuntimeError:
-        """The error where an input of this shape is not what it was."""
+    def refusal(self, wanted: str, shape: Sequence[int], what: str) -> RuntimeError:
+        """The error where an input of this shape is not what it was: "values", or "gradients" of them, are wanted."""
+        subject = f"the {self.name}" if wanted == "values" else f"the {wanted} of the {self.name}"
         return RuntimeError(
-            f"the {self.name} cannot be computed any more: nothing had read them yet when a tensor of shape "
-            f"{tuple(shape)} that they are computed from {what}; {self.advice}"
+            f"{subject} cannot be computed any more: a tensor of shape {tuple(shape)} that they depend on {what} "
+            f"before they were needed; {self.advice}"
         )
 
 
 CHANGED_IN_PLACE = "was changed in place (by an optimizer's step, say)"
-CHANGED_UNSEEN = "was changed (through .data, NumPy, a raw pointer, or by an optimizer that has no step hooks)"
+CHANGED_UNSEEN = (
+    "was changed (through .data, NumPy, a raw pointer, or by an optimizer that has no step hooks)"
+)
 FREED = "was freed (as sharding frees gathered weights)"
 
 
@@ -71,6 +74,13 @@ def storage_of(tensor: Tensor) -> int | None:
         return tensor.untyped_storage()._cdata
     except (RuntimeError, NotImplementedError):
         return None
+
+
+def is_freed(tensor: Tensor) -> bool:
+    """Whether its storage has become too small for it."""
+    steps = ((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    end = (tensor.storage_offset() + sum(steps) + 1) * tensor.element_size()
+    return tensor.numel() > 0 and tensor.untyped_storage().nbytes() < end
 
 
 class _Input:
@@ -84,11 +94,11 @@ class _Input:
 
     def what_happened(self) -> str | None:
         """Where it shows without a look at the values."""
-        if self._lost is None and self.tensor.numel() and not self.tensor.untyped_storage().nbytes():
+        if self._lost:
+            return self._lost
+        if is_freed(self.tensor):
             return FREED
-        if self._lost is None and _version(self.tensor) != self._version:
-            return CHANGED_IN_PLACE
-        return self._lost
+        return None if _version(self.tensor) == self._version else CHANGED_IN_PLACE
 
     def is_same(self) -> Tensor:
         """bool []: whether the values are what they were."""
@@ -125,7 +135,8 @@ class Promise:
         self._inputs = [_Input(each) if isinstance(each, Tensor) else each for each in inputs]
         self._stream = _stream(self._tensors())
         self._values: Tensor | None = None
-        self._doubts: list[tuple[torch.Size, Tensor]] = []  # shape of an input; bool [], whether it was what it had been
+        # The shape of each input, and bool []: whether it was what it had been when the values were computed.
+        self._doubts: list[tuple[torch.Size, Tensor]] = []
 
     def __call__(self) -> Tensor:
         """The values, without a gradient, the same tensor each time.
@@ -137,17 +148,18 @@ class Promise:
             if self._values is None:
                 for each in self._tensors():
                     if what := each.what_happened():
-                        raise self.recipe.refusal(each.tensor.shape, what)
+                        raise self.recipe.refusal("values", each.tensor.shape, what)
             values = self._computed()
             for shape, is_same in self._doubts:
                 if not is_same:
-                    raise self.recipe.refusal(shape, CHANGED_UNSEEN)
+                    raise self.recipe.refusal("values", shape, CHANGED_UNSEEN)
             self._doubts = []
             return values
 
     def keep(self, storages: Container[int | None], copies: dict[Any, Tensor]) -> None:
-        """Makes the values independent of the inputs in these storages, which are about to change: by copies of them, or
-        by computing the values, whichever is smaller. Nothing waits for a GPU, and nothing is raised.
+        """Makes the values independent of the inputs in these storages, which are about to change: by copies of these
+        inputs, or by computing the values, whichever is smaller. Nothing waits for a GPU. Where there is no memory left
+        for that, the change will be noticed.
 
         Args:
             storages: as storage_of() gives them.
@@ -187,7 +199,8 @@ class Promise:
 class Values:
     """The memory of tensors that are computed late and are aliases of one another.
 
-    Copies in another dtype are made with it: a copy has the values from before whatever is written into the memory later.
+    Copies in another dtype are made when it is: nobody can write into it before, and a copy must not see what is
+    written afterwards.
     """
 
     def __init__(self, source: Promise | Values, dtype: torch.dtype | None = None) -> None:
@@ -238,8 +251,8 @@ def _stream(inputs: Sequence[_Input]) -> torch.cuda.Stream | None:
 
 @contextlib.contextmanager
 def _on(stream: torch.cuda.Stream | None) -> Iterator[None]:
-    """What is launched in it runs on a stream, and the one that is current waits: to it, the values were there since the
-    inputs were."""
+    """What is launched in it runs on a stream, and the current stream waits for it: code that synchronizes with the
+    forward pass expects the values to be there."""
     if stream is None or stream == (current := torch.cuda.current_stream(stream.device)):
         yield
         return

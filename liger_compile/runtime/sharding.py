@@ -17,8 +17,8 @@ from liger_compile.runtime.promise import Promise, storage_of
 
 
 def keep_before_sharding(promise: Promise, inputs: Sequence[Tensor]) -> None:
-    """Keeps those inputs of a promise that are gathered: now, where they are freed at the end of this forward; the others
-    when backward begins, if the promise still waits then."""
+    """Keeps those inputs of a promise that FSDP2 has gathered: now, what it frees at the end of this forward; the rest
+    when backward begins, if the promise has not been computed by then and somebody still holds it."""
     soon_freed = dict(_gathered_weights())
     gathered = {storage for each in inputs if (storage := storage_of(each)) in soon_freed}
     backwards = [each.grad_fn for each in inputs if each.grad_fn is not None]
