@@ -21,16 +21,19 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
 
-from liger_compile.lazy import Recipe, lazy
+from liger_compile.runtime.lazy import lazy
+from liger_compile.runtime.promise import Recipe
 from liger_compile.terms.build import Terms
 from liger_compile.terms.term import Term
 
 # On the way from a head to its loss, or to an output. All logits stay there.
 _STEPS = ("cast", "view", "slice", "permute", "mul", "add", "tanh")
 _ADVICE = (
-    'compile with options={"liger.logits": "eager"} to have them computed in the compiled graph, '
-    "or read them before the weights change"
+    "read them before the weights change, or compile with "
+    'options={"liger.logits": "eager"} to have them computed in the compiled graph'
 )
+
+_MOST_LIKES = 1024  # lengths of sequences, say: so many are remembered
 
 
 @dataclass(frozen=True)
@@ -201,9 +204,7 @@ class Filled:
     positions: tuple[int, ...]
     inputs: tuple[int, ...]  # which of the graph's inputs the recipe takes after the hidden state
     recipe: Recipe | None  # None puts None there
-    likes: dict[Any, Tensor] = field(
-        default_factory=dict
-    )  # what the output looks like, by the hidden state's shape
+    likes: dict[Any, Tensor] = field(default_factory=dict)  # what the output looks like, by what decides that
 
     def __str__(self) -> str:
         which = ", ".join(map(str, self.positions))
@@ -218,12 +219,21 @@ class Filled:
         made = None
         if self.recipe is not None:
             arguments = (outputs[self.positions[0]], *(inputs[i] for i in self.inputs))
-            shape = tuple(arguments[0].shape)
-            if shape not in self.likes:
-                self.likes[shape] = _like(self.recipe, arguments)
-            made = lazy(self.recipe, self.likes[shape], *arguments)
+            key = tuple(map(_layout, arguments))
+            if key not in self.likes:
+                if len(self.likes) >= _MOST_LIKES:
+                    self.likes.clear()
+                self.likes[key] = _like(self.recipe, arguments)
+            made = lazy(self.recipe, self.likes[key], *arguments)
         for position in self.positions:
             outputs[position] = made
+
+
+def _layout(argument: Any) -> Any:
+    """What the shape, strides and dtype of a result may depend on: the same of a tensor, and a size."""
+    if isinstance(argument, Tensor):
+        return argument.shape, argument.stride(), argument.dtype
+    return argument if isinstance(argument, int) else type(argument)
 
 
 def _like(recipe: Recipe, arguments: Sequence[Any]) -> Tensor:

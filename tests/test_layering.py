@@ -36,9 +36,9 @@ ALLOWED = {
     "variants": ("graphs.aliasing",),
     "buckets": ("graphs", "terms"),
     "ddp": (),
-    "lazy": (),
+    "runtime": ("runtime",),
     "zeros": (),
-    "outputs": ("lazy", "terms"),
+    "outputs": ("runtime", "terms"),
     "registry": ("graphs", "pattern", "terms", "patterns"),
     "patterns": ("pattern", "patterns", "functional", "flex", "ops.dispatch"),
 }

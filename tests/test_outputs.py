@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 import liger_compile
-from liger_compile.lazy import LazyTensor
+from liger_compile.runtime.lazy import LazyTensor
 
 V, H = 32, 8
 
@@ -238,6 +238,56 @@ def test_the_weight_may_change_after_the_logits_were_read_and_not_before():
     torch.testing.assert_close(first.detach() + 0, expected)
     with pytest.raises(RuntimeError, match=r"liger.logits"):
         second.max()
+
+
+STEPS = {
+    "plain": lambda w: torch.optim.SGD([w], lr=0.5, foreach=False).step(),
+    "fused": lambda w: torch.optim.AdamW([w], lr=0.5, fused=True).step(),
+}
+
+
+@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("inner", ("aot_eager", "inductor"))
+def test_after_an_optimizers_step_logits_are_those_from_before(step, inner):
+    x, w, labels = arguments()
+    loss, logits = compiled(head_and_loss, inner)(x, w, labels)
+    expected = head_and_loss(x, w, labels)[1].detach()
+    copy = logits.double()
+    loss.backward()
+    STEPS[step](w)
+    torch.testing.assert_close(logits.detach() + 0, expected)
+    torch.testing.assert_close(copy + 0, logits.double(), rtol=0, atol=0)
+    assert "grad_fn" in repr(logits) and "cannot be computed" not in repr(logits)
+
+
+def test_a_weight_that_was_written_unseen_is_an_error_and_printing_says_so():
+    x, w, labels = arguments()
+    _, logits = compiled(head_and_loss)(x, w, labels)
+    w.data.mul_(0.5)
+    assert "liger.logits" in repr(logits)
+    for read in (torch.Tensor.argmax, lambda t: t.tolist(), torch.compile(torch.sin, backend="aot_eager")):
+        with pytest.raises(RuntimeError, match=r"was changed .*liger.logits"):
+            read(logits)
+
+
+def last_positions(x, w, labels, count):
+    logits = F.linear(torch.tanh(x), w)
+    return F.cross_entropy(logits.view(-1, V), labels.view(-1)), logits[:, -count:]
+
+
+@pytest.mark.parametrize("dynamic", (True, None))
+def test_a_number_that_changes_decides_the_shape(dynamic):
+    function = torch.compile(
+        last_positions,
+        backend="liger",
+        dynamic=dynamic,
+        options={"liger.inner": "aot_eager", "liger.strict": True},
+    )
+    x, w, labels = arguments()
+    for count in (4, 2, 3, 2):
+        logits = function(x, w, labels, count)[1]
+        assert isinstance(logits, LazyTensor) and logits.shape == (3, count, V)
+        torch.testing.assert_close(logits + 0, last_positions(x, w, labels, count)[1] + 0)
 
 
 def test_nothing_large_is_kept_for_backward():

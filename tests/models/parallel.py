@@ -3,7 +3,7 @@
     torchrun --nproc-per-node 2 tests/models/parallel.py DEVICE WAY [WAY ...]
 
 Rank 0 writes a line of JSON for each way: the losses of both, how far the first step's gradients are from eager's, the
-patterns that were found, and what reading the logits of a step that is over gives.
+patterns that were found, and what reading logits late gives in both.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import liger_compile
 
 DDP, FSDP, FSDP_BY_LAYER = "ddp", "fsdp", "fsdp by layer"
+FSDP_RESHARDED = "fsdp, root resharded"  # its weights are freed after forward too
 STEPS, BATCH, LENGTH = 3, 2, 32
 CONFIG = LlamaConfig(
     num_hidden_layers=2,
@@ -34,7 +35,11 @@ CONFIG = LlamaConfig(
 
 
 def trained(way, device, arguments):
-    """Losses, gradients of the first step, outputs of the last. `arguments` are torch.compile's; None is eager."""
+    """Losses, gradients of the first step, sizes of logits. `arguments` are torch.compile's; None is eager.
+
+    The logits of the first step are read in the second, after its forward; those of the second at once, by this process
+    alone if it is rank 0; those of the third after the optimizer's step.
+    """
     torch._dynamo.reset()
     liger_compile.clear_reports()
     torch.manual_seed(0)
@@ -46,21 +51,29 @@ def trained(way, device, arguments):
             if way == FSDP_BY_LAYER and arguments:
                 layer.compile(**arguments)
             fully_shard(layer, mesh=mesh)
-        fully_shard(model, mesh=mesh)
+        fully_shard(model, mesh=mesh, reshard_after_forward=True if way == FSDP_RESHARDED else None)
     if way != FSDP_BY_LAYER and arguments:
         function = torch.compile(function, **arguments)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     random = torch.Generator().manual_seed(dist.get_rank())
-    losses, gradients, outputs = [], [], None
-    for _ in range(STEPS):
+    losses, gradients, read, outputs = [], [], [], None
+    for step in range(STEPS):
         ids = torch.randint(CONFIG.vocab_size, (BATCH, LENGTH), generator=random).to(device)
-        outputs = function(input_ids=ids, labels=ids, use_cache=False)
+        last, outputs = outputs, function(input_ids=ids, labels=ids, use_cache=False)
+        if step == 1:
+            read.append(size_of(last.logits))
+            read.extend([size_of(outputs.logits)] if dist.get_rank() == 0 else [])
         outputs.loss.backward()
         losses.append(outputs.loss.item())
         gradients = gradients or [whole(parameter.grad) for parameter in model.parameters()]
         optimizer.step()
         optimizer.zero_grad()
-    return losses, gradients, outputs
+    read.append(size_of(outputs.logits))
+    return losses, gradients, read
+
+
+def size_of(tensor):
+    return tensor.detach().abs().mean().item()
 
 
 def whole(tensor):
@@ -70,14 +83,10 @@ def whole(tensor):
 def compared(way, device):
     inner = "inductor" if device.type == "cuda" else "aot_eager"
     options = {"liger.inner": inner, "liger.strict": True}
-    eager_losses, eager_gradients, _ = trained(way, device, None)
-    losses, gradients, outputs = trained(way, device, {"backend": "liger", "options": options})
+    eager_losses, eager_gradients, eager_logits = trained(way, device, None)
+    losses, gradients, logits = trained(way, device, {"backend": "liger", "options": options})
     pairs = zip(gradients, eager_gradients, strict=True)
     sites = [site for report in liger_compile.reports() for site in report.sites if site.kind != "leave"]
-    try:
-        logits = outputs.logits.abs().mean().item()
-    except RuntimeError as error:
-        logits = str(error)
     return {
         "way": way,
         "losses": losses,
@@ -85,6 +94,7 @@ def compared(way, device):
         "difference": max(((ours - eager).norm() / eager.norm()).item() for ours, eager in pairs),
         "found": sorted(site.pattern for site in sites),
         "logits": logits,
+        "eager_logits": eager_logits,
     }
 
 

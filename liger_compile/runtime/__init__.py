@@ -1,0 +1,1 @@
+"""What lives while training runs, outside of compiled graphs."""

@@ -1,0 +1,54 @@
+"""Optimizers change what promises would be computed from. Before a step, those that wait for their values keep what the
+optimizer is about to change: what they would be computed from later is another weight."""
+
+from __future__ import annotations
+
+import functools
+import threading
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from liger_compile.runtime.promise import Promise, storage_of
+
+_waiting: weakref.WeakSet[Promise] = weakref.WeakSet()
+_lock = threading.Lock()
+
+
+def keep_before_steps(promise: Promise) -> None:
+    """As long as it lives."""
+    _register()
+    with _lock:
+        _waiting.add(promise)
+
+
+@functools.cache
+def _register() -> None:
+    # Once, and never removed: Dynamo guards on the hooks when it compiles a step.
+    register_optimizer_step_pre_hook(_before_step)
+
+
+def _before_step(optimizer: Any, args: Any, kwargs: Any) -> None:
+    if torch.compiler.is_compiling():  # the fingerprints will tell
+        return
+    with _lock:
+        promises = list(_waiting)
+    storages = set().union(*(promise.storages() for promise in promises))
+    if not storages:
+        return
+    changing = {storage for each in _trained(optimizer) if (storage := storage_of(each)) in storages}
+    copies: dict[Any, Tensor] = {}
+    for promise in promises if changing else ():
+        promise.keep(changing, copies)
+
+
+def _trained(optimizer: Any) -> Iterator[Tensor]:
+    """What a step changes: not what is frozen."""
+    for group in getattr(optimizer, "param_groups", ()):
+        for each in group.get("params", ()):
+            if isinstance(each, Tensor) and (each.requires_grad or each.grad is not None):
+                yield each

@@ -1,0 +1,53 @@
+"""Weights that FSDP2 gathers for a forward or a backward, and frees afterwards: their memory may be empty, or hold the
+next step's weights, when a promise is asked for its values.
+
+Gathering them again is no way out: a collective that only some ranks call never returns.
+"""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from liger_compile.runtime.promise import Promise, storage_of
+
+
+def keep_before_sharding(promise: Promise, inputs: Sequence[Tensor]) -> None:
+    """Keeps those inputs of a promise that FSDP2 has gathered: now, what it frees at the end of this forward; the rest
+    when backward begins, if the promise has not been computed by then and somebody still holds it."""
+    soon_freed = dict(_gathered_weights())
+    gathered = {storage for each in inputs if (storage := storage_of(each)) in soon_freed}
+    backwards = [each.grad_fn for each in inputs if each.grad_fn is not None]
+    if later := {each for each in gathered if backwards and not soon_freed[each]}:
+        reference = weakref.ref(promise)
+
+        def before_backward(_: Any) -> None:
+            if waiting := reference():
+                waiting.keep(later, {})
+
+        for each in backwards:
+            each.register_prehook(before_backward)
+    promise.keep(gathered - later, {})
+
+
+def _gathered_weights() -> Iterator[tuple[int | None, bool]]:
+    """The storage of each weight that FSDP2 has gathered by now, and whether it is freed after forward, not only after
+    backward."""
+    # Private; from torch 2.11 to 2.13 the same, but for the groups.
+    composable = sys.modules.get("torch.distributed._composable_state")
+    states = list(composable._module_state_mapping.values()) if composable else ()
+    groups = (group for reference in states for group in _groups(reference()) if group.is_unsharded)
+    for group in groups:
+        for each in group.fsdp_params:
+            yield storage_of(each._unsharded_param), group._reshard_after_forward
+
+
+def _groups(state: Any) -> Sequence[Any]:
+    if hasattr(state, "_fsdp_param_groups"):
+        return state._fsdp_param_groups
+    group = getattr(state, "_fsdp_param_group", None)  # torch 2.11: one at most
+    return [] if group is None else [group]
