@@ -21,6 +21,7 @@ from liger_compile.terms import normalize
 from liger_compile.terms.call import Call, Draw, const_of
 from liger_compile.terms.indices import HIDES, Meaning, mask_meaning
 from liger_compile.terms.normalize import ONE, ZERO
+from liger_compile.terms.scalars import is_normal, merged, rounded
 from liger_compile.terms.term import ConstVar, Scalar, Size, Space, Term
 
 HEADS = -3
@@ -172,7 +173,7 @@ def _of_scores(space: Space, scores: _Scores, dropout_p: float, product: Term) -
     k = _exactly(space, normalize.permute(space, scores.k, -1, -2), dtype)
     if q is None or k is None:
         raise _LeftError(
-            f"its scores are of {_name(scores.q)} and {_name(scores.k)}, its values are {_name(v)}"
+            f"its scores are of {_name(scores.q.dtype)} and {_name(scores.k.dtype)}, its values are {_name(v.dtype)}"
         )
     mask = scores.joined(space) or space.intern("full", (), (True,), torch.bool, (1, 1))
     if product.shape != (*q.shape[:-1], *v.shape[-1:]) or k.shape[1:2] not in (q.shape[1:2], (1,)):
@@ -194,11 +195,12 @@ class _Scores:
     masks: tuple[Term, ...] = ()
     cap: Scalar | None = None
 
-    def times(self, space: Space, factor: Scalar | Term) -> _Scores | None:
+    def times(self, space: Space, factor: Scalar | Term, dtype: torch.dtype | None) -> _Scores | None:
+        """The scores times a number or a symbol, computed in `dtype`."""
         if isinstance(factor, Term):
             is_first = self.factor == ONE and not self.masks and self.cap is None
             return replace(self, factor=factor) if is_first else None
-        if isinstance(self.factor, Term) or not factor.value:
+        if isinstance(self.factor, Term) or not is_normal(factor, dtype):
             return None
         if factor.value < 0 and any(mask.dtype is torch.bool for mask in self.masks):
             return None
@@ -209,9 +211,10 @@ class _Scores:
             for mask in self.masks
         )
         scaled = replace(self, masks=tuple(masks))
-        if self.cap is not None:
-            return replace(scaled, cap=self.cap * factor)
-        return replace(scaled, factor=self.factor * factor)
+        both = merged(self.factor if self.cap is None else self.cap, factor, dtype)
+        if both is None:
+            raise _LeftError(f"its scores are scaled twice, and what is between is rounded in {_name(dtype)}")
+        return replace(scaled, factor=both) if self.cap is None else replace(scaled, cap=both)
 
     def capped(self) -> _Scores | None:
         is_plain = not self.masks and self.cap is None and isinstance(self.factor, Scalar)
@@ -290,17 +293,18 @@ def _scaled(space: Space, term: Term, depth: int) -> _Scores | None:
         others = [(factor, powers[i]) for i, factor in enumerate(term.args) if i != at]
         for factor, power in others:
             number = _number(factor)
-            if number is not None:
-                scalar = scalar * number**power
-            elif factor.dtype is not None:
+            together = None if number is None else merged(scalar, number**power, term.dtype)
+            if together is not None:
+                scalar = together
+            elif number is not None or factor.dtype is not None:
                 return None
             else:
                 is_alone = others == [(factor, 1)] and scalar == ONE
-                scaled = scores.times(space, factor) if is_alone else None
+                scaled = scores.times(space, factor, term.dtype) if is_alone else None
                 if scaled is None:
                     raise _LeftError(SYMBOLIC)
                 return scaled
-        return scores.times(space, scalar)
+        return scores.times(space, scalar, term.dtype)
     return None
 
 
@@ -308,7 +312,9 @@ def _number(term: Term) -> Scalar | None:
     """The number that a term is, also as a tensor of it alone."""
     if term.op == "number":
         return term.consts[0]
-    return Scalar(float(term.consts[0])) if term.op == "full" and not term.shape else None
+    if term.op != "full" or term.shape:
+        return None
+    return Scalar(rounded(float(term.consts[0]), term.dtype))
 
 
 def _filled(space: Space, term: Term, depth: int) -> _Scores | None:
@@ -339,7 +345,8 @@ def _uncast(term: Term) -> Term:
 
 
 def _is_floating(term: Term) -> bool:
-    return term.dtype is None or term.dtype.is_floating_point
+    """Of a dtype that is computed in: what is rounded to eight bits has been rounded on purpose."""
+    return term.dtype is None or (term.dtype.is_floating_point and term.dtype.itemsize > 1)
 
 
 def _exactly(space: Space, term: Term, dtype: torch.dtype | None) -> Term | None:
@@ -349,8 +356,8 @@ def _exactly(space: Space, term: Term, dtype: torch.dtype | None) -> Term | None
     return normalize.cast(space, term, dtype) if normalize.widens(term.dtype, dtype) else None
 
 
-def _name(term: Term) -> str:
-    return str(term.dtype).removeprefix("torch.")
+def _name(dtype: torch.dtype | None) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def notes_in(space: Space, terms: Iterable[Any]) -> list[Note]:

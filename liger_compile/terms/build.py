@@ -23,6 +23,7 @@ from liger_compile.terms import identities, normalize
 from liger_compile.terms.call import IntVar, NumberVar, StrVar, Value, opaque
 from liger_compile.terms.indices import OPERATIONS
 from liger_compile.terms.operators import call
+from liger_compile.terms.scalars import is_integer
 from liger_compile.terms.term import ConstVar, Scalar, Space, Term, sizes_of
 
 Step = Callable[[Any], Any]
@@ -214,7 +215,8 @@ def _step(term: Term) -> Step | None:
     if term.op == "permute":
         rank, moved = len(term.shape), term.consts
         return operator.methodcaller("permute", *range(-rank, -len(moved)), *moved)
-    if term.op == "mul" and len(term.args) == 1 and term.consts[1] == 1 and term.args[0].shape == term.shape:
+    is_scaled = term.op == "mul" and len(term.args) == 1 and term.consts[1] == 1
+    if is_scaled and term.args[0].shape == term.shape and not is_integer(term.dtype):
         value = term.consts[0].value
         return lambda tensor: tensor * value
     if term.op == "slice":

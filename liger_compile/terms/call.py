@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from liger_compile.terms.scalars import EXACT
 from liger_compile.terms.term import ConstVar, Scalar, Space, Term, size_of, sizes_of
 
 Value = Any  # a Term, a tuple of Values, or a constant
@@ -31,10 +32,13 @@ class Call:
 
 
 def scalar_of(value: Any) -> Scalar | None:
+    """A number as terms have it; None for anything else, and for an integer that no float is."""
     if isinstance(value, NumberVar):
         return value.scalar
     if isinstance(value, IntVar):
         return Scalar(1.0, ((value.var.name, 1),))
+    if isinstance(value, int) and abs(value) > EXACT:
+        return None
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         return Scalar(float(value))
     return None

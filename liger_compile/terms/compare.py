@@ -320,7 +320,7 @@ class Comparer:
                 unbound.append((var, power))
                 continue
             expected = expected * so_far.scales.get(var.consts[0], normalize.ONE) ** power
-            remaining = without(left, bound, power)
+            remaining = without(left, bound, power, want.op)
             if remaining is not None:
                 left, scalar = remaining
                 constant = constant * scalar**-1

@@ -1,8 +1,8 @@
 """The identities that make two ways of computing the same thing one term: the tables at the end of this file.
 
-A rule of MUL_RULES sees a product as {factor: power} and a scalar; a rule of RULES sees a term. It gives the
-better form, or None. To teach a new identity, write its function, whose docstring is the identity, and add it
-to a table.
+A rule of MUL_RULES sees the factors of a product, as normalize.py has them, and a scalar; a rule of RULES sees a
+term. It gives the better form, or None. To teach a new identity, write its function, whose docstring is the identity,
+and add it to a table.
 """
 
 from __future__ import annotations
@@ -10,11 +10,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 
+import torch
+
 from liger_compile.terms.attention import written_out
 from liger_compile.terms.normalize import (
     MINUS_ONE,
     ONE,
     ZERO,
+    Factor,
+    Factors,
     add,
     apply,
     cast,
@@ -36,34 +40,40 @@ def new_space() -> Space:
     return Space(make_bare, RULES, MUL_RULES)
 
 
-def _sigmoid_written_out(space, powers, scalar, dtype):
+def _sigmoid_written_out(space, factors, scalar, dtype):
     """1 / (1 + exp(-x)) -> sigmoid(x)"""
-    for term, power in powers.items():
-        if power <= -1 and term.op == "add" and term.consts[0].is_number(1) and len(term.args) == 1:
+    for term, power in factors:
+        is_shifted = term.op == "add" and term.consts[0].is_number(1, dtype) and len(term.args) == 1
+        if power == -1 and is_shifted:
             (e,) = term.args
             exponent = e.args[0] if e.op == "exp" else term
             inner = exponent.args[0] if exponent.op == "cast" else exponent  # a sign stands inside of a cast
-            if inner.op == "mul" and inner.consts[0].is_number(-1):
+            if inner.op == "mul" and inner.consts[0].is_number(-1, inner.dtype):
                 x = mul(space, ((exponent, 1),), MINUS_ONE, exponent.dtype, exponent.shape)
                 sigmoid = apply(space, "sigmoid", (x,), (), dtype, x.shape)
-                return _replaced(powers, {term: -1}, sigmoid), scalar
+                return _replaced(factors, [(term, -1)], sigmoid), scalar
     return None
 
 
-def _silu(space, powers, scalar, dtype):
+def _silu(space, factors, scalar, dtype):
     """x * sigmoid(x) -> silu(x)"""
-    for term in powers:
-        if term.op == "sigmoid" and powers[term] >= 1 and powers.get(term.args[0], 0) >= 1:
+    for term, power in factors:
+        if term.op == "sigmoid" and power == 1 and (term.args[0], 1) in factors:
             x = term.args[0]
             silu = apply(space, "silu", (x,), (), dtype, x.shape)
-            return _replaced(powers, {term: 1, x: 1}, silu), scalar
+            return _replaced(factors, [(term, 1), (x, 1)], silu), scalar
     return None
 
 
-def _gelu(space, powers, scalar, dtype):
-    """x * (1 + erf(x / sqrt(2))) -> 2 * gelu(x), and the tanh approximation likewise"""
-    for term, power in powers.items():
-        if power != 1 or term.op != "add" or not term.consts[0].is_number(1) or len(term.args) != 1:
+def _gelu(space, factors, scalar, dtype):
+    """0.5 * x * (1 + erf(x / sqrt(2))) -> gelu(x), and the tanh approximation likewise; with another number than 0.5
+    twice that number is left. Without a number it is no gelu, or 2 * gelu(x), half of which would be a product with 1.
+    """
+    for factor, times in factors.items() if abs(scalar.value) != 1 else ():
+        term, _ = factor
+        if (factor, times) != ((term, 1), 1) or term.op != "add" or len(term.args) != 1:
+            continue
+        if not term.consts[0].is_number(1, dtype):
             continue
         inner = term.args[0]
         if inner.op == "erf":
@@ -74,20 +84,21 @@ def _gelu(space, powers, scalar, dtype):
             kind = "tanh"
         else:
             continue
-        if x is not None and powers.get(x, 0) >= 1:
+        if x is not None and (x, 1) in factors:
             gelu = apply(space, "gelu", (x,), (kind,), dtype, x.shape)
-            return _replaced(powers, {term: 1, x: 1}, gelu), scalar * Scalar(2.0)
+            return _replaced(factors, [(term, 1), (x, 1)], gelu), scalar * Scalar(2.0)
     return None
 
 
 def _tanh_argument(space: Space, term: Term) -> Term | None:
     """x, if term is sqrt(2 / pi) * (x + 0.044715 * x**3), in one of the ways to multiply that out."""
     c, cubic = math.sqrt(2 / math.pi), 0.044715
-    if term.op == "mul" and term.consts[0].is_number(c):
+    if term.op == "mul" and term.consts[0].is_number(c, term.dtype):
         inner = mul(space, zip(term.args, term.consts[1:], strict=True), ONE, term.dtype, term.shape)
         if inner.op == "mul":  # x * (1 + 0.044715 * x**2)
             for x, factor in (inner.args, inner.args[::-1]) if len(inner.args) == 2 else ():
-                is_sum = factor.op == "add" and factor.consts[0].is_number(1) and len(factor.args) == 1
+                is_sum = factor.op == "add" and factor.consts[0].is_number(1, factor.dtype)
+                is_sum = is_sum and len(factor.args) == 1
                 if is_sum and inner.consts[1:] == (1, 1) and _is_power(factor.args[0], x, 2, cubic):
                     return x
             return None
@@ -109,28 +120,30 @@ def _addends(term: Term) -> tuple[tuple[Term, Term], ...]:
 
 def _is_power(term: Term, x: Term, power: float, scale: float) -> bool:
     """True if term is scale * x ** power."""
-    return (
-        term.op == "mul" and term.args == (x,) and term.consts[1] == power and term.consts[0].is_number(scale)
-    )
+    is_power = term.op == "mul" and term.args == (x,) and term.consts[1] == power
+    return is_power and term.consts[0].is_number(scale, term.dtype)
 
 
 def _times(term: Term, number: float) -> Term | None:
     """x, if term is number * x for one factor x."""
-    if term.op == "mul" and len(term.args) == 1 and term.consts[0].is_number(number) and term.consts[1] == 1:
-        return term.args[0]
-    return None
+    is_product = term.op == "mul" and len(term.args) == 1 and term.consts[1] == 1
+    return term.args[0] if is_product and term.consts[0].is_number(number, term.dtype) else None
 
 
-def _mean(space, powers, scalar, dtype):
-    """sum(x, dims) / n -> mean(x, dims), under any power: sqrt(sum) / sqrt(n) too; with or without keepdim"""
-    for term, power in powers.items():
+def _mean(space, factors, scalar, dtype):
+    """sum(x, dims) / n -> mean(x, dims), also under a root: sqrt(sum) / sqrt(n); with or without keepdim
+
+    Not in float16, where the sum may be too large and the mean is not.
+    """
+    for (term, power), times in factors.items():
         total = term.args[0] if term.op == "view" else term
-        if total.op != "sum" or scalar.powers or not scalar.value > 0:
+        if total.op != "sum" or times != 1 or scalar.powers or total.dtype is torch.float16:
             continue
         count = _product(total.args[0].shape[dim] for dim in total.consts)
-        if isinstance(count, int) and count > 1 and close(scalar.value, float(count) ** -power):
+        is_known = isinstance(count, int) and count > 1 and abs(power) <= 1
+        if is_known and close(scalar.value, float(count) ** -power, dtype):
             mean = apply(space, "mean", total.args, total.consts, total.dtype, total.shape)
-            return _replaced(powers, {term: power}, view(space, mean, *term.shape), power), ONE
+            return _replaced(factors, [(term, power)], view(space, mean, *term.shape), power), ONE
     return None
 
 
@@ -141,13 +154,13 @@ def _product(sizes: Iterable[Size]) -> Size:
     return count
 
 
-def _replaced(powers: Mapping[Term, float], used: Mapping[Term, float], by: Term, power: float = 1):
-    left = dict(powers)
-    for term, amount in used.items():
-        left[term] = left[term] - amount
-        if not left[term]:
-            del left[term]
-    left[by] = left.get(by, 0) + power
+def _replaced(factors: Factors, used: Iterable[Factor], by: Term, power: float = 1) -> Factors:
+    left = dict(factors)
+    for factor in used:
+        left[factor] -= 1
+        if not left[factor]:
+            del left[factor]
+    left[by, power] = left.get((by, power), 0) + 1
     return left
 
 

@@ -7,20 +7,40 @@
     x * sigmoid(x), cat(-hi, lo), ...      -> silu(x), rotate_half(x): the tables at the end of this file
 
 Products and sums are multisets: products flat within one dtype, sums not (a residual stream is one long sum).
-Algebra is recorded, not performed, and a cast is never moved across anything that rounds. It does move out of
-what only moves elements (view, slice, cat, neg), where it commutes exactly.
+Algebra is recorded, not performed, for the value of x may be what rounding leaves of it:
+
+    (x + c) - c, x + c1 + c2               stay two sums; whole numbers alone are added up
+    (x * a) * (1 / a), x * 1e-8 * 1e8      stay two products: scalars.py says which numbers make one
+    x * y / y, sqrt(x) * sqrt(x), x * 0    stay powers of their own, and a product with 0
+
+A cast is never moved across anything that rounds. It does move out of what only moves elements (view, slice, cat,
+neg), where it commutes exactly.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 
+from liger_compile.terms.scalars import (
+    EXACT,
+    is_integer,
+    is_normal,
+    is_ordinary,
+    is_whole,
+    merged,
+    regroups_tensors,
+)
 from liger_compile.terms.term import Scalar, Size, Space, Term, broadcast
 
 ZERO, ONE, MINUS_ONE = Scalar(0.0), Scalar(1.0), Scalar(-1.0)
+
+# The factors of a product, and how often it has each: x**3 is x three times, 1 / x / x is x**-1 twice. Powers meet
+# where the factor is the same, so only positive whole ones do.
+Factor = tuple[Term, float]
+Factors = Mapping[Factor, int]
 
 
 def make_bare(space: Space, term: Term) -> Term:
@@ -73,7 +93,10 @@ def widens(narrow: torch.dtype | None, wide: torch.dtype | None) -> bool:
     """Every value of `narrow` is a value of `wide`."""
     if narrow is None or wide is None or not (narrow.is_floating_point and wide.is_floating_point):
         return False
-    return torch.promote_types(narrow, wide) == wide
+    try:
+        return torch.promote_types(narrow, wide) == wide
+    except RuntimeError:  # dtypes of eight bits are not promoted
+        return narrow == wide
 
 
 def mul(
@@ -84,41 +107,109 @@ def mul(
     shape: tuple[Size, ...],
 ) -> Term:
     """scalar * prod(term ** power), computed in `dtype`."""
-    powers: dict[Term, float] = {}
-    for term, power in factors:
-        term = cast(space, term, dtype)
-        if term.op == "cast" and is_negative(term.args[0]) and power == 1:  # a sign commutes with a cast
-            term, scalar = cast(space, term.args[0].args[0], dtype), scalar * MINUS_ONE
-        if term.op == "number":
-            scalar = scalar * term.consts[0] ** power
-        elif term.op == "mul" and term.dtype == dtype and _distributes(term, power):
-            scalar = scalar * term.consts[0] ** power
-            for inner, exponent in zip(term.args, term.consts[1:], strict=True):
-                powers[inner] = powers.get(inner, 0) + exponent * power
-        else:
-            powers[term] = powers.get(term, 0) + power
-    powers = _strip_broadcasts(space, powers, shape)
+    scalar, given = _given(space, factors, scalar, dtype)
+    scalar, product = _flat(given, scalar, dtype)
+    product = _without_broadcasts(space, product, shape)
     changed = True
     while changed:
         changed = False
         for rule in space.mul_rules:
-            better = rule(space, powers, scalar, dtype)
+            better = rule(space, product, scalar, dtype)
             if better is not None:
-                powers, scalar = better
+                product, scalar = better
                 changed = True
-    if not powers:
+    if not product:
         return space.number(scalar)
-    if scalar == ONE and len(powers) == 1:
-        ((term, power),) = powers.items()
-        if power == 1 and term.shape == shape:
-            return term
-    if scalar == MINUS_ONE and [*powers.values()] == [1] and next(iter(powers)).op == "cast":
-        (x,) = next(iter(powers)).args
-        if x.dtype is not None and (x.dtype.is_floating_point or x.dtype.is_complex):
-            # A sign commutes with a cast, of what has one: a boolean has none.
+    operands = sorted(_operands(product), key=lambda operand: (operand[0].serial, operand[1]))
+    if len(operands) == 1 and operands[0][1] == 1:
+        (only,) = next(zip(*operands, strict=True))
+        if scalar == ONE and only.shape == shape:
+            return only
+        if scalar == MINUS_ONE and _keeps_sign(only):
+            (x,) = only.args
             return cast(space, mul(space, ((x, 1),), scalar, x.dtype, shape), dtype)
-    terms = sorted(powers, key=lambda term: term.serial)
-    return space.intern("mul", tuple(terms), (scalar, *(powers[t] for t in terms)), dtype, shape)
+    terms, powers = zip(*operands, strict=True)
+    return space.intern("mul", terms, (scalar, *powers), dtype, shape)
+
+
+def _given(
+    space: Space, factors: Iterable[tuple[Term, float]], scalar: Scalar, dtype: torch.dtype | None
+) -> tuple[Scalar, dict[Factor, int]]:
+    """The factors in `dtype`, with the numbers and signs among them taken into the scalar."""
+    given: dict[Factor, int] = {}
+    for term, power in factors:
+        term = cast(space, term, dtype)
+        if power == 1 and _keeps_sign(term) and is_negative(term.args[0]):  # a sign commutes with a cast
+            term, scalar = cast(space, term.args[0].args[0], dtype), scalar * MINUS_ONE
+        number = _raised(term.consts[0], power, dtype) if term.op == "number" else None
+        together = None if number is None else merged(scalar, number, dtype)
+        if together is None:
+            _join(given, term, power)
+        else:
+            scalar = together
+    return scalar, given
+
+
+def _flat(given: Factors, scalar: Scalar, dtype: torch.dtype | None) -> tuple[Scalar, dict[Factor, int]]:
+    """The factors with those of the products among them in their place, and all numbers that make one in the scalar."""
+    product: dict[Factor, int] = {}
+    operands = [*_operands(given)]
+    for term, power in sorted(operands, key=lambda operand: (operand[0].serial, operand[1])):
+        number = _opened(term, power, dtype, is_alone=len(operands) == 1)
+        together = None if number is None else merged(scalar, number, dtype)
+        if together is None:
+            _join(product, term, power)
+            continue
+        scalar = together
+        for inner, exponent in zip(term.args, term.consts[1:], strict=True):
+            _join(product, inner, exponent * power)
+    return scalar, product
+
+
+def _join(product: dict[Factor, int], term: Term, power: float) -> None:
+    factor, times = ((term, 1), int(power)) if is_whole(power) else ((term, power), 1)
+    product[factor] = product.get(factor, 0) + times
+
+
+def _operands(product: Factors) -> Iterator[tuple[Term, float]]:
+    """Terms and powers, as they stand in a term."""
+    for (term, power), times in product.items():
+        if power == 1:
+            yield term, times
+        else:
+            yield from [(term, power)] * times
+
+
+def _opened(term: Term, power: float, dtype: torch.dtype | None, is_alone: bool) -> Scalar | None:
+    """The number of a product that may stand in another as its factors, under `power`; None where it stays a factor.
+
+    (a * b) ** power = a ** power * b ** power; not so for sqrt(x * x), which is abs(x).
+    """
+    if term.op != "mul" or term.dtype != dtype:
+        return None
+    scalar, *powers = term.consts
+    if not (all(_raises(inner, power) for inner in powers) or (term.consts == (ONE, -1) and power % 1)):
+        return None
+    if is_alone and power == 1:
+        return scalar
+    if not is_ordinary(scalar, dtype) or (len(powers) > 1 and not regroups_tensors(dtype)):
+        return None
+    return _raised(scalar, power, dtype)
+
+
+def _raises(inner: float, outer: float) -> bool:
+    """Whether (x ** inner) ** outer is x ** (inner * outer) for every x, and no power vanishes."""
+    if outer == -1:
+        return inner > 0 or inner % 1 != 0
+    return outer == 1 or (is_whole(inner) and is_whole(outer))
+
+
+def _raised(scalar: Scalar, power: float, dtype: torch.dtype | None) -> Scalar | None:
+    """scalar ** power; None where that is no number like others, as 1 / 0 is not."""
+    if power == 1:
+        return scalar
+    raised = scalar**power
+    return raised if is_normal(scalar, dtype) and is_normal(raised, dtype) else None
 
 
 def is_negative(term: Term) -> bool:
@@ -126,9 +217,12 @@ def is_negative(term: Term) -> bool:
     return term.op == "mul" and term.consts == (MINUS_ONE, 1)
 
 
-def _distributes(product: Term, power: float) -> bool:
-    """(a * b) ** power = a ** power * b ** power; not so for sqrt(x * x), which is abs(x)."""
-    return power == int(power) or (len(product.args) == 1 and product.consts == (ONE, -1))
+def _keeps_sign(term: Term) -> bool:
+    """A cast of -x that is the negative of the cast: between dtypes that have signs and no wrapping around."""
+    if term.op != "cast":
+        return False
+    dtypes = (dtype for dtype in (term.dtype, term.args[0].dtype) if dtype is not None)
+    return all(dtype.is_floating_point or dtype.is_complex for dtype in dtypes)
 
 
 def add(
@@ -142,36 +236,49 @@ def add(
     addends: list[Term] = []
     for term in terms:
         term = cast(space, term, dtype)
-        if term.op == "number" and not constant.value and not constant.powers:
-            constant = term.consts[0]
-        elif term.op == "number" and not constant.powers and not term.consts[0].powers:
-            constant = Scalar(constant.value + term.consts[0].value)
-        elif term.op == "add" and len(term.args) == 1 and term.dtype == dtype and not constant.powers:
-            constant = Scalar(constant.value + term.consts[0].value, term.consts[0].powers)
-            addends.append(term.args[0])
-        else:
+        is_shifted = term.op == "add" and len(term.args) == 1 and term.dtype == dtype
+        number = term.consts[0] if term.op == "number" or is_shifted else None
+        together = None if number is None else _summed(constant, number, dtype, is_alone=term.op == "number")
+        if together is None:
             addends.append(term)
+        else:
+            constant = together
+            addends.extend(term.args)
     if not addends:
         return space.number(constant)
+    if not constant.value:  # that it is not -0.0 says nothing
+        constant = ZERO
     if constant == ZERO and len(addends) == 1 and addends[0].shape == shape:
         return addends[0]
-    addends = (
-        list(_strip_broadcasts(space, dict.fromkeys(addends, 1), shape)) if len(set(addends)) > 1 else addends
-    )
+    if len(set(addends)) > 1:
+        addends = _unbroadcast_all(space, addends, shape)
     return apply(space, "add", tuple(sorted(addends, key=lambda t: t.serial)), (constant,), dtype, shape)
 
 
-def _strip_broadcasts(
-    space: Space, powers: Mapping[Term, float], shape: tuple[Size, ...]
-) -> dict[Term, float]:
+def _summed(a: Scalar, b: Scalar, dtype: torch.dtype | None, is_alone: bool) -> Scalar | None:
+    """One constant for two, b of which may stand in a sum; None where they stay two: a sum rounds off what is small."""
+    if not a.value and is_alone:
+        return b
+    if not b.value:
+        return a
+    total = a.value + b.value
+    is_plain = not a.powers and not b.powers
+    return Scalar(total) if is_integer(dtype) and is_plain and abs(total) < EXACT else None
+
+
+def _without_broadcasts(space: Space, product: Factors, shape: tuple[Size, ...]) -> dict[Factor, int]:
+    """A product of more than one factor without the broadcasting that it does anyway."""
+    terms = _unbroadcast_all(space, [term for term, _ in product], shape)
+    stripped: dict[Factor, int] = {}
+    for term, ((_, power), times) in zip(terms, product.items(), strict=True):
+        stripped[term, power] = stripped.get((term, power), 0) + times
+    return stripped
+
+
+def _unbroadcast_all(space: Space, terms: list[Term], shape: tuple[Size, ...]) -> list[Term]:
     """Operands without the expand and the leading ones that broadcasting supplies anyway."""
-    stripped: dict[Term, float] = {}
-    for term, power in powers.items():
-        term = _unbroadcast(space, term)
-        stripped[term] = stripped.get(term, 0) + power
-    if broadcast(term.shape for term in stripped) == shape:
-        return stripped
-    return dict(powers)
+    stripped = [_unbroadcast(space, term) for term in terms]
+    return stripped if broadcast(term.shape for term in stripped) == shape else terms
 
 
 def _unbroadcast(space: Space, term: Term) -> Term:

@@ -147,7 +147,7 @@ def _rtruediv(call, input, other):
 
 def _power(call, input, exponent):
     power = scalar_of(exponent)
-    if power is None or power.powers or call.dtype.is_complex:
+    if power is None or power.powers or not math.isfinite(power.value) or call.dtype.is_complex:
         return None
     return normalize.mul(
         call.space, ((term_of(call, input), power.value),), normalize.ONE, call.dtype, call.shape
@@ -239,27 +239,32 @@ def _to(call, input, *args, **kwargs):
 
 def _reduce(op: str):
     def make(call, input, dim=None, keepdim=False, *, dtype=None):
-        rank = len(input.shape)
-        dims = (
-            range(rank) if dim is None or dim == () else (dim if isinstance(dim, (tuple, list)) else (dim,))
-        )
-        dims = tuple(sorted(negative(d, rank) for d in dims))
-        kept = list(input.shape)
-        for d in dims:
-            kept[d] = 1
-        term = normalize.cast(call.space, input, call.dtype)
-        term = normalize.apply(call.space, op, (term,), dims, call.dtype, tuple(kept))
-        return normalize.view(call.space, term, *call.shape)
+        return _reduced(call, op, input, dim, call.dtype)
 
     return make
 
 
+def _reduced(call: Call, op: str, input: Term, dim: Any, dtype: torch.dtype) -> Term:
+    rank = len(input.shape)
+    dims = range(rank) if dim is None or dim == () else (dim if isinstance(dim, (tuple, list)) else (dim,))
+    dims = tuple(sorted(negative(d, rank) for d in dims))
+    kept = list(input.shape)
+    for d in dims:
+        kept[d] = 1
+    term = normalize.cast(call.space, input, dtype)
+    term = normalize.apply(call.space, op, (term,), dims, dtype, tuple(kept))
+    return normalize.view(call.space, term, *call.shape)
+
+
 def _norm(call, input, p: Any = "fro", dim=None, keepdim=False, dtype=None):
+    """In float32 at least, as torch adds up the squares, which float16 has no room for."""
     if p not in (2, 2.0, "fro"):
         return None
-    square = normalize.mul(call.space, ((input, 2),), normalize.ONE, call.dtype, input.shape)
-    total = _reduce("sum")(call, square, dim, keepdim)
-    return normalize.mul(call.space, ((total, 0.5),), normalize.ONE, call.dtype, call.shape)
+    wide = torch.promote_types(call.dtype, torch.float32)
+    square = normalize.mul(call.space, ((input, 2),), normalize.ONE, wide, input.shape)
+    total = _reduced(call, "sum", square, dim, wide)
+    root = normalize.mul(call.space, ((total, 0.5),), normalize.ONE, wide, call.shape)
+    return normalize.cast(call.space, root, call.dtype)
 
 
 def _vector_norm(call, x, ord=2, dim=None, keepdim=False, *, dtype=None):
@@ -342,7 +347,7 @@ def _baddbmm(call, input, batch1, batch2, *, beta=1, alpha=1):
     if beta is None or alpha is None:
         return None
     product = normalize.mul(call.space, ((_matmul(call, batch1, batch2), 1),), alpha, call.dtype, call.shape)
-    if beta.is_number(0):  # torch does not even read the input then
+    if not beta.value:  # torch does not even read the input then
         return product
     scaled = normalize.mul(call.space, ((input, 1),), beta, call.dtype, input.shape)
     return normalize.add(call.space, (scaled, product), Scalar(0.0), call.dtype, call.shape)

@@ -10,6 +10,8 @@ are equal is normalize.py's.
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -45,12 +47,25 @@ def broadcast(shapes: Iterable[tuple[Size, ...]]) -> tuple[Size, ...] | None:
     return tuple(result)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Scalar:
-    """A number times powers of number captures: `value * prod(name ** power)`; a model's has no powers."""
+    """A number times powers of number captures: `value * prod(name ** power)`; a model's has no powers.
+
+    0.0 and -0.0 are two scalars, and so are two NaNs.
+    """
 
     value: float
     powers: tuple[tuple[str, float], ...] = ()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Scalar) and self._key == other._key
+
+    def __hash__(self) -> int:
+        return hash(self._key)
+
+    @property
+    def _key(self) -> tuple[float, float, Any]:
+        return self.value, math.copysign(1.0, self.value), self.powers
 
     def __mul__(self, other: Scalar) -> Scalar:
         powers = dict(self.powers)
@@ -67,14 +82,29 @@ class Scalar:
             value = float("nan")
         return Scalar(value, tuple((name, p * power) for name, p in self.powers))
 
-    def is_number(self, value: float) -> bool:
-        """True if this is the plain number `value`, as exactly as constants are written in code."""
-        return not self.powers and close(self.value, value)
+    def is_number(self, value: float, dtype: torch.dtype | None = None) -> bool:
+        """True if this is the plain number `value`, as exactly as constants are written in code for `dtype`."""
+        return not self.powers and close(self.value, value, dtype)
 
 
-def close(a: float, b: float, tolerance: float = 1e-6) -> bool:
-    """Equal constants: 0.7978845608 is sqrt(2 / pi), 1 / 30 * 30 is 1."""
-    return a == b or abs(a - b) <= tolerance * max(abs(a), abs(b))
+def close(a: float, b: float, dtype: torch.dtype | None = None) -> bool:
+    """Equal constants, as far as `dtype` tells: 0.7978845608 is sqrt(2 / pi), 1 / 30 * 30 is 1.
+
+    An infinity is close to itself alone, a zero to a zero of its sign alone, NaN to nothing.
+    """
+    if a == b:
+        return a != 0 or math.copysign(1.0, a) == math.copysign(1.0, b)
+    return math.isclose(a, b, rel_tol=_tolerance(dtype))
+
+
+@functools.cache
+def _tolerance(dtype: torch.dtype | None) -> float:
+    """How far apart equal constants may be: what rounds to neighbors in `dtype`, and not more than code is sloppy."""
+    if dtype is None:
+        return 1e-6
+    if not (dtype.is_floating_point or dtype.is_complex):
+        return 0.0
+    return min(1e-6, max(torch.finfo(dtype).eps, 1e-15))
 
 
 @dataclass(frozen=True)
@@ -115,6 +145,21 @@ class Term:
         return [term.op for term in seen if term.op not in ("leaf", "var", "number", "none")]
 
 
+def _told_apart(consts: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Constants as a key: copysign(x, -0.0) is not copysign(x, 0.0)."""
+    if any(type(const) is float and not const for const in consts):
+        return (
+            *consts,
+            *(math.copysign(1.0, const) for const in consts if type(const) is float and not const),
+        )
+    return consts
+
+
+def same_constant(a: Any, b: Any) -> bool:
+    """Whether two constants of operations are one and the same."""
+    return a == b and (type(a) is not float or type(b) is not float or close(a, b))
+
+
 class Space:
     """All terms of one graph, or of one traced pattern."""
 
@@ -142,7 +187,7 @@ class Space:
         shape: tuple[Size, ...],
     ) -> Term:
         """The one term of this op, arguments, constants and dtype."""
-        key = (op, tuple(arg.serial for arg in args), consts, dtype)
+        key = (op, tuple(arg.serial for arg in args), _told_apart(consts), dtype)
         term = self._table.get(key)
         if term is None:
             term = Term.__new__(Term)

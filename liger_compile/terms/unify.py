@@ -7,6 +7,8 @@ what is left over in a product against a tensor capture, which then stands for a
 from __future__ import annotations
 
 import itertools
+import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,11 +16,14 @@ from typing import Any
 import torch
 
 from liger_compile.terms import normalize
-from liger_compile.terms.term import ConstVar, Scalar, Space, Term, close
+from liger_compile.terms.scalars import is_normal
+from liger_compile.terms.term import ConstVar, Scalar, Space, Term, close, same_constant
 
 Bindings = Mapping[str, Any]  # capture -> Term, number or string
 Goal = tuple[Term, Term]  # what the pattern has, what the graph has
 Operand = tuple[Term, float]  # a factor and its power; an addend and 1
+# Once its number captures are bound: the number of a pattern's product or sum, the graph's, and operands that are left.
+Constants = tuple[Scalar, Scalar, list[Operand], Bindings]
 
 PARTS = 16  # how many views or slices of one tensor are tried for a capture
 STEPS = 4000  # one attempt takes a few dozen; more means that it is lost among symmetric operands
@@ -59,7 +64,7 @@ class Unifier:
         elif want.op in ("mul", "add"):
             yield from self._multiset(want, have, rest, env)
         elif want.op == "number":
-            scaled = self._scale(want.consts[0], have.consts[0], env) if have.op == "number" else None
+            scaled = _scale(want.consts[0], have.consts[0], None, env) if have.op == "number" else None
             if scaled is not None and scaled[0] == normalize.ONE:
                 yield from self._solve(rest, scaled[1])
         else:
@@ -107,10 +112,10 @@ class Unifier:
             return None
         for at, (expected, found) in enumerate(zip(want.consts, have.consts, strict=True)):
             if isinstance(expected, ConstVar):
-                if expected.name in env and env[expected.name] != found:
+                if expected.name in env and not same_constant(env[expected.name], found):
                     return None
                 env = {**env, expected.name: found}
-            elif at not in sizes and expected != found:
+            elif at not in sizes and not same_constant(expected, found):
                 return None
         return env
 
@@ -125,24 +130,29 @@ class Unifier:
             return
         (expected, wanted), (constant, operands) = operands_of(want, want.op), operands_of(have, want.op)
         numbers = self._numbers if is_product else self._offset
-        bound = numbers(expected, constant, operands, env) if expected.powers else (constant, operands, env)
-        if bound is None:
-            return
-        constant, operands, env = bound
         if expected.powers:
-            expected = normalize.ONE if is_product else normalize.ZERO
+            bound = numbers(expected, constant, operands, have.dtype, env)
+            if bound is None:
+                return
+            expected, constant, operands, env = bound
         inner = [operand for operand in wanted if operand[0].op != "var"]
         captures = [operand for operand in wanted if operand[0].op == "var"]
         for goals, left in self._assigned(inner, operands):
             # What the inner operands bind decides which captures are known when their turn comes.
             for extended in self._solve(goals, env):
                 for more in self._captured(want, captures, left, (expected, constant), extended):
-                    yield from self._solve([*more, *rest], extended)
+                    if not is_product or self._remakes(have, left, captures, more, expected, extended):
+                        yield from self._solve([*more, *rest], extended)
 
     def _numbers(
-        self, want: Scalar, have: Scalar, operands: list[Operand], env: Bindings
-    ) -> tuple[Scalar, list[Operand], Bindings] | None:
-        """Binds the number captures of a product; what is left of its constant, and of its operands.
+        self,
+        want: Scalar,
+        have: Scalar,
+        operands: list[Operand],
+        dtype: torch.dtype | None,
+        env: Bindings,
+    ) -> Constants | None:
+        """Binds the number captures of a product.
 
         A number capture is a number, or a factor that is one at run time (a SymFloat).
         """
@@ -155,52 +165,58 @@ class Unifier:
                 if (bound, power) not in operands:
                     return None
                 operands = [operand for operand in operands if operand != (bound, power)]
-        if len(unbound) == 1 and close(have.value, want.value):
+        if len(unbound) == 1 and close(have.value, want.value, dtype):
             name, power = unbound[0]
             symbol = next((o for o in operands if _is_symbol(o[0]) and o[1] == power), None)
             if symbol:
                 left = [operand for operand in operands if operand != symbol]
-                return normalize.ONE, left, {**env, name: symbol[0]}
-        scaled = self._scale(want, have, env)
-        return None if scaled is None else (scaled[0], operands, scaled[1])
+                return have, have, left, {**env, name: symbol[0]}
+        scaled = _scale(want, have, dtype, env)
+        if scaled is None:
+            return None
+        left_over, env = scaled
+        return Scalar(have.value / left_over.value), have, operands, env
 
     def _offset(
-        self, want: Scalar, have: Scalar, operands: list[Operand], env: Bindings
-    ) -> tuple[Scalar, list[Operand], Bindings] | None:
-        """Binds the number capture of a sum; what is left of its constant, which is nothing, and of its
-        operands.
-        """
+        self,
+        want: Scalar,
+        have: Scalar,
+        operands: list[Operand],
+        dtype: torch.dtype | None,
+        env: Bindings,
+    ) -> Constants | None:
+        """Binds the number capture of a sum, which is all of its constant."""
         symbol = next((operand for operand in operands if _is_symbol(operand[0])), None)
         name = want.powers[0][0]
         if symbol and len(want.powers) == 1 and want.value == 1 and have.value == 0:
             if env.get(name, symbol[0]) is not symbol[0]:
                 return None
             left = [operand for operand in operands if operand != symbol]
-            return normalize.ZERO, left, {**env, name: symbol[0]}
-        scaled = self._scale(want, have, env)
-        return (normalize.ZERO, operands, scaled[1]) if scaled and scaled[0] == normalize.ONE else None
+            return have, have, left, {**env, name: symbol[0]}
+        scaled = _scale(want, have, dtype, env)
+        return (have, have, operands, scaled[1]) if scaled and scaled[0] == normalize.ONE else None
 
-    def _scale(self, want: Scalar, have: Scalar, env: Bindings) -> tuple[Scalar, Bindings] | None:
-        """What is left of have / want once number captures are bound; None if they are bound otherwise."""
-        value, unbound = want.value, []
-        for name, power in want.powers:
-            if name not in env:
-                unbound.append((name, power))
-            elif isinstance(bound := env[name], float):
-                if bound == 0 and power < 0:
-                    return None
-                value *= bound**power
-        if not value:
-            return (normalize.ONE, env) if have.value == 0 and not unbound else None
-        ratio = have.value / value
-        if len(unbound) == 1:
-            ((name, power),) = unbound
-            if ratio <= 0 and power != 1:
-                return None
-            return normalize.ONE, {**env, name: ratio ** (1 / power) if power != 1 else ratio}
-        if unbound:
-            return None
-        return (normalize.ONE if close(ratio, 1.0) else Scalar(ratio)), env
+    def _remakes(
+        self,
+        have: Term,
+        left: list[Operand],
+        captures: list[Operand],
+        goals: list[Goal],
+        number: Scalar,
+        env: Bindings,
+    ) -> bool:
+        """Whether the product of what the pattern's operands are bound to is the graph's, by the rules that made it."""
+        if not self.is_exact:
+            return True
+        constant, operands = operands_of(have, "mul")
+        factors = [
+            operand for operand, times in (Counter(operands) - Counter(left)).items() for _ in range(times)
+        ]
+        bound = {**env, **{var.consts[0]: term for var, term in goals}}
+        factors += [(bound[var.consts[0]], power) for var, power in captures]
+        again = normalize.mul(self.space, factors, number, have.dtype, have.shape)
+        found, others = operands_of(again, "mul")
+        return close(found.value, constant.value, have.dtype) and Counter(others) == Counter(operands)
 
     def _assigned(
         self, inner: list[Operand], operands: list[Operand]
@@ -231,17 +247,17 @@ class Unifier:
             if bound is None:
                 unbound.append((var, power))
                 continue
-            remaining = without(left, bound, power)
+            remaining = without(left, bound, power, want.op)
             if remaining is None:
                 return
             left, scalar = remaining
             constant = constant * scalar**-1
         if want.op == "add":
-            if close(expected.value, constant.value) and len(left) == len(unbound):
+            if close(expected.value, constant.value, want.dtype) and len(left) == len(unbound):
                 for parts in _partitions(left, unbound, may_join=False):
                     yield [(var, operands[0][0]) for var, _, operands in parts]
             return
-        scaled = self._scale(expected, constant, env)
+        scaled = _scale(expected, constant, want.dtype, env)
         if scaled is None:
             return
         for parts in _partitions(left, unbound, may_join=True):
@@ -269,6 +285,31 @@ class Unifier:
         return goals if ratio == normalize.ONE else None
 
 
+def _scale(
+    want: Scalar, have: Scalar, dtype: torch.dtype | None, env: Bindings
+) -> tuple[Scalar, Bindings] | None:
+    """What is left of have / want once number captures are bound; None if they are bound otherwise."""
+    value, unbound = want.value, []
+    for name, power in want.powers:
+        if name not in env:
+            unbound.append((name, power))
+        elif isinstance(bound := env[name], float):
+            value *= (Scalar(bound) ** power).value
+    if not unbound and close(have.value, value, dtype):
+        return normalize.ONE, env
+    if len(unbound) > 1 or not value or not math.isfinite(value) or not math.isfinite(have.value):
+        return None
+    ratio = Scalar(have.value / value)
+    if not unbound:
+        return (ratio, env) if is_normal(ratio, dtype) else None
+    ((name, power),) = unbound
+    number = ratio if power == 1 else ratio ** (1 / power)
+    # A number that the dtype rounds to 0, or has no room for, would be multiplied by in another way.
+    is_usable = is_normal(number, dtype) or (have.value == 0 and power == 1)
+    is_usable = is_usable and (power == 1 or ratio.value > 0)
+    return (normalize.ONE, {**env, name: number.value}) if is_usable else None
+
+
 def operands_of(term: Term, op: str) -> tuple[Scalar, list[Operand]]:
     """The constant of a product or sum, and its operands; any other term is one times itself."""
     if term.op != op:
@@ -286,10 +327,14 @@ def _is_symbol(term: Term) -> bool:
     return term.op == "leaf" and term.dtype is None and term.shape == ()
 
 
-def without(operands: list[Operand], bound: Term, power: float) -> tuple[list[Operand], Scalar] | None:
-    """The operands less `bound ** power`, which may be several and a number; None if it is not there."""
+def without(
+    operands: list[Operand], bound: Term, power: float, op: str
+) -> tuple[list[Operand], Scalar] | None:
+    """The operands of a product or sum less `bound ** power`; None if it is not there. In a product it may be several
+    and a number.
+    """
     wanted, scalar = [(bound, power)], normalize.ONE
-    if (bound, power) not in operands and bound.op == "mul":
+    if (bound, power) not in operands and bound.op == op == "mul":
         wanted = [
             (term, exponent * power) for term, exponent in zip(bound.args, bound.consts[1:], strict=True)
         ]
