@@ -17,6 +17,7 @@ from torch.nn.attention.flex_attention import BlockMask
 
 BLOCK_SIZE = 128  # what Inductor's templates are tuned for
 HALF = (torch.float16, torch.bfloat16)
+LARGEST_CAP = 1e3  # 1e-7 of a larger cap would be seen in scores of half precision
 SMALLEST_HEAD = 16  # a product of tiles takes no fewer channels; other sizes than powers of two are padded
 
 
@@ -40,7 +41,7 @@ def windowed_attention(
         if softcap is None:
             return score
         # With CUDA's tanh forward takes 1.5 times as long, and this is right to about 1e-7 of the cap.
-        if is_half:
+        if is_half and softcap <= LARGEST_CAP:
             return softcap * (2 * torch.sigmoid(score * (2 / softcap)) - 1)
         return softcap * torch.tanh(score / softcap)
 

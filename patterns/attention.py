@@ -49,6 +49,10 @@ FEWEST = {  # by whether scores are capped, and whether they are of a half preci
     (True, False): 2048,
 }
 
+# Scales for which one kernel gives what the steps one by one give. With 6e4, in float32, scores of 1e5 are rounded by
+# 0.01, which is the error of a weight, and the gradients that are 0 step by step are not (seen on a CPU, torch 2.13).
+LEAST_SCALE, MOST_SCALE = 1e-6, 1e3
+
 
 def _attend(q, k, v, mask, dropout_p, scale):
     return F.scaled_dot_product_attention(q, k, v, mask, dropout_p, scale=scale, enable_gqa=True)
@@ -106,11 +110,24 @@ def _differs(match: Match) -> str | None:
             f"its scale is {scale}, which with a flag in the mask's place gives NaN or what the mask hides; "
             "negate q instead"
         )
+    if (unusual := _unusual_scale(match)) is not None:
+        return unusual
     p = match["dropout_p"]
     if not _is_written_out(match) or p == 0:
         return None
     how_often = f"with probability {p}" if p == p else "with a probability that is known at run time only"
     return f"it drops weights {how_often}; scaled_dot_product_attention would draw others from the same seed"
+
+
+def _unusual_scale(match: Match) -> str | None:
+    """Kernels add the flag's -inf before they scale, and compute weights again in backward from rounded sums."""
+    scale = match["scale"]
+    if not isinstance(scale, float) or LEAST_SCALE <= abs(scale) <= MOST_SCALE:
+        return None
+    return (
+        f"its scale is {scale:g}, expected one from {LEAST_SCALE:g} to {MOST_SCALE:g}: beyond that kernels round "
+        "otherwise than what stands there"
+    )
 
 
 def _costs_more(match: Match) -> str | None:
@@ -181,6 +198,8 @@ def _fits_flex(match: Match) -> str | None:
     q, v = match["q"], match["v"]
     if isinstance(match["scale"], torch.SymFloat):
         return "its scale is known at run time only, as dynamic=True makes it"
+    if (unusual := _unusual_scale(match)) is not None:
+        return unusual
     if "window" in match.captures and match["window"] < 1:
         return f"its window of {match['window']} hides everything"
     if q.device.type == "cuda" and min(q.shape[-1], v.shape[-1]) < flex.SMALLEST_HEAD:

@@ -22,6 +22,7 @@ from liger_compile.terms.term import Scalar, close
 ORDINARY = 1e5
 # float16 ends at 65504 and is exact from 6e-5 on. GELU that is written out halves; nothing known needs more.
 ORDINARY_IN_HALF = 2.0
+LARGEST_IN_HALF = 256.0  # what code multiplies by more soon becomes infinite there
 EXACT = 2.0**53  # a float counts up to here
 
 
@@ -49,6 +50,12 @@ def is_ordinary(scalar: Scalar, dtype: torch.dtype | None) -> bool:
         return True
     most = ORDINARY if regroups_tensors(dtype) else ORDINARY_IN_HALF
     return 1 / most <= abs(scalar.value) <= most
+
+
+def is_bindable(scalar: Scalar, dtype: torch.dtype | None) -> bool:
+    """A number that an op may multiply by in float32 where the code does it in `dtype`."""
+    is_safe = dtype is not torch.float16 or abs(scalar.value) <= LARGEST_IN_HALF
+    return is_safe and is_normal(scalar, dtype)
 
 
 def regroups_tensors(dtype: torch.dtype | None) -> bool:

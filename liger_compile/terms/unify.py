@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from liger_compile.terms import normalize
-from liger_compile.terms.scalars import is_normal
+from liger_compile.terms.scalars import is_bindable, is_normal
 from liger_compile.terms.term import ConstVar, Scalar, Space, Term, close, same_constant
 
 Bindings = Mapping[str, Any]  # capture -> Term, number or string
@@ -305,7 +305,7 @@ def _scale(
     ((name, power),) = unbound
     number = ratio if power == 1 else ratio ** (1 / power)
     # A number that the dtype rounds to 0, or has no room for, would be multiplied by in another way.
-    is_usable = is_normal(number, dtype) or (have.value == 0 and power == 1)
+    is_usable = is_bindable(number, dtype) or (have.value == 0 and power == 1)
     is_usable = is_usable and (power == 1 or ratio.value > 0)
     return (normalize.ONE, {**env, name: number.value}) if is_usable else None
 
