@@ -19,13 +19,14 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Interpreter, Node
 from torch.fx._lazy_graph_module import _LazyGraphModule
+from torch.fx.node import map_arg
 from torch.utils._pytree import tree_leaves
 
 from liger_compile.graphs.aliasing import storage_of, storages_of
 from liger_compile.pattern import Pattern
 from liger_compile.testing import graphs, precision
 from liger_compile.testing.graphs import Recorder, Rewriting, Value, again, name_of, replay
-from liger_compile.testing.mutations import MUTATIONS, WRITES, Call, Mutation, NotApplicable
+from liger_compile.testing.mutations import MUTATIONS, ON_PURPOSE, WRITES, Call, Mutation, NotApplicable
 from liger_compile.testing.spellings import neutral_to, spellings_of
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -84,15 +85,21 @@ def assert_respelling_matches(
 
 
 def assert_mutant_is_safe(
-    pattern: Pattern, random: Random, *, values: Values | None = None, frozen: Collection[str] = ()
+    pattern: Pattern,
+    random: Random,
+    *,
+    values: Values | None = None,
+    frozen: Collection[str] = (),
+    mutations: Sequence[Mutation] = (),
 ) -> bool:
     """Asserts that a random mutant of `pattern` is left alone or gives no worse numbers. True if one was made.
 
-    The arguments are those of `assert_respelling_matches`.
+    `mutations` are what to choose from instead of all there are. The other arguments are those of
+    `assert_respelling_matches`.
     """
     written = sample(pattern, random, values or {}, frozen)
     inputs = written.inputs
-    mutant = mutated(respelled(written.gm, random), random)
+    mutant = mutated(respelled(written.gm, random), random, mutations or (*MUTATIONS, *AROUND))
     if mutant is None:
         return False
     rewriting = graphs.rewrite(copy_of(mutant), _new(pattern))
@@ -253,7 +260,7 @@ def _spelled(random: Random, recorder: Recorder, node: Node, args: tuple, kwargs
     return result
 
 
-def mutated(gm: GraphModule, random: Random) -> GraphModule | None:
+def mutated(gm: GraphModule, random: Random, mutations: Sequence[Mutation]) -> GraphModule | None:
     """`gm` with one thing changed; None if none of some mutations went with the call that was chosen."""
     chosen = random.choice([node for node in gm.graph.nodes if node.op.startswith("call")])
     mutation: Mutation
@@ -267,7 +274,7 @@ def mutated(gm: GraphModule, random: Random) -> GraphModule | None:
     disabled, log.disabled = log.disabled, True
     try:
         for _ in range(TRIES):
-            mutation = random.choice((*MUTATIONS, *AROUND))
+            mutation = random.choice(mutations)
             with contextlib.suppress(*_DOES_NOT_FIT):
                 return replay(gm, visit)
     finally:
@@ -335,15 +342,29 @@ def outcome(
 
 
 class _InDouble(Interpreter):
-    """A cast between floating dtypes does nothing in double, but what it made stays a copy."""
+    """A cast between floating dtypes does nothing in double, but what it made stays a copy. What rounds on purpose is
+    computed in its own dtypes.
+    """
 
     def run_node(self, n: Node) -> Any:
+        if n.meta.get(ON_PURPOSE):
+            return self._rounded(n)
         result = super().run_node(n)
         inputs = [self.env[node] for node in n.all_input_nodes if isinstance(self.env[node], Tensor)]
         shares = isinstance(result, Tensor) and storage_of(result) in map(storage_of, inputs)
         if shares and not any(storages_of(n) & storages_of(node) for node in n.all_input_nodes):
             return result.clone()
         return result
+
+    def _rounded(self, n: Node) -> Any:
+        def narrowed(arg: Node) -> Any:
+            value, example = self.env[arg], arg.meta["example_value"]
+            return value.to(example.dtype) if isinstance(example, Tensor) else value
+
+        with torch._C.DisableTorchFunction():
+            args, kwargs = map_arg((n.args, n.kwargs), narrowed)
+            result = getattr(self, n.op)(n.target, args, kwargs)
+            return result.double() if _is_floating(result) else result
 
 
 def _detached(values: Any) -> list[Any]:

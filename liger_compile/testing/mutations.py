@@ -7,9 +7,10 @@ numbers where something was replaced in spite of one. A mutation that does not g
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import Random
 from typing import Any
 
@@ -28,9 +29,12 @@ class Call:
     node: Node
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    made: Any = None  # its result, where it has been recorded already
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The call, with other arguments if they are given."""
+        if self.made is not None:
+            return self.made
         return again(self.recorder, self.node, args or self.args, {**self.kwargs, **kwargs})
 
     @property
@@ -43,6 +47,7 @@ class NotApplicable(Exception):
 
 
 Mutation = Callable[[Call, Random], Any]
+ON_PURPOSE = "rounds on purpose"  # in a node's meta: what it rounds to is its meaning
 
 
 def on_result(change: Callable[[Any], Any]) -> Mutation:
@@ -53,6 +58,23 @@ def on_result(change: Callable[[Any], Any]) -> Mutation:
         if not isinstance(result, Value) or not isinstance(result.fake, torch.Tensor):
             raise NotApplicable
         return change(result)
+
+    return mutation
+
+
+def rounding(change: Callable[[Any], Any]) -> Mutation:
+    """Does something to the result that only rounding, or the end of the dtype's range, makes a change of. A reference
+    in higher precision has to compute it in the dtypes at hand, or it sees none.
+    """
+    changed = on_result(change)
+
+    def mutation(call: Call, random: Random) -> Any:
+        call_alone = again(call.recorder, call.node, call.args, call.kwargs)
+        before = len(call.recorder.graph.nodes)
+        result = changed(replace(call, made=call_alone), random)
+        for node in [*call.recorder.graph.nodes][before:]:
+            node.meta[ON_PURPOSE] = True
+        return result
 
     return mutation
 
@@ -185,7 +207,41 @@ def other_slice(call: Call, random: Random) -> Any:
     return x[(*first, moved)]
 
 
+# What is x in real numbers, and is not x in floating point; and numbers that are no numbers like others, which send no
+# gradients back that are none.
+ROUNDINGS: tuple[Mutation, ...] = (
+    rounding(lambda x: (x + 12582912.0) - 12582912.0),
+    rounding(lambda x: (x - 3e4) + 3e4),
+    rounding(lambda x: ((x + 1e8) + 1.0) - 1e8),
+    rounding(lambda x: torch.sub(x.add(4096.0), 2048, alpha=2)),
+    rounding(lambda x: x * 1e-30 * 1e-15 * 1e30 * 1e15),
+    rounding(lambda x: x / 1e30 / 1e-20 * 1e-20 * 1e30),
+    rounding(lambda x: (x * 1e30) * 1e30),
+    rounding(lambda x: x.half().mul(1e-8).mul(1e8).to(x.dtype)),
+    rounding(lambda x: x.half().div(300).square().to(x.dtype)),
+    rounding(lambda x: x.sqrt() ** 2),
+    rounding(lambda x: x.sqrt() * x.sqrt()),
+    rounding(lambda x: x.rsqrt().square().reciprocal()),
+    rounding(lambda x: x.square().sqrt()),
+    rounding(lambda x: x * x.relu() / x.relu()),
+    rounding(lambda x: x / x * x),
+    rounding(lambda x: 1 / (1 / (x * 1e-30 * 1e-12))),
+    rounding(lambda x: x + (x - x) * math.inf),
+    rounding(lambda x: x.exp().exp().log().log()),
+    rounding(lambda x: x.half().to(x.dtype)),
+    rounding(lambda x: x.bfloat16().half().to(x.dtype)),
+    rounding(lambda x: x.to(torch.float8_e4m3fn).to(x.dtype)),
+    rounding(lambda x: (x * 4).to(torch.int32).to(x.dtype)),
+    rounding(lambda x: x.bool().to(x.dtype)),
+    rounding(lambda x: x * 0),
+    rounding(lambda x: (x * math.inf).detach()),
+    rounding(lambda x: (x / 0.0).detach()),
+    rounding(lambda x: (x * math.nan).detach()),
+    rounding(lambda x: (x + math.inf).detach()),
+)
+
 MUTATIONS: tuple[Mutation, ...] = (
+    *ROUNDINGS,
     dropped,
     swapped,
     other_number,
