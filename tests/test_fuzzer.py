@@ -6,6 +6,7 @@ other choices: `liger_compile.testing.fuzz`.
 
 import collections
 import math
+from random import Random
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from liger_compile.registry import default_patterns
 from liger_compile.testing import assert_mutant_is_safe, assert_respelling_matches
 from liger_compile.testing.fuzzer import Choices
+from liger_compile.testing.mutations import ROUNDINGS
 
 PATTERNS = {pattern.name: pattern for pattern in default_patterns()}
 OPS = collections.Counter(name.split(".")[0] for name in PATTERNS)
@@ -92,3 +94,29 @@ def test_mutants_are_refused_or_right(name):
 
     mutate()
     assert sum(made) >= examples_of(name)
+
+
+# One pattern of each op, and of what is matched in other ways: numbers that are captured, casts, masks.
+REPRESENTATIVES = (
+    "rms_norm.llama",
+    "rms_norm.gemma",
+    "rotary.half_pair",
+    "gated_mlp.swiglu",
+    "gated_mlp.geglu_product",
+    "mlp.quick_gelu",
+    "linear_cross_entropy.plain_upcast_logits",
+    "linear_cross_entropy.softcap",
+    "linear_cross_entropy.log_probability",
+    "cross_entropy.upcast",
+    "attention.causal",
+)
+
+
+@pytest.mark.parametrize("name", REPRESENTATIVES)
+def test_what_rounds_on_purpose_goes_on_rounding(name):
+    """Every mutation that is none in real numbers, somewhere in the pattern."""
+    made = [
+        assert_mutant_is_safe(PATTERNS[name], Random(f"{name} {at}"), mutations=(mutation,), **SETTINGS[name])
+        for at, mutation in enumerate(ROUNDINGS)
+    ]
+    assert sum(made) >= len(ROUNDINGS) / 3  # not every place goes with every one

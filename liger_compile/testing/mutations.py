@@ -79,6 +79,11 @@ def rounding(change: Callable[[Any], Any]) -> Mutation:
     return mutation
 
 
+def without_gradient(change: Callable[[Any], Any]) -> Mutation:
+    """As `rounding`, where the gradient would be infinite, or none."""
+    return rounding(lambda x: change(x).detach())
+
+
 def on_argument(change: Callable[[Any], Any]) -> Mutation:
     """Does something to one tensor argument."""
 
@@ -207,17 +212,16 @@ def other_slice(call: Call, random: Random) -> Any:
     return x[(*first, moved)]
 
 
-# What is x in real numbers, and is not x in floating point; and numbers that are no numbers like others, which send no
-# gradients back that are none.
+# What is x in real numbers, and is not x in floating point; and numbers that are no numbers like others.
 ROUNDINGS: tuple[Mutation, ...] = (
     rounding(lambda x: (x + 12582912.0) - 12582912.0),
     rounding(lambda x: (x - 3e4) + 3e4),
     rounding(lambda x: ((x + 1e8) + 1.0) - 1e8),
     rounding(lambda x: torch.sub(x.add(4096.0), 2048, alpha=2)),
-    rounding(lambda x: x * 1e-30 * 1e-15 * 1e30 * 1e15),
-    rounding(lambda x: x / 1e30 / 1e-20 * 1e-20 * 1e30),
-    rounding(lambda x: (x * 1e30) * 1e30),
-    rounding(lambda x: x.half().mul(1e-8).mul(1e8).to(x.dtype)),
+    without_gradient(lambda x: x * 1e-30 * 1e-15 * 1e30 * 1e15),
+    without_gradient(lambda x: x / 1e30 / 1e-20 * 1e-20 * 1e30),
+    without_gradient(lambda x: (x * 1e30) * 1e30),
+    without_gradient(lambda x: x.half().mul(1e-8).mul(1e8).to(x.dtype)),
     rounding(lambda x: x.half().div(300).square().to(x.dtype)),
     rounding(lambda x: x.sqrt() ** 2),
     rounding(lambda x: x.sqrt() * x.sqrt()),
@@ -225,8 +229,8 @@ ROUNDINGS: tuple[Mutation, ...] = (
     rounding(lambda x: x.square().sqrt()),
     rounding(lambda x: x * x.relu() / x.relu()),
     rounding(lambda x: x / x * x),
-    rounding(lambda x: 1 / (1 / (x * 1e-30 * 1e-12))),
-    rounding(lambda x: x + (x - x) * math.inf),
+    without_gradient(lambda x: 1 / (1 / (x * 1e-30 * 1e-12))),
+    without_gradient(lambda x: x + (x - x) * math.inf),
     rounding(lambda x: x.exp().exp().log().log()),
     rounding(lambda x: x.half().to(x.dtype)),
     rounding(lambda x: x.bfloat16().half().to(x.dtype)),
@@ -234,10 +238,10 @@ ROUNDINGS: tuple[Mutation, ...] = (
     rounding(lambda x: (x * 4).to(torch.int32).to(x.dtype)),
     rounding(lambda x: x.bool().to(x.dtype)),
     rounding(lambda x: x * 0),
-    rounding(lambda x: (x * math.inf).detach()),
-    rounding(lambda x: (x / 0.0).detach()),
-    rounding(lambda x: (x * math.nan).detach()),
-    rounding(lambda x: (x + math.inf).detach()),
+    without_gradient(lambda x: x * math.inf),
+    without_gradient(lambda x: x / 0.0),
+    without_gradient(lambda x: x * math.nan),
+    without_gradient(lambda x: x + math.inf),
 )
 
 MUTATIONS: tuple[Mutation, ...] = (
