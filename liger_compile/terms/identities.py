@@ -119,9 +119,22 @@ def _addends(term: Term) -> tuple[tuple[Term, Term], ...]:
 
 
 def _is_power(term: Term, x: Term, power: float, scale: float) -> bool:
-    """True if term is scale * x ** power."""
-    is_power = term.op == "mul" and term.args == (x,) and term.consts[1] == power
-    return is_power and term.consts[0].is_number(scale, term.dtype)
+    """True if term is scale * x ** power, in whatever order that is multiplied."""
+    number, times = _monomial(term, x)
+    return times == power and close(number, scale, term.dtype)
+
+
+def _monomial(term: Term, x: Term) -> tuple[float, float]:
+    """The number and the power of x in a product of both alone; NaN if it is another."""
+    if term is x:
+        return 1.0, 1.0
+    if term.op != "mul" or term.consts[0].powers:
+        return math.nan, math.nan
+    number, power = term.consts[0].value, 0.0
+    for factor, times in zip(term.args, term.consts[1:], strict=True):
+        inner, inner_power = _monomial(factor, x)
+        number, power = number * inner**times, power + inner_power * times
+    return number, power
 
 
 def _times(term: Term, number: float) -> Term | None:
