@@ -6,16 +6,15 @@ first refusal wins and is a sentence. Nothing here edits a graph.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch.fx import Graph, Node
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from liger_compile.graphs.aliasing import Mutations
-from liger_compile.graphs.regions import Regions, in_words
+from liger_compile import callbacks
 from liger_compile.pattern import Annotate, Capture, Decision, Match
 
 
@@ -27,8 +26,10 @@ def decide(
     regions: Regions | None = None,
     policy: str = "auto",
     fuel: int | None = None,
-    recompute: bool = True,
+    unmarked: str = "",
     is_top_level: bool = True,
+    refused: Mapping[Match, Decision] | None = None,
+    strict: bool = False,
 ) -> list[Decision]:
     """A decision for every match that no larger accepted match contains.
 
@@ -37,72 +38,108 @@ def decide(
         regions: the modes of the nodes; for a body, those of its calls are in them.
         policy: "auto" asks profit too, "always" does not, "never" leaves everything.
         fuel: how many matches may be replaced at most; None is no limit.
-        recompute: False marks nothing as cheap: what would only be marked is left.
+        unmarked: why a mark would have no effect, in words that go on from what is cheap; what would only be marked
+            is left then. Empty where marks are followed.
         is_top_level: False in the body of a checkpoint, where no loss is replaced.
+        refused: decisions that are made already, for matches that could not be replaced.
+        strict: raise what a pattern's check, profit or saves raises.
+
+    Raises:
+        PatternError: under `strict`.
     """
-    context = _Context(mutations, regions or Regions(graph), is_top_level)
+    context = _Context(graph, mutations, is_top_level, policy, unmarked)
     consumed: set[Node] = set()
     replaced: set[Node] = set()
     decisions: list[Decision] = []
     for match in matches:
         if consumed & set(match.outputs) or replaced & set(match.nodes):
             continue  # part of a larger match, or around a smaller one
-        verdict = _verdict(match, context, policy)
-        if isinstance(verdict, Annotate) and not recompute:
-            verdict = (
-                f"{verdict.reason or 'its values are cheap'}; liger.recompute='off' keeps them all the same"
-            )
-        if (
-            not isinstance(verdict, str)
-            and fuel is not None
-            and fuel <= sum(d.kind != "leave" for d in decisions)
-        ):
-            verdict = f"liger.fuel={fuel} is used up"
-        if isinstance(verdict, str):
-            decisions.append(Decision(match, "leave", verdict))
-            continue
-        replaced.update(match.outputs)
-        consumed.update(match.outputs)
-        consumed.update(set(match.nodes) - set(match.escaping()))
-        saved = match.pattern.saves(match) if match.pattern.saves else None
-        if verdict is None:
-            decisions.append(Decision(match, "replace", saved_bytes=saved))
-        else:
-            decisions.append(Decision(match, "annotate", verdict.reason, verdict.keeps_outputs, saved))
+        decision = (refused or {}).get(match) or _decision(match, context, strict)
+        if decision.kind != "leave" and fuel is not None and fuel <= _used(decisions):
+            decision = Decision(match, "leave", f"liger.fuel={fuel} is used up")
+        decisions.append(decision)
+        if decision.kind != "leave":
+            replaced.update(match.outputs)
+            consumed.update(match.outputs)
+            consumed.update(set(match.nodes) - set(match.escaping()))
     return _without_covered(decisions, consumed)
 
 
-def _verdict(match: Match, context: _Context, policy: str) -> str | Annotate | None:
+def _used(decisions: Sequence[Decision]) -> int:
+    """How much fuel they took."""
+    return sum(decision.kind != "leave" for decision in decisions)
+
+
+def _decision(match: Match, context: _Context, strict: bool) -> Decision:
+    try:
+        verdict = _verdict(match, context)
+    except callbacks.PatternError as error:
+        return callbacks.left_for(error, match, strict)
+    if isinstance(verdict, str):
+        return Decision(match, "leave", verdict)
+    kind, reason = ("annotate", verdict.reason) if verdict else ("replace", "")
+    failed, saved = False, 0
+    if _keeps_less(match, kind, context):
+        try:
+            saved = callbacks.saves(match)
+        except callbacks.PatternError as error:  # the number alone is lost
+            if strict:
+                raise
+            failed, saved, reason = True, None, "; ".join(filter(None, (reason, str(error))))
+    return Decision(match, kind, reason, bool(verdict) and verdict.keeps_outputs, saved, failed=failed)
+
+
+def _verdict(match: Match, context: _Context) -> str | Annotate | None:
     """Why the match is left, in a sentence; an Annotate where it is only marked; None where it is replaced."""
     for refuses in LEGALITY:
         if reason := refuses(match, context):
             return reason
-    if match.pattern.check and (reason := match.pattern.check(match)):
+    if reason := callbacks.check(match):
         return reason
-    if policy == "never":
+    if context.policy == "never":
         return "liger.policy is 'never'"
     is_only_marked = match.pattern.replace is None
     verdict = None
-    if match.pattern.profit and (policy == "auto" or is_only_marked):  # which also says what the mark is for
-        verdict = match.pattern.profit(match)
-    if not verdict and is_only_marked:
-        verdict = Annotate("")
-    if isinstance(verdict, Annotate) and not context.is_top_level:
+    if context.policy == "auto" or is_only_marked:  # profit also says what the mark is for
+        verdict = callbacks.profit(match)
+    if verdict is None and is_only_marked:
+        verdict = Annotate("its values are cheap to compute again in backward")
+    return _why_unmarked(match, context, verdict) if isinstance(verdict, Annotate) else verdict
+
+
+def _why_unmarked(match: Match, context: _Context, verdict: Annotate) -> str | Annotate:
+    """The verdict, unless a mark has no effect: then why."""
+    if not context.is_top_level:
         return "what a checkpoint body recomputes has been decided already"
-    return verdict or None
+    why = context.unmarked if _needs_gradient(match) else "no gradient is computed here, so nothing is kept"
+    return f"{verdict.reason}; {why}" if why else verdict
+
+
+def _needs_gradient(match: Match) -> bool:
+    """Whether backward will come through here: not under no_grad, nor where nothing before it is trained."""
+    values = (output.meta.get("example_value") for output in match.outputs)
+    return any(isinstance(value, torch.Tensor) and value.requires_grad for value in values)
+
+
+def _keeps_less(match: Match, kind: str, context: _Context) -> bool:
+    """Whether what the pattern says that it saves would have been kept for backward, and is not."""
+    is_marked = kind == "annotate" or match.pattern.is_cheap
+    return context.is_top_level and _needs_gradient(match) and not (is_marked and context.unmarked)
 
 
 def _without_covered(decisions: list[Decision], consumed: set[Node]) -> list[Decision]:
     """One decision a place: a refusal says nothing where another pattern replaced it, or a larger one was
-    refused.
+    refused. A failure is always told.
     """
     told: set[Node] = set()
     kept = []
     for decision in decisions:
         root = decision.match.outputs[0]
-        if decision.kind != "leave" or (root not in consumed and root not in told):
+        is_news = decision.kind != "leave" or (root not in consumed and root not in told)
+        if is_news or decision.failed:
             kept.append(decision)
-            told.add(root)
+            if decision.kind != "leave" or not decision.failed:
+                told.add(root)
     return kept
 
 
@@ -111,6 +148,18 @@ class _Context:
     mutations: Mutations
     regions: Regions
     is_top_level: bool
+    policy: str = "auto"
+    unmarked: str = ""
+    switches: dict[Node, int] = field(default_factory=dict)  # with their positions
+    depth: dict[Node, int] = field(default_factory=dict)  # of torch.func transforms around a node
+
+    def __post_init__(self) -> None:
+        depth = 0
+        for node in self.graph.nodes:
+            name = getattr(node.target, "__name__", "") if node.op == "call_function" else ""
+            if name in _CONTEXT_SWITCHES or name.endswith(_NESTING):
+                self.switches[node] = self.position(node)
+            self.depth[node] = depth = depth + name.endswith(_NESTING[0]) - name.endswith(_NESTING[1])
 
     def position(self, node: Node) -> int:
         return self.mutations.position[node]

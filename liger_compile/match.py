@@ -29,7 +29,7 @@ import torch
 from torch._dispatch.python import enable_python_dispatcher
 from torch.fx import Graph, Node
 
-from liger_compile.graphs.regions import without_modes
+from liger_compile.callbacks import raised
 from liger_compile.pattern import Capture, Match, NearMiss, Pattern
 from liger_compile.terms.build import Terms, trace
 from liger_compile.terms.call import Draw
@@ -49,16 +49,21 @@ REGION = 32  # how many nodes a place that looks like a pattern may have
 
 
 def find_matches(
-    graph: Graph, patterns: Sequence[Pattern], terms: Terms
+    graph: Graph, patterns: Sequence[Pattern], terms: Terms, *, strict: bool = False
 ) -> tuple[list[Match], list[NearMiss]]:
     """All places where `graph` computes a pattern, larger patterns first, and places that nearly do.
 
     Matches may overlap; choosing among them is decide.py's part.
+
+    Raises:
+        PatternError: under `strict`, where a search function raises what tensors of another shape do not explain.
     """
-    index = _Index(graph, terms)
+    index = _Index(graph, terms, strict)
     by_op: dict[str, list[tuple[Pattern, _Skeleton]]] = {}
     for pattern in patterns:
-        skeleton = _skeleton(pattern)
+        skeleton = index.skeleton(pattern)
+        if skeleton is None:
+            continue
         by_op.setdefault(skeleton.outputs[0].bare.op, []).append((pattern, skeleton))
 
     found: list[tuple[tuple[int, int], Match]] = []  # with its operations, without casts and with them
@@ -88,7 +93,7 @@ def find_matches(
         )
     )
     matches = [match for _, match in found]
-    return matches, _near_misses(failed, matches, index)
+    return matches, [*index.failures, *_near_misses(failed, matches, index)]
 
 
 # Tracing search functions
@@ -141,8 +146,10 @@ def _traced(pattern: Pattern, tensors: Mapping[str, Any]) -> tuple[Term, ...]:
 class _Index:
     """What matching asks of a graph again and again."""
 
-    def __init__(self, graph: Graph, terms: Terms) -> None:
-        self.terms = terms
+    def __init__(self, graph: Graph, terms: Terms, strict: bool = False) -> None:
+        self.terms, self.strict = terms, strict
+        self.failures: list[NearMiss] = []  # of search functions
+        self.last = next(iter(reversed(graph.nodes)))
         self.position = terms.mutations.position
         self.fake_mode = next(
             (
@@ -154,7 +161,7 @@ class _Index:
         )
         self.exact: dict[
             tuple, tuple[Term, ...] | None
-        ] = {}  # searches traced with this graph's symbolic sizes
+        ] = {}  # searches traced with this graph's symbolic sizes, and those that failed in it
         self.by_op: dict[str, list[Node]] = {}
         for node in graph.nodes:
             term = terms.of[node]
@@ -162,6 +169,21 @@ class _Index:
                 self.by_op.setdefault(term.bare.op, []).append(node)
         # What a pattern's skeleton is compared with, and a search that was traced for the sizes of a place.
         self.bare, self.sized = (Comparer(self.called, self.inside, has_sizes) for has_sizes in (False, True))
+
+    def skeleton(self, pattern: Pattern) -> _Skeleton | None:
+        """None for a pattern whose search fails: it matches nowhere."""
+        try:
+            return _skeleton(pattern)
+        except Exception as error:
+            self.fails(pattern, self.last, error)
+            return None
+
+    def fails(self, pattern: Pattern, root: Node, error: Exception, score: float = 0.0) -> None:
+        """Notes that the search of a pattern raised at a place."""
+        failure = raised(pattern, "search", error)
+        if self.strict:
+            raise failure
+        self.failures.append(NearMiss(pattern, root, root, str(failure), score))
 
     def node_of(self, term: Term) -> Node | None:
         """The first node that has the value of a term, or of a bare one but for casts."""
@@ -235,6 +257,10 @@ def _call_of(node: Node) -> Node:
     """The call that made a value, of which `node` may be one of several."""
     is_part = node.target is operator.getitem and node.all_input_nodes
     return node.all_input_nodes[0] if is_part and node.all_input_nodes[0].op != "placeholder" else node
+
+
+# What a search function raises for tensors of shapes that it does not take: then the place is another computation.
+_OTHER_SHAPES = (RuntimeError, ValueError, TypeError, IndexError, AssertionError)
 
 
 class _Attempt:
@@ -332,7 +358,7 @@ class _Attempt:
         """The terms of search for these; None if it does not take tensors of these shapes."""
         is_static = all(d is None or all(isinstance(size, int) for size in d[0]) for d in tensors.values())
         key = (self.pattern, tuple(tensors.items()))
-        traced = _exact if is_static else self.index.exact
+        traced = self.index.exact if key in self.index.exact or not is_static else _exact
         if key not in traced:
             mode = self.index.fake_mode or contextlib.nullcontext()
             real = {
@@ -343,8 +369,12 @@ class _Attempt:
             with mode, contextlib.nullcontext() if is_static else enable_python_dispatcher():
                 try:
                     traced[key] = _traced(self.pattern, real)
-                except (RuntimeError, ValueError, TypeError, IndexError, AssertionError):
+                except _OTHER_SHAPES:
                     traced[key] = None
+                except Exception as error:  # of this graph alone: the next one tells of it again
+                    traced = self.index.exact
+                    traced[key] = None
+                    self.index.fails(self.pattern, self.root, error, score=1.0)
         return traced[key]
 
     def _real_size(self, size: Any) -> Any:

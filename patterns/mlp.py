@@ -34,7 +34,7 @@ def squared_relu(x, weight, bias: torch.Tensor | None):
 
 def profit(match: Match) -> str | Annotate:
     """As for the gate of a gated MLP (gated_mlp.py has the measurement): one pass over x, which is read anyway."""
-    return recomputed_input(match, "the activation is computed again in backward")
+    return recomputed_input(match, "the activation is cheap to compute again in backward")
 
 
 def _pattern(search: Callable, **numbers) -> Pattern:

@@ -70,7 +70,7 @@ def profit(match: Match) -> Annotate | None:
     floating = [match[name] for name in match.captures if isinstance(match[name], torch.Tensor)]
     if match.result.requires_grad and match.result.device.type == "cuda" and has_kernel(*floating):
         return None
-    return Annotate("Inductor fuses the norm with its neighbours; its result is computed again in backward")
+    return Annotate("Inductor fuses the norm with its neighbours; its result is cheap to compute again in backward")
 
 
 def saved_bytes(match: Match) -> int | None:
