@@ -50,6 +50,8 @@ def saves(match: Match) -> int | None:
 
 def described(value: Any) -> str:
     """A value and its type, in a few words."""
+    if value is None:
+        return "None"
     text = "" if isinstance(value, (torch.Tensor, list, tuple, dict)) else f"{value!r}, "
     return f"{text if len(text) < LONGEST else ''}a value of type {type(value).__name__}"
 

@@ -31,6 +31,9 @@ _META = ("stack_trace", "nn_module_stack", "source_fn_stack")
 _FACTS = (bool, int, float, complex, str, torch.SymInt, torch.SymFloat, torch.SymBool, torch.dtype, torch.device)
 _FACTS += (torch.layout, torch.memory_format, torch.Size)
 
+# What a function that returns nothing does, where its name does not say it.
+_SWITCHES = {"_set_grad_enabled": "switches gradients on or off (detach() leaves one value without)"}
+
 
 class Recorder(TorchFunctionMode):
     """Records the torch functions that run under it as nodes before `before`, with the meta of `like`."""
@@ -44,6 +47,8 @@ class Recorder(TorchFunctionMode):
         self.alive: list[Any] = []  # ids are only unique among living objects
         self.captures: dict[str, torch.Tensor] = {}
         self.faults: list[str] = []
+        self.writers: list[str] = []  # the torch functions that write into anything
+        self.random: list[str] = []  # and the operators that draw random numbers
 
     def knows(self, name: str, value: Any, node: Node) -> Any:
         """Remembers which node has `value`, which the function knows as `name`, and returns what to hand to it.
@@ -94,10 +99,12 @@ class Recorder(TorchFunctionMode):
         has_known = any(id(leaf) in self.node_of for leaf in tree_leaves((args, kwargs)))
         node = self._insert(func, args, kwargs, None) if has_known else None
         if node is None or not list(written_arguments(node)):
-            self.faults.append(f"calls {_name(func)}, which gives no tensor")
+            name = _name(func)
+            self.faults.append(_SWITCHES.get(name, f"calls {name}, which gives no tensor"))
 
     def _look_for_writes(self, node: Node) -> None:
         for argument in written_arguments(node):
+            self.writers.append(_name(node.target))
             for name in self.captures_in(storages_of(argument)):
                 self.wrote(name, _name(node.target))
 
@@ -186,6 +193,8 @@ class _Writes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if _is_random(func, args, kwargs):
+            self.recorder.random.append(_name(func))
         if isinstance(func, torch._ops.OpOverload) and func._schema.is_mutable:
             written = tree_leaves(list(_written(func, args, kwargs)))
             storages = (storage_of(value) for value in written if isinstance(value, torch.Tensor))
@@ -199,6 +208,14 @@ def _written(func: torch._ops.OpOverload, args: Sequence[Any], kwargs: Mapping[s
     for position, argument in enumerate(func._schema.arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:
             yield args[position] if position < len(args) else kwargs.get(argument.name)
+
+
+def _is_random(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    if torch.Tag.nondeterministic_seeded not in getattr(func, "tags", ()):
+        return False
+    arguments = [argument.name for argument in func._schema.arguments]
+    values = {**dict.fromkeys(arguments, 0), **dict(zip(arguments, args, strict=False)), **kwargs}
+    return values.get("dropout_p") != 0  # attention, which draws none without dropout, has the tag as well
 
 
 def _overload(packet: torch._ops.OpOverloadPacket, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
@@ -248,7 +265,7 @@ def faults_of(
             yield f"returns results {i} and {j} in the same memory"
         if not _share(a, b) and _share(originals[i], originals[j]):
             yield f"returns results {i} and {j} in different memory, which share it where they are searched for"
-    if name := _autograd_function(results):
+    if name := autograd_function(results):
         yield f"calls {name}, an autograd.Function, whose backward a graph cannot have"
 
 
@@ -256,7 +273,7 @@ def _share(a: torch.Tensor, b: torch.Tensor) -> bool:
     return storage_of(a) is not None and storage_of(a) == storage_of(b)
 
 
-def _autograd_function(results: Iterable[torch.Tensor]) -> str | None:
+def autograd_function(results: Iterable[torch.Tensor]) -> str | None:
     """The autograd.Function in what results were computed by: of a graph only its forward would be recorded.
 
     Custom ops have functions of torch's own making, and stay one node.

@@ -40,8 +40,9 @@ ALLOWED = {
     "ddp": (),
     "runtime": ("runtime",),
     "zeros": (),
-    "outputs": ("runtime", "terms"),
-    "registry": ("graphs", "pattern", "terms", "patterns"),
+    "outputs": ("lazy", "terms"),
+    "validation": ("callbacks", "pattern", "recording", "terms"),
+    "registry": ("callbacks", "pattern", "patterns", "validation"),
     "patterns": ("pattern", "patterns", "functional", "flex", "ops.dispatch"),
 }
 
