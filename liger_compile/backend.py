@@ -162,7 +162,8 @@ def _rewritten(
             regions=regions,
             policy=options.policy,
             fuel=_left(options.fuel, decisions),
-            unmarked=options.unmarked,
+            recompute=options.recompute == "auto",
+            takes_marks=options.reported_inner != "eager",
             is_top_level=is_top_level,
             strict=options.strict,
         )
@@ -175,7 +176,7 @@ def _rewritten(
             strict=options.strict,
         )
         filled.extend(settle(module.graph, deferred, is_dropped=options.logits == "none"))
-        if is_top_level and not options.unmarked:  # in a checkpoint body the user has decided already
+        if is_top_level and options.recompute == "auto":  # in a checkpoint body the user has decided already
             mark_for_recompute(rewritten)
         decisions.extend(rewritten)
         near_misses.extend(missed)

@@ -6,8 +6,8 @@ first refusal wins and is a sentence. Nothing here edits a graph.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -26,7 +26,8 @@ def decide(
     regions: Regions | None = None,
     policy: str = "auto",
     fuel: int | None = None,
-    unmarked: str = "",
+    recompute: bool = True,
+    takes_marks: bool = True,
     is_top_level: bool = True,
     refused: Mapping[Match, Decision] | None = None,
     strict: bool = False,
@@ -38,8 +39,8 @@ def decide(
         regions: the modes of the nodes; for a body, those of its calls are in them.
         policy: "auto" asks profit too, "always" does not, "never" leaves everything.
         fuel: how many matches may be replaced at most; None is no limit.
-        unmarked: why a mark would have no effect, in words that go on from what is cheap; what would only be marked
-            is left then. Empty where marks are followed.
+        recompute: False marks nothing as cheap: what would only be marked is left.
+        takes_marks: False where what compiles the graph follows no marks.
         is_top_level: False in the body of a checkpoint, where no loss is replaced.
         refused: decisions that are made already, for matches that could not be replaced.
         strict: raise what a pattern's check, profit or saves raises.
@@ -47,7 +48,7 @@ def decide(
     Raises:
         PatternError: under `strict`.
     """
-    context = _Context(graph, mutations, is_top_level, policy, unmarked)
+    context = _Context(graph, mutations, is_top_level, policy, recompute, takes_marks)
     consumed: set[Node] = set()
     replaced: set[Node] = set()
     decisions: list[Decision] = []
@@ -58,7 +59,7 @@ def decide(
         if decision.kind != "leave" and fuel is not None and fuel <= _used(decisions):
             decision = Decision(match, "leave", f"liger.fuel={fuel} is used up")
         decisions.append(decision)
-        if decision.kind != "leave":
+        if decision.kind != "leave" or decision.covers:
             replaced.update(match.outputs)
             consumed.update(match.outputs)
             consumed.update(set(match.nodes) - set(match.escaping()))
@@ -77,16 +78,29 @@ def _decision(match: Match, context: _Context, strict: bool) -> Decision:
         return callbacks.left_for(error, match, strict)
     if isinstance(verdict, str):
         return Decision(match, "leave", verdict)
-    kind, reason = ("annotate", verdict.reason) if verdict else ("replace", "")
-    failed, saved = False, 0
-    if _keeps_less(match, kind, context):
-        try:
-            saved = callbacks.saves(match)
-        except callbacks.PatternError as error:  # the number alone is lost
-            if strict:
-                raise
-            failed, saved, reason = True, None, "; ".join(filter(None, (reason, str(error))))
-    return Decision(match, kind, reason, bool(verdict) and verdict.keeps_outputs, saved, failed=failed)
+    if verdict is None:
+        return _with_savings(Decision(match, "replace"), context, strict)
+    for why, covers in _why_unmarked(match, context):
+        reason = f"{verdict.reason or 'its values are cheap to compute again in backward'}; {why}"
+        return Decision(match, "leave", reason, covers=covers)
+    annotated = Decision(match, "annotate", verdict.reason, verdict.keeps_outputs)
+    return _with_savings(annotated, context, strict)
+
+
+def _with_savings(decision: Decision, context: _Context, strict: bool) -> Decision:
+    """The decision with what it saves: nothing, unless something would have been kept for backward."""
+    match = decision.match
+    is_marked = decision.kind == "annotate" or match.pattern.is_cheap
+    is_followed = context.recompute and context.takes_marks
+    if not context.is_top_level or not _needs_gradient(match) or (is_marked and not is_followed):
+        return replace(decision, saved_bytes=0)
+    try:
+        return replace(decision, saved_bytes=callbacks.saves(match))
+    except callbacks.PatternError as error:  # the number alone is lost
+        if strict:
+            raise
+        reason = "; ".join(filter(None, (decision.reason, str(error))))
+        return replace(decision, reason=reason, failed=True)
 
 
 def _verdict(match: Match, context: _Context) -> str | Annotate | None:
@@ -103,28 +117,26 @@ def _verdict(match: Match, context: _Context) -> str | Annotate | None:
     if context.policy == "auto" or is_only_marked:  # profit also says what the mark is for
         verdict = callbacks.profit(match)
     if verdict is None and is_only_marked:
-        verdict = Annotate("its values are cheap to compute again in backward")
-    return _why_unmarked(match, context, verdict) if isinstance(verdict, Annotate) else verdict
+        verdict = Annotate("")
+    return verdict
 
 
-def _why_unmarked(match: Match, context: _Context, verdict: Annotate) -> str | Annotate:
-    """The verdict, unless a mark has no effect: then why."""
+def _why_unmarked(match: Match, context: _Context) -> Iterator[tuple[str, bool]]:
+    """Why a mark would have no effect, and whether the place is covered all the same, for Inductor does it well."""
     if not context.is_top_level:
-        return "what a checkpoint body recomputes has been decided already"
-    why = context.unmarked if _needs_gradient(match) else "no gradient is computed here, so nothing is kept"
-    return f"{verdict.reason}; {why}" if why else verdict
+        yield "what a checkpoint body recomputes has been decided already", False
+    if not context.recompute:
+        yield "liger.recompute='off' keeps them all the same", False
+    if not _needs_gradient(match):
+        yield "no gradient is computed here, so nothing is kept", True
+    if not context.takes_marks:
+        yield "liger.inner='eager' takes no marks, and keeps them", True
 
 
 def _needs_gradient(match: Match) -> bool:
     """Whether backward will come through here: not under no_grad, nor where nothing before it is trained."""
     values = (output.meta.get("example_value") for output in match.outputs)
     return any(isinstance(value, torch.Tensor) and value.requires_grad for value in values)
-
-
-def _keeps_less(match: Match, kind: str, context: _Context) -> bool:
-    """Whether what the pattern says that it saves would have been kept for backward, and is not."""
-    is_marked = kind == "annotate" or match.pattern.is_cheap
-    return context.is_top_level and _needs_gradient(match) and not (is_marked and context.unmarked)
 
 
 def _without_covered(decisions: list[Decision], consumed: set[Node]) -> list[Decision]:
@@ -135,10 +147,11 @@ def _without_covered(decisions: list[Decision], consumed: set[Node]) -> list[Dec
     kept = []
     for decision in decisions:
         root = decision.match.outputs[0]
-        is_news = decision.kind != "leave" or (root not in consumed and root not in told)
+        has_place = decision.kind != "leave" or decision.covers
+        is_news = has_place or (root not in consumed and root not in told)
         if is_news or decision.failed:
             kept.append(decision)
-            if decision.kind != "leave" or not decision.failed:
+            if has_place or not decision.failed:
                 told.add(root)
     return kept
 
@@ -149,7 +162,8 @@ class _Context:
     regions: Regions
     is_top_level: bool
     policy: str = "auto"
-    unmarked: str = ""
+    recompute: bool = True
+    takes_marks: bool = True
     switches: dict[Node, int] = field(default_factory=dict)  # with their positions
     depth: dict[Node, int] = field(default_factory=dict)  # of torch.func transforms around a node
 

@@ -111,13 +111,6 @@ class Options:
         """What the report is about."""
         return "inductor" if self.inner == "report" else self.inner
 
-    @property
-    def unmarked(self) -> str:
-        """Why values that are marked as cheap would be kept all the same; empty if they are not."""
-        if self.recompute == "off":
-            return "liger.recompute='off' keeps them all the same"
-        return "liger.inner='eager' takes no marks, and keeps them" if self.inner == "eager" else ""
-
     def skips(self, pattern_name: str) -> bool:
         """Whether `skip` names this pattern, or its op: "rms_norm" is the op of "rms_norm.llama"."""
         return pattern_name in self.skip or pattern_name.partition(".")[0] in self.skip

@@ -151,6 +151,7 @@ class Decision:
     keeps_outputs: bool = False  # of what is annotated: see Annotate
     saved_bytes: int | None = None  # None: not known, as where a size is symbolic
     inserted: tuple[Node, ...] = ()  # by rewrite.py, of what is replaced
+    covers: bool = False  # what is left leaves nothing to smaller patterns either
     failed: bool = False  # a function of the pattern did: see callbacks.py
 
 

@@ -305,8 +305,6 @@ def _told_of(pattern: Pattern, function: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if isinstance(error, ValueError) and str(error).startswith(f"pattern {pattern.name!r}: "):
-            raise
         raise ValueError(
             f"pattern {pattern.name!r}: {function} could not be traced ({told(error)}); {_advice(error)}"
         ) from error

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from liger_compile import functional
 from liger_compile.pattern import Annotate, Match, Pattern
-from liger_compile.patterns.profit import bytes_of, recomputed_input
+from liger_compile.patterns.profit import bytes_of, kept_bytes, recomputed_input
 
 
 def swiglu(gate, up):
@@ -66,7 +66,11 @@ def marked(match: Match) -> Annotate:
 
 
 def saved_bytes(match: Match) -> int | None:
-    """h, which is as large as up."""
+    """h, which is as large as up. The linear layer that reads it keeps it for the gradient of its weight."""
+    if "weight" not in match.captures:
+        return kept_bytes(match.outputs[0])
+    if not match["weight"].requires_grad:
+        return 0
     return bytes_of(match["up"]) if "up" in match.captures else bytes_of(match["gate_up"], parts=2)
 
 

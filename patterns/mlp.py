@@ -37,13 +37,18 @@ def profit(match: Match) -> str | Annotate:
     return recomputed_input(match, "the activation is cheap to compute again in backward")
 
 
+def saved_bytes(match: Match) -> int | None:
+    """The result of the activation, which is as large as x; a frozen weight needs none for its gradient."""
+    return bytes_of(match["x"]) if match["weight"].requires_grad else 0
+
+
 def _pattern(search: Callable, **numbers) -> Pattern:
     return Pattern(
         name=f"mlp.{search.__name__}",
         search=search,
         replace=None,
         profit=profit,
-        saves=lambda match: bytes_of(match["x"]),
+        saves=saved_bytes,
         examples={
             "x": torch.empty(3, 5, 8),
             "weight": torch.empty(6, 8),

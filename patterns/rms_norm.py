@@ -12,7 +12,7 @@ import torch
 from liger_compile import functional
 from liger_compile.ops.dispatch import has_kernel
 from liger_compile.pattern import Annotate, Match, Pattern
-from liger_compile.patterns.profit import bytes_of
+from liger_compile.patterns.profit import kept_bytes
 
 
 def llama(x, weight, eps: float):
@@ -74,8 +74,8 @@ def profit(match: Match) -> Annotate | None:
 
 
 def saved_bytes(match: Match) -> int | None:
-    """The result, which the linear layers that read it would keep."""
-    return bytes_of(match.result)
+    """The result, which linear layers that read it would keep, unless they are frozen."""
+    return kept_bytes(match.outputs[0])
 
 
 def _pattern(search) -> Pattern:
