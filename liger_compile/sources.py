@@ -12,6 +12,8 @@ tensors, and code in C. Packages that are installed count with their version. Th
 
 from __future__ import annotations
 
+import contextlib
+import dis
 import functools
 import hashlib
 import importlib.metadata
@@ -19,6 +21,7 @@ import inspect
 import sys
 import sysconfig
 from collections.abc import Iterable, Iterator, Mapping
+from importlib.machinery import PathFinder
 from pathlib import Path
 from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
@@ -111,7 +114,9 @@ def _members(value: Any) -> Iterable[tuple[Any, Any]]:
 def _named(function: FunctionType) -> dict[str, Any]:
     """What the code of a function names, by name, and what it closes over. `module.name` is there as "module.name"."""
     names, space = sorted(set(_names(function.__code__))), function.__globals__
-    found = {name: space[name] if name in space else sys.modules.get(name) for name in names}
+    found = {name: space[name] for name in names if name in space}
+    for name in _imports(function.__code__, str(space.get("__package__") or "")):
+        found[name] = sys.modules[name] if name in sys.modules else tuple(_files_behind(name))
     for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
         try:
             found[name] = cell.cell_contents
@@ -136,6 +141,47 @@ def _names(code: CodeType) -> Iterator[str]:
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
             yield from _names(constant)
+
+
+def _imports(code: CodeType, package: str) -> Iterator[str]:
+    """The modules that a function imports when it runs."""
+    before: list[Any] = []
+    for instruction in dis.get_instructions(code):
+        if instruction.opname == "IMPORT_NAME":
+            level, parts = before[-2:]
+            base = package.rsplit(".", level - 1)[0] + "." if level else ""
+            module = (base + instruction.argval).rstrip(".")
+            yield from (module, *(f"{module}.{part}" for part in parts or () if level))
+        before.append(instruction.argval)
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _imports(constant, package)
+
+
+def _files_behind(name: str) -> Iterator[str]:
+    """Digests of a module that is not loaded yet, and of all that its source imports; installed ones left out."""
+    stack, seen = [name], set()
+    while stack:
+        name = stack.pop()
+        path = None if name in seen else _found(name)
+        seen.add(name)
+        if path is None or path.startswith(_STANDARD) or any(part in path for part in _INSTALLED):
+            continue
+        yield from _file(path)
+        package = name if Path(path).name == "__init__.py" else name.rpartition(".")[0]
+        with contextlib.suppress(SyntaxError, ValueError):
+            stack.extend(_imports(compile(Path(path).read_text(), path, "exec"), package))
+
+
+def _found(name: str) -> str | None:
+    """The source file of a module, without importing its packages."""
+    path, spec, parts = None, None, name.split(".")
+    for end in range(len(parts)):
+        spec = PathFinder.find_spec(".".join(parts[: end + 1]), path)
+        if spec is None:
+            return None
+        path = spec.submodule_search_locations
+    return spec.origin if spec and str(spec.origin).endswith(".py") else None
 
 
 def _path(value: FunctionType | type | ModuleType) -> str | None:
