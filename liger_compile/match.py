@@ -190,8 +190,20 @@ class _Index:
         same = (term,) if term.dtype is not None else self.terms.space.same_bare.get(term, ())
         return next((nodes[0] for each in same if (nodes := self.terms.nodes.get(each))), None)
 
+    def overwritten(self, term: Term) -> Node | None:
+        """The node whose value a term is after a write in place; None for what is as it was made."""
+        same = (term,) if term.dtype is not None else self.terms.space.same_bare.get(term, ())
+        return next((self.terms.written[each] for each in same if each in self.terms.written), None)
+
+    def writer(self, term: Term) -> Node | None:
+        """The node that writes into a value before it is read as `term`."""
+        node = self.overwritten(term)
+        return None if node is None else self.terms.mutations.last_write(node)
+
     def inside(self, bare: Term) -> Sequence[Term]:
         """What a bare term is made of; what an opaque one is, its node knows."""
+        if (before := self.overwritten(bare)) is not None:
+            return [value.bare] if isinstance(value := self.terms.of[before], Term) else []
         node = self.node_of(bare) if bare.op == "leaf" else None
         if node is None:
             return bare.args
@@ -200,14 +212,14 @@ class _Index:
 
     def called(self, term: Term) -> str:
         """What a person calls the operation that made `term`, or the input that it is."""
+        if (writer := self.writer(term)) is not None:
+            return f"a write in place ({_name_of(writer)})"
         node = self.node_of(term) if term.op == "leaf" else None
         if node is None:
             return str(term.consts[0] if term.op in ("leaf", "var") else term.op.rpartition(".")[2])
         if not self.is_call(term):
             return _NAMING.sub(lambda found: "." if found["inner"] else "", node.name)
-        target = _call_of(node).target
-        name = target if isinstance(target, str) else getattr(target, "__name__", str(target))
-        return name.rstrip("_")
+        return _name_of(_call_of(node)).rstrip("_")
 
     def is_call(self, term: Term) -> bool:
         node = self.node_of(term) if term.op == "leaf" else None
@@ -251,6 +263,12 @@ class _Index:
 _NAMING = re.compile(
     r"^[lg]_(self_)?(modules_|parameters_|buffers_)?|(?P<inner>_(modules|parameters|buffers)_)|_+$"
 )
+
+
+def _name_of(node: Node) -> str:
+    """What a call calls."""
+    target = node.target
+    return target if isinstance(target, str) else getattr(target, "__name__", str(target))
 
 
 def _call_of(node: Node) -> Node:
@@ -539,6 +557,8 @@ class _Near:
                 (n for n, t in bare.items() if t.op == "mul" and factor in operands_of(t, "mul")[1]),
                 self.root,
             )
+        if (writer := self.attempt.index.writer(different.have)) is not None:
+            return writer
         for term in (different.have, different.around):
             makes = (node for node in bare if bare[node] is term)
             reads = (n for n in bare for arg in n.all_input_nodes if getattr(of[arg], "bare", None) is term)

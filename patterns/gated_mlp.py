@@ -34,6 +34,11 @@ def quick_geglu(gate, up, slope: float):
     return gate * torch.sigmoid(slope * gate) * up
 
 
+def squared_reglu(gate, up):
+    """Likewise."""
+    return F.relu(gate).square() * up
+
+
 def check(match: Match) -> str | None:
     """Gate and up have to be of one shape: a gate that broadcasts is something else. They may be of two dtypes."""
     if "gate_up" in match.captures:
@@ -172,5 +177,14 @@ PATTERNS = (
         profit=marked,
         saves=saved_bytes,
         examples={**_GATE_AND_UP, "slope": 1.702},
+    ),
+    Pattern(
+        name="gated_mlp.squared_reglu_product",
+        search=squared_reglu,
+        replace=None,
+        check=check,
+        profit=marked,
+        saves=saved_bytes,
+        examples=_GATE_AND_UP,
     ),
 )
