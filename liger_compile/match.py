@@ -169,6 +169,7 @@ class _Index:
                 self.by_op.setdefault(term.bare.op, []).append(node)
         # What a pattern's skeleton is compared with, and a search that was traced for the sizes of a place.
         self.bare, self.sized = (Comparer(self.called, self.inside, has_sizes) for has_sizes in (False, True))
+        self.factors = Comparer(self.called, self.inside, takes_rest=False)
 
     def skeleton(self, pattern: Pattern) -> _Skeleton | None:
         """None for a pattern whose search fails: it matches nowhere."""
@@ -350,6 +351,12 @@ class _Attempt:
             found.append((comparison.differences if comparison else (), moves, env))
         return min(found, key=lambda each: len(each[0]) + len(each[1]), default=((), (), {}))
 
+    def products(self) -> Sequence[Difference]:
+        """The factors that would be one capture, and whose product the graph computes nowhere."""
+        want, have = self.skeleton.outputs[0].bare, self.index.terms.of[self.root].bare
+        comparison = self.index.factors.compare(want, have)
+        return [each for each in comparison.differences if each.kind == "rest"] if comparison else ()
+
     def _can_bind_bare(self, want: Term, have: Term) -> bool:
         if have.op == "none":
             return want.consts[0] in self.skeleton.optional
@@ -522,6 +529,8 @@ class _Near:
             differences, moves, bindings = comparison.differences, (), comparison.bindings
         elif attempt.is_single:
             differences, moves, bindings = attempt.rounded()
+            if not differences and not moves:
+                differences, bindings = attempt.products(), comparison.bindings
         else:  # the first of its outputs is there, which is no near miss of it
             return None
         if not differences and not moves:

@@ -266,7 +266,7 @@ def _vector_norm(call, x, ord=2, dim=None, keepdim=False, *, dtype=None):
     return _norm(call, x, ord, dim, keepdim, dtype)
 
 
-def _normalized(call, input, p=2.0, dim=1, eps=1e-12):
+def _normalized(call, input, p=2.0, dim=1, eps=1e-12, out=None):
     """x / max(norm(x), eps), as torch writes it out."""
     if p not in (2, 2.0) or not isinstance(dim, int) or call.dtype != input.dtype:
         return None
