@@ -20,8 +20,8 @@ from torch.fx import GraphModule, Node
 
 from liger_compile import compile as compiling
 from liger_compile import ops, variants  # noqa: F401 - ops are registered, so that cached artifacts find them
-from liger_compile.callbacks import warn_of_failures
 from liger_compile.buckets import Places, make_masks_where_they_are_read, padding_in, places_to_cut
+from liger_compile.callbacks import warn_of_failures
 from liger_compile.ddp import Cut, before_ddp_cuts
 from liger_compile.decide import decide, insertion_point
 from liger_compile.graphs.aliasing import BODIES, Mutations

@@ -37,10 +37,11 @@ def profit(match: Match) -> str | Annotate | None:
 
 def saves(match: Match) -> int | None:
     """The bytes that training no longer keeps; None where they are not known. Raises PatternError."""
-    answer = _answer(match, "saves")
+    answer: Any = _answer(match, "saves")
     if answer is None or isinstance(answer, (torch.SymInt, torch.SymFloat)):
         return None
-    if isinstance(answer, numbers.Real) and not isinstance(answer, bool) and isfinite(answer) and answer >= 0:
+    is_number = isinstance(answer, numbers.Real) and not isinstance(answer, bool)
+    if is_number and isfinite(float(answer)) and float(answer) >= 0:
         return int(answer)
     raise PatternError(
         f"saves of pattern {match.pattern.name!r} returned {described(answer)}; expected a number of bytes "

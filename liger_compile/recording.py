@@ -28,7 +28,18 @@ from liger_compile.terms.term import size_of
 _META = ("stack_trace", "nn_module_stack", "source_fn_stack")
 
 # What a torch function may return besides tensors: what it says about one.
-_FACTS = (bool, int, float, complex, str, torch.SymInt, torch.SymFloat, torch.SymBool, torch.dtype, torch.device)
+_FACTS = (
+    bool,
+    int,
+    float,
+    complex,
+    str,
+    torch.SymInt,
+    torch.SymFloat,
+    torch.SymBool,
+    torch.dtype,
+    torch.device,
+)
 _FACTS += (torch.layout, torch.memory_format, torch.Size)
 
 # What a function that returns nothing does, where its name does not say it.
@@ -234,7 +245,9 @@ def _name(func: Any) -> str:
     """What a person calls a torch function: "relu_", "Tensor.data"."""
     if isinstance(func, torch._ops.OpOverload):
         return func.overloadpacket.__name__
-    name = func if isinstance(func, str) else getattr(func, "__name__", type(func).__name__)
+    if isinstance(func, str):
+        return func
+    name = getattr(func, "__name__", type(func).__name__)
     return f"Tensor.{func.__self__.__name__}" if name in ("__get__", "__set__") else name
 
 

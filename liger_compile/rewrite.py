@@ -107,6 +107,7 @@ def _draft(
     """Inserts the replacement of one match; gives the decision to leave it if it is not like the original."""
     match, recorder = decision.match, Recorder(graph, before, decision.match.outputs[0])
     originals = [output.meta["example_value"] for output in match.outputs]
+    results: tuple[Any, ...] = ()
     try:
         results = _results(match, recorder, grad_modes[match.outputs[0]], settings)
         reason = _why_not(originals, results, recorder)

@@ -57,9 +57,9 @@ def _tracing() -> Iterator[None]:
     log = logging.getLogger("torch._subclasses.fake_tensor")  # of what raises, which is told in a sentence
     disabled, log.disabled = log.disabled, True
     try:
-        with FakeTensorMode(), torch.no_grad():
-            with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
-                yield
+        no_autocast = (torch.autocast(device, enabled=False) for device in ("cpu", "cuda"))
+        with FakeTensorMode(), torch.no_grad(), next(no_autocast), next(no_autocast):
+            yield
     finally:
         log.disabled = disabled
 
@@ -76,7 +76,8 @@ _FIELDS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
         "a dictionary from the names of the parameters of search to example values",
     ),
     **dict.fromkeys(
-        ("check", "profit", "saves"), (lambda it: it is None or callable(it), "a function of a match, or None")
+        ("check", "profit", "saves"),
+        (lambda it: it is None or callable(it), "a function of a match, or None"),
     ),
     **dict.fromkeys(("is_cheap", "is_loss"), (lambda it: isinstance(it, bool), "True or False")),
 }
@@ -97,7 +98,7 @@ def _check_parameters(pattern: Pattern) -> None:
         parameters = pattern.parameters
     except (TypeError, ValueError):
         _refuse(pattern, "search has no signature to read the captures from; write it as a Python function")
-    for name, parameter in parameters.items():
+    for _name, parameter in parameters.items():
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD, parameter.POSITIONAL_ONLY):
             _refuse(
                 pattern,
@@ -113,9 +114,7 @@ def _check_parameters(pattern: Pattern) -> None:
             f"search has the parameter {missing[0]!r} and examples does not; add an example value for it",
         )
     if surplus := sorted(examples - names):
-        _refuse(
-            pattern, f"examples has {surplus[0]!r} and search has no such parameter; rename or remove it"
-        )
+        _refuse(pattern, f"examples has {surplus[0]!r} and search has no such parameter; rename or remove it")
     if pattern.replace is not None:
         _check_parameters_of_replace(pattern, pattern.replace)
 
@@ -142,7 +141,8 @@ def _check_parameters_of_replace(pattern: Pattern, replace: Callable[..., Any]) 
             f"search has the parameter {missing[0]!r} and replace {has}; replace is called with all captures by "
             "name, so give it a parameter of this name",
         )
-    required = {p.name for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}  # fmt: skip
+    has_value = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    required = {p.name for p in parameters if p.default is p.empty and p.kind not in has_value}
     if surplus := sorted(required - set(pattern.parameters)):
         _refuse(
             pattern,
@@ -156,7 +156,9 @@ def _check_parameters_of_replace(pattern: Pattern, replace: Callable[..., Any]) 
 
 def _check_example(pattern: Pattern, name: str, example: Any) -> None:
     annotation = pattern.parameters[name].annotation
-    text = getattr(annotation, "__name__", str(annotation)) if isinstance(annotation, type) else str(annotation)
+    text = (
+        getattr(annotation, "__name__", str(annotation)) if isinstance(annotation, type) else str(annotation)
+    )
     kind = type(example).__name__
     if not isinstance(example, (torch.Tensor, float, int, str)) or isinstance(example, bool):
         _refuse(

@@ -17,9 +17,10 @@ def bytes_of(value: torch.Tensor, parts: int = 1) -> int | None:
 _PRODUCTS = frozenset(("linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "addbmm", "einsum"))
 # What gives its argument on in another form: what reads the result decides.
 _FORMS = frozenset(
-    ("view", "reshape", "transpose", "permute", "contiguous", "unsqueeze", "squeeze", "flatten", "expand", "getitem")
-    + ("to", "float", "bfloat16", "half", "type", "t", "chunk", "split", "unflatten", "view_as", "type_as")
-)  # fmt: skip
+    ("view", "reshape", "view_as", "flatten", "unflatten", "squeeze", "unsqueeze", "expand", "contiguous")
+    + ("transpose", "permute", "t", "getitem", "chunk", "split")
+    + ("to", "float", "bfloat16", "half", "type", "type_as")
+)
 
 
 def kept_bytes(node: Node) -> int | None:

@@ -86,7 +86,9 @@ def profit(match: Match) -> Annotate | None:
 
 def marked(match: Match) -> Annotate:
     """What holds of any norm that Inductor computes."""
-    return Annotate("Inductor fuses the norm with its neighbours; its result is cheap to compute again in backward")
+    return Annotate(
+        "Inductor fuses the norm with its neighbours; its result is cheap to compute again in backward"
+    )
 
 
 def saved_bytes(match: Match) -> int | None:

@@ -265,7 +265,11 @@ def digests_of(directory):
     for name in [name for name in sys.modules if name.partition(".")[0] in names]:
         del sys.modules[name]
     main = importlib.import_module("main")
-    return {name: sources.digests([getattr(main, name)]) for name in dir(main) if name.startswith(("by_", "alone"))}
+    return {
+        name: sources.digests([getattr(main, name)])
+        for name in dir(main)
+        if name.startswith(("by_", "alone"))
+    }
 
 
 @pytest.fixture
@@ -319,7 +323,7 @@ def test_installed_packages_and_torch_count_with_their_version():
     def f(x):
         return torch.nn.functional.relu(pytest.approx(x))
 
-    (own, *rest) = sources.digests([f])
+    (_own, *rest) = sources.digests([f])
     assert len(rest) < 8  # not the thousands of files that torch leads to
 
 

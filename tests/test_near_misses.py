@@ -428,7 +428,13 @@ def normed_logits(x, w, target):
     return loss(logits, target)
 
 
-@tells("linear_cross_entropy", "a write in place (setitem) stands between linear and cross_entropy", X, DOWN, TARGET)
+@tells(
+    "linear_cross_entropy",
+    "a write in place (setitem) stands between linear and cross_entropy",
+    X,
+    DOWN,
+    TARGET,
+)
 def logits_written_over(x, w, target):
     logits = F.linear(x, w)
     logits[..., 3] = -1e4  # here
@@ -448,7 +454,9 @@ def logits_written_over_and_cast(x, w, target):
     return loss(logits.float(), target)
 
 
-@tells("linear_cross_entropy", "a write in place (div_) stands between linear and cross_entropy", X, DOWN, TARGET)
+@tells(
+    "linear_cross_entropy", "a write in place (div_) stands between linear and cross_entropy", X, DOWN, TARGET
+)
 def logits_divided_in_place(x, w, target):
     logits = F.linear(x, w)
     logits.div_(2)  # here

@@ -296,11 +296,19 @@ def test_a_pattern_that_cannot_be_right_is_told_what_to_change(case):
 @pytest.mark.parametrize(
     ("field", "value", "sentence"),
     [
-        ("name", 3, "pattern 3: name is 3, a value of type int; expected a name such as 'rms_norm.llama', so pass that"),
+        (
+            "name",
+            3,
+            "pattern 3: name is 3, a value of type int; expected a name such as 'rms_norm.llama', so pass that",
+        ),
         ("name", "", "name is '', a value of type str; expected a name such as"),
         ("search", None, "search is None; expected a function"),
         ("replace", "op", "replace is 'op', a value of type str; expected a function or None"),
-        ("examples", [torch.empty(2)], "examples is a value of type list; expected a dictionary from the names"),
+        (
+            "examples",
+            [torch.empty(2)],
+            "examples is a value of type list; expected a dictionary from the names",
+        ),
         ("check", True, "check is True, a value of type bool; expected a function of a match, or None"),
         ("saves", 12, "saves is 12, a value of type int; expected a function of a match, or None"),
         ("is_loss", 1, "is_loss is 1, a value of type int; expected True or False"),
@@ -313,13 +321,15 @@ def test_a_field_of_another_type_is_told(field, value, sentence):
 
 @pytest.mark.parametrize("given", [swish_gate, (MINE,), None])
 def test_what_is_no_pattern_is_told(given):
-    with pytest.raises(TypeError, match="register_pattern: expected a Pattern, got .*; write Pattern"):
+    with pytest.raises(TypeError, match=r"register_pattern: expected a Pattern, got .*; write Pattern"):
         register_pattern(given)
 
 
 def test_a_tensor_of_a_closure_is_told():
     table = torch.ones(2)
-    sentence = r"it uses a tensor that is none of its parameters; make it a parameter, or create it in the function$"
+    sentence = (
+        r"it uses a tensor that is none of its parameters; make it a parameter, or create it in the function$"
+    )
     with pytest.raises(ValueError, match=sentence):
         register_pattern(pattern(lambda a: a * table, a=torch.empty(2)))
 
@@ -400,7 +410,7 @@ def test_what_takes_the_place_of_another_has_to_be_right_itself():
 
 def test_a_built_in_name_is_taken_for_good():
     name = registry.default_patterns()[0].name
-    with pytest.raises(ValueError, match="choose another name$"):
+    with pytest.raises(ValueError, match=r"choose another name$"):
         register_pattern(dataclasses.replace(MINE, name=name), replace_existing=True)
 
 
@@ -655,40 +665,46 @@ def late_failure(a, b):
 
 EXPECTED_OF_SAVES = "expected a number of bytes from 0 on, or None where it is not known"
 FAILURES = {
-    "check": (dict(check=fails), "check of pattern 'mine.fails' fails here: KeyError: 'a bug of mine'"),
-    "profit": (dict(profit=fails), "profit of pattern 'mine.fails' fails here: KeyError: 'a bug of mine'"),
-    "replace": (dict(replace=late_failure), "replace of pattern 'mine.fails' fails here: KeyError: 'a bug of mine'"),
-    "search": (dict(search=late_failure), "search of pattern 'mine.fails' fails here: KeyError: 'a bug of mine'"),
-    "saves": (dict(saves=fails), "saves of pattern 'mine.fails' fails here: KeyError: 'a bug of mine'"),
+    "check": ({"check": fails}, "check of pattern 'mine.fails' fails here: KeyError: 'a bug of mine'"),
+    "profit": ({"profit": fails}, "profit of pattern 'mine.fails' fails here: KeyError: 'a bug of mine'"),
+    "replace": (
+        {"replace": late_failure},
+        "replace of pattern 'mine.fails' fails here: KeyError: 'a bug of mine'",
+    ),
+    "search": (
+        {"search": late_failure},
+        "search of pattern 'mine.fails' fails here: KeyError: 'a bug of mine'",
+    ),
+    "saves": ({"saves": fails}, "saves of pattern 'mine.fails' fails here: KeyError: 'a bug of mine'"),
     "check without arguments": (
-        dict(check=lambda: None),
+        {"check": lambda: None},
         "check of pattern 'mine.fails' fails here: TypeError: <lambda>() takes 0 positional arguments but 1 was given",
     ),
     "check that is true": (
-        dict(check=lambda match: True),
-        "check of pattern 'mine.fails' returned True, a value of type bool; expected None to accept, or a sentence that "
-        "says why not",
+        {"check": lambda match: True},
+        "check of pattern 'mine.fails' returned True, a value of type bool; expected None to accept, or a sentence "
+        "that says why not",
     ),
     "check of an empty string": (
-        dict(check=lambda match: " "),
+        {"check": lambda match: " "},
         "check of pattern 'mine.fails' returned ' ', a value of type str; expected None to accept, or a sentence that "
         "says why not",
     ),
     "profit that is false": (
-        dict(profit=lambda match: False),
+        {"profit": lambda match: False},
         "profit of pattern 'mine.fails' returned False, a value of type bool; expected None to accept, a sentence that "
         "says why not, or an Annotate",
     ),
     **{
         f"saves {value!r}": (
-            dict(saves=lambda match, value=value: value),
+            {"saves": lambda match, value=value: value},
             f"saves of pattern 'mine.fails' returned {value!r}, a value of type {type(value).__name__}; "
             f"{EXPECTED_OF_SAVES}",
         )
         for value in ("much", float("nan"), float("inf"), -1, True)
     },
     "saves a tensor": (
-        dict(saves=lambda match: match["a"]),
+        {"saves": lambda match: match["a"]},
         f"saves of pattern 'mine.fails' returned a value of type FakeTensor; {EXPECTED_OF_SAVES}",
     ),
 }
@@ -702,7 +718,9 @@ def with_a_norm(x, y, w):
 @pytest.mark.parametrize("case", FAILURES)
 def test_a_function_that_fails_costs_its_pattern_this_place_alone(case):
     fields, sentence = FAILURES[case]
-    failing = Pattern(**{**dict(name="mine.fails", search=gated, replace=gated, examples=EXAMPLES), **fields})
+    failing = Pattern(
+        **{"name": "mine.fails", "search": gated, "replace": gated, "examples": EXAMPLES, **fields}
+    )
     x, y, w = torch.randn(2, 4, requires_grad=True), torch.randn(2, 4), torch.rand(4)
     options = {"liger.inner": "aot_eager", "liger.patterns": (failing,)}
     compiled = torch.compile(with_a_norm, backend="liger", options=options)
@@ -715,14 +733,18 @@ def test_a_function_that_fails_costs_its_pattern_this_place_alone(case):
     assert ("rms_norm.llama", "annotate") in patterns_of(report)
     assert (("mine.fails", "replace") in patterns_of(report)) == case.startswith("saves")
     told = [str(warning.message) for warning in caught if "liger_compile" in str(warning.message)]
-    assert told == ([] if case == "search" else [f"liger_compile: {sentence}; liger.strict=True raises instead"])
+    assert told == (
+        [] if case == "search" else [f"liger_compile: {sentence}; liger.strict=True raises instead"]
+    )
     json.dumps(report.to_dict(), allow_nan=False)
 
 
 @pytest.mark.parametrize("case", ["check", "profit", "replace", "search", "saves", "check that is true"])
 def test_strict_raises_what_fails_and_names_it(case):
     fields, sentence = FAILURES[case]
-    failing = Pattern(**{**dict(name="mine.fails", search=gated, replace=gated, examples=EXAMPLES), **fields})
+    failing = Pattern(
+        **{"name": "mine.fails", "search": gated, "replace": gated, "examples": EXAMPLES, **fields}
+    )
     options = {"liger.inner": "eager", "liger.patterns": (failing,), "liger.strict": True}
     compiled = torch.compile(gated, backend="liger", options=options)
     with pytest.raises(Exception, match=re.escape(sentence)):

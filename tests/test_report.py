@@ -342,7 +342,9 @@ def test_without_gradients_nothing_is_marked_and_nothing_saved(mode):
         report = reported(Layer())
     assert saved(report) == {}
     assert {site.pattern for site in report.sites} == {*KEPT}  # and no smaller pattern: Inductor does it well
-    assert all(site.reason.endswith("no gradient is computed here, so nothing is kept") for site in report.sites)
+    assert all(
+        site.reason.endswith("no gradient is computed here, so nothing is kept") for site in report.sites
+    )
 
 
 def test_with_nothing_to_train_nothing_is_marked_and_nothing_saved():

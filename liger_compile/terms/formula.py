@@ -102,5 +102,7 @@ class Formula:
 
     def _size(self, x: Term, dim: int) -> Any:
         """The size of what a capture is bound to, or of a term of the graph."""
-        bound = next((term for term, name in self.captures.items() if x.op == "var" and x.consts[0] == name), x)
+        bound = next(
+            (term for term, name in self.captures.items() if x.op == "var" and x.consts[0] == name), x
+        )
         return bound.shape[dim] if -dim <= len(bound.shape) else x.shape[dim]

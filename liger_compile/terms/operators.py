@@ -308,7 +308,10 @@ def _take_along_dim(call, input, indices, dim=None):
     if dim is None or len(indices.shape) != len(input.shape):
         return None
     dim = negative(dim, len(input.shape))
-    others = [[size for at, size in enumerate(each.shape, -len(each.shape)) if at != dim] for each in (input, indices)]
+    others = [
+        [size for at, size in enumerate(each.shape, -len(each.shape)) if at != dim]
+        for each in (input, indices)
+    ]
     return _gather(call, input, dim, indices) if others[0] == others[1] else None
 
 

@@ -118,7 +118,9 @@ def _capture(it: Difference, formula: Formula) -> str:
 
 def _rest(it: Difference, formula: Formula) -> str:
     plain = Formula(formula.name, formula.is_call, {})
-    product = " * ".join(sorted((plain.power(*factor) for factor in it.found), key=lambda text: (len(text), text)))
+    product = " * ".join(
+        sorted((plain.power(*factor) for factor in it.found), key=lambda text: (len(text), text))
+    )
     return (
         f"{product} stands where {it.want.consts[0]}, one tensor, is expected, and is computed nowhere as one value; "
         "multiply these first"
@@ -238,7 +240,8 @@ def _no_rotation(it: Difference, formula: Formula) -> str | None:
     plain = Formula(formula.name, formula.is_call, {})
     others = [plain(arg) for arg in it.around.args if arg is not it.have] if it.around.op == "mul" else []
     if len(others) > 1:
-        return f"nothing in it is negated, and whether {' or '.join(sorted(others))} has the signs is not known; {definition}"
+        rows = " or ".join(sorted(others))
+        return f"nothing in it is negated, and whether {rows} has the signs is not known; {definition}"
     return "nothing in it is negated, so pairs are mirrored and not turned, unless the table has the signs"
 
 

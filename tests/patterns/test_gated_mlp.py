@@ -137,7 +137,12 @@ def in_place(x, w, d):
 
 @pytest.mark.parametrize(
     "function, pattern",
-    [(gpt_oss, "quick_geglu_product"), (squared_reglu, "squared_reglu_product"), (packed, "swiglu_packed"), (in_place, "swiglu_packed")],
+    [
+        (gpt_oss, "quick_geglu_product"),
+        (squared_reglu, "squared_reglu_product"),
+        (packed, "swiglu_packed"),
+        (in_place, "swiglu_packed"),
+    ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_by_default_h_is_marked_and_not_kept(kept_for_backward, function, pattern, dtype):

@@ -82,7 +82,10 @@ def test_a_norm_by_its_length_is_marked_and_not_kept(kept_for_backward, name, dt
         torch.testing.assert_close(gradients, kept_for_backward(f, *args)[1], rtol=0, atol=0)
     (site,) = liger_compile.reports()[-1].sites
     is_upcast = name == "in float32" and dtype == torch.bfloat16
-    assert (site.pattern, site.kind) == ("rms_norm.by_l2_upcast" if is_upcast else "rms_norm.by_l2", "annotate")
+    assert (site.pattern, site.kind) == (
+        "rms_norm.by_l2_upcast" if is_upcast else "rms_norm.by_l2",
+        "annotate",
+    )
     assert kept["off"] - kept["auto"] >= site.saved_bytes == 3 * 5 * 16 * dtype.itemsize
 
 
