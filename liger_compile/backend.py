@@ -150,9 +150,11 @@ def _rewritten(
         logits = logits_in(module.graph, terms) if is_top_level else []
         if is_top_level:
             notes.extend(notes_on_logits(module.graph, terms))
-        if logits and why_logits_stay:
-            notes.append(f"the logits are computed in the graph: {why_logits_stay}")
-        deferred = [] if why_logits_stay else [take_out(each, terms) for each in logits]
+        staying = {each: why_logits_stay or _why_read(regions.of[each.head], options) for each in logits}
+        notes.extend(
+            f"the logits are computed in the graph: {why}" for why in {*filter(None, staying.values())}
+        )
+        deferred = [take_out(each, terms) for each, why in staying.items() if not why]
         matches, missed = find_matches(module.graph, patterns, terms, strict=options.strict)
         decided = partial(
             decide,
@@ -172,6 +174,7 @@ def _rewritten(
             decided(),
             lambda m, at=mutations.position: insertion_point(m, at.__getitem__),
             settings={"loss_memory": options.loss_memory, "inner": options.reported_inner},
+            regions=regions,
             decide_again=lambda refused, decided=decided: decided(refused=refused),
             strict=options.strict,
         )

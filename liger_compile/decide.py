@@ -7,7 +7,7 @@ first refusal wins and is a sentence. Nothing here edits a graph.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,6 +15,8 @@ from torch.fx import Graph, Node
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from liger_compile import callbacks
+from liger_compile.graphs.aliasing import Mutations
+from liger_compile.graphs.regions import Regions, in_words
 from liger_compile.pattern import Annotate, Capture, Decision, Match
 
 
@@ -48,7 +50,7 @@ def decide(
     Raises:
         PatternError: under `strict`.
     """
-    context = _Context(graph, mutations, is_top_level, policy, recompute, takes_marks)
+    context = _Context(mutations, regions or Regions(graph), is_top_level, policy, recompute, takes_marks)
     consumed: set[Node] = set()
     replaced: set[Node] = set()
     decisions: list[Decision] = []
@@ -164,16 +166,6 @@ class _Context:
     policy: str = "auto"
     recompute: bool = True
     takes_marks: bool = True
-    switches: dict[Node, int] = field(default_factory=dict)  # with their positions
-    depth: dict[Node, int] = field(default_factory=dict)  # of torch.func transforms around a node
-
-    def __post_init__(self) -> None:
-        depth = 0
-        for node in self.graph.nodes:
-            name = getattr(node.target, "__name__", "") if node.op == "call_function" else ""
-            if name in _CONTEXT_SWITCHES or name.endswith(_NESTING):
-                self.switches[node] = self.position(node)
-            self.depth[node] = depth = depth + name.endswith(_NESTING[0]) - name.endswith(_NESTING[1])
 
     def position(self, node: Node) -> int:
         return self.mutations.position[node]

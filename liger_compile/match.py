@@ -30,6 +30,7 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch.fx import Graph, Node
 
 from liger_compile.callbacks import raised
+from liger_compile.graphs.regions import without_modes
 from liger_compile.pattern import Capture, Match, NearMiss, Pattern
 from liger_compile.terms.build import Terms, trace
 from liger_compile.terms.call import Draw

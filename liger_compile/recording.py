@@ -22,7 +22,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
-from liger_compile.terms.mutation import storage_of, storages_of, written_arguments
+from liger_compile.graphs.aliasing import storage_of, storages_of
+from liger_compile.graphs.effects import written_arguments
 from liger_compile.terms.term import size_of
 
 _META = ("stack_trace", "nn_module_stack", "source_fn_stack")

@@ -21,6 +21,7 @@ import torch
 from torch.fx import Graph, Node
 
 from liger_compile import callbacks
+from liger_compile.graphs.regions import Region, Regions
 from liger_compile.pattern import Capture, Decision, Match
 from liger_compile.recording import Recorder, faults_of
 from liger_compile.terms.term import size_of, sizes_of
@@ -43,6 +44,7 @@ def rewrite(
     decisions: Sequence[Decision],
     insertion_point: Callable[[Match], Node],
     settings: Mapping[str, Any] | None = None,
+    regions: Regions | None = None,
     *,
     decide_again: Callable[[Mapping[Match, Decision]], Sequence[Decision]] | None = None,
     strict: bool = False,
@@ -51,13 +53,14 @@ def rewrite(
 
     Args:
         settings: what the user chose for replacements: each gets those that it has a parameter for.
+        regions: the modes of the nodes, in which the replacements run.
         decide_again: decides anew, given the refusals so far, which the new decisions have to hold.
         strict: raise what a replacement raises, except for a ValueError or TypeError: an op's way to refuse.
 
     Raises:
         PatternError: under `strict`.
     """
-    grad_modes = _grad_modes(graph)
+    regions = regions or Regions(graph)
     refused: dict[Match, Decision] = {}
     while True:
         drafts: dict[Match, _Draft] = {}
@@ -65,7 +68,7 @@ def rewrite(
         for decision in decisions:
             if decision.kind == "replace" and decision.match not in refused:
                 before = insertion_point(decision.match)
-                drafted = _draft(graph, decision, before, grad_modes, settings or {}, strict)
+                drafted = _draft(graph, decision, before, regions, settings or {}, strict)
                 if isinstance(drafted, Decision):
                     refused[decision.match] = drafted
                 else:
@@ -100,7 +103,7 @@ def _draft(
     graph: Graph,
     decision: Decision,
     before: Node,
-    grad_modes: Mapping[Node, bool],
+    regions: Regions,
     settings: Mapping[str, Any],
     strict: bool,
 ) -> _Draft | Decision:
@@ -109,7 +112,7 @@ def _draft(
     originals = [output.meta["example_value"] for output in match.outputs]
     results: tuple[Any, ...] = ()
     try:
-        results = _results(match, recorder, grad_modes[match.outputs[0]], settings)
+        results = _results(match, recorder, regions.of[match.outputs[0]], settings)
         reason = _why_not(originals, results, recorder)
     except (ValueError, TypeError) as error:  # an op that does not take these arguments says so
         reason = f"the replacement refuses: {error}"
@@ -130,7 +133,7 @@ _REFUSAL = "the replacement {}; it has to compute new tensors from its arguments
 
 
 def _results(
-    match: Match, recorder: Recorder, has_gradients: bool, settings: Mapping[str, Any]
+    match: Match, recorder: Recorder, region: Region, settings: Mapping[str, Any]
 ) -> tuple[Any, ...]:
     """What the replacement returns for the captures of a match, recorded."""
     arguments: dict[str, Any] = {}
@@ -142,7 +145,7 @@ def _results(
     originals = [output.meta["example_value"] for output in match.outputs]
     # A user's hooks on saved tensors are for tensors that have values.
     hooks = torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is)
-    with fake_mode, hooks, torch.set_grad_enabled(has_gradients), recorder.watching(), recorder:
+    with fake_mode, hooks, region.entered(), recorder.watching(), recorder:
         for name, bound in match.captures.items():
             if isinstance(bound, Capture):
                 arguments[name] = bound.derive(arguments[name])
@@ -223,16 +226,6 @@ def _strides(tensor: torch.Tensor) -> tuple[Any, ...]:
         for stride, size in zip(tensor.stride(), tensor.shape, strict=True)
         if size_of(size) != 1
     )
-
-
-def _grad_modes(graph: Graph) -> dict[Node, bool]:
-    """Whether grad mode is on at each node: Dynamo restores the mode of the frame around the backend."""
-    modes, enabled = {}, torch.is_grad_enabled()
-    for node in graph.nodes:
-        if node.op == "call_function" and getattr(node.target, "__name__", "") == "_set_grad_enabled":
-            enabled = bool(node.args[0])
-        modes[node] = enabled
-    return modes
 
 
 def _erase_unused(graph: Graph, match: Match) -> None:

@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from torch.fx import Graph, GraphModule
 
 from liger_compile.callbacks import described, told
+from liger_compile.graphs.regions import without_modes
 from liger_compile.pattern import Pattern
 from liger_compile.recording import Recorder, autograd_function, faults_of
 from liger_compile.terms.build import trace
@@ -57,8 +58,7 @@ def _tracing() -> Iterator[None]:
     log = logging.getLogger("torch._subclasses.fake_tensor")  # of what raises, which is told in a sentence
     disabled, log.disabled = log.disabled, True
     try:
-        no_autocast = (torch.autocast(device, enabled=False) for device in ("cpu", "cuda"))
-        with FakeTensorMode(), torch.no_grad(), next(no_autocast), next(no_autocast):
+        with FakeTensorMode(), without_modes():
             yield
     finally:
         log.disabled = disabled

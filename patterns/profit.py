@@ -17,9 +17,21 @@ def bytes_of(value: torch.Tensor, parts: int = 1) -> int | None:
 _PRODUCTS = frozenset(("linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "addbmm", "einsum"))
 # What gives its argument on in another form: what reads the result decides.
 _FORMS = frozenset(
-    ("view", "reshape", "view_as", "flatten", "unflatten", "squeeze", "unsqueeze", "expand", "contiguous")
-    + ("transpose", "permute", "t", "getitem", "chunk", "split")
-    + ("to", "float", "bfloat16", "half", "type", "type_as")
+    (
+        *(
+            "view",
+            "reshape",
+            "view_as",
+            "flatten",
+            "unflatten",
+            "squeeze",
+            "unsqueeze",
+            "expand",
+            "contiguous",
+        ),
+        *("transpose", "permute", "t", "getitem", "chunk", "split"),
+        *("to", "float", "bfloat16", "half", "type", "type_as"),
+    )
 )
 
 
