@@ -21,6 +21,7 @@ from torch.fx import GraphModule, Node
 from liger_compile import compile as compiling
 from liger_compile import ops, variants  # noqa: F401 - ops are registered, so that cached artifacts find them
 from liger_compile.buckets import Places, make_masks_where_they_are_read, padding_in, places_to_cut
+from liger_compile.callbacks import warn_of_failures
 from liger_compile.ddp import Cut, before_ddp_cuts
 from liger_compile.decide import decide, insertion_point
 from liger_compile.graphs.aliasing import BODIES, Mutations
@@ -98,7 +99,7 @@ def liger(
             inputs,
             mode=chosen.mode,
             inductor_options=inductor_options,
-            inner=chosen.inner,
+            inner=chosen.compiler,
             patterns=patterns,
             key=repr((chosen.policy, chosen.skip, chosen.fuel)),
             saves_memory=chosen.policy != "never",
@@ -154,8 +155,9 @@ def _rewritten(
             f"the logits are computed in the graph: {why}" for why in {*filter(None, staying.values())}
         )
         deferred = [take_out(each, terms) for each, why in staying.items() if not why]
-        matches, missed = find_matches(module.graph, patterns, terms)
-        decided = decide(
+        matches, missed = find_matches(module.graph, patterns, terms, strict=options.strict)
+        decided = partial(
+            decide,
             module.graph,
             matches,
             mutations,
@@ -163,20 +165,25 @@ def _rewritten(
             policy=options.policy,
             fuel=_left(options.fuel, decisions),
             recompute=options.recompute == "auto",
+            takes_marks=options.reported_inner != "eager",
             is_top_level=is_top_level,
+            strict=options.strict,
         )
         rewritten = rewrite(
             module.graph,
-            decided,
+            decided(),
             lambda m, at=mutations.position: insertion_point(m, at.__getitem__),
-            settings={"loss_memory": options.loss_memory, "inner": options.inner},
+            settings={"loss_memory": options.loss_memory, "inner": options.reported_inner},
             regions=regions,
+            decide_again=lambda refused, decided=decided: decided(refused=refused),
+            strict=options.strict,
         )
         filled.extend(settle(module.graph, deferred, is_dropped=options.logits == "none"))
         if is_top_level and options.recompute == "auto":  # in a checkpoint body the user has decided already
             mark_for_recompute(rewritten)
         decisions.extend(rewritten)
         near_misses.extend(missed)
+    warn_of_failures(decisions)
     notes.extend([*sentences(attention), *map(str, filled)])
     report = GraphReport.of(
         gm, decisions, near_misses, notes=tuple(notes), seconds=time.perf_counter() - start

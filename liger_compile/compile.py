@@ -17,12 +17,10 @@ import contextvars
 import functools
 import hashlib
 import importlib
-import inspect
 import logging
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableSet, Sequence
 from pathlib import Path
-from types import CodeType
 from typing import Any
 
 import torch
@@ -33,6 +31,7 @@ from torch.fx import Graph, GraphModule
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._python_dispatch import _disable_current_modes
 
+from liger_compile import sources
 from liger_compile.gradients import rewrite_backward, trace_through
 from liger_compile.ops.embedding import PAYS_FROM
 from liger_compile.ops.registration import BODIES, keeping_backwards_whole
@@ -254,7 +253,7 @@ def cache_key(gm: GraphModule, patterns: Iterable[Pattern] = (), key: str = "") 
         for function in (pattern.search, pattern.replace, pattern.check, pattern.profit, pattern.saves)
     ]
     functions.extend(_op_definitions(gm))
-    return _digest([package_hash(), key, *_sources(functions), "marks", *_recompute_marks(gm)])
+    return _digest([package_hash(), key, *sources.digests(functions), "marks", *_recompute_marks(gm)])
 
 
 @functools.cache
@@ -294,7 +293,8 @@ def _recompute_marks(gm: GraphModule) -> Iterator[str]:
 def _op_definitions(gm: GraphModule) -> Iterator[Callable[..., Any] | None]:
     """What Python defines of the custom ops in `gm`: forward, fake and backward.
 
-    For a user's ops. Ours are in `package_hash` with all they call; of a user's, these functions' files are.
+    For a user's ops. Ours are in `package_hash` with all they call; of a user's, these functions and all that they
+    reach are (sources.py). An autograd kernel that was registered by Library.impl is out of sight.
     """
     from torch._library.custom_ops import OPDEFS
 
@@ -306,33 +306,27 @@ def _op_definitions(gm: GraphModule) -> Iterator[Callable[..., Any] | None]:
     }
     for target in targets:
         packet = getattr(target, "overloadpacket", target)
-        definition = OPDEFS.get(getattr(packet, "_qualified_op_name", None))
+        name = str(getattr(packet, "_qualified_op_name", ""))
+        definition = OPDEFS.get(name)
         if definition is not None:
             yield from (definition._init_fn, definition._abstract_fn)
             yield from (definition._setup_context_fn, definition._backward_fn)
+        elif name.partition("::")[0] not in ("", "aten", "prims"):
+            yield from _registered_functions(name)
 
 
-def _sources(functions: Iterable[Callable[..., Any] | None]) -> list[str]:
-    """Digests of the files that define `functions`, where what they call mostly stands too; where there is no
-    file, as in a notebook, of the bytecode. Not remembered: a person may edit and reload."""
-    codes = [code for function in functions if function and (code := _code(function))]
-    files = {path for code in codes if (path := Path(code.co_filename)).is_file()}
-    typed = {_digest(_bytecode(code)) for code in codes if Path(code.co_filename) not in files}
-    return sorted({*map(_file_hash, files), *typed})
+def _registered_functions(name: str) -> Iterator[Callable[..., Any] | None]:
+    """Fake and backward of an operator of torch.library.define, as its registers hold them."""
+    from torch._library.simple_registry import singleton
 
-
-def _code(function: Callable[..., Any]) -> CodeType | None:
-    """None for a function in C: it is torch's, whose version is in torch's keys."""
-    while isinstance(function, functools.partial):
-        function = function.func
-    function = inspect.unwrap(function)
-    return getattr(function, "__code__", None) or getattr(type(function).__call__, "__code__", None)
-
-
-def _bytecode(code: CodeType) -> Iterator[str]:
-    yield from (code.co_code.hex(), repr(code.co_names))
-    for constant in code.co_consts:
-        yield from _bytecode(constant) if isinstance(constant, CodeType) else (repr(constant),)
+    kernel = getattr(singleton.find(name).fake_impl, "kernel", None)
+    yield getattr(kernel, "func", None)
+    prefix = f"GeneratedBackwardFor_{name.replace('::', '_')}_"
+    for function in torch.autograd.Function.__subclasses__():
+        if function.__name__.startswith(prefix):
+            for cell in getattr(function.backward, "__closure__", None) or ():
+                yield getattr(cell.cell_contents, "_backward_fn", None)
+                yield getattr(cell.cell_contents, "_setup_context_fn", None)
 
 
 def _file_hash(path: Path) -> str:

@@ -6,14 +6,15 @@ first refusal wins and is a sentence. Nothing here edits a graph.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch.fx import Graph, Node
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from liger_compile import callbacks
 from liger_compile.graphs.aliasing import Mutations
 from liger_compile.graphs.regions import Regions, in_words
 from liger_compile.pattern import Annotate, Capture, Decision, Match
@@ -28,7 +29,10 @@ def decide(
     policy: str = "auto",
     fuel: int | None = None,
     recompute: bool = True,
+    takes_marks: bool = True,
     is_top_level: bool = True,
+    refused: Mapping[Match, Decision] | None = None,
+    strict: bool = False,
 ) -> list[Decision]:
     """A decision for every match that no larger accepted match contains.
 
@@ -38,71 +42,119 @@ def decide(
         policy: "auto" asks profit too, "always" does not, "never" leaves everything.
         fuel: how many matches may be replaced at most; None is no limit.
         recompute: False marks nothing as cheap: what would only be marked is left.
+        takes_marks: False where what compiles the graph follows no marks.
         is_top_level: False in the body of a checkpoint, where no loss is replaced.
+        refused: decisions that are made already, for matches that could not be replaced.
+        strict: raise what a pattern's check, profit or saves raises.
+
+    Raises:
+        PatternError: under `strict`.
     """
-    context = _Context(mutations, regions or Regions(graph), is_top_level)
+    context = _Context(mutations, regions or Regions(graph), is_top_level, policy, recompute, takes_marks)
     consumed: set[Node] = set()
     replaced: set[Node] = set()
     decisions: list[Decision] = []
     for match in matches:
         if consumed & set(match.outputs) or replaced & set(match.nodes):
             continue  # part of a larger match, or around a smaller one
-        verdict = _verdict(match, context, policy)
-        if isinstance(verdict, Annotate) and not recompute:
-            verdict = (
-                f"{verdict.reason or 'its values are cheap'}; liger.recompute='off' keeps them all the same"
-            )
-        if (
-            not isinstance(verdict, str)
-            and fuel is not None
-            and fuel <= sum(d.kind != "leave" for d in decisions)
-        ):
-            verdict = f"liger.fuel={fuel} is used up"
-        if isinstance(verdict, str):
-            decisions.append(Decision(match, "leave", verdict))
-            continue
-        replaced.update(match.outputs)
-        consumed.update(match.outputs)
-        consumed.update(set(match.nodes) - set(match.escaping()))
-        saved = match.pattern.saves(match) if match.pattern.saves else None
-        if verdict is None:
-            decisions.append(Decision(match, "replace", saved_bytes=saved))
-        else:
-            decisions.append(Decision(match, "annotate", verdict.reason, verdict.keeps_outputs, saved))
+        decision = (refused or {}).get(match) or _decision(match, context, strict)
+        if decision.kind != "leave" and fuel is not None and fuel <= _used(decisions):
+            decision = Decision(match, "leave", f"liger.fuel={fuel} is used up")
+        decisions.append(decision)
+        if decision.kind != "leave" or decision.covers:
+            replaced.update(match.outputs)
+            consumed.update(match.outputs)
+            consumed.update(set(match.nodes) - set(match.escaping()))
     return _without_covered(decisions, consumed)
 
 
-def _verdict(match: Match, context: _Context, policy: str) -> str | Annotate | None:
+def _used(decisions: Sequence[Decision]) -> int:
+    """How much fuel they took."""
+    return sum(decision.kind != "leave" for decision in decisions)
+
+
+def _decision(match: Match, context: _Context, strict: bool) -> Decision:
+    try:
+        verdict = _verdict(match, context)
+    except callbacks.PatternError as error:
+        return callbacks.left_for(error, match, strict)
+    if isinstance(verdict, str):
+        return Decision(match, "leave", verdict)
+    if verdict is None:
+        return _with_savings(Decision(match, "replace"), context, strict)
+    for why, covers in _why_unmarked(match, context):
+        reason = f"{verdict.reason or 'its values are cheap to compute again in backward'}; {why}"
+        return Decision(match, "leave", reason, covers=covers)
+    annotated = Decision(match, "annotate", verdict.reason, verdict.keeps_outputs)
+    return _with_savings(annotated, context, strict)
+
+
+def _with_savings(decision: Decision, context: _Context, strict: bool) -> Decision:
+    """The decision with what it saves: nothing, unless something would have been kept for backward."""
+    match = decision.match
+    is_marked = decision.kind == "annotate" or match.pattern.is_cheap
+    is_followed = context.recompute and context.takes_marks
+    if not context.is_top_level or not _needs_gradient(match) or (is_marked and not is_followed):
+        return replace(decision, saved_bytes=0)
+    try:
+        return replace(decision, saved_bytes=callbacks.saves(match))
+    except callbacks.PatternError as error:  # the number alone is lost
+        if strict:
+            raise
+        reason = "; ".join(filter(None, (decision.reason, str(error))))
+        return replace(decision, reason=reason, failed=True)
+
+
+def _verdict(match: Match, context: _Context) -> str | Annotate | None:
     """Why the match is left, in a sentence; an Annotate where it is only marked; None where it is replaced."""
     for refuses in LEGALITY:
         if reason := refuses(match, context):
             return reason
-    if match.pattern.check and (reason := match.pattern.check(match)):
+    if reason := callbacks.check(match):
         return reason
-    if policy == "never":
+    if context.policy == "never":
         return "liger.policy is 'never'"
     is_only_marked = match.pattern.replace is None
     verdict = None
-    if match.pattern.profit and (policy == "auto" or is_only_marked):  # which also says what the mark is for
-        verdict = match.pattern.profit(match)
-    if not verdict and is_only_marked:
+    if context.policy == "auto" or is_only_marked:  # profit also says what the mark is for
+        verdict = callbacks.profit(match)
+    if verdict is None and is_only_marked:
         verdict = Annotate("")
-    if isinstance(verdict, Annotate) and not context.is_top_level:
-        return "what a checkpoint body recomputes has been decided already"
-    return verdict or None
+    return verdict
+
+
+def _why_unmarked(match: Match, context: _Context) -> Iterator[tuple[str, bool]]:
+    """Why a mark would have no effect, and whether the place is covered all the same, for Inductor does it well."""
+    if not context.is_top_level:
+        yield "what a checkpoint body recomputes has been decided already", False
+    if not context.recompute:
+        yield "liger.recompute='off' keeps them all the same", False
+    if not _needs_gradient(match):
+        yield "no gradient is computed here, so nothing is kept", True
+    if not context.takes_marks:
+        yield "liger.inner='eager' takes no marks, and keeps them", True
+
+
+def _needs_gradient(match: Match) -> bool:
+    """Whether backward will come through here: not under no_grad, nor where nothing before it is trained."""
+    values = (output.meta.get("example_value") for output in match.outputs)
+    return any(isinstance(value, torch.Tensor) and value.requires_grad for value in values)
 
 
 def _without_covered(decisions: list[Decision], consumed: set[Node]) -> list[Decision]:
     """One decision a place: a refusal says nothing where another pattern replaced it, or a larger one was
-    refused.
+    refused. A failure is always told.
     """
     told: set[Node] = set()
     kept = []
     for decision in decisions:
         root = decision.match.outputs[0]
-        if decision.kind != "leave" or (root not in consumed and root not in told):
+        has_place = decision.kind != "leave" or decision.covers
+        is_news = has_place or (root not in consumed and root not in told)
+        if is_news or decision.failed:
             kept.append(decision)
-            told.add(root)
+            if has_place or not decision.failed:
+                told.add(root)
     return kept
 
 
@@ -111,6 +163,9 @@ class _Context:
     mutations: Mutations
     regions: Regions
     is_top_level: bool
+    policy: str = "auto"
+    recompute: bool = True
+    takes_marks: bool = True
 
     def position(self, node: Node) -> int:
         return self.mutations.position[node]

@@ -48,7 +48,7 @@ def explain(model: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Explanat
     torch._dynamo.reset()  # a graph compiled before would not be compiled, and so not reported, again
     with _state_restored(model):
         breaks_before = _graph_breaks()
-        torch.compile(model, backend="liger", options={"liger.inner": "eager"})(*args, **kwargs)
+        torch.compile(model, backend="liger", options={"liger.inner": "report"})(*args, **kwargs)
         breaks = _graph_breaks() - breaks_before
     torch._dynamo.reset()  # nor may the next torch.compile of this model find what was compiled here
     graphs = tuple(report for report in reports() if report not in earlier)

@@ -29,6 +29,7 @@ import torch
 from torch._dispatch.python import enable_python_dispatcher
 from torch.fx import Graph, Node
 
+from liger_compile.callbacks import raised
 from liger_compile.graphs.regions import without_modes
 from liger_compile.pattern import Capture, Match, NearMiss, Pattern
 from liger_compile.terms.build import Terms, trace
@@ -49,16 +50,21 @@ REGION = 32  # how many nodes a place that looks like a pattern may have
 
 
 def find_matches(
-    graph: Graph, patterns: Sequence[Pattern], terms: Terms
+    graph: Graph, patterns: Sequence[Pattern], terms: Terms, *, strict: bool = False
 ) -> tuple[list[Match], list[NearMiss]]:
     """All places where `graph` computes a pattern, larger patterns first, and places that nearly do.
 
     Matches may overlap; choosing among them is decide.py's part.
+
+    Raises:
+        PatternError: under `strict`, where a search function raises what tensors of another shape do not explain.
     """
-    index = _Index(graph, terms)
+    index = _Index(graph, terms, strict)
     by_op: dict[str, list[tuple[Pattern, _Skeleton]]] = {}
     for pattern in patterns:
-        skeleton = _skeleton(pattern)
+        skeleton = index.skeleton(pattern)
+        if skeleton is None:
+            continue
         by_op.setdefault(skeleton.outputs[0].bare.op, []).append((pattern, skeleton))
 
     found: list[tuple[tuple[int, int], Match]] = []  # with its operations, without casts and with them
@@ -88,7 +94,7 @@ def find_matches(
         )
     )
     matches = [match for _, match in found]
-    return matches, _near_misses(failed, matches, index)
+    return matches, [*index.failures, *_near_misses(failed, matches, index)]
 
 
 # Tracing search functions
@@ -141,8 +147,10 @@ def _traced(pattern: Pattern, tensors: Mapping[str, Any]) -> tuple[Term, ...]:
 class _Index:
     """What matching asks of a graph again and again."""
 
-    def __init__(self, graph: Graph, terms: Terms) -> None:
-        self.terms = terms
+    def __init__(self, graph: Graph, terms: Terms, strict: bool = False) -> None:
+        self.terms, self.strict = terms, strict
+        self.failures: list[NearMiss] = []  # of search functions
+        self.last = next(iter(reversed(graph.nodes)))
         self.position = terms.mutations.position
         self.fake_mode = next(
             (
@@ -154,7 +162,7 @@ class _Index:
         )
         self.exact: dict[
             tuple, tuple[Term, ...] | None
-        ] = {}  # searches traced with this graph's symbolic sizes
+        ] = {}  # searches traced with this graph's symbolic sizes, and those that failed in it
         self.by_op: dict[str, list[Node]] = {}
         for node in graph.nodes:
             term = terms.of[node]
@@ -162,14 +170,42 @@ class _Index:
                 self.by_op.setdefault(term.bare.op, []).append(node)
         # What a pattern's skeleton is compared with, and a search that was traced for the sizes of a place.
         self.bare, self.sized = (Comparer(self.called, self.inside, has_sizes) for has_sizes in (False, True))
+        self.factors = Comparer(self.called, self.inside, takes_rest=False)
+
+    def skeleton(self, pattern: Pattern) -> _Skeleton | None:
+        """None for a pattern whose search fails: it matches nowhere."""
+        try:
+            return _skeleton(pattern)
+        except Exception as error:
+            self.fails(pattern, self.last, error)
+            return None
+
+    def fails(self, pattern: Pattern, root: Node, error: Exception, score: float = 0.0) -> None:
+        """Notes that the search of a pattern raised at a place."""
+        failure = raised(pattern, "search", error)
+        if self.strict:
+            raise failure
+        self.failures.append(NearMiss(pattern, root, root, str(failure), score))
 
     def node_of(self, term: Term) -> Node | None:
         """The first node that has the value of a term, or of a bare one but for casts."""
         same = (term,) if term.dtype is not None else self.terms.space.same_bare.get(term, ())
         return next((nodes[0] for each in same if (nodes := self.terms.nodes.get(each))), None)
 
+    def overwritten(self, term: Term) -> Node | None:
+        """The node whose value a term is after a write in place; None for what is as it was made."""
+        same = (term,) if term.dtype is not None else self.terms.space.same_bare.get(term, ())
+        return next((self.terms.written[each] for each in same if each in self.terms.written), None)
+
+    def writer(self, term: Term) -> Node | None:
+        """The node that writes into a value before it is read as `term`."""
+        node = self.overwritten(term)
+        return None if node is None else self.terms.mutations.last_write(node)
+
     def inside(self, bare: Term) -> Sequence[Term]:
         """What a bare term is made of; what an opaque one is, its node knows."""
+        if (before := self.overwritten(bare)) is not None:
+            return [value.bare] if isinstance(value := self.terms.of[before], Term) else []
         node = self.node_of(bare) if bare.op == "leaf" else None
         if node is None:
             return bare.args
@@ -178,14 +214,14 @@ class _Index:
 
     def called(self, term: Term) -> str:
         """What a person calls the operation that made `term`, or the input that it is."""
+        if (writer := self.writer(term)) is not None:
+            return f"a write in place ({_name_of(writer)})"
         node = self.node_of(term) if term.op == "leaf" else None
         if node is None:
             return str(term.consts[0] if term.op in ("leaf", "var") else term.op.rpartition(".")[2])
         if not self.is_call(term):
             return _NAMING.sub(lambda found: "." if found["inner"] else "", node.name)
-        target = _call_of(node).target
-        name = target if isinstance(target, str) else getattr(target, "__name__", str(target))
-        return name.rstrip("_")
+        return _name_of(_call_of(node)).rstrip("_")
 
     def is_call(self, term: Term) -> bool:
         node = self.node_of(term) if term.op == "leaf" else None
@@ -231,10 +267,20 @@ _NAMING = re.compile(
 )
 
 
+def _name_of(node: Node) -> str:
+    """What a call calls."""
+    target = node.target
+    return target if isinstance(target, str) else getattr(target, "__name__", str(target))
+
+
 def _call_of(node: Node) -> Node:
     """The call that made a value, of which `node` may be one of several."""
     is_part = node.target is operator.getitem and node.all_input_nodes
     return node.all_input_nodes[0] if is_part and node.all_input_nodes[0].op != "placeholder" else node
+
+
+# What a search function raises for tensors of shapes that it does not take: then the place is another computation.
+_OTHER_SHAPES = (RuntimeError, ValueError, TypeError, IndexError, AssertionError)
 
 
 class _Attempt:
@@ -306,6 +352,12 @@ class _Attempt:
             found.append((comparison.differences if comparison else (), moves, env))
         return min(found, key=lambda each: len(each[0]) + len(each[1]), default=((), (), {}))
 
+    def products(self) -> Sequence[Difference]:
+        """The factors that would be one capture, and whose product the graph computes nowhere."""
+        want, have = self.skeleton.outputs[0].bare, self.index.terms.of[self.root].bare
+        comparison = self.index.factors.compare(want, have)
+        return [each for each in comparison.differences if each.kind == "rest"] if comparison else ()
+
     def _can_bind_bare(self, want: Term, have: Term) -> bool:
         if have.op == "none":
             return want.consts[0] in self.skeleton.optional
@@ -332,7 +384,7 @@ class _Attempt:
         """The terms of search for these; None if it does not take tensors of these shapes."""
         is_static = all(d is None or all(isinstance(size, int) for size in d[0]) for d in tensors.values())
         key = (self.pattern, tuple(tensors.items()))
-        traced = _exact if is_static else self.index.exact
+        traced = self.index.exact if key in self.index.exact or not is_static else _exact
         if key not in traced:
             mode = self.index.fake_mode or contextlib.nullcontext()
             real = {
@@ -343,8 +395,12 @@ class _Attempt:
             with mode, contextlib.nullcontext() if is_static else enable_python_dispatcher():
                 try:
                     traced[key] = _traced(self.pattern, real)
-                except (RuntimeError, ValueError, TypeError, IndexError, AssertionError):
+                except _OTHER_SHAPES:
                     traced[key] = None
+                except Exception as error:  # of this graph alone: the next one tells of it again
+                    traced = self.index.exact
+                    traced[key] = None
+                    self.index.fails(self.pattern, self.root, error, score=1.0)
         return traced[key]
 
     def _real_size(self, size: Any) -> Any:
@@ -474,6 +530,8 @@ class _Near:
             differences, moves, bindings = comparison.differences, (), comparison.bindings
         elif attempt.is_single:
             differences, moves, bindings = attempt.rounded()
+            if not differences and not moves:
+                differences, bindings = attempt.products(), comparison.bindings
         else:  # the first of its outputs is there, which is no near miss of it
             return None
         if not differences and not moves:
@@ -509,6 +567,8 @@ class _Near:
                 (n for n, t in bare.items() if t.op == "mul" and factor in operands_of(t, "mul")[1]),
                 self.root,
             )
+        if (writer := self.attempt.index.writer(different.have)) is not None:
+            return writer
         for term in (different.have, different.around):
             makes = (node for node in bare if bare[node] is term)
             reads = (n for n in bare for arg in n.all_input_nodes if getattr(of[arg], "bare", None) is term)

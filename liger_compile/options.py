@@ -65,8 +65,9 @@ class Options:
     )
     inner: str = _option(
         "inductor",
-        _one_of("inductor", "aot_eager", "eager"),
-        "What compiles the rewritten graph. All but the first are for debugging.",
+        _one_of("inductor", "aot_eager", "eager", "report"),
+        "What compiles the rewritten graph. All but the first are for debugging; under 'report' nothing does, and the "
+        "report is that of 'inductor'.",
     )
     mode: str | None = _option(
         None, _MODE, "As torch.compile(mode=...), which torch.compile refuses next to options."
@@ -99,6 +100,16 @@ class Options:
     strict: bool = _option(
         False, _FLAG, "Raise if the rewriter fails, instead of compiling the graph as it came."
     )
+
+    @property
+    def compiler(self) -> str:
+        """What compiles the rewritten graph: a name that torch knows."""
+        return "eager" if self.inner == "report" else self.inner
+
+    @property
+    def reported_inner(self) -> str:
+        """What the report is about."""
+        return "inductor" if self.inner == "report" else self.inner
 
     def skips(self, pattern_name: str) -> bool:
         """Whether `skip` names this pattern, or its op: "rms_norm" is the op of "rms_norm.llama"."""

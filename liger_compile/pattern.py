@@ -143,7 +143,7 @@ class Match:
 
 @dataclass(frozen=True, eq=False)
 class Decision:
-    """What happens to a match, and why. `reason` is empty where it is replaced."""
+    """What happens to a match, and why. `reason` is empty where it is replaced, and nothing about that failed."""
 
     match: Match
     kind: Literal["replace", "annotate", "leave"]
@@ -151,6 +151,8 @@ class Decision:
     keeps_outputs: bool = False  # of what is annotated: see Annotate
     saved_bytes: int | None = None  # None: not known, as where a size is symbolic
     inserted: tuple[Node, ...] = ()  # by rewrite.py, of what is replaced
+    covers: bool = False  # what is left leaves nothing to smaller patterns either
+    failed: bool = False  # a function of the pattern did: see callbacks.py
 
 
 @dataclass(frozen=True, eq=False)

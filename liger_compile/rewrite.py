@@ -1,8 +1,9 @@
 """rewrite(): carries decisions out: splices each replacement into the graph and takes out what it replaced.
 
 The replacement function runs once on the graph's own fake tensors; every torch function that it calls becomes
-a node with meta["example_value"] (a node without it would switch AOTAutograd's cache off). A replacement
-whose result is not just like the original's is not spliced in, and the decision becomes a refusal.
+a node (recording.py). A replacement whose result is not just like the original's, or that does more than compute it,
+is not spliced in, and the decision becomes a refusal. Nothing is connected before all replacements are known to be
+good: where one is not, the others are decided again, so that a smaller pattern may have its place.
 
 Dead-code elimination over the whole graph would delete mutations (x.add_(1) has no users), so only matched
 nodes that lost their last user are erased.
@@ -11,24 +12,31 @@ nodes that lost their last user are erased.
 from __future__ import annotations
 
 import inspect
-import itertools
-import operator
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
-from types import FunctionType
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch.fx import Graph, Node, symbolic_trace
-from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
+from torch.fx import Graph, Node
 
+from liger_compile import callbacks
 from liger_compile.graphs.regions import Region, Regions
 from liger_compile.pattern import Capture, Decision, Match
+from liger_compile.recording import Recorder, faults_of
 from liger_compile.terms.term import size_of, sizes_of
 
-_META = ("stack_trace", "nn_module_stack", "source_fn_stack")
+
+@dataclass(frozen=True)
+class _Draft:
+    """A replacement that stands in the graph already and is read by nobody yet.
+
+    Args:
+        outputs: the node that stands in for each output of the match.
+    """
+
+    recorder: Recorder
+    outputs: tuple[Node, ...]
 
 
 def rewrite(
@@ -37,26 +45,40 @@ def rewrite(
     insertion_point: Callable[[Match], Node],
     settings: Mapping[str, Any] | None = None,
     regions: Regions | None = None,
+    *,
+    decide_again: Callable[[Mapping[Match, Decision]], Sequence[Decision]] | None = None,
+    strict: bool = False,
 ) -> list[Decision]:
     """Edits `graph` as decided. Returns the decisions with what could not be spliced turned into refusals.
 
     Args:
         settings: what the user chose for replacements: each gets those that it has a parameter for.
         regions: the modes of the nodes, in which the replacements run.
+        decide_again: decides anew, given the refusals so far, which the new decisions have to hold.
+        strict: raise what a replacement raises, except for a ValueError or TypeError: an op's way to refuse.
+
+    Raises:
+        PatternError: under `strict`.
     """
     regions = regions or Regions(graph)
-    replaced: dict[Node, Node] = {}  # original output -> what stands in for it
-    result = []
-    for decision in decisions:
-        if decision.kind == "replace":
-            before = insertion_point(decision.match)
-            region = regions.of[decision.match.outputs[0]]
-            spliced = _splice(graph, decision.match, before, replaced, region, settings or {})
-            if isinstance(spliced, str):
-                decision = replace(decision, kind="leave", reason=spliced, saved_bytes=None)
-            else:
-                decision = replace(decision, inserted=spliced)
-        result.append(decision)
+    refused: dict[Match, Decision] = {}
+    while True:
+        drafts: dict[Match, _Draft] = {}
+        known = len(refused)
+        for decision in decisions:
+            if decision.kind == "replace" and decision.match not in refused:
+                before = insertion_point(decision.match)
+                drafted = _draft(graph, decision, before, regions, settings or {}, strict)
+                if isinstance(drafted, Decision):
+                    refused[decision.match] = drafted
+                else:
+                    drafts[decision.match] = drafted
+        if len(refused) == known or decide_again is None:
+            break
+        for draft in reversed(drafts.values()):
+            draft.recorder.undo()
+        decisions = decide_again(refused)
+    result = [_carried_out(decision, drafts, refused) for decision in decisions]
     for decision in result:
         if decision.kind == "replace":
             _erase_unused(graph, decision.match)
@@ -64,54 +86,100 @@ def rewrite(
     return result
 
 
-def _splice(
+def _carried_out(
+    decision: Decision, drafts: Mapping[Match, _Draft], refused: Mapping[Match, Decision]
+) -> Decision:
+    """Connects the draft of a decision."""
+    draft = drafts.get(decision.match)
+    if draft is None:
+        return refused.get(decision.match, decision)
+    for output, node in zip(decision.match.outputs, draft.outputs, strict=True):
+        node.meta["example_value"] = output.meta["example_value"]
+        output.replace_all_uses_with(node)
+    return replace(decision, inserted=tuple(draft.recorder.inserted))
+
+
+def _draft(
     graph: Graph,
-    match: Match,
+    decision: Decision,
     before: Node,
-    replaced: dict[Node, Node],
-    region: Region,
+    regions: Regions,
     settings: Mapping[str, Any],
-) -> tuple[Node, ...] | str:
-    """Inserts the replacement of one match; gives the sentence why not if it is not like the original."""
+    strict: bool,
+) -> _Draft | Decision:
+    """Inserts the replacement of one match; gives the decision to leave it if it is not like the original."""
+    match, recorder = decision.match, Recorder(graph, before, decision.match.outputs[0])
+    originals = [output.meta["example_value"] for output in match.outputs]
+    results: tuple[Any, ...] = ()
+    try:
+        results = _results(match, recorder, regions.of[match.outputs[0]], settings)
+        reason = _why_not(originals, results, recorder)
+    except (ValueError, TypeError) as error:  # an op that does not take these arguments says so
+        reason = f"the replacement refuses: {error}"
+    except Exception as error:
+        if _WRITES_INTO_A_LEAF not in str(error):
+            recorder.undo()
+            return callbacks.left_for(callbacks.raised(match.pattern, "replace", error), match, strict)
+        reason = _REFUSAL.format("writes into one of its arguments")
+    if reason:
+        recorder.undo()
+        return replace(decision, kind="leave", reason=reason, saved_bytes=None)
+    return _Draft(recorder, tuple(recorder.node_of[id(value)] for value in results))
+
+
+# What autograd says of x.mul_(2) where x is an input that requires a gradient.
+_WRITES_INTO_A_LEAF = "is being used in an in-place operation"
+_REFUSAL = "the replacement {}; it has to compute new tensors from its arguments and nothing else"
+
+
+def _results(
+    match: Match, recorder: Recorder, region: Region, settings: Mapping[str, Any]
+) -> tuple[Any, ...]:
+    """What the replacement returns for the captures of a match, recorded."""
     arguments: dict[str, Any] = {}
-    splicer = _Splicer(graph, before, match.outputs[0])
     for name, bound in match.captures.items():
         if isinstance(bound, (Capture, Node)):
             node = bound.node if isinstance(bound, Capture) else bound
-            node = replaced.get(node, node)
-            arguments[name] = splicer.knows(node.meta["example_value"], node)
+            arguments[name] = recorder.knows(name, node.meta["example_value"], node)
     fake_mode = getattr(match.result, "fake_mode", None) or nullcontext()
     originals = [output.meta["example_value"] for output in match.outputs]
+    # A user's hooks on saved tensors are for tensors that have values.
+    hooks = torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is)
+    with fake_mode, hooks, region.entered(), recorder.watching(), recorder:
+        for name, bound in match.captures.items():
+            if isinstance(bound, Capture):
+                arguments[name] = bound.derive(arguments[name])
+            elif not isinstance(bound, Node):
+                arguments[name] = bound
+        assert match.pattern.replace is not None, "decide.py annotates a match without a replacement"
+        results = match.pattern.replace(**arguments, **_wanted(settings, match))
+        results = results if isinstance(results, tuple) else (results,)
+        return tuple(map(_laid_out_like, results, originals)) if len(results) == len(originals) else results
+
+
+def _wanted(settings: Mapping[str, Any], match: Match) -> dict[str, Any]:
+    """The settings that a replacement has a parameter for. What is named as a capture is the capture."""
     try:
-        # A user's hooks on saved tensors are for tensors that have values.
-        hooks = torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is)
-        with fake_mode, hooks, region.entered(), splicer:
-            for name, bound in match.captures.items():
-                if isinstance(bound, Capture):
-                    arguments[name] = bound.derive(arguments[name])
-                elif not isinstance(bound, Node):
-                    arguments[name] = bound
-            assert match.pattern.replace is not None, "decide.py annotates a match without a replacement"
-            known = inspect.signature(match.pattern.replace).parameters
-            arguments.update((name, value) for name, value in settings.items() if name in known)
-            results = match.pattern.replace(**arguments)
-            results = results if isinstance(results, tuple) else (results,)
-            results = tuple(map(_laid_out_like, results, originals))
-    except (ValueError, TypeError, RuntimeError) as error:  # an op that does not take these arguments says so
-        splicer.undo()
-        return f"the replacement refuses: {error}"
-    nodes = [splicer.node_of.get(id(value)) for value in results]
-    for original, value, node in zip(originals, results, nodes, strict=True):
-        difference = _difference(original, value)
-        if node is None or difference:
-            splicer.undo()
-            return difference or "the replacement returns a tensor that no torch function made"
-    for output, node in zip(match.outputs, nodes, strict=True):
-        assert node is not None
-        node.meta["example_value"] = output.meta["example_value"]
-        output.replace_all_uses_with(node)
-        replaced[output] = node
-    return tuple(splicer.inserted)
+        known = inspect.signature(match.pattern.replace).parameters  # pyright: ignore[reportArgumentType]
+    except ValueError:  # a function in C, which has none of ours
+        return {}
+    return {name: value for name, value in settings.items() if name in known and name not in match.captures}
+
+
+def _why_not(originals: Sequence[torch.Tensor], results: Sequence[Any], recorder: Recorder) -> str | None:
+    """Why results cannot stand in for the originals, in a sentence."""
+    if len(results) != len(originals):
+        return f"the replacement returns {len(results)} results, and {len(originals)} are searched for"
+    for original, value in zip(originals, results, strict=True):
+        if not isinstance(value, torch.Tensor):
+            return f"the replacement returns {callbacks.described(value)}; expected a tensor"
+        if difference := _difference(original, value):
+            return difference
+    for fault in faults_of(results, recorder, originals):
+        return _REFUSAL.format(fault)
+    if any(id(value) not in recorder.node_of for value in results):
+        return "the replacement returns a tensor that no torch function made"
+    return None
 
 
 def _as_it_is(value: Any) -> Any:
@@ -158,119 +226,6 @@ def _strides(tensor: torch.Tensor) -> tuple[Any, ...]:
         for stride, size in zip(tensor.stride(), tensor.shape, strict=True)
         if size_of(size) != 1
     )
-
-
-class _Splicer(TorchFunctionMode):
-    """Records the torch functions that run under it as nodes before `before`, with the meta of `like`."""
-
-    def __init__(self, graph: Graph, before: Node, like: Node) -> None:
-        super().__init__()
-        self.graph, self.before = graph, before
-        self.meta = {key: like.meta[key] for key in _META if key in like.meta}
-        self.node_of: dict[int, Node] = {}
-        self.inserted: list[Node] = []
-        self.alive: list[Any] = []  # ids are only unique among living objects
-
-    def knows(self, value: Any, node: Node) -> Any:
-        """Remembers which node has `value`. The same fake tensor may be the value of several nodes."""
-        if isinstance(value, torch.Tensor):
-            value = value.detach().requires_grad_(value.requires_grad) if id(value) in self.node_of else value
-        self.node_of[id(value)] = node
-        self.alive.append(value)
-        return value
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        is_higher = isinstance(func, torch._ops.HigherOrderOperator)
-        out = _without_gradients(func, args, kwargs) if is_higher else func(*args, **kwargs)
-        parts = out if isinstance(out, (tuple, list)) else (out,)
-        if any(isinstance(part, torch.Tensor) for part in parts):
-            self._insert(func, args, kwargs, out)
-        return out
-
-    def _insert(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
-        with self.graph.inserting_before(self.before):
-            args, kwargs = tree_map(self._argument, (tuple(args), dict(kwargs)))
-            node = self._made(func, args, kwargs)
-            self._remember(node, out)
-            if isinstance(out, (tuple, list)):
-                for index, part in enumerate(out):
-                    if isinstance(part, torch.Tensor):
-                        item = self.graph.call_function(operator.getitem, (node, index))
-                        self._remember(item, part)
-
-    def _made(self, func: Any, args: tuple, kwargs: dict) -> Node:
-        name = getattr(func, "__name__", "")
-        if isinstance(func, torch._ops.OpOverloadPacket):
-            func = getattr(func, func.overloads()[0])
-        elif name == "__get__":  # a property: x.real
-            return self.graph.call_function(getattr, (args[0], func.__self__.__name__))
-        elif getattr(torch.Tensor, name, None) is func or type(func).__name__ == "method_descriptor":
-            return self.graph.call_method(name, args, kwargs)
-        return self.graph.call_function(func, args, kwargs)
-
-    def _remember(self, node: Node, value: Any) -> None:
-        node.meta.update(self.meta, example_value=value)
-        self.inserted.append(node)
-        self.alive.append(value)
-        self.node_of[id(value)] = node
-
-    def _argument(self, value: Any) -> Any:
-        if id(value) in self.node_of:
-            return self.node_of[id(value)]
-        if isinstance(value, FunctionType):
-            return self._body(value)
-        if isinstance(value, torch.SymInt):
-            return self._size(value)
-        if isinstance(value, (torch.Tensor, torch.SymFloat)):
-            raise ValueError(
-                f"a replacement may use its captures and what torch functions make of them; it used {value!r}"
-            )
-        return value
-
-    def _body(self, function: FunctionType) -> Node:
-        """A function that a higher-order op is given: a submodule, as Dynamo has it."""
-        owner = self.graph.owning_module
-        assert owner is not None
-        name = next(
-            f"liger_{function.__name__}_{n}"
-            for n in itertools.count()
-            if not hasattr(owner, f"liger_{function.__name__}_{n}")
-        )
-        setattr(owner, name, symbolic_trace(function))
-        node = self.graph.get_attr(name)
-        node.meta.update(self.meta)
-        self.inserted.append(node)
-        return node
-
-    def _size(self, value: torch.SymInt) -> Node:
-        """A node for a symbolic size: the size of a tensor that the replacement knows."""
-        for tensor in [each for each in self.alive if isinstance(each, torch.Tensor)]:
-            for dim, size in enumerate(tensor.shape):
-                if isinstance(size, torch.SymInt) and size_of(size) == size_of(value):
-                    node = self.graph.call_method("size", (self.node_of[id(tensor)], dim))
-                    node.meta.update(self.meta, example_value=value)
-                    self.inserted.append(node)
-                    return node
-        raise ValueError(f"no input of the replacement has the symbolic size {value} that it uses")
-
-    def undo(self) -> None:
-        """Takes out what was inserted."""
-        for node in reversed(self.inserted):
-            self.graph.erase_node(node)
-            if node.op == "get_attr":
-                delattr(self.graph.owning_module, str(node.target))
-
-
-def _without_gradients(func: Any, args: tuple, kwargs: dict) -> Any:
-    """The result of a higher-order op, which would trace the gradient of its body where only shapes are wanted."""
-    tensors = [each for each in tree_leaves((args, kwargs)) if isinstance(each, torch.Tensor)]
-    needs_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-    with torch.no_grad():
-        out = func(*args, **kwargs)
-        return tree_map_only(
-            torch.Tensor, lambda part: part.requires_grad_(needs_grad and part.is_floating_point()), out
-        )
 
 
 def _erase_unused(graph: Graph, match: Match) -> None:

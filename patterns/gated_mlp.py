@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from liger_compile import functional
 from liger_compile.pattern import Annotate, Match, Pattern
-from liger_compile.patterns.profit import bytes_of, recomputed_input
+from liger_compile.patterns.profit import bytes_of, kept_bytes, recomputed_input
 
 
 def swiglu(gate, up):
@@ -34,6 +34,11 @@ def quick_geglu(gate, up, slope: float):
     return gate * torch.sigmoid(slope * gate) * up
 
 
+def squared_reglu(gate, up):
+    """Likewise."""
+    return F.relu(gate).square() * up
+
+
 def check(match: Match) -> str | None:
     """Gate and up have to be of one shape: a gate that broadcasts is something else. They may be of two dtypes."""
     if "gate_up" in match.captures:
@@ -45,7 +50,7 @@ def check(match: Match) -> str | None:
     return None
 
 
-_MARKED = "Inductor fuses the gate with its neighbours; h is computed again in backward"
+_MARKED = "Inductor fuses the gate with its neighbours; h is cheap to compute again in backward"
 
 
 def profit(match: Match) -> str | Annotate:
@@ -66,7 +71,11 @@ def marked(match: Match) -> Annotate:
 
 
 def saved_bytes(match: Match) -> int | None:
-    """h, which is as large as up."""
+    """h, which is as large as up. The linear layer that reads it keeps it for the gradient of its weight."""
+    if "weight" not in match.captures:
+        return kept_bytes(match.outputs[0])
+    if not match["weight"].requires_grad:
+        return 0
     return bytes_of(match["up"]) if "up" in match.captures else bytes_of(match["gate_up"], parts=2)
 
 
@@ -168,5 +177,14 @@ PATTERNS = (
         profit=marked,
         saves=saved_bytes,
         examples={**_GATE_AND_UP, "slope": 1.702},
+    ),
+    Pattern(
+        name="gated_mlp.squared_reglu_product",
+        search=squared_reglu,
+        replace=None,
+        check=check,
+        profit=marked,
+        saves=saved_bytes,
+        examples=_GATE_AND_UP,
     ),
 )

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from liger_compile.pattern import Pattern
-from liger_compile.patterns.profit import bytes_of
+from liger_compile.patterns.profit import kept_bytes
 
 
 def layer_norm(x, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float):
@@ -21,7 +21,7 @@ PATTERNS = (
         name="layer_norm.torch",
         search=layer_norm,
         replace=None,
-        saves=lambda match: bytes_of(match.result),
+        saves=lambda match: kept_bytes(match.outputs[0]),
         examples={
             "x": torch.empty(3, 5, 16),
             "weight": torch.empty(16),

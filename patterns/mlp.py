@@ -34,7 +34,12 @@ def squared_relu(x, weight, bias: torch.Tensor | None):
 
 def profit(match: Match) -> str | Annotate:
     """As for the gate of a gated MLP (gated_mlp.py has the measurement): one pass over x, which is read anyway."""
-    return recomputed_input(match, "the activation is computed again in backward")
+    return recomputed_input(match, "the activation is cheap to compute again in backward")
+
+
+def saved_bytes(match: Match) -> int | None:
+    """The result of the activation, which is as large as x; a frozen weight needs none for its gradient."""
+    return bytes_of(match["x"]) if match["weight"].requires_grad else 0
 
 
 def _pattern(search: Callable, **numbers) -> Pattern:
@@ -43,7 +48,7 @@ def _pattern(search: Callable, **numbers) -> Pattern:
         search=search,
         replace=None,
         profit=profit,
-        saves=lambda match: bytes_of(match["x"]),
+        saves=saved_bytes,
         examples={
             "x": torch.empty(3, 5, 8),
             "weight": torch.empty(6, 8),

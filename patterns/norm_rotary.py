@@ -17,7 +17,7 @@ from liger_compile import functional
 from liger_compile.ops.dispatch import has_kernel
 from liger_compile.pattern import Match, Pattern
 from liger_compile.patterns import rms_norm, rotary
-from liger_compile.patterns.profit import bytes_of
+from liger_compile.patterns.profit import kept_bytes
 
 
 def check(match: Match) -> str | None:
@@ -56,7 +56,7 @@ def profit(match: Match) -> str | None:
 
 def saved_bytes(match: Match) -> int | None:
     """q and k as attention reads them, which it would keep."""
-    sizes = [bytes_of(output.meta["example_value"]) for output in match.outputs]
+    sizes = [kept_bytes(output) for output in match.outputs]
     return None if None in sizes else sum(sizes)
 
 

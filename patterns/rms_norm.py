@@ -8,11 +8,12 @@ they
 """
 
 import torch
+import torch.nn.functional as F
 
 from liger_compile import functional
 from liger_compile.ops.dispatch import has_kernel
 from liger_compile.pattern import Annotate, Match, Pattern
-from liger_compile.patterns.profit import bytes_of
+from liger_compile.patterns.profit import kept_bytes
 
 
 def llama(x, weight, eps: float):
@@ -37,6 +38,16 @@ def no_weight(x, eps: float):
     """Has no weight."""
     x32 = x.float()
     return (x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
+
+
+def by_l2(x, weight, scale: float, eps: float):
+    """As lucidrains' transformers have it. Its eps bounds the norm, so no op computes it: it is only marked."""
+    return F.normalize(x, dim=-1, eps=eps) * scale * weight
+
+
+def by_l2_upcast(x, weight, scale: float, eps: float):
+    """Likewise, rounded after the weight."""
+    return (F.normalize(x.float(), dim=-1, eps=eps) * scale * weight.float()).to(x.dtype)
 
 
 # What functional.rms_norm calls the rounding of each search function.
@@ -70,12 +81,19 @@ def profit(match: Match) -> Annotate | None:
     floating = [match[name] for name in match.captures if isinstance(match[name], torch.Tensor)]
     if match.result.requires_grad and match.result.device.type == "cuda" and has_kernel(*floating):
         return None
-    return Annotate("Inductor fuses the norm with its neighbours; its result is computed again in backward")
+    return marked(match)
+
+
+def marked(match: Match) -> Annotate:
+    """What holds of any norm that Inductor computes."""
+    return Annotate(
+        "Inductor fuses the norm with its neighbours; its result is cheap to compute again in backward"
+    )
 
 
 def saved_bytes(match: Match) -> int | None:
-    """The result, which the linear layers that read it would keep."""
-    return bytes_of(match.result)
+    """The result, which linear layers that read it would keep, unless they are frozen."""
+    return kept_bytes(match.outputs[0])
 
 
 def _pattern(search) -> Pattern:
@@ -104,5 +122,17 @@ PATTERNS = (
         saves=saved_bytes,
         is_cheap=True,
         examples={"x": torch.empty(3, 5, 16), "eps": 1e-6},
+    ),
+    *(
+        Pattern(
+            name=f"rms_norm.{search.__name__}",
+            search=search,
+            replace=None,
+            check=check,
+            profit=marked,
+            saves=saved_bytes,
+            examples={"x": torch.empty(3, 5, 16), "weight": torch.empty(16), "scale": 4.0, "eps": 1e-12},
+        )
+        for search in (by_l2, by_l2_upcast)
     ),
 )

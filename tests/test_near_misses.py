@@ -262,6 +262,33 @@ def shifted_complex_pairs(x, freqs):
     return torch.view_as_real(pairs).flatten(-2)
 
 
+@tells(
+    "rotary",
+    "s * cos stands where cos, one tensor, is expected, and is computed nowhere as one value; multiply these first",
+    X,
+    COS,
+    SIN,
+    torch.rand(5, 16),
+)
+def scaled_rotation(t, cos, sin, s):
+    first = t * cos * s
+    second = rotate_half(t) * sin * s  # here
+    return first + second
+
+
+@tells(
+    "rotary",
+    "nothing in it is negated, and whether signs or sin has the signs is not known; a rotation has cat((-second_half",
+    X,
+    COS,
+    SIN,
+    torch.tensor([-1.0, 1.0]).repeat_interleave(8),
+)
+def rolled_with_a_row_of_signs(x, cos, sin, signs):
+    turned = x.roll(8, -1)  # here
+    return x * cos + turned * signs * sin
+
+
 # Gated MLP
 
 
@@ -283,10 +310,21 @@ def reglu(gate, up, w):
     return F.linear(gate * up, w)
 
 
-@tells("gated_mlp", "this is ReGLU", X, Y, DOWN)
-def squared_relu_gate(gate, up, w):
-    gate = F.relu(gate)  # here
+@tells("gated_mlp", "this gates with the square of tanh", X, Y, DOWN)
+def squared_tanh_gate(gate, up, w):
+    gate = torch.tanh(gate)  # here
     return F.linear(gate.square() * up, w)
+
+
+@tells(
+    "gated_mlp",
+    "sigmoid(gate_up[..., 16:]) stands where silu(gate_up[..., :16]) is expected: this is GLU",
+    torch.randn(3, 5, 32),
+    DOWN,
+)
+def packed_glu(gate_up, w):
+    h = F.glu(gate_up, -1)  # here
+    return F.linear(h, w)
 
 
 @tells(
@@ -390,6 +428,41 @@ def normed_logits(x, w, target):
     return loss(logits, target)
 
 
+@tells(
+    "linear_cross_entropy",
+    "a write in place (setitem) stands between linear and cross_entropy",
+    X,
+    DOWN,
+    TARGET,
+)
+def logits_written_over(x, w, target):
+    logits = F.linear(x, w)
+    logits[..., 3] = -1e4  # here
+    return loss(logits, target)
+
+
+@tells(
+    "linear_cross_entropy",
+    "a write in place (setitem) stands between linear and cross_entropy",
+    X.to(HALF),
+    DOWN.to(HALF),
+    TARGET,
+)
+def logits_written_over_and_cast(x, w, target):
+    logits = F.linear(x, w)
+    logits[..., 3] = -1e4  # here
+    return loss(logits.float(), target)
+
+
+@tells(
+    "linear_cross_entropy", "a write in place (div_) stands between linear and cross_entropy", X, DOWN, TARGET
+)
+def logits_divided_in_place(x, w, target):
+    logits = F.linear(x, w)
+    logits.div_(2)  # here
+    return loss(logits, target)
+
+
 # A pattern of the user's own
 
 
@@ -484,6 +557,16 @@ def a_shared_expert(gate, expert):
 def a_mix(x, y):
     share = torch.sigmoid(x.mean())
     return share * x + (1 - share) * y
+
+
+@silent(X, Y, COS)
+def three_factors_and_two(x, y, z):
+    return x * y * z + x * y
+
+
+@silent(X)
+def a_unit_vector(x):
+    return F.normalize(x, dim=-1)
 
 
 @silent(X, W)

@@ -291,6 +291,147 @@ def test_a_report_keeps_no_graph_alive():
     assert report.count("replace") == 2
 
 
+# What it says is so.
+
+
+class Layer(nn.Module):
+    """A norm, a gated MLP and a GELU MLP, each read by a linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.RMSNorm(8, eps=1e-6)
+        self.gate, self.up, self.down = nn.Linear(8, 12), nn.Linear(8, 12), nn.Linear(12, 8)
+        self.into, self.back = nn.Linear(8, 16), nn.Linear(16, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.norm(x)
+        x = self.down(nn.functional.silu(self.gate(x)) * self.up(x))
+        return self.back(nn.functional.gelu(self.into(x)))
+
+
+ROWS = 2 * 5
+KEPT = {  # what eager keeps of it, if all is trained
+    "rms_norm.llama": ROWS * 8 * 4,
+    "gated_mlp.swiglu": ROWS * 12 * 4,
+    "mlp.gelu": ROWS * 16 * 4,
+}
+
+
+def reported(model, *, inner: str = "aot_eager", x: torch.Tensor | None = None, **options) -> GraphReport:
+    options = {f"liger.{name}": value for name, value in {"inner": inner, "strict": True, **options}.items()}
+    torch.compile(model, backend="liger", options=options)(torch.randn(2, 5, 8) if x is None else x)
+    (report,) = reports()
+    assert report.to_dict()["saved_bytes"] == report.saved_bytes
+    assert ("less kept for backward" in str(report)) == bool(report.saved_bytes)
+    assert ("marked for recompute" in report.summary) == bool(report.count("annotate"))
+    return report
+
+
+def saved(report: GraphReport) -> dict[str, int | None]:
+    return {site.pattern: site.saved_bytes for site in report.sites if site.kind != "leave"}
+
+
+@pytest.mark.parametrize("inner", ["aot_eager", "report"])
+def test_what_is_trained_saves_what_eager_would_keep(inner: str):
+    assert saved(reported(Layer(), inner=inner)) == KEPT
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_without_gradients_nothing_is_marked_and_nothing_saved(mode):
+    with mode():
+        report = reported(Layer())
+    assert saved(report) == {}
+    assert {site.pattern for site in report.sites} == {*KEPT}  # and no smaller pattern: Inductor does it well
+    assert all(
+        site.reason.endswith("no gradient is computed here, so nothing is kept") for site in report.sites
+    )
+
+
+def test_with_nothing_to_train_nothing_is_marked_and_nothing_saved():
+    assert saved(reported(Layer().requires_grad_(False))) == {}
+
+
+def test_a_loss_that_is_replaced_without_gradients_saves_nothing():
+    head, labels = nn.Linear(8, 32), torch.zeros(10, dtype=torch.long)
+
+    def loss(x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.cross_entropy(head(x).view(-1, 32), labels)
+
+    with torch.no_grad():
+        report = reported(loss, policy="always")
+    assert (report.count("replace"), report.saved_bytes) == (1, 0)
+
+
+def test_frozen_layers_keep_no_inputs_and_so_save_none():
+    model = Layer().requires_grad_(False)
+    model.norm.requires_grad_()  # before all the others: gradients come through them
+    assert saved(reported(model)) == dict.fromkeys(KEPT, 0)
+
+
+def test_one_layer_that_is_trained_keeps_its_input():
+    model = Layer().requires_grad_(False)
+    model.up.requires_grad_()
+    model.back.weight.requires_grad_()
+    model.down.bias.requires_grad_()  # for which nothing is kept
+    x = torch.randn(2, 5, 8, requires_grad=True)
+    assert saved(reported(model, x=x)) == {**KEPT, "gated_mlp.swiglu": 0}
+
+
+def test_the_eager_compiler_takes_no_marks():
+    report = reported(Layer(), inner="eager")
+    assert saved(report) == {}
+    assert all("liger.inner='eager' takes no marks" in site.reason for site in report.sites)
+
+
+def test_marks_that_are_switched_off_save_nothing():
+    report = reported(Layer(), recompute="off")
+    assert report.saved_bytes == 0 and report.count("annotate") == 0
+
+
+@pytest.mark.parametrize("policy", ["auto", "always"])
+def test_inside_of_a_checkpoint_nothing_would_have_been_kept(policy: str):
+    model, head = Layer(), nn.Linear(8, 8)
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        return head(torch.utils.checkpoint.checkpoint(model, x, use_reentrant=False))
+
+    assert reported(forward, policy=policy).saved_bytes == 0
+
+
+def test_explain_tells_what_inductor_would_be_given():
+    (report,) = explain(Layer(), torch.randn(2, 5, 8)).graphs
+    assert saved(report) == KEPT
+
+
+def test_a_replacement_that_was_refused_counts_as_left_and_its_fuel_is_given_back():
+    late = Pattern(
+        "mine.late",
+        lambda x: torch.erf(x).cos(),
+        lambda x: x.double() if x.dim() == 3 else torch.erf(x).cos(),
+        {"x": torch.empty(2)},
+        saves=lambda match: 10**9,
+    )
+    x = torch.randn(2, 5, 8, requires_grad=True)
+    report = reported(lambda x: Layer()(torch.erf(x).cos()), x=x, patterns=(late,), fuel=1, policy="always")
+    counts = {kind: report.count(kind) for kind in ("replace", "annotate", "leave")}
+    assert counts["replace"] + counts["annotate"] == 1
+    assert report.to_dict()["counts"] == counts
+    assert report.saved_bytes < 10**9
+    (refused,) = (site for site in report.sites if site.pattern == "mine.late")
+    assert (refused.kind, refused.saved_bytes) == ("leave", None)
+    assert f"{counts['leave']} left alone" in report.summary
+
+
+def test_nothing_is_reported_of_a_graph_that_was_not_compiled(monkeypatch: pytest.MonkeyPatch):
+    def fail(*args: object, **kwargs: object):
+        raise RuntimeError("the compiler fails")
+
+    monkeypatch.setattr("liger_compile.compile.compile_graph", fail)
+    with pytest.raises(Exception, match="the compiler fails"):
+        torch.compile(Layer(), backend="liger")(torch.randn(2, 5, 8))
+    assert reports() == ()
+
+
 # The process-wide list and the logs.
 
 
@@ -320,8 +461,8 @@ COMPILE = """
 import torch
 def f(x, weight):
     return weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6))
-compiled = torch.compile(f, backend="liger", options={"liger.inner": "eager"})
-compiled(torch.ones(4, 8), torch.ones(8))
+compiled = torch.compile(f, backend="liger", options={"liger.inner": "aot_eager"})
+compiled(torch.ones(4, 8, requires_grad=True), torch.ones(8))
 """
 
 

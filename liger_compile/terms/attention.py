@@ -51,7 +51,8 @@ def attention(
     enable_gqa: bool = False,
 ) -> Term | None:
     """The table's function of scaled_dot_product_attention."""
-    if key.shape[1:2] != query.shape[1:2] and not enable_gqa:  # keys are broadcast
+    is_one = key.shape[1:2] == value.shape[1:2] == (1,)  # head for all queries: broadcast, which is one group
+    if key.shape[1:2] != query.shape[1:2] and not (enable_gqa or is_one):
         return None
     if not isinstance(is_causal, bool):
         return None

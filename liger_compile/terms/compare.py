@@ -54,10 +54,11 @@ class Difference:
     Args:
         kind: "op" another operation, "between" one more operation around what is wanted, "constant" another constant
             of an operation, "number" another number, "power" another power of a factor, "missing" an operand that is
-            not there, "extra" one too many, "capture" another value than a capture has elsewhere.
+            not there, "extra" one too many, "capture" another value than a capture has elsewhere, "rest" several
+            factors where a capture is expected.
         want, have: the terms. `have` is the whole sum or product where something is missing in it.
         around: what the graph has around `have`.
-        expected, found: the constant, the power, the number, or what a capture is bound to.
+        expected, found: the constant, the power, the number, the factors, or what a capture is bound to.
         name: of the constant.
     """
 
@@ -108,12 +109,17 @@ class Comparer:
         name: what an opaque term is called: the operator that made it.
         inside: what a term is made of, also of an opaque one.
         has_sizes: False for a pattern that was traced with other sizes, which are then not compared.
+        takes_rest: whether a capture in a product takes all factors that are left; otherwise these are a difference.
     """
 
     def __init__(
-        self, name: Callable[[Term], str], inside: Callable[[Term], Sequence[Term]], has_sizes: bool
+        self,
+        name: Callable[[Term], str],
+        inside: Callable[[Term], Sequence[Term]],
+        has_sizes: bool = False,
+        takes_rest: bool = True,
     ) -> None:
-        self.name, self.inside, self.has_sizes = name, inside, has_sizes
+        self.name, self.inside, self.has_sizes, self.takes_rest = name, inside, has_sizes, takes_rest
         self._weights: dict[Term, float] = {}
         self._near: dict[Term, frozenset[str]] = {}
 
@@ -343,6 +349,10 @@ class Comparer:
             if other[1] != power and (want.op == "add" or not left):
                 found = found.but(Difference("power", var, other[0], have, power, other[1]))
         if unbound and want.op == "mul":  # the last takes in what is left
+            last, power = unbound[-1]
+            if left and not self.takes_rest and last.consts[0] in found.bindings:
+                factors = ((found.bindings[last.consts[0]], power), *left)
+                found = found.but(Difference("rest", last, have, around, found=factors))
             left = []
             if constant.value and expected.value and not expected.powers:
                 found = found.scaled(unbound[-1][0], constant * expected**-1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from liger_compile.terms.normalize import MINUS_ONE
 from liger_compile.terms.term import Scalar, Term
@@ -88,5 +89,20 @@ class Formula:
 
     def _slice(self, term: Term, depth: int) -> str:
         (x,), (dim, start, stop, step) = term.args, term.consts
-        bounds = f"{start or ''}:{'' if stop == x.shape[dim] else stop}" + (f":{step}" if step != 1 else "")
+        start, stop = self._as_in_the_graph(x, dim, start), self._as_in_the_graph(x, dim, stop)
+        stop = None if stop == self._size(x, dim) else stop
+        bounds = f"{start or ''}:{'' if stop is None else stop}" + (f":{step}" if step != 1 else "")
         return f"{self(x, depth)}[..., {', '.join([bounds, *[':'] * (-1 - dim)])}]"
+
+    def _as_in_the_graph(self, x: Term, dim: int, at: Any) -> Any:
+        """A bound of a slice of a capture, whose size in the pattern's examples is another than in the graph."""
+        example, size = x.shape[dim], self._size(x, dim)
+        is_known = isinstance(at, int) and isinstance(example, int) and isinstance(size, int) and example
+        return at * size // example if is_known else at
+
+    def _size(self, x: Term, dim: int) -> Any:
+        """The size of what a capture is bound to, or of a term of the graph."""
+        bound = next(
+            (term for term, name in self.captures.items() if x.op == "var" and x.consts[0] == name), x
+        )
+        return bound.shape[dim] if -dim <= len(bound.shape) else x.shape[dim]

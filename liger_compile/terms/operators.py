@@ -271,6 +271,19 @@ def _vector_norm(call, x, ord=2, dim=None, keepdim=False, *, dtype=None):
     return _norm(call, x, ord, dim, keepdim, dtype)
 
 
+def _normalized(call, input, p=2.0, dim=1, eps=1e-12, out=None):
+    """x / max(norm(x), eps), as torch writes it out."""
+    if p not in (2, 2.0) or not isinstance(dim, int) or call.dtype != input.dtype:
+        return None
+    space, dim = call.space, negative(dim, len(input.shape))
+    rows = (*input.shape[:dim], 1, *input.shape[dim:][1:])
+    square = normalize.mul(space, ((input, 2),), normalize.ONE, call.dtype, input.shape)
+    total = normalize.apply(space, "sum", (square,), (dim,), call.dtype, rows)
+    root = normalize.mul(space, ((total, 0.5),), normalize.ONE, call.dtype, rows)
+    bounded = normalize.apply(space, "str.clamp_min", (root,), (_ARGUMENT, const_of(eps)), call.dtype, rows)
+    return normalize.mul(space, ((input, 1), (bounded, -1)), normalize.ONE, call.dtype, call.shape)
+
+
 def _softmax(op: str):
     def make(call, input, dim=None, _stacklevel=3, dtype=None):
         if dim is None:
@@ -293,6 +306,18 @@ def _logsumexp(call, input, dim, keepdim=False):
 def _gather(call, input, dim, index, *, sparse_grad=False):
     consts = (negative(dim, len(input.shape)),)
     return normalize.apply(call.space, "gather", (input, index), consts, call.dtype, call.shape)
+
+
+def _take_along_dim(call, input, indices, dim=None):
+    """gather, which does not broadcast, where there is nothing to broadcast."""
+    if dim is None or len(indices.shape) != len(input.shape):
+        return None
+    dim = negative(dim, len(input.shape))
+    others = [
+        [size for at, size in enumerate(each.shape, -len(each.shape)) if at != dim]
+        for each in (input, indices)
+    ]
+    return _gather(call, input, dim, indices) if others[0] == others[1] else None
 
 
 def _rms_norm(call, input, normalized_shape, weight=None, eps=None):
@@ -457,6 +482,7 @@ TABLE: Mapping[str, Callable[..., Any]] = {
     "vector_norm": _vector_norm, "softmax": _softmax("softmax"), "log_softmax": _softmax("log_softmax"),
     "rms_norm": _rms_norm, "layer_norm": _layer_norm, "linear": _linear, "addmm": _addmm, "matmul": _matmul,
     "baddbmm": _baddbmm, "einsum": _einsum, "complex": _complex, "logsumexp": _logsumexp, "gather": _gather,
+    "take_along_dim": _take_along_dim, "normalize": _normalized,
     "cross_entropy": _cross_entropy, "nll_loss": _nll_loss, "scaled_dot_product_attention": attention,
     **LAYOUT_TABLE, **INDEX_TABLE,
     "view_as_complex": _reinterpreted("view_as_complex"), "view_as_real": _reinterpreted("view_as_real"),

@@ -116,6 +116,17 @@ def _capture(it: Difference, formula: Formula) -> str:
     )
 
 
+def _rest(it: Difference, formula: Formula) -> str:
+    plain = Formula(formula.name, formula.is_call, {})
+    product = " * ".join(
+        sorted((plain.power(*factor) for factor in it.found), key=lambda text: (len(text), text))
+    )
+    return (
+        f"{product} stands where {it.want.consts[0]}, one tensor, is expected, and is computed nowhere as one value; "
+        "multiply these first"
+    )
+
+
 def _moved(it: Moved) -> str:
     expected, found = it.expected, it.found
     if expected and found and expected.computed != found.computed:
@@ -140,6 +151,7 @@ _GENERAL: Mapping[str, Callable[[Difference, Formula], str]] = {
     "missing": _missing,
     "extra": _extra,
     "capture": _capture,
+    "rest": _rest,
 }
 
 
@@ -163,7 +175,13 @@ WORDS: Mapping[tuple[str, str], str] = {
 def _known_words(it: Difference, formula: Formula) -> str | None:
     if it.kind != "op" or _slope_of_gate(it, formula):
         return None
+    if _is_squared(it.have, it.around):
+        return f"this gates with the square of {formula.name(it.have)}"
     return WORDS.get((it.want.op, formula.name(it.have)))
+
+
+def _is_squared(term: Term, around: Term) -> bool:
+    return around.op == "mul" and (term, 2) in zip(around.args, around.consts[1:], strict=True)
 
 
 # What an op of ours is, where the graph has something like it.
@@ -217,9 +235,14 @@ def _no_rotation(it: Difference, formula: Formula) -> str | None:
     definition = _DEFINITIONS[it.want.op]
     joined = it.have.args[0] if it.have.op == "view" else it.have
     signs = [part.op == "mul" and part.consts[0].value < 0 for part in joined.args]
-    if not any(signs) and (joined.op == "cat" or formula.name(joined) == "roll"):
-        return "nothing in it is negated, so pairs are mirrored and not turned"
-    return definition
+    if any(signs) or not (joined.op == "cat" or formula.name(joined) == "roll"):
+        return definition
+    plain = Formula(formula.name, formula.is_call, {})
+    others = [plain(arg) for arg in it.around.args if arg is not it.have] if it.around.op == "mul" else []
+    if len(others) > 1:
+        rows = " or ".join(sorted(others))
+        return f"nothing in it is negated, and whether {rows} has the signs is not known; {definition}"
+    return "nothing in it is negated, so pairs are mirrored and not turned, unless the table has the signs"
 
 
 FACTS: tuple[Callable[[Difference, Formula], str | None], ...] = (

@@ -307,3 +307,25 @@ def test_keys_repeated_and_values_not(run_liger):
     result, (report,) = run_liger(f, *args)
     assert [site.kind for site in report.sites] == ["replace"]
     torch.testing.assert_close(result, f(*args))
+
+
+def one_head(q, k, v):
+    """Keys of one head, which torch broadcasts: Falcon's multi-query attention."""
+    return F.scaled_dot_product_attention(q, k, v, causal_mask(q))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_keys_of_one_head_that_are_broadcast(run_liger, liger_is_as_right_as_eager, dtype):
+    args = inputs(groups=1, dtype=dtype)
+    result, (report,) = run_liger(one_head, *args)
+    assert [(site.pattern, site.kind) for site in report.sites] == [("attention.causal", "replace")]
+    assert result.shape == one_head(*args).shape
+    torch._dynamo.reset()
+    liger_is_as_right_as_eager(one_head, *args)
+
+
+def test_keys_that_are_broadcast_over_the_batch_are_left(run_liger):
+    q, k, v = inputs(groups=1)
+    result, (report,) = run_liger(one_head, q, k[:1], v[:1])
+    assert not [site for site in report.sites if site.kind == "replace"]
+    torch.testing.assert_close(result, one_head(q, k[:1], v[:1]))

@@ -125,6 +125,11 @@ def gpt_oss(x, w, d):
     return ((up + 1) * (gate * torch.sigmoid(gate * 1.702))) @ d.t()
 
 
+def squared_reglu(x, w, d):
+    gate, up = F.linear(x, w).chunk(2, dim=-1)
+    return F.linear(F.relu(gate) ** 2 * up, d)
+
+
 def in_place(x, w, d):
     gate, up = F.linear(x, w).chunk(2, dim=-1)
     return F.linear(F.silu(gate).mul_(up), d)
@@ -132,7 +137,12 @@ def in_place(x, w, d):
 
 @pytest.mark.parametrize(
     "function, pattern",
-    [(gpt_oss, "quick_geglu_product"), (packed, "swiglu_packed"), (in_place, "swiglu_packed")],
+    [
+        (gpt_oss, "quick_geglu_product"),
+        (squared_reglu, "squared_reglu_product"),
+        (packed, "swiglu_packed"),
+        (in_place, "swiglu_packed"),
+    ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_by_default_h_is_marked_and_not_kept(kept_for_backward, function, pattern, dtype):

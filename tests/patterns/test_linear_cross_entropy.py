@@ -87,8 +87,19 @@ def less_gathered(x, w, labels):
     return losses.mean()
 
 
+def taken_along(x, w, labels):
+    scores = F.log_softmax(F.linear(x, w).float(), dim=-1)
+    return -scores.take_along_dim(labels.clamp(min=0)[..., None], -1).squeeze(-1).mean()
+
+
+def less_taken_along(x, w, labels):
+    logits, labels = F.linear(x, w).float(), labels.clamp(min=0)
+    return (logits.logsumexp(-1) - torch.take_along_dim(logits, labels[..., None], dim=2).squeeze(2)).mean()
+
+
 ALL = (hugging_face, num_items, nanogpt, shifted_logits, torchtitan, cohere, granite, gemma2, padded_head,
-       classes_second, smoothed, weighted_tokens, gathered, less_gathered)  # fmt: skip
+       classes_second, smoothed, weighted_tokens, gathered, less_gathered,
+       taken_along, less_taken_along)  # fmt: skip
 
 
 @pytest.mark.parametrize("function", ALL, ids=lambda f: f.__name__)
@@ -124,6 +135,9 @@ def test_the_bias_of_the_head(run_liger, liger_is_as_right_as_eager):
     [
         lambda scores, labels: scores.gather(-1, labels[..., None].expand(-1, -1, 2))[..., 0],
         lambda scores, labels: scores.gather(1, labels[..., None])[..., 0],
+        lambda scores, labels: scores.take_along_dim(labels[:1, :, None], -1)[..., 0],  # one row for all
+        lambda scores, labels: scores.take_along_dim(labels[..., None], 1)[..., 0],
+        lambda scores, labels: scores.take_along_dim(labels.flatten()),
         lambda scores, labels: scores[:, 1:].gather(-1, labels[:, :-2, None])[..., 0],
         lambda scores, labels: F.log_softmax(scores, 1).gather(-1, labels[..., None])[..., 0],
     ],
@@ -142,7 +156,7 @@ def test_frozen_input_or_head(liger_is_as_right_as_eager, frozen):
 
 
 def test_the_report_says_what_it_saves(run_liger):
-    _, (report,) = run_liger(hugging_face, X, W, LABELS)
+    _, (report,) = run_liger(hugging_face, X.clone().requires_grad_(), W, LABELS)
     assert report.saved_bytes == 3 * 6 * V * 4
 
 

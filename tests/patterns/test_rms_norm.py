@@ -4,6 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import liger_compile
+
 torch.manual_seed(0)
 
 X, W = torch.randn(3, 5, 16), torch.rand(16) + 0.5
@@ -52,6 +54,52 @@ def test_spellings_are_rewritten_once(run_liger, name):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_numbers(liger_is_as_right_as_eager, name, dtype):
     liger_is_as_right_as_eager(SPELLINGS[name][0], X.to(dtype), W.to(dtype))
+
+
+# A norm by its length, as F.normalize has it: it is marked.
+
+BY_LENGTH = {
+    "lucidrains": lambda x, w: F.normalize(x, dim=-1) * 16**0.5 * w,
+    "weight less one": lambda x, w: F.normalize(x, dim=-1) * (w + 1) * 16**0.5,
+    "written out": lambda x, w: x / x.norm(2, -1, keepdim=True).clamp_min(1e-12).expand_as(x) * 4.0 * w,
+    "another eps": lambda x, w: F.normalize(x, 2.0, -1, 1e-5) * w * 4.0,
+    "in float32": lambda x, w: (F.normalize(x.float(), dim=-1) * 16**0.5 * w.float()).to(x.dtype),
+}
+
+
+@pytest.mark.parametrize("name", BY_LENGTH)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_norm_by_its_length_is_marked_and_not_kept(kept_for_backward, name, dtype):
+    def f(x, w, d):
+        return F.linear(BY_LENGTH[name](x, w), d)
+
+    args, kept = [t.to(dtype) for t in (X, W, torch.randn(16, 16))], {}
+    for recompute in ("off", "auto"):
+        torch._dynamo.reset()
+        options = {"liger.inner": "aot_eager", "liger.strict": True, "liger.recompute": recompute}
+        compiled = torch.compile(f, backend="liger", options=options)
+        kept[recompute], gradients = kept_for_backward(compiled, *args)
+        torch.testing.assert_close(gradients, kept_for_backward(f, *args)[1], rtol=0, atol=0)
+    (site,) = liger_compile.reports()[-1].sites
+    is_upcast = name == "in float32" and dtype == torch.bfloat16
+    assert (site.pattern, site.kind) == (
+        "rms_norm.by_l2_upcast" if is_upcast else "rms_norm.by_l2",
+        "annotate",
+    )
+    assert kept["off"] - kept["auto"] >= site.saved_bytes == 3 * 5 * 16 * dtype.itemsize
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        lambda x, w: F.normalize(x, p=1.0, dim=-1) * 4.0 * w,
+        lambda x, w: F.normalize(x, dim=-2) * 4.0 * w,
+        lambda x, w: F.normalize(x) * 4.0 * w,
+    ],
+)
+def test_a_norm_of_another_length_is_none(run_liger, other):
+    _, (report,) = run_liger(other, X, W)
+    assert not report.sites
 
 
 OTHERS = {

@@ -1,0 +1,251 @@
+"""What functions depend on, as digests: their own code, and that of all functions and classes that they reach by name.
+
+A cache on disk that holds what a function did has to be asked with a key that changes with the function. A function
+reaches what its code names (globals, attributes of modules, imports within it), what it closes over, and its defaults;
+a class reaches its bases and what it defines; containers, partials and methods what they hold. Of a function the
+bytecode counts and the file that it stands in; of numbers, strings and dtypes the value.
+
+Here it ends: what is found at run time only (getattr with a computed name), objects' attributes, the contents of
+tensors, and code in C. Packages that are installed count with their version. This package counts as a whole, elsewhere
+(`compile.package_hash`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dis
+import functools
+import hashlib
+import importlib.metadata
+import inspect
+import sys
+import sysconfig
+from collections.abc import Iterable, Iterator, Mapping
+from importlib.machinery import PathFinder
+from pathlib import Path
+from types import CodeType, FunctionType, MethodType, ModuleType
+from typing import Any
+
+import torch
+from torch._library.custom_ops import OPDEFS
+
+LARGEST = 256  # how many members of a container are looked at
+
+_PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
+# Where the objects that decorators return hold functions: triton.jit, functools.wraps, torch.library.custom_op.
+_HELD = ("fn", "__wrapped__", "_init_fn", "_abstract_fn", "_setup_context_fn", "_backward_fn")
+_INSTALLED = ("/site-packages/", "/dist-packages/")
+_STANDARD = sysconfig.get_path("stdlib") + "/"
+_OURS = __name__.partition(".")[0]
+
+
+def digests(functions: Iterable[Any]) -> list[str]:
+    """Digests of `functions` and of all that they reach, sorted. Stable between processes."""
+    stack = [each for each in functions if each is not None]
+    found: set[str] = set()
+    for function in stack:  # these were handed in, so their files count wherever they are installed
+        code = code_of(function)
+        if code is not None and not _is_ours(function):
+            found.update(_file(code.co_filename))
+    seen: dict[int, Any] = {}  # keeps what has been looked at, for ids are only unique among living objects
+    while stack:
+        value = stack.pop()
+        if id(value) not in seen and not isinstance(value, _PLAIN):
+            seen[id(value)] = value
+            found.update(_own(value))
+            stack.extend(_reached(value))
+    return sorted(found)
+
+
+def code_of(function: Any) -> CodeType | None:
+    """None for a function in C: it is torch's, whose version is in torch's keys."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    function = inspect.unwrap(function)
+    return getattr(function, "__code__", None) or getattr(type(function).__call__, "__code__", None)
+
+
+def _own(value: Any) -> Iterator[str]:
+    """The digests of a value itself."""
+    if isinstance(value, (FunctionType, type, ModuleType)):
+        if package := _installed_package(value):
+            yield _digest([package, _version(package)])
+        elif (path := _path(value)) and not _is_foreign(value):
+            yield from _file(path)
+        if isinstance(value, FunctionType) and not _is_foreign(value):
+            yield _digest(_bytecode(value.__code__))
+    elif plain := sorted(f"{key!r} {each!r}" for key, each in _members(value) if isinstance(each, _PLAIN)):
+        yield _digest(plain)
+
+
+def _reached(value: Any) -> Iterator[Any]:
+    """What a value leads to."""
+    if isinstance(value, FunctionType):
+        if not _is_foreign(value):
+            yield from (_named(value), value.__defaults__, value.__kwdefaults__)
+            yield getattr(value, "__wrapped__", None)
+    elif isinstance(value, type):
+        if not _is_foreign(value):
+            yield from (*value.__bases__, dict(vars(value)))
+    elif isinstance(value, MethodType):
+        yield from (value.__func__, value.__self__)
+    elif isinstance(value, functools.partial):
+        yield from (value.func, value.args, value.keywords)
+    elif isinstance(value, (staticmethod, classmethod)):
+        yield value.__func__
+    elif isinstance(value, property):
+        yield value.fget
+    elif not isinstance(value, (ModuleType, torch.Tensor)):
+        yield from (each for _, each in _members(value))
+        yield from (type(value), *(getattr(value, name, None) for name in _HELD))
+
+
+def _members(value: Any) -> Iterable[tuple[Any, Any]]:
+    """Keys and values of a container."""
+    if isinstance(value, Mapping):
+        return list(value.items())[:LARGEST]
+    if isinstance(value, (list, tuple)):
+        return list(enumerate(value))[:LARGEST]
+    if isinstance(value, (set, frozenset)):
+        return [(each if isinstance(each, _PLAIN) else "", each) for each in list(value)[:LARGEST]]
+    return ()
+
+
+def _named(function: FunctionType) -> dict[str, Any]:
+    """What the code of a function names, by name, and what it closes over. `module.name` is there as "module.name"."""
+    names, space = sorted(set(_names(function.__code__))), function.__globals__
+    found = {name: space[name] for name in names if name in space}
+    for name in _imports(function.__code__, str(space.get("__package__") or "")):
+        found[name] = sys.modules[name] if name in sys.modules else tuple(_files_behind(name))
+    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+        try:
+            found[name] = cell.cell_contents
+        except ValueError:  # not assigned yet
+            continue
+    found |= {op: definition for op, definition in OPDEFS.items() if set(op.split("::")) <= set(names)}
+    modules = {name: each for name, each in found.items() if isinstance(each, ModuleType)}
+    seen: set[str] = set()
+    while modules:
+        path, module = modules.popitem()
+        if module.__name__ in seen or _is_foreign(module):
+            continue
+        seen.add(module.__name__)
+        within = {f"{path}.{name}": vars(module)[name] for name in names if name in vars(module)}
+        found |= within
+        modules |= {name: each for name, each in within.items() if isinstance(each, ModuleType)}
+    return found
+
+
+def _names(code: CodeType) -> Iterator[str]:
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _names(constant)
+
+
+def _imports(code: CodeType, package: str) -> Iterator[str]:
+    """The modules that a function imports when it runs."""
+    before: list[Any] = []
+    for instruction in dis.get_instructions(code):
+        if instruction.opname == "IMPORT_NAME":
+            level, parts = before[-2:]
+            base = package.rsplit(".", level - 1)[0] + "." if level else ""
+            module = (base + instruction.argval).rstrip(".")
+            yield from (module, *(f"{module}.{part}" for part in parts or () if level))
+        before.append(instruction.argval)
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _imports(constant, package)
+
+
+def _files_behind(name: str) -> Iterator[str]:
+    """Digests of a module that is not loaded yet, and of all that its source imports; installed ones left out."""
+    stack, seen = [name], set()
+    while stack:
+        name = stack.pop()
+        path = None if name in seen else _found(name)
+        seen.add(name)
+        if path is None or path.startswith(_STANDARD) or any(part in path for part in _INSTALLED):
+            continue
+        yield from _file(path)
+        package = name if Path(path).name == "__init__.py" else name.rpartition(".")[0]
+        with contextlib.suppress(SyntaxError, ValueError):
+            stack.extend(_imports(compile(Path(path).read_text(), path, "exec"), package))
+
+
+def _found(name: str) -> str | None:
+    """The source file of a module, without importing its packages."""
+    path, spec, parts = None, None, name.split(".")
+    for end in range(len(parts)):
+        spec = PathFinder.find_spec(".".join(parts[: end + 1]), path)
+        if spec is None:
+            return None
+        path = spec.submodule_search_locations
+    return spec.origin if spec and str(spec.origin).endswith(".py") else None
+
+
+def _path(value: FunctionType | type | ModuleType) -> str | None:
+    """The file that a value was defined in."""
+    if isinstance(value, FunctionType):
+        return value.__code__.co_filename
+    return getattr(_module(value), "__file__", None)
+
+
+def _module(value: FunctionType | type | ModuleType) -> ModuleType | None:
+    return value if isinstance(value, ModuleType) else sys.modules.get(value.__module__)
+
+
+def _is_foreign(value: FunctionType | type | ModuleType) -> bool:
+    """Whether what a value leads to is of no interest: it is Python's, installed, in C, or this package's."""
+    path = _path(value)
+    if path is None:
+        return getattr(_module(value), "__name__", "") != "__main__"
+    return _is_ours(value) or path.startswith(_STANDARD) or any(part in path for part in _INSTALLED)
+
+
+def _is_ours(value: Any) -> bool:
+    name = value.__name__ if isinstance(value, ModuleType) else getattr(value, "__module__", None)
+    return str(name).partition(".")[0] == _OURS
+
+
+def _installed_package(value: FunctionType | type | ModuleType) -> str | None:
+    """The name of the installed package that a value is of; None for what is not installed."""
+    if _is_ours(value) or not any(part in (_path(value) or "") for part in _INSTALLED):
+        return None
+    return getattr(_module(value), "__name__", "").partition(".")[0]
+
+
+@functools.cache
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return str(getattr(sys.modules.get(package), "__version__", ""))
+
+
+def _bytecode(code: CodeType) -> Iterator[str]:
+    yield from (code.co_code.hex(), repr(code.co_names))
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _bytecode(constant)
+        else:  # a set of strings has another order in each process
+            yield repr(sorted(map(repr, constant)) if isinstance(constant, frozenset) else constant)
+
+
+def _file(path: str) -> Iterator[str]:
+    """The digest of a file; of none, such as a cell of a notebook, nothing."""
+    try:
+        stat = Path(path).stat()
+    except OSError:
+        return
+    yield _file_hash(path, stat.st_mtime_ns, stat.st_size)
+
+
+@functools.lru_cache(maxsize=4096)
+def _file_hash(path: str, modified: int, size: int) -> str:
+    """Of a file as it is now: it is read again where its time or its size is another."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def _digest(parts: Iterable[str]) -> str:
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
