@@ -44,6 +44,16 @@ def test_a_variant_that_fails_has_a_row_and_the_others_go_on(module, tmp_path, m
     assert measured["variant"] == "liger-compile" and float(measured["median_ms"]) > 0
 
 
+def test_all_ways_to_an_odd_vocabulary_give_the_same(module, tmp_path, monkeypatch):
+    vocabulary = module("vocabulary")
+    monkeypatch.setattr(vocabulary, "plain", torch.compiler.disable(vocabulary.plain))
+    vocabulary.main(["--device", "cpu", "--rounds", "3", "--out", str(tmp_path)])
+    rows = rows_of(tmp_path, "vocabulary_cpu.csv")
+    assert {row["what"] for row in rows} == {"product", "dx", "dweight", "loss"} and len(rows) == 20
+    for row in rows:
+        assert float(row["median_ms"]) > 0 and (row["way"] == "round" or float(row["difference"]) < 2e-2), row
+
+
 def test_a_floor_is_the_bytes_at_the_rate_of_the_copy_and_the_gemms(module):
     ops = module("ops")
     took = {"copy": 0.5, "product": 3.0, "dx": 5.0, "dweight": 7.0}

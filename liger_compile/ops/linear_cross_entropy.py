@@ -44,6 +44,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .blocks import row_blocks, split_rows
+from .class_parts import class_parts
 from .dispatch import has_kernel
 from .gradient_sums import GradientSum, Plain, ScaledRows, Wide
 from .precision import accumulation_dtype
@@ -199,10 +200,11 @@ def losses_and_gradients(
         logits, losses[chunk] = on_chunk(
             head, x[chunk], weight, bias, target[chunk], upstream[chunk], scale, any(needs), dbias_sum
         )
-        if needs_dx:  # logits have become their gradient
-            dx_sum.add(chunk, logits, weight, is_first=True)
-        if needs_dweight:
-            dweight_sum.add(slice(None), logits.t(), x[chunk], is_first=i == 0)
+        for part in class_parts(weight.shape[0], x.device):  # logits have become their gradient
+            if needs_dx:
+                dx_sum.add(chunk, logits[:, part], weight[part], is_first=not part.start)
+            if needs_dweight:
+                dweight_sum.add(part, logits[:, part].t(), x[chunk], is_first=i == 0)
         del logits  # before the next chunk's
     if chunks and needs_dweight:
         dweight_sum.finish()
@@ -258,10 +260,11 @@ def _kernel_on_chunk(
 
     classes = weight.shape[0]
     logits = x.new_empty(x.shape[0], -(-classes // PITCH) * PITCH)[:, :classes]
-    if bias is None:
-        torch.mm(x, weight.t(), out=logits)
-    else:
-        torch.addmm(bias, x, weight.t(), out=logits)
+    for part in class_parts(classes, x.device):
+        if bias is None:
+            torch.mm(x, weight[part].t(), out=logits[:, part])
+        else:
+            torch.addmm(bias[part], x, weight[part].t(), out=logits[:, part])
     losses = kernels.losses(logits, target, head.terms, upstream if needs_gradient else None)
     if dbias_sum.numel():
         dbias_sum.add_(logits.sum(0, dtype=dbias_sum.dtype), alpha=scale)

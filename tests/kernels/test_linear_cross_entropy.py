@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from liger_compile import functional as L
+from liger_compile.ops import class_parts
 from liger_compile.ops import linear_cross_entropy as op
 from liger_compile.testing import precision
 
@@ -81,6 +82,32 @@ def test_many_chunks_are_no_worse_than_eager(device, small_chunks, dtype, reduct
     *leaves, target = tensors(69, dtype, device, width=2)
     assert len(op._chunks(*leaves[:2], True, 1)) > op.ACCUMULATE_WIDE_ABOVE
     assert_no_worse(leaves, target, 1, reduction=reduction)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_vocabulary_in_parts_is_no_worse_than_eager(device, small_chunks, monkeypatch, dtype, reduction):
+    monkeypatch.setattr(op, "class_parts", lambda classes, _: [slice(0, 32), slice(32, classes)])
+    *leaves, target = tensors(11, dtype, device)
+    target[0], target[2] = V - 1, 32
+    assert_no_worse(leaves, target, 1, label_smoothing=0.1, reduction=reduction)
+
+
+@pytest.mark.parametrize(
+    "aligned, classes, where, sizes",
+    [
+        (8, 37, "cuda", [32, 5]),
+        (8, 40, "cuda", [40]),
+        (8, 7, "cuda", [7]),
+        (None, 37, "cuda", [37]),
+        (8, 37, "cpu", [37]),
+    ],
+)
+def test_parts_of_a_vocabulary(monkeypatch, aligned, classes, where, sizes):
+    monkeypatch.setattr(class_parts, "ALIGNED", aligned)
+    parts = class_parts.class_parts(classes, torch.device(where))
+    assert [part.stop - part.start for part in parts] == sizes
+    assert (parts[0].start, parts[-1].stop) == (0, classes)
 
 
 @pytest.mark.parametrize("needs", [(a, b, c) for a in (0, 1) for b in (0, 1) for c in (0, 1)], ids=str)
