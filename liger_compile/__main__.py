@@ -1,4 +1,4 @@
-"""The command line: `python -m liger_compile demo | explain MODULE:FACTORY | doctor`."""
+"""The command line: `python -m liger_compile demo | explain MODULE:FACTORY | verify MODULE:FACTORY | doctor`."""
 
 from __future__ import annotations
 
@@ -19,12 +19,21 @@ from liger_compile import demo
 from liger_compile.explanation import explain
 from liger_compile.ops.dispatch import has_kernel
 from liger_compile.report import reports
+from liger_compile.verification import Verification, verify
 
 MIN_TORCH = (2, 11)
 
 EXPLAIN_HELP = """\
 Print what backend="liger" does with a model of yours, without training or compiling it.
+"""
 
+VERIFY_HELP = """\
+Run one training step of a model of yours in eager mode and under backend="liger", and compare outputs,
+gradients and what the step writes. Exit code 0 if all is right; if not, the first rewrite that makes a
+difference is named.
+"""
+
+FACTORY_HELP = """
 FACTORY is a function of no arguments in MODULE, which is imported from the current directory or the
 Python path. It returns what to call and what to call it with:
 
@@ -57,11 +66,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     explain_parser = commands.add_parser(
         "explain",
         help="print what is recognised and replaced in a model of yours",
-        description=EXPLAIN_HELP,
+        description=EXPLAIN_HELP + FACTORY_HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    explain_parser.add_argument("target", metavar="MODULE:FACTORY", help="for example my_model:factory")
-    explain_parser.add_argument("--json", action="store_true", help="for programs")
+    verify_parser = commands.add_parser(
+        "verify",
+        help="compare one training step of a model of yours with eager mode",
+        description=VERIFY_HELP + FACTORY_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    for of_model in (explain_parser, verify_parser):
+        of_model.add_argument("target", metavar="MODULE:FACTORY", help="for example my_model:factory")
+        of_model.add_argument("--json", action="store_true", help="for programs")
 
     commands.add_parser(
         "doctor", help="print versions, device, and what will run here (exit code 0 if usable)"
@@ -73,14 +89,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             parser.error("the demo needs transformers; install it with: pip install 'liger-compile[demo]'")
         sizes = {field.name: getattr(chosen, field.name) for field in dataclasses.fields(demo.Sizes)}
         return demo.main(demo.Sizes(**sizes), chosen.compiler)
-    if chosen.command == "explain":
+    if chosen.command in ("explain", "verify"):
         try:
             model, args, kwargs = _call_of(chosen.target)
         except ValueError as error:
-            explain_parser.error(str(error))
-        explanation = explain(model, *args, **kwargs)
-        print(json.dumps(explanation.to_dict(), indent=1) if chosen.json else explanation)
-        return 0
+            commands.choices[chosen.command].error(str(error))
+        found = (explain if chosen.command == "explain" else verify)(model, *args, **kwargs)
+        print(json.dumps(found.to_dict(), indent=1) if chosen.json else found)
+        return int(isinstance(found, Verification) and not found.is_right)
     return doctor()
 
 

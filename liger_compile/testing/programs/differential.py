@@ -1,0 +1,475 @@
+"""Runs a random program in eager mode, under stock "aot_eager" and under backend="liger", and compares the outcomes.
+
+A caller sees: values, shapes, dtypes, requires_grad, which outputs share memory, every gradient, what was written into
+inputs, parameters and buffers, and errors. `check` gives the differences from eager that are neither stock's nor noise.
+
+Dynamo traces a program once: `_Backends` compiles the graph that it captures for each variant when that variant runs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+
+from liger_compile.backend import liger
+from liger_compile.report import clear_reports, reports
+from liger_compile.testing.programs.grammar import CLASSES, PARAMETERS, WIDTH
+from liger_compile.testing.programs.program import Call, Program
+from liger_compile.variants import copied
+
+EAGER, STOCK = "eager", "aot_eager"
+POLICIES = ("auto", "always", "never")
+# Relative distances (L2) up to which two runs are the same without a further question.
+NEAR = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 4e-3}
+NOISE = 8.0  # times what a change of the inputs by a unit of rounding does to eager's own results
+DOCUMENTED = (
+    "had not been computed when they were first read"  # the error of values that can no longer be computed
+)
+
+
+def _double(x: Tensor) -> None:
+    x.mul_(2)
+
+
+def _double_all(xs: Sequence[Tensor]) -> None:
+    torch._foreach_mul_(list(xs), 2)
+
+
+# A user's operators, which write into what they are given.
+_library = torch.library.Library("liger_fuzz", "FRAGMENT")
+if not hasattr(torch.ops.liger_fuzz, "double_"):
+    _library.define("double_(Tensor(a!) x) -> ()")
+    _library.define("double_all_(Tensor(a!)[] xs) -> ()")
+    for key in ("CPU", "CUDA"):
+        _library.impl("double_", _double, key)
+        _library.impl("double_all_", _double_all, key)
+    for name in ("double_", "double_all_"):
+        _library.impl(name, lambda _: None, "Meta")
+
+
+def _write(output: Tensor) -> None:
+    output.mul_(2)
+
+
+def _write_without_grad(output: Tensor) -> None:
+    with torch.no_grad():
+        output.add_(1)
+
+
+def _write_item(output: Tensor) -> None:
+    with torch.no_grad():
+        output.view(-1)[:1] = 3.0
+
+
+def _read(output: Tensor) -> None:
+    output.detach().sum()
+
+
+def _print(output: Tensor) -> None:
+    repr(output)
+
+
+OUTPUT_ACTIONS: Mapping[str, Callable[[Tensor], None]] = {
+    "write": _write,
+    "write without grad": _write_without_grad,
+    "write an item": _write_item,
+    "copy, then write": _write_without_grad,
+    "read": _read,
+    "print": _print,
+}
+
+
+def _sgd(parameters: Sequence[Tensor]) -> None:
+    torch.optim.SGD(parameters, lr=0.5, foreach=False).step()
+
+
+def _adamw_foreach(parameters: Sequence[Tensor]) -> None:
+    torch.optim.AdamW(parameters, lr=0.1, foreach=True).step()
+
+
+def _adamw_fused(parameters: Sequence[Tensor]) -> None:
+    torch.optim.AdamW(parameters, lr=0.1, fused=True).step()
+
+
+def _data(parameters: Sequence[Tensor]) -> None:
+    for parameter in parameters:
+        parameter.data.mul_(0.5)
+
+
+STEPS: Mapping[str, Callable[[Sequence[Tensor]], None] | None] = {
+    "nothing": None,
+    "SGD": _sgd,
+    "foreach": _adamw_foreach,
+    "fused": _adamw_fused,
+    ".data": _data,
+}
+# After these the documented error may stand for values; an optimizer's step is seen, and is no excuse.
+MAY_RAISE = (".data",)
+
+
+@dataclass
+class Outcome:
+    """What a caller saw of all calls: a value for each name, in the order in which it was seen."""
+
+    seen: dict[str, Any] = field(default_factory=dict)
+    error: str = ""  # the type and the text of what ended it
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What differs."""
+
+    variant: str
+    differences: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"{self.variant}: " + "\n    ".join(self.differences)
+
+
+@dataclass
+class Verdict:
+    """What came of a program."""
+
+    kind: str  # "right", "invalid" in eager mode, "stock" differs as well, "noise", or "wrong"
+    findings: tuple[Finding, ...] = ()
+    replaced: int = 0  # places
+
+
+# Running
+
+
+def run(
+    program: Program,
+    function: Callable[..., Any],
+    device: str = "cpu",
+    nudge: int = 0,
+    dtype: str | None = None,
+) -> Outcome:
+    """Calls `function`, the program's or a compiled one, as the program says.
+
+    Args:
+        nudge: changes floating inputs and parameters by up to a unit of rounding, differently for each number.
+        dtype: of parameters and inputs instead of the program's.
+    """
+    outcome = Outcome()
+    kind = getattr(torch, dtype or program.dtype)
+    parameters = _parameters(program, kind, device, nudge)
+    with _no_warnings():
+        try:
+            for position, call in enumerate(program.calls):
+                _run_call(
+                    outcome, f"call {position}: ", program, call, function, parameters, kind, device, nudge
+                )
+        except Exception as error:
+            outcome.error = f"{type(error).__name__}: {error}"
+    return outcome
+
+
+@contextlib.contextmanager
+def _no_warnings() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _parameters(program: Program, dtype: torch.dtype, device: str, nudge: int) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    made, unit = {}, _unit(program)
+    for name, shape in PARAMETERS.items():
+        value = torch.randn(shape, generator=generator) * 0.5
+        value = _nudged(value.to(dtype), nudge, unit).to(device)
+        made[name] = value if name == "buffer" else torch.nn.Parameter(value, name not in program.frozen)
+    if program.is_tied:
+        made["head"] = made["embed"]
+    return made
+
+
+def _unit(program: Program) -> float:
+    """The unit of rounding of the coarsest dtype that values of the program pass through."""
+    text = program.source + program.dtype + " ".join(call.mode for call in program.calls)
+    if "bfloat16" in text or "autocast" in text:
+        return torch.finfo(torch.bfloat16).eps
+    return torch.finfo(torch.float16 if "half" in text or "float16" in text else torch.float32).eps
+
+
+def _nudged(value: Tensor, nudge: int, unit: float) -> Tensor:
+    """`value`, each number of it changed by `unit` up or down or not at all."""
+    if not nudge:
+        return value
+    direction = torch.randint(-1, 2, value.shape, generator=torch.Generator().manual_seed(nudge))
+    return (value.double() * (1 + direction * unit)).to(value.dtype)
+
+
+def _inputs(program: Program, call: Call, dtype: torch.dtype, device: str, nudge: int) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(2)
+    size = (program.batch, call.length)
+    ids = torch.randint(CLASSES, size, generator=generator)
+    x = _nudged(torch.randn(*size, WIDTH, generator=generator).to(dtype), nudge, _unit(program))
+    labels = torch.randint(CLASSES, size, generator=generator)
+    labels[:, :1] = -100
+    if call.labels == "all":
+        labels.fill_(-100)
+    mask = torch.ones(size, dtype=torch.long)
+    if call.mask == "padded":
+        mask[:1, call.length // 2 :] = 0
+    x = x.to(device).requires_grad_("x" not in program.frozen)
+    return {"ids": ids.to(device), "x": x, "labels": labels.to(device), "mask": mask.to(device)}
+
+
+@contextlib.contextmanager
+def _mode(name: str, device: str) -> Iterator[None]:
+    if name == "no_grad":
+        with torch.no_grad():
+            yield
+    elif name == "inference":
+        with torch.inference_mode():
+            yield
+    elif name == "autocast":
+        with torch.autocast(device, torch.bfloat16):
+            yield
+    else:
+        yield
+
+
+def _run_call(
+    outcome: Outcome,
+    prefix: str,
+    program: Program,
+    call: Call,
+    function: Callable[..., Any],
+    parameters: dict[str, Tensor],
+    dtype: torch.dtype,
+    device: str,
+    nudge: int,
+) -> None:
+    see = outcome.seen
+    inputs = _inputs(program, call, dtype, device, nudge)
+    for tensor in parameters.values():
+        tensor.grad = None
+    torch.manual_seed(0)
+    with _mode(call.mode, device):
+        outputs = function(parameters, *inputs.values())
+    for i, output in enumerate(outputs):
+        see[f"{prefix}output {i} is"] = (tuple(output.shape), str(output.dtype), output.requires_grad)
+    copies: dict[str, Tensor] = {}
+    for action, which in call.before_backward:
+        output = outputs[which % len(outputs)]
+        if action == "copy, then write":
+            copies[f"copy {len(copies)}"] = output.float() if output.dtype != torch.float32 else output.half()
+        OUTPUT_ACTIONS[action](output)
+    _backward(outputs, call, device)
+    step = STEPS[call.after_backward]
+    trained = {id(each): each for each in parameters.values() if each.grad is not None}
+    if step and trained:
+        step(list(trained.values()))
+    for name, tensor in {**parameters, **inputs}.items():
+        see[f"{prefix}gradient of {name}"] = None if tensor.grad is None else tensor.grad.detach().clone()
+    for name, tensor in copies.items():
+        see[f"{prefix}{name}"] = tensor.detach().clone()
+    for i, output in enumerate(outputs):
+        try:
+            see[f"{prefix}output {i}"] = output.detach().clone()
+        except RuntimeError as error:
+            if not (call.after_backward in MAY_RAISE and DOCUMENTED in str(error)):
+                raise
+            see[f"{prefix}output {i}"] = DOCUMENTED
+            return
+    for name, tensor in {**parameters, **inputs}.items():
+        see[f"{prefix}{name} after it"] = tensor.detach().clone()
+    see[f"{prefix}sharing"] = _sharing(outputs, {**parameters, **inputs})
+
+
+def _backward(outputs: Sequence[Tensor], call: Call, device: str) -> None:
+    roots = [each for each in outputs if each.requires_grad and each.is_floating_point()]
+    chosen = [root for i, root in enumerate(roots) if call.roots >> i & 1] or roots[:1]
+    if not chosen:
+        return
+    generator = torch.Generator().manual_seed(3)
+    gradients = []
+    for root in chosen:
+        gradient = torch.randn(root.shape, generator=generator).to(root.dtype)
+        if call.upstream != "random":
+            gradient = torch.full_like(gradient, {"inf": float("inf"), "zero": 0.0}[call.upstream])
+        gradients.append(gradient.to(device))
+    torch.autograd.backward(chosen, gradients)
+
+
+def _sharing(outputs: Sequence[Tensor], others: Mapping[str, Tensor]) -> tuple[str, ...]:
+    """Which pairs of outputs, and of outputs and inputs, have memory in common."""
+    named = [(f"output {i}", each) for i, each in enumerate(outputs)]
+    pairs = []
+    for i, (name, tensor) in enumerate(named):
+        for other_name, other in [*named[:i], *others.items()]:
+            if tensor.numel() and tensor.untyped_storage().data_ptr() == other.untyped_storage().data_ptr():
+                pairs.append(f"{name} and {other_name}")
+    return tuple(pairs)
+
+
+# Compiling
+
+
+class _Backends:
+    """A Dynamo backend that compiles each graph for every variant that is run, from one trace."""
+
+    def __init__(self, options: Mapping[str, Any]) -> None:
+        self.variant, self.options = STOCK, options
+
+    def __call__(self, gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        wanted = [*self._variants]
+        compiled = {}
+        for variant in wanted:
+            graph = copied(gm)
+            if variant == STOCK:
+                compiled[variant] = torch._dynamo.lookup_backend("aot_eager")(graph, list(example_inputs))
+            else:
+                policy, inner = variant.split("/")
+                options = {"liger.policy": policy, "liger.inner": inner, "liger.strict": True, **self.options}
+                compiled[variant] = liger(graph, example_inputs, options=options)
+        return lambda *inputs: compiled[self.variant](*inputs)
+
+    _variants: tuple[str, ...] = ()
+
+    def of(self, variants: Sequence[str]) -> _Backends:
+        self._variants = tuple(variants)
+        return self
+
+
+def _compiled(
+    program: Program,
+    function: Callable[..., Any],
+    variants: Sequence[str],
+    options: Mapping[str, Any],
+    device: str,
+) -> dict[str, Outcome]:
+    """An outcome for each variant. Where the compilation of one fails, all are run apart."""
+    torch._dynamo.reset()
+    backends = _Backends(options).of(variants)
+    compiled = torch.compile(function, backend=backends, dynamic=program.dynamic)
+    outcomes = {}
+    for variant in variants:
+        backends.variant = variant
+        outcomes[variant] = run(program, compiled, device)
+        if len(variants) > 1 and "Backend" in outcomes[variant].error:
+            return {
+                each: outcome
+                for one in variants
+                for each, outcome in _compiled(program, function, [one], options, device).items()
+            }
+    return outcomes
+
+
+def check(
+    program: Program,
+    policies: Sequence[str] = POLICIES,
+    inner: str = "aot_eager",
+    options: Mapping[str, Any] | None = None,
+    device: str = "cpu",
+) -> Verdict:
+    """Compares a program under backend="liger" with eager mode.
+
+    Args:
+        policies: those to run under.
+        inner: what compiles the rewritten graph.
+        options: more options of the backend, such as "liger.patterns".
+    """
+    function = program.function()
+    eager = run(program, function, device)
+    if eager.error:
+        return Verdict("invalid")
+    variants = [f"{policy}/{inner}" for policy in policies]
+    clear_reports()
+    outcomes = _compiled(program, function, variants, options or {}, device)
+    replaced = sum(report.count("replace") for report in reports())
+    found = [(variant, differences(eager, outcome)) for variant, outcome in outcomes.items()]
+    suspicious = [(variant, names) for variant, names in found if names]
+    if not suspicious:
+        return Verdict("right", replaced=replaced)
+    stock = _compiled(program, function, [STOCK], {}, device)[STOCK]
+    nudged = [run(program, function, device, nudge=seed) for seed in (1, 2, 3, 4)]
+    kind, wrong = "stock", []
+    for variant, _ in suspicious:
+        names = differences(eager, outcomes[variant], other=stock)
+        if not names:
+            continue
+        kind = "noise"
+        names = differences(eager, outcomes[variant], other=stock, nudged=nudged)
+        if names:
+            wrong.append(Finding(variant, tuple(names)))
+    return Verdict("wrong" if wrong else kind, tuple(wrong), replaced)
+
+
+# Comparing
+
+
+def differences(
+    eager: Outcome, ours: Outcome, *, other: Outcome | None = None, nudged: Sequence[Outcome] = ()
+) -> list[str]:
+    """What differs from eager, in words.
+
+    Args:
+        other: a run that may be what ours is instead.
+        nudged: eager runs on inputs that differ by a unit of rounding; within NOISE times their distance nothing
+            differs.
+    """
+    if other is not None and other.error and ours.error.split(":")[0] == other.error.split(":")[0]:
+        return []
+    found = []
+    if ours.error:
+        found.append(f"raises {ours.error[:300]}")
+    for name, value in eager.seen.items():
+        if name not in ours.seen:
+            if ours.error or DOCUMENTED in ours.seen.values():
+                break
+            found.append(f"{name}: missing")
+            continue
+        mine = ours.seen[name]
+        if isinstance(mine, str) and mine == DOCUMENTED:
+            break  # it ends here
+        if _same(value, mine):
+            continue
+        if other is not None and name in other.seen and _same(other.seen[name], mine):
+            continue
+        distance = _distance(value, mine)
+        noise = max((_distance(value, each.seen[name]) for each in nudged if name in each.seen), default=0.0)
+        if not distance <= NOISE * noise:
+            found.append(f"{name}: eager {_words(value)}, ours {_words(mine)}")
+    return found
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return _distance(a, b) <= NEAR.get(a.dtype, 0.0)
+    return a == b if not isinstance(a, Tensor) and not isinstance(b, Tensor) else False
+
+
+def _distance(a: Any, b: Any) -> float:
+    """The L2 distance relative to `a`; infinite where one is finite and the other is not, or they are unlike."""
+    if not (isinstance(a, Tensor) and isinstance(b, Tensor)) or (a.shape, a.dtype) != (b.shape, b.dtype):
+        return float("inf")
+    a, b = a.double(), b.double()
+    finite = a.isfinite()
+    if not torch.equal(finite, b.isfinite()) or not torch.equal(
+        a[~finite].nan_to_num(), b[~finite].nan_to_num()
+    ):
+        return float("inf")
+    a, b = a[finite], b[finite]
+    # Scaled, so that squares of the largest and the smallest numbers are numbers.
+    scale = float(max(a.abs().max(), b.abs().max())) if a.numel() else 0.0
+    if scale == 0.0:
+        return 0.0
+    return float((a / scale - b / scale).norm() / (a / scale).norm().clamp(min=1e-300))
+
+
+def _words(value: Any) -> str:
+    if not isinstance(value, Tensor):
+        return repr(value)
+    numbers = ", ".join(f"{number:.5g}" for number in value.double().flatten()[:4].tolist())
+    rest = ", ..." if value.numel() > 4 else ""
+    return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)} [{numbers}{rest}]"

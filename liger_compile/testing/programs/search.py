@@ -1,0 +1,65 @@
+"""One search of Hypothesis for a wrong program, in this process."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+import torch
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import seed as seeded
+from hypothesis.strategies import sampled_from
+
+from liger_compile.testing.programs.differential import Verdict, check
+from liger_compile.testing.programs.program import Program
+from liger_compile.testing.programs.strategies import programs
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How programs are checked; see `differential.check`."""
+
+    policies: tuple[str, ...] = ("auto", "always", "auto", "never")  # each program runs under one of them
+    inner: str = "aot_eager"
+    device: str = "cpu"
+
+
+def search(seed: int, how: Settings, count: int) -> tuple[Counter[str], str]:
+    """Draws programs until one is wrong; counts of what came of them, and the wrong one, shrunk, as text."""
+    torch.set_num_threads(1)
+    counts: Counter[str] = Counter()
+    last: list[tuple[Program, Verdict]] = []
+
+    @seeded(seed)
+    @settings(
+        max_examples=count,
+        database=None,
+        deadline=None,
+        phases=(Phase.generate, Phase.shrink),
+        suppress_health_check=tuple(HealthCheck),
+        report_multiple_bugs=False,
+    )
+    @given(programs, sampled_from(how.policies))
+    def try_one(program: Program, policy: str) -> None:
+        verdict = check(program, (policy,), how.inner, device=how.device)
+        if not last:
+            counts.update({verdict.kind: 1, "with a rewrite": int(verdict.replaced > 0)})
+        if verdict.kind == "wrong":
+            last.append((program, verdict))
+            raise AssertionError
+
+    try:
+        try_one()
+    except AssertionError:
+        program, verdict = last[-1]
+        return counts, f"{program}\n" + "\n".join(map(str, verdict.findings))
+    return counts, ""
+
+
+def worker(task: tuple[int, Settings, int]) -> tuple[int, Counter[str], str]:
+    """For a pool of processes: the seed, and what `search` gives for it."""
+    seed, how, count = task
+    try:
+        return seed, *search(seed, how, count)
+    except Exception as error:  # the harness failed, which is a fault as well
+        return seed, Counter(), f"the search failed: {type(error).__name__}: {error}"

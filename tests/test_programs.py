@@ -1,0 +1,112 @@
+"""The program fuzzer: what it sees, that it finds and shrinks a planted fault, and that no program it draws is wrong.
+
+A longer run, with other programs: python -m liger_compile.testing.programs --programs 20000 --processes 2
+"""
+
+import pytest
+import torch
+from hypothesis import HealthCheck, Phase, find, given, settings
+from hypothesis import strategies as st
+
+from liger_compile import Pattern
+from liger_compile.testing.programs.differential import check, differences, run
+from liger_compile.testing.programs.grammar import TEMPLATES
+from liger_compile.testing.programs.program import Call, Program, Statement
+from liger_compile.testing.programs.strategies import programs
+
+BOUNDED = settings(
+    max_examples=70,  # of which about two thirds run in eager mode; a minute on two cores
+    derandomize=True,
+    database=None,
+    deadline=None,
+    phases=(Phase.generate, Phase.shrink),
+    suppress_health_check=tuple(HealthCheck),
+)
+
+MODEL = Program((Statement("rms_norm"), Statement("head"), Statement("loss")), outputs=(0, 1, 2))
+
+
+@BOUNDED
+@given(programs, st.sampled_from(("auto", "always", "never")))
+def test_no_program_is_wrong(program, policy):
+    verdict = check(program, (policy,))
+    assert verdict.kind != "wrong", "\n".join(map(str, (program, *verdict.findings)))
+
+
+@pytest.mark.parametrize("name", [name for name in TEMPLATES if name != "end"])
+def test_every_statement_makes_a_program(name):
+    program = Program(
+        (Statement("head"), Statement("loss"), Statement("tanh"), Statement(name), Statement("squares"))
+    )
+    compile(program.source, name, "exec")
+    assert TEMPLATES[name].text.split("{")[0] in program.source
+
+
+def test_the_text_of_a_program_gives_the_program():
+    text = str(MODEL)
+    assert (
+        eval(text.splitlines()[-1].removeprefix("# "), vars(__import__(Program.__module__, fromlist=["*"])))
+        == MODEL
+    )
+    namespace = {"torch": torch, "F": torch.nn.functional}
+    exec(text, namespace)
+    assert callable(namespace["program"])
+
+
+@pytest.mark.parametrize("policy", ["auto", "always", "never"])
+def test_a_model_is_right(policy):
+    calls = (Call(), Call(length=4), Call(mode="no_grad"), Call(after_backward="fused"))
+    verdict = check(MODEL.__class__(MODEL.statements, (0, 1), calls=calls), (policy,))
+    assert verdict.kind == "right" and (verdict.replaced > 0) == (policy != "never")
+
+
+PLANTED = Pattern(
+    "tanh.wrong", lambda x: torch.tanh(x), lambda x: torch.tanh(x) * 1.01, examples={"x": torch.empty(2, 4)}
+)
+
+
+def test_a_planted_fault_is_found_and_shrunk():
+    names = ["relu", "scaled", "tanh", "residual", "rms_norm", "detached"]
+    drawn = st.lists(st.builds(Statement, st.sampled_from(names)), min_size=1, max_size=6).map(tuple)
+
+    def is_wrong(program):
+        return check(program, ("auto",), options={"liger.patterns": (PLANTED,)}).kind == "wrong"
+
+    found = find(st.builds(Program, drawn), is_wrong, settings=settings(BOUNDED, max_examples=40))
+    assert [statement.template for statement in found.statements] == ["tanh"]
+
+
+def _as(change):
+    """The outcomes of MODEL in eager mode, and where `change` is made to what it returns."""
+    function = MODEL.function()
+    return run(MODEL, function), run(MODEL, lambda *args: change(*function(*args)))
+
+
+@pytest.mark.parametrize(
+    ("change", "seen"),
+    [
+        (lambda loss, logits, norm: (loss * 1.001, logits, norm), "output 0:"),
+        (lambda loss, logits, norm: (loss, logits.detach(), norm), "output 1 is"),
+        (lambda loss, logits, norm: (loss, logits, norm.double()), "output 2 is"),
+        (lambda loss, logits, norm: (loss, logits, logits[..., :8]), "sharing"),
+        (lambda loss, logits, norm: (loss.detach().requires_grad_(), logits, norm), "gradient of head"),
+        (lambda loss, logits, norm: (loss, logits[0, 0], norm), "output 1 is"),
+        (lambda loss, logits, norm: [][0], "raises IndexError"),
+    ],
+)
+def test_what_differs_is_said(change, seen):
+    eager, other = _as(change)
+    assert not differences(eager, eager)
+    assert any(seen in each for each in differences(eager, other)), differences(eager, other)
+    assert not any(seen in each for each in differences(eager, other, other=other))  # stock has it too
+
+
+def test_a_rounding_is_noise_and_a_constant_that_vanishes_is_not():
+    rounding = Program(
+        (Statement("shifted_back", constant=9), Statement("squares"))
+    )  # 12582912, which rounds
+    function = rounding.function()
+    eager, nudged = run(rounding, function), [run(rounding, function, nudge=seed) for seed in (1, 2)]
+    assert not differences(eager, nudged[0], nudged=nudged)
+    plain = Program((Statement("scaled"), Statement("squares")))
+    assert differences(eager, run(plain, plain.function()), nudged=nudged)
