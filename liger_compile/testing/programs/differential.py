@@ -39,7 +39,8 @@ def _double(x: Tensor) -> None:
 
 
 def _double_all(xs: Sequence[Tensor]) -> None:
-    torch._foreach_mul_(list(xs), 2)
+    for x in xs:
+        x.mul_(2)
 
 
 # A user's operators, which write into what they are given.

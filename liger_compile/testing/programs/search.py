@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from dataclasses import dataclass
 
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import seed as seeded
+from hypothesis.errors import Flaky
 from hypothesis.strategies import sampled_from
 
 from liger_compile.testing.programs.differential import Verdict, check
 from liger_compile.testing.programs.program import Program
 from liger_compile.testing.programs.strategies import programs
+
+SHRINK_SECONDS = 90  # for making a wrong program small
 
 
 @dataclass(frozen=True)
@@ -30,27 +34,33 @@ def search(seed: int, how: Settings, count: int) -> tuple[Counter[str], str]:
     counts: Counter[str] = Counter()
     last: list[tuple[Program, Verdict]] = []
 
+    first = 0.0  # when the first wrong one was found
+
     @seeded(seed)
     @settings(
         max_examples=count,
         database=None,
         deadline=None,
         phases=(Phase.generate, Phase.shrink),
-        suppress_health_check=tuple(HealthCheck),
+        suppress_health_check=list(HealthCheck),
         report_multiple_bugs=False,
     )
     @given(programs, sampled_from(how.policies))
     def try_one(program: Program, policy: str) -> None:
+        nonlocal first
+        if last and time.monotonic() - first > SHRINK_SECONDS:
+            return  # no smaller one is looked for
         verdict = check(program, (policy,), how.inner, device=how.device)
         if not last:
             counts.update({verdict.kind: 1, "with a rewrite": int(verdict.replaced > 0)})
         if verdict.kind == "wrong":
+            first = first or time.monotonic()
             last.append((program, verdict))
             raise AssertionError
 
     try:
         try_one()
-    except AssertionError:
+    except (AssertionError, Flaky):  # flaky: the last one, tried again after the time for shrinking
         program, verdict = last[-1]
         return counts, f"{program}\n" + "\n".join(map(str, verdict.findings))
     return counts, ""
