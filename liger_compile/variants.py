@@ -11,7 +11,7 @@ In: a Dynamo GraphModule as it came. Out: a copy of it that is specialised, and 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,6 @@ from torch import Tensor
 from torch._subclasses import FakeTensor
 from torch.fx import Graph, GraphModule, Node
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from liger_compile.graphs.aliasing import Mutations
 
@@ -201,21 +200,13 @@ def chosen_at_each_call(
     return lambda *args: callables[is_special(args)](*args)
 
 
-# Of a mask: where it was and its version when it was looked at, as what, and whether it was that. The layers of a model
-# are handed the same one, and would each wait for the GPU.
-_LOOKED_AT: MutableMapping[Tensor, tuple[tuple[int, int], Expected, bool]] = WeakTensorKeyDictionary()
-
-
 def _is(expected: Expected, tensor: Tensor) -> bool:
     """Whether it is what is expected. False too where nobody can know: in a fake tensor, and while a CUDA graph is
-    captured."""
+    captured.
+
+    The tensor is read in every call. No earlier answer can be kept: collectives, operators of torch.library, `.data`,
+    NumPy, DLPack and copies into the storage all write without counting in `_version`.
+    """
     if isinstance(tensor, FakeTensor) or (tensor.is_cuda and torch.cuda.is_current_stream_capturing()):
         return False
-    if expected is ONES or tensor.is_inference():
-        return expected.is_it(tensor)
-    state = (tensor.data_ptr(), tensor._version)
-    before, form, is_it = _LOOKED_AT.get(tensor, (None, None, False))
-    if (before, form) != (state, expected):
-        is_it = expected.is_it(tensor)
-        _LOOKED_AT[tensor] = (state, expected, is_it)
-    return is_it
+    return expected.is_it(tensor)

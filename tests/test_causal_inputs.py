@@ -1,7 +1,12 @@
 """Masks that are made elsewhere, and causal in most calls: in a graph before, in a buffer."""
 
+import ctypes
+import threading
+
+import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
@@ -120,7 +125,7 @@ class Attention(nn.Module):
         return written_out(q, k, v, self.bias)
 
 
-def test_a_buffer_is_looked_at_once(monkeypatch):
+def test_a_buffer_is_looked_at_in_each_call(monkeypatch):
     looks = []
     is_it = variants.Expected.is_it
     monkeypatch.setattr(
@@ -132,17 +137,98 @@ def test_a_buffer_is_looked_at_once(monkeypatch):
     first = len(looks)
     for _ in range(3):
         assert_as_in_eager(fast, module, *inputs())
-    assert len(looks) == first and found() == BOTH[:1]
-    module.bias[..., 3, 5] = 1  # and again when it has changed
-    for _ in range(2):
-        assert_as_in_eager(fast, module, *inputs())
-    assert len(looks) == first + 1 and found() == BOTH
+    assert len(looks) == first + 3 and found() == BOTH[:1]
+    module.bias[..., 3, 5] = 1
+    assert_as_in_eager(fast, module, *inputs())
+    assert found() == BOTH
     module.bias.data = changed(torch.ones(1, 1, 2 * LENGTH, 2 * LENGTH).tril())
     assert_as_in_eager(fast, module, *inputs())
-    assert len(looks) == first + 2
     module.bias = torch.ones(1, 1, 2 * LENGTH, 2 * LENGTH).tril()
     assert_as_in_eager(fast, module, *inputs())
-    assert len(looks) == first + 3 and found() == BOTH
+    assert len(looks) == first + 6 and found() == BOTH
+
+
+@pytest.fixture(scope="module")
+def one_process():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@torch.library.custom_op("liger_compile_tests::refill", mutates_args=())
+def refill(mask: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """Writes into its argument without saying so: autograd counts nothing."""
+    mask.data.copy_(values)
+    return values.clone()
+
+
+def _by_an_operator(mask, values):
+    refill(mask, values)
+
+
+def _by_its_storage(mask, values):
+    mask.untyped_storage().copy_(values.untyped_storage())
+
+
+def _by_its_address(mask, values):
+    ctypes.memmove(mask.data_ptr(), values.data_ptr(), mask.numel() * mask.element_size())
+
+
+# How a tensor is refilled; none of these but the last changes its address, and autograd counts few of the writes.
+REFILLS = {
+    "scatter": lambda mask, values: dist.scatter(mask, [values], src=0),
+    "all_gather": lambda mask, values: dist.all_gather([mask], values),
+    "an operator": _by_an_operator,
+    "its storage": _by_its_storage,
+    "its address": _by_its_address,
+    "NumPy": lambda mask, values: np.copyto(mask.numpy(), values.numpy()),
+    "data": lambda mask, values: mask.data.copy_(values),
+    "DLPack": lambda mask, values: torch.from_dlpack(mask.view(torch.uint8)).copy_(values.view(torch.uint8)),
+    "set_": lambda mask, values: mask.set_(values.clone()),
+}
+
+
+@pytest.mark.parametrize("how", REFILLS)
+def test_a_mask_that_is_refilled(how, one_process):
+    """To other values and back: each call sees what the mask is then."""
+    mask, fast = ones().tril(), compiled(attend)
+    for values in (ones().tril(), changed(ones().tril()), ones(), ones().tril()):
+        REFILLS[how](mask, values)
+        assert torch.equal(mask, values)
+        assert_as_in_eager(fast, attend, *inputs(), mask)
+    assert found() == BOTH
+
+
+def test_a_mask_that_was_looked_at_can_be_swapped():
+    """torch.utils.swap_tensors refuses tensors that something refers to weakly."""
+    mask, other, fast = ones().tril(), changed(ones().tril()), compiled(attend)
+    assert_as_in_eager(fast, attend, *inputs(), mask)
+    torch.utils.swap_tensors(mask, other)
+    assert_as_in_eager(fast, attend, *inputs(), mask)
+    assert_as_in_eager(fast, attend, *inputs(), other)
+    assert found() == BOTH
+
+
+def test_threads_with_masks_of_their_own():
+    fast = compiled(attend)
+    every = [ones().tril(), changed(ones().tril())]
+    args = inputs(requires_grad=False)
+    expected = [attend(*args, mask) for mask in every]
+    for mask in every:
+        fast(*args, mask)
+    wrong = []
+
+    def run(which):
+        for _ in range(20):
+            if not torch.allclose(fast(*args, every[which]), expected[which], atol=1e-6):
+                wrong.append(which)
+
+    threads = [threading.Thread(target=run, args=(which % 2,)) for which in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
 
 
 def test_masks_of_inference_mode_are_looked_at_each_time():

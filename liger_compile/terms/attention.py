@@ -9,7 +9,7 @@ What is attention and has no such term is named in a note, with the reason.
 
 from __future__ import annotations
 
-import functools
+import math
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -79,8 +79,8 @@ def _attention(
     """The term; what attention does `otherwise`, where no pattern can know its mask, is noted with the reason."""
     if {len(q.shape), len(k.shape), len(v.shape)} != {4}:
         return None
-    if k.shape[:2] != v.shape[:2] or k.shape[:1] != q.shape[:1]:
-        return None
+    if k.shape[:2] != v.shape[:2] or k.shape[:1] != q.shape[:1] or shape != (*q.shape[:-1], v.shape[-1]):
+        return None  # a mask with a larger batch, of whose rows each sees other keys, is among these
     if not all(isinstance(each.shape[dim], int) for each in (q, k, v) for dim in (1, 3)):
         if mask is space.none:
             return None
@@ -187,7 +187,7 @@ def _of_scores(space: Space, scores: _Scores, dropout_p: float, product: Term) -
 @dataclass(frozen=True)
 class _Scores:
     """factor * (q @ k) + masks, or cap * tanh(factor * (q @ k)) + masks: what a softmax is taken of. A boolean mask
-    lets through where it is true.
+    lets through where it is true, and what it hides is `fill` at most.
     """
 
     q: Term
@@ -195,6 +195,7 @@ class _Scores:
     factor: Scalar | Term = ONE
     masks: tuple[Term, ...] = ()
     cap: Scalar | None = None
+    fill: float = -math.inf
 
     def times(self, space: Space, factor: Scalar | Term, dtype: torch.dtype | None) -> _Scores | None:
         """The scores times a number or a symbol, computed in `dtype`."""
@@ -203,15 +204,17 @@ class _Scores:
             return replace(self, factor=factor) if is_first else None
         if isinstance(self.factor, Term) or not is_normal(factor, dtype):
             return None
-        if factor.value < 0 and any(mask.dtype is torch.bool for mask in self.masks):
-            return None
+        if any(mask.dtype is torch.bool for mask in self.masks):
+            if factor.value < 0:
+                return None
+            _check_fill(self.fill * factor.value)
         masks = (
             mask
             if mask.dtype is torch.bool
-            else normalize.mul(space, ((mask, 1),), factor, mask.dtype, mask.shape)
+            else space.intern("mul", (mask,), (factor, 1), mask.dtype, mask.shape)  # whose numbers stay apart
             for mask in self.masks
         )
-        scaled = replace(self, masks=tuple(masks))
+        scaled = replace(self, masks=tuple(masks), fill=self.fill * abs(factor.value))
         both = merged(self.factor if self.cap is None else self.cap, factor, dtype)
         if both is None:
             raise _LeftError(f"its scores are scaled twice, and what is between is rounded in {_name(dtype)}")
@@ -224,25 +227,17 @@ class _Scores:
     def plus(self, mask: Term) -> _Scores:
         return replace(self, masks=(*self.masks, mask))
 
+    def filled(self, condition: Term, fill: float) -> _Scores:
+        return replace(self.plus(condition), fill=max(self.fill, fill))
+
     def joined(self, space: Space) -> Term | None:
-        """All masks in one, None if there is none."""
+        """All masks in one, None if there is none; what is seen is what all of them let through."""
         if len(self.masks) <= 1:
             return next(iter(self.masks), None)
         shape = normalize.broadcast(mask.shape for mask in self.masks)
         if shape is None:
             raise _LeftError("its masks have different shapes")
-        if all(mask.dtype is torch.bool for mask in self.masks):
-            return functools.reduce(
-                lambda a, b: normalize.apply(space, "and", (a, b), (), torch.bool, shape), self.masks
-            )
-        hidden = space.number(Scalar(float("-inf")))
-        added = [
-            normalize.apply(space, "where", (mask, space.number(ZERO), hidden), (), torch.float32, mask.shape)
-            if mask.dtype is torch.bool
-            else mask
-            for mask in self.masks
-        ]
-        return normalize.add(space, added, ZERO, torch.float32, shape)
+        return space.intern("masks", self.masks, (), torch.bool, shape)
 
     @property
     def scale(self) -> Any:
@@ -326,14 +321,17 @@ def _filled(space: Space, term: Term, depth: int) -> _Scores | None:
         scores = _scores(space, product, depth) if number is not None else None
         if scores is None or number is None:
             continue
-        if number.powers or not number.value <= HIDES:
-            raise _LeftError(
-                f"it sets what it hides to {number.value:g}, and not to -inf or the dtype's lowest"
-            )
+        _check_fill(math.nan if number.powers else number.value)
         if hides:
             condition = normalize.apply(space, "not", (condition,), (), torch.bool, condition.shape)
-        return scores.plus(condition)
+        return scores.filled(condition, number.value)
     return None
+
+
+def _check_fill(number: float) -> None:
+    """Raises unless scores as high as `number` are hidden."""
+    if not number <= HIDES:
+        raise _LeftError(f"it sets what it hides to {number:g}, and not to -inf or the dtype's lowest")
 
 
 def _undropped(term: Term) -> tuple[Term, float]:

@@ -61,7 +61,7 @@ class Terms:
             args, kwargs = map_arg((node.args, node.kwargs), lambda arg: self._seen(arg, node))
             value = call(self.space, node.target, args, kwargs, example, node.name)
         else:
-            value = self._handed_in(node) or opaque(self.space, example, node.name)
+            value = self._handed_in(node) or opaque(self.space, example, node.name, is_made=is_call)
         self.of[node] = value
         if isinstance(value, Term):
             if value in self.nodes and self._comes_from(node, self.nodes[value]):
@@ -91,9 +91,11 @@ class Terms:
             position = self.mutations.position
             epoch = self.mutations.epoch(node, position[reader])
             if epoch is None:
-                return opaque(self.space, example, f"{node.name} as {reader.name} reads it")
+                name = f"{node.name} as {reader.name} reads it"
+                return opaque(self.space, example, name, is_made=True)
             if epoch != self.mutations.epoch(node, position[node] + 1):
-                value = opaque(self.space, example, f"{node.name} after write {epoch}")
+                name = f"{node.name} after write {epoch}"
+                value = opaque(self.space, example, name, is_made=True)
                 last = self.mutations.last_write(node)
                 if isinstance(value, Term) and last is not None and position[last] < position[reader]:
                     self.written[value] = node

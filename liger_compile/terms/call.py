@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from liger_compile.terms.scalars import EXACT
-from liger_compile.terms.term import ConstVar, Scalar, Space, Term, size_of, sizes_of
+from liger_compile.terms.term import MADE_HERE, ConstVar, Scalar, Space, Term, size_of, sizes_of
 
 Value = Any  # a Term, a tuple of Values, or a constant
 
@@ -132,12 +132,16 @@ class StrVar(str):
     var: ConstVar
 
 
-def opaque(space: Space, example: Any, name: str) -> Value:
-    """A value that is known by its name only. Sizes and other constants are themselves."""
+def opaque(space: Space, example: Any, name: str, *, is_made: bool = False) -> Value:
+    """A value that is known by its name only. Sizes and other constants are themselves.
+
+    `is_made`: it is no input, but made in the graph.
+    """
+    consts = (name, MADE_HERE) if is_made else (name,)
     if isinstance(example, torch.Tensor):
-        return space.intern("leaf", (), (name,), example.dtype, sizes_of(example.shape))
+        return space.intern("leaf", (), consts, example.dtype, sizes_of(example.shape))
     if isinstance(example, (tuple, list)) and not isinstance(example, torch.Size):
-        return tuple(opaque(space, part, f"{name}[{i}]") for i, part in enumerate(example))
+        return tuple(opaque(space, part, f"{name}[{i}]", is_made=is_made) for i, part in enumerate(example))
     if isinstance(example, (torch.SymFloat, torch.SymInt)):
-        return space.intern("leaf", (), (name,), None, ())
+        return space.intern("leaf", (), consts, None, ())
     return example

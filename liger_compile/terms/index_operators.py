@@ -12,7 +12,8 @@ import torch
 
 from liger_compile.terms import normalize
 from liger_compile.terms.call import Call, IntVar, NumberVar, negative, term_of
-from liger_compile.terms.term import Term, size_of
+from liger_compile.terms.exact import is_whole, promoted
+from liger_compile.terms.term import Size, Term, size_of
 
 
 def _made(call: Call, op: str, *consts: Any) -> Term | None:
@@ -23,12 +24,24 @@ def _made(call: Call, op: str, *consts: Any) -> Term | None:
 
 
 def _arange(call, *bounds, start=0, end=None, step=1, **options):
-    if len(bounds) > 1:
-        start, step = bounds[0], bounds[2] if len(bounds) > 2 else step
-    start, step = size_of(start), size_of(step)
-    if call.dtype not in (torch.int32, torch.int64) or isinstance(start, float) or isinstance(step, float):
+    """arange(end), arange(start, end), arange(start, end, step); each bound may be a keyword instead."""
+    if len(bounds) > 1 or (bounds and end is not None):
+        start = bounds[0]
+    if len(bounds) > 2:
+        step = bounds[2]
+    start, step = (_whole(bound) for bound in (start, step))
+    if start is None or step is None or call.dtype.is_complex:
         return None
     return _made(call, "arange", start, step)
+
+
+def _whole(bound: Any) -> Size | None:
+    """A bound of arange if it is a whole number: elements are then start + position * step in every dtype."""
+    if isinstance(bound, (NumberVar, IntVar)):
+        return None
+    if isinstance(bound, float):
+        return int(bound) if is_whole(bound) else None
+    return size_of(bound) if isinstance(bound, (int, torch.SymInt)) else None
 
 
 def _filled(call: Call, value: Any) -> Term | None:
@@ -57,7 +70,11 @@ def _compare(op: str, is_swapped: bool = False, is_negated: bool = False) -> Cal
     def make(call, input, other):
         if call.dtype is not torch.bool:  # in place, into numbers
             return None
-        terms = _operand(call, input), _operand(call, other)
+        common = promoted(input, other)
+        if common is None:
+            return None
+        # As torch does; a number stays one, and the reader of masks rounds it.
+        terms = tuple(normalize.cast(call.space, _operand(call, value), common) for value in (input, other))
         term = _boolean(call, op, *(terms[::-1] if is_swapped else terms))
         return _boolean(call, "not", term) if is_negated else term
 
@@ -99,6 +116,12 @@ def _triangle(op: str) -> Callable:
         return normalize.apply(call.space, op, (input,), (size_of(diagonal),), call.dtype, call.shape)
 
     return make
+
+
+def _abs(call, input):
+    if call.dtype.is_complex or input.dtype != call.dtype:
+        return None
+    return normalize.apply(call.space, "abs", (input,), (), call.dtype, call.shape)
 
 
 def _cumsum(call, input, dim, *, dtype=None):
@@ -148,6 +171,7 @@ INDEX_TABLE: Mapping[str, Callable[..., Any]] = {
     "masked_fill": _masked_fill,
     "tril": _triangle("tril"),
     "triu": _triangle("triu"),
+    **dict.fromkeys(("abs", "absolute"), _abs),
     "cumsum": _cumsum,
     "diff": _diff,
 }

@@ -4,33 +4,52 @@ Every entry of a mask is a function of its coordinates, and the reader pushes sy
 until only positions, sizes and constants are left: arange gives the coordinate, a view moves it, a comparison makes
 a linear inequality of it. So the relation holds for every size that the graph is valid for: nothing is evaluated,
 and no guard is added. What is not understood is named, and the mask then means nothing.
+
+Arithmetic is that of the dtype at hand (`_held`): a value is read only if no step to it was rounded or wrapped around.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import sympy
 import torch
 
-from liger_compile.terms.term import ConstVar, Scalar, Size, Space, Term
+from liger_compile.terms.exact import MOST_TOKENS, WIDE_INTEGERS, holds, is_whole, stored, whole_numbers
+from liger_compile.terms.linear import (
+    HIDES,
+    ZERO,
+    Capture,
+    Linear,
+    UnreadError,
+    add,
+    added,
+    coordinate,
+    hides,
+    in_,
+    multiplied,
+    multiply,
+    numbers_compare,
+    of_number,
+    of_size,
+    plain,
+    scaled,
+)
+from liger_compile.terms.term import MADE_HERE, ConstVar, Scalar, Size, Space, Term
 
-# Scores would have to be as large for a mask that adds this to let anything through: finfo.min of float32 and bfloat16.
-HIDES = -1e30
-# Positions stay far from where int32 wraps around: no mask of two million queries by as many keys exists.
-MAX_COEFFICIENT, MAX_CONSTANT = 64, 2**30
 MAX_ALTERNATIVES = 16
+MAX_DEPTH = 80  # operations one upon another: transformers' masks have about 30
 
 # What masks are made of beside constants, sizes and named values: what the reader below reads.
-_OF_NUMBERS = ("arange", "full", "number", "cast", "add", "mul", "cumsum", "diff", "index")
+_OF_NUMBERS = ("arange", "full", "number", "cast", "add", "mul", "abs", "cumsum", "diff", "index")
 _OF_TRUTHS = ("le", "lt", "eq", "not", "and", "or", "where", "tril", "triu")
 OPERATIONS = frozenset((*_OF_NUMBERS, *_OF_TRUTHS, "none", "expand", "view", "permute", "slice"))
 
 _BUT_FOR_PADDING = {"causal": "is causal", "all": "hides nothing", "window": "is causal within a window"}
-_NAMES = {-1: "key", -2: "query", -3: "head", -4: "batch"}
 
 
 @dataclass(frozen=True)
@@ -57,7 +76,7 @@ def mask_meaning(space: Space, mask: Term, queries: Size, keys: Size) -> Meaning
     if key not in space.found_out:
         try:
             space.found_out[key] = _Reader(space, mask, queries, keys).meaning()
-        except _UnreadError as why:
+        except UnreadError as why:
             known = _but_for_inputs(space, mask, queries, keys, str(why))
             space.found_out[key] = known or Meaning("unknown", str(why))
     return space.found_out[key]
@@ -68,7 +87,7 @@ def _but_for_inputs(space: Space, mask: Term, queries: Size, keys: Size, why: st
     try:
         reader = _Reader(space, mask, queries, keys, but_for_inputs=True)
         kind = reader.meaning().kind
-    except _UnreadError:
+    except UnreadError:
         return None
     padding, masks = tuple(sorted(reader.padding)), tuple(sorted(reader.masks))
     if masks:
@@ -79,64 +98,15 @@ def _but_for_inputs(space: Space, mask: Term, queries: Size, keys: Size, why: st
     return Meaning("unknown", reason, padding=padding)
 
 
-class _UnreadError(Exception):
-    """What could not be read, in a sentence."""
-
-
-@dataclass(frozen=True)
-class _Linear:
-    """constant + sum(coefficient * part): a part is a coordinate, by its dimension (-1), or a symbolic size."""
-
-    constant: float
-    parts: frozenset[tuple[int | sympy.Expr, int]] = frozenset()
-
-    def plus(self, other: _Linear, times: float = 1) -> _Linear:
-        parts = dict(self.parts)
-        for part, coefficient in other.parts:
-            parts[part] = parts.get(part, 0) + int(times) * coefficient
-        constant = self.constant + times * other.constant
-        return _Linear(constant, frozenset((part, c) for part, c in parts.items() if c))
-
-    def __str__(self) -> str:
-        ordered = sorted(self.parts, key=str)
-        text = " ".join(f"{c:+d}*{_NAMES.get(p, p) if isinstance(p, int) else p}" for p, c in ordered)
-        return f"{text} {self.constant:+g}".strip()
-
-
-_ZERO = _Linear(0)
-_POSITION = tuple(_Linear(0, frozenset(((dim, 1),))) for dim in (-2, -1))  # of a score: its query and key
+_POSITION = tuple(Linear(0, frozenset(((dim, 1),))) for dim in (-2, -1))  # of a score: its query and key
 
 # Any of these, each of which is: all of these linear forms are <= 0.
-_Condition = frozenset[frozenset[_Linear]]
+_Condition = frozenset[frozenset[Linear]]
 _TRUE: _Condition = frozenset((frozenset(),))
 _FALSE: _Condition = frozenset()
 
-_Cases = tuple[tuple[_Condition, _Linear], ...]  # the value under each of the conditions, one of which holds
-_At = tuple[_Linear, ...]  # where a term is read: its coordinates
-
-
-class _Capture(sympy.Symbol):
-    """A number that a pattern's search takes: positive, as far as its mask means anything."""
-
-
-def _of_number(scalar: Any) -> _Linear:
-    if scalar.value == 1 and len(scalar.powers) == 1 and scalar.powers[0][1] == 1:
-        return _Linear(0, frozenset(((_Capture(scalar.powers[0][0], integer=True, positive=True), 1),)))
-    return _Linear(_plain(scalar))
-
-
-def _of_size(size: Size) -> _Linear:
-    if isinstance(size, int):
-        return _Linear(size)
-    constant, parts = 0, {}
-    for part, coefficient in sympy.expand(size).as_coefficients_dict().items():
-        if not coefficient.is_Integer:
-            raise _UnreadError(f"it depends on the size {size}, which is no sum of sizes")
-        if part == 1:
-            constant = int(coefficient)
-        else:
-            parts[part] = int(coefficient)
-    return _Linear(constant, frozenset(parts.items()))
+_Cases = tuple[tuple[_Condition, Linear], ...]  # the value under each of the conditions, one of which holds
+_At = tuple[Linear, ...]  # where a term is read: its coordinates
 
 
 class _Reader:
@@ -147,32 +117,40 @@ class _Reader:
     ) -> None:
         if len(mask.shape) < 2 or mask.shape[-1] not in (1, keys) or mask.shape[-2] not in (1, queries):
             shape = ", ".join(map(str, mask.shape))
-            raise _UnreadError(f"its shape ({shape}) is not that of {queries} queries and {keys} keys")
+            raise UnreadError(f"its shape ({shape}) is not that of {queries} queries and {keys} keys")
         self.space, self.mask, self.is_square = space, mask, queries == keys
-        self.sizes = {dim: _of_size(mask.shape[dim]) for dim in range(-len(mask.shape), 0)}
-        self.sizes.update({-1: _of_size(keys), -2: _of_size(queries)})
+        self.sizes = {dim: of_size(mask.shape[dim]) for dim in range(-len(mask.shape), 0)}
+        self.sizes.update({-1: of_size(keys), -2: of_size(queries)})
+        self.of_queries: set[int | sympy.Expr] = {-2}  # coordinates that run along queries
         self.but_for_inputs = but_for_inputs
+        self.known: dict[
+            Any, Any
+        ] = {}  # what was read already, where: a mask may have one part in many places
+        self.depth = 0
         self.padding: set[str] = set()  # the flags that were taken for ones
         self.masks: set[str] = (
             set()
         )  # masks that were taken for true, or zeros: what is made of them is unknown
 
     def meaning(self) -> Meaning:
-        at = tuple(_Linear(0, frozenset(((dim, 1),))) for dim in sorted(self.sizes))
-        if self.mask.dtype is torch.bool:
-            condition = self.truth(self.mask, at)
-        else:
-            condition = _FALSE
-            for case, value in self.number(self.mask, at):
-                if value.parts or not (value.constant == 0 or value.constant <= HIDES):
-                    raise _UnreadError(f"it adds {value} to the scores")
-                condition = self.any_of(condition, case) if value.constant == 0 else condition
-        return self._classified(condition)
+        at = tuple(coordinate(dim) for dim in sorted(self.sizes))
+        return self._classified(self._lets_through(self.mask, at))
+
+    def _lets_through(self, mask: Term, at: _At) -> _Condition:
+        """Where a mask is true, or adds nothing to the scores; all else that it adds hides."""
+        if mask.dtype is torch.bool:
+            return self.truth(mask, at)
+        condition = _FALSE
+        for case, value in self.number(mask, at):
+            if value.parts or not (value.constant == 0 or value.constant <= HIDES):
+                raise UnreadError(f"it adds {value} to the scores")
+            condition = self.any_of(condition, case) if value.constant == 0 else condition
+        return condition
 
     def _classified(self, condition: _Condition) -> Meaning:
         if condition == _TRUE:
             return Meaning("all")
-        causal = _Linear(0, frozenset(((-1, 1), (-2, -1))))
+        causal = Linear(0, frozenset(((-1, 1), (-2, -1))))
         alternatives = [sorted(forms, key=lambda form: form != causal) for forms in condition]
         if len(alternatives) == 1 and alternatives[0][0] == causal:
             (_, *others) = alternatives[0]
@@ -180,7 +158,7 @@ class _Reader:
                 return Meaning("unknown", "it is causal, but there are not as many queries as keys")
             if not others:
                 return Meaning("causal")
-            window = _ZERO.plus(others[0].plus(causal), -1).plus(_Linear(1)) if len(others) == 1 else None
+            window = ZERO.plus(others[0].plus(causal), -1).plus(Linear(1)) if len(others) == 1 else None
             size = None if window is None else _window_size(window)
             if size is not None:
                 reason = f"it is causal within a window of {size}, which may be smaller than the sequence"
@@ -190,29 +168,39 @@ class _Reader:
 
     # Inequalities
 
-    def holds(self, form: _Linear) -> bool:
-        """Whether form <= 0 at all coordinates, whatever the sizes."""
-        most = _Linear(form.constant)
+    def most(self, form: Linear, assumed: int | None = None) -> float:
+        """The largest that a form may be at all coordinates, whatever the sizes; infinite if that is not known.
+
+        `assumed` is the largest that a size may be of which nothing is known.
+        """
+        most = Linear(form.constant)
         for part, coefficient in form.parts:
             if not isinstance(part, int):
-                most = most.plus(_Linear(0, frozenset(((part, 1),))), coefficient)
+                most = most.plus(Linear(0, frozenset(((part, 1),))), coefficient)
             elif coefficient > 0:
-                most = most.plus(self.sizes[part].plus(_Linear(-1)), coefficient)
+                most = most.plus(self.sizes[part].plus(Linear(-1)), coefficient)
         bound = most.constant  # at sizes of one, or as large as they may be
         for size, coefficient in most.parts:
             if isinstance(size, int) or not (size.is_integer and size.is_positive):
-                return False
-            extreme = self.space.most(size) if coefficient > 0 else 1
+                return math.inf
+            largest = self.space.most(size)
+            if largest is None and size.is_Symbol:
+                largest = assumed
+            extreme = largest if coefficient > 0 else 1
             if extreme is None:
-                return False
+                return math.inf
             bound += coefficient * extreme
-        return bound <= 0
+        return bound
 
-    def fails(self, form: _Linear) -> bool:
+    def holds(self, form: Linear) -> bool:
+        """Whether form <= 0 at all coordinates, whatever the sizes."""
+        return self.most(form) <= 0
+
+    def fails(self, form: Linear) -> bool:
         """Whether form <= 0 at no coordinates, whatever the sizes."""
-        return self.holds(_Linear(1).plus(form, -1))
+        return self.holds(Linear(1).plus(form, -1))
 
-    def implies(self, form: _Linear, other: _Linear) -> bool:
+    def implies(self, form: Linear, other: Linear) -> bool:
         return self.holds(other.plus(form, -1))
 
     def all_of(self, a: _Condition, b: _Condition) -> _Condition:
@@ -224,11 +212,11 @@ class _Reader:
     def not_(self, condition: _Condition) -> _Condition:
         result = _TRUE
         for forms in condition:
-            result = self.all_of(result, frozenset(frozenset((_Linear(1).plus(f, -1),)) for f in forms))
+            result = self.all_of(result, frozenset(frozenset((Linear(1).plus(f, -1),)) for f in forms))
         return result
 
-    def _simplified(self, alternatives: Iterable[frozenset[_Linear]]) -> _Condition:
-        kept: list[frozenset[_Linear]] = []
+    def _simplified(self, alternatives: Iterable[frozenset[Linear]]) -> _Condition:
+        kept: list[frozenset[Linear]] = []
         for forms in alternatives:
             left = [form for form in forms if not self.holds(form)]
             if any(self.fails(x.plus(y)) for x in left for y in left):  # y is x: one that fails alone
@@ -241,28 +229,46 @@ class _Reader:
             if any(self._within(forms, other) for other in kept if other is not forms):
                 kept.remove(forms)
         if len(kept) > MAX_ALTERNATIVES:
-            raise _UnreadError("it has too many cases")
+            raise UnreadError("it has too many cases")
         return frozenset(kept)
 
-    def _within(self, forms: frozenset[_Linear], other: frozenset[_Linear]) -> bool:
+    def _within(self, forms: frozenset[Linear], other: frozenset[Linear]) -> bool:
         """Whether all of `forms` together imply all of `other`, one by one."""
         return all(any(self.implies(form, wanted) for form in forms) for wanted in other)
 
     # Terms
 
+    def _once(self, read: Callable, term: Term, at: _At) -> Any:
+        """What `read` finds out about a term at these coordinates."""
+        key = (read.__name__, term, at)
+        if key not in self.known:
+            if self.depth == MAX_DEPTH:
+                raise UnreadError(f"it is made in more than {MAX_DEPTH} steps")
+            self.depth += 1
+            self.known[key] = read(term, at)
+            self.depth -= 1
+        return self.known[key]
+
     def truth(self, term: Term, at: _At) -> _Condition:
         """Where a boolean term is true."""
-        at = _broadcast(term, at)
+        return self._once(self._truth, term, _broadcast(term, at))
+
+    def _truth(self, term: Term, at: _At) -> _Condition:
         if term.op in ("le", "lt", "eq"):
             a, b = (self.number(arg, at) for arg in term.args)
-            return self._over(a, b, lambda x, y: self._compared(term.op, x, y))
+            dtype = next((arg.dtype for arg in term.args if arg.dtype is not None), None)
+            return self._over(a, b, lambda x, y: self._compared(term.op, x, y, dtype))
         if term.op == "not":
             return self.not_(self.truth(term.args[0], at))
         if term.op in ("and", "or"):
             a, b = (self.truth(arg, at) for arg in term.args)
             return self.all_of(a, b) if term.op == "and" else self.any_of(a, b)
-        if term.op == "mul" and term.consts[0] == Scalar(1.0):
+        if term.op == "mul" and term.consts[0] == Scalar(1.0) and all(p >= 1 for p in term.consts[1:]):
             return self._every(self.truth(factor, at) for factor in term.args)
+        if term.op == "add" and term.consts[0] == Scalar(0.0):  # of truths, one of which is enough
+            return self.not_(self._every(self.not_(self.truth(each, at)) for each in term.args))
+        if term.op == "masks":
+            return self._every(self._lets_through(mask, at) for mask in term.args)
         if term.op == "full":
             return _TRUE if term.consts[0] else _FALSE
         if term.op == "number":
@@ -282,35 +288,41 @@ class _Reader:
         """The values of a term of numbers, or of a boolean one as numbers."""
         if term.dtype is torch.bool:
             condition = self.truth(term, at)
-            return self._cases(((condition, _Linear(1)), (self.not_(condition), _ZERO)))
-        at = _broadcast(term, at)
-        return tuple((case, _checked(term, value)) for case, value in self._number(term, at))
+            return self._cases(((condition, Linear(1)), (self.not_(condition), ZERO)))
+        cases = self._once(self._number, term, _broadcast(term, at))
+        return tuple((case, self._held(term, value)) for case, value in cases)
 
     def _number(self, term: Term, at: _At) -> _Cases:
         if term.op == "number":
-            return self._only(_of_number(term.consts[0]))
+            return self._only(of_number(term.consts[0]))
         if term.op == "leaf" and term.dtype is None and not isinstance(term.consts[0], str):
-            return self._only(_of_size(term.consts[0]))
+            return self._only(of_size(term.consts[0]))
         if term.op == "full":
-            return self._only(_Linear(float(term.consts[0])))
+            return self._only(Linear(float(term.consts[0])))
         if term.op == "arange":
-            start, step = (_of_size(const) for const in term.consts[:2])
-            return self._only(start.plus(_scaled(at[-1], step)))
+            start, step = (of_size(const) for const in term.consts[:2])
+            return self._only(start.plus(scaled(at[-1], step)))
         if term.op == "cast":
             return self.number(term.args[0], at)
         if term.op == "add":
-            total = self._only(_of_number(term.consts[0]))
+            total = self._only(added(term.consts[0], term.dtype))
             for addend in term.args:
-                total = self._combined(total, self.number(addend, at), _Linear.plus)
+                cases = self._operand(addend, at, term.dtype, added)
+                total = self._combined(total, cases, partial(add, term.dtype))
             return total
         if term.op == "mul" and set(term.consts[1:]) == {1}:
-            product = self._only(_Linear(_plain(term.consts[0])))
+            product = self._only(multiplied(term.consts[0], term.dtype))
             for factor in term.args:
-                product = self._combined(product, self.number(factor, at), _scaled)
+                cases = self._operand(factor, at, term.dtype, multiplied)
+                product = self._combined(product, cases, partial(multiply, term.dtype))
             return product
+        if term.op == "abs":
+            return self._cases(
+                case for p, x in self.number(term.args[0], at) for case in self._absolute(p, x)
+            )
         if term.op in ("tril", "triu"):
             inside = self._triangle(term, at)
-            return self._chosen(inside, self.number(term.args[0], at), self._only(_ZERO))
+            return self._chosen(inside, self.number(term.args[0], at), self._only(ZERO))
         if term.op == "where":
             return self._chosen(
                 self._as_truth(term.args[0], at), *(self.number(arg, at) for arg in term.args[1:])
@@ -318,13 +330,14 @@ class _Reader:
         if term.op == "diff":
             return self._difference(term, at)
         if term.op == "cumsum":
-            (dim,), value = term.consts, self._single(self.number(term.args[0], at), term)
-            if value.parts:
-                raise _UnreadError(f"it adds up {value}")
-            return self._only(_scaled(at[dim].plus(_Linear(1)), value))
+            return self._only(self._summed(term, at))
         if self._is_assumed(term, at):
-            return self._only(_ZERO if _is_floating(term) else _Linear(1))
+            return self._only(ZERO if _is_floating(term) else Linear(1))
         return self.number(*self._moved(term, at))
+
+    def _operand(self, term: Term, at: _At, dtype: torch.dtype | None, of_number: Callable) -> _Cases:
+        """The values of an operand of what is computed in `dtype`."""
+        return self._only(of_number(term.consts[0], dtype)) if term.op == "number" else self.number(term, at)
 
     def _is_assumed(self, term: Term, at: _At) -> bool:
         """Whether this is padding or a mask in itself, and such things are to be taken for known."""
@@ -334,10 +347,13 @@ class _Reader:
             self.masks.add(term.consts[0])
             return True
         is_flag = term.dtype in (torch.bool, torch.int32, torch.int64)
-        if not is_flag or any(part == -2 for form in at for part, _ in form.parts):
+        if not is_flag or any(map(self._depends_on_queries, at)):
             return False
         self.padding.add(term.consts[0])
         return True
+
+    def _depends_on_queries(self, form: Linear) -> bool:
+        return any(part in self.of_queries for part, _ in form.parts)
 
     def _moved(self, term: Term, at: _At) -> tuple[Term, _At]:
         """The term whose elements `term` only moves, and where its element at `at` stands there."""
@@ -353,34 +369,58 @@ class _Reader:
             return term.args[0], tuple(inner)
         if term.op == "slice":
             dim, start, _, step = term.consts
-            inner, first = list(at), _of_size(start)
-            if not self.holds(_ZERO.plus(first, -1)):
-                raise _UnreadError(f"it takes a slice from {start} on, which may be negative")
-            inner[dim] = first.plus(_scaled(at[dim], _Linear(step)))
+            inner, first = list(at), of_size(start)
+            if not self.holds(ZERO.plus(first, -1)):
+                raise UnreadError(f"it takes a slice from {start} on, which may be negative")
+            inner[dim] = first.plus(scaled(at[dim], Linear(step)))
             return term.args[0], tuple(inner)
         if term.op == "index":
             source, *indices = term.args
             inner = [self._single(self.number(index, at), term) for index in indices]
-            if not all(self.holds(_ZERO.plus(index, -1)) for index in inner):
-                raise _UnreadError("it takes elements at positions that may be negative")
+            if not all(self.holds(ZERO.plus(index, -1)) for index in inner):
+                raise UnreadError("it takes elements at positions that may be negative")
             return source, tuple(inner)
         if term.op in ("leaf", "var"):
-            raise _UnreadError(f"it depends on the values of {term.consts[0]}: {_elsewhere(term)}")
-        raise _UnreadError(f"it depends on the values of {term.op}: {_elsewhere(term)}")
+            raise UnreadError(f"it depends on the values of {term.consts[0]}: {_elsewhere(term)}")
+        raise UnreadError(f"it depends on the values of {term.op}: {_elsewhere(term)}")
+
+    def _summed(self, term: Term, at: _At) -> Linear:
+        """cumsum of what is the same number all along the dimension, wherever the sum is read"""
+        (dim,), (source,) = term.consts, term.args
+        along = max(self.sizes) + 1
+        self.sizes[along] = of_size(source.shape[dim])
+        if self._depends_on_queries(at[dim]):
+            self.of_queries.add(along)
+        everywhere = (*at[: len(at) + dim], coordinate(along), *at[len(at) + dim + 1 :])
+        value = self._single(self.number(source, everywhere), term)
+        if value.parts:
+            raise UnreadError(f"it adds up {value}")
+        return scaled(at[dim].plus(Linear(1)), value)
+
+    def _absolute(self, condition: _Condition, value: Linear) -> _Cases:
+        """|value|, where the condition holds"""
+        if not value.parts:
+            return ((condition, Linear(abs(value.constant))),)
+        negated = ZERO.plus(value, -1)
+        is_positive = self._simplified((frozenset((negated,)),))
+        return (
+            (self.all_of(condition, is_positive), value),
+            (self.all_of(condition, self.not_(is_positive)), negated),
+        )
 
     def _difference(self, term: Term, at: _At) -> _Cases:
         """torch.diff along a dimension, of positions with one element before them or none"""
         (source, before), (dim,) = term.args, term.consts
 
-        def read(what: Term, where: _Linear) -> _Linear:
+        def read(what: Term, where: Linear) -> Linear:
             moved = (*at[: len(at) + dim], where, *at[len(at) + dim + 1 :])
             return self._single(self.number(what, moved), term)
 
         here = at[dim]
         if before.op == "none":
-            return self._only(read(source, here.plus(_Linear(1))).plus(read(source, here), -1))
-        step = read(source, here).plus(read(source, here.plus(_Linear(-1))), -1)
-        first = read(source, _ZERO).plus(read(before, _ZERO), -1)
+            return self._only(read(source, here.plus(Linear(1))).plus(read(source, here), -1))
+        step = read(source, here).plus(read(source, here.plus(Linear(-1))), -1)
+        first = read(source, ZERO).plus(read(before, ZERO), -1)
         if step == first:
             return self._only(step)
         is_first = frozenset((frozenset((here,)),))
@@ -388,48 +428,66 @@ class _Reader:
 
     def _triangle(self, term: Term, at: _At) -> _Condition:
         """Where tril or triu keep their argument."""
-        ahead = at[-1].plus(at[-2], -1).plus(_of_size(term.consts[0]), -1)
-        form = ahead if term.op == "tril" else _ZERO.plus(ahead, -1)
+        ahead = at[-1].plus(at[-2], -1).plus(of_size(term.consts[0]), -1)
+        form = ahead if term.op == "tril" else ZERO.plus(ahead, -1)
         return self._simplified((frozenset((form,)),))
 
-    def _compared(self, op: str, a: _Linear, b: _Linear) -> _Condition:
+    def _compared(self, op: str, a: Linear, b: Linear, dtype: torch.dtype | None) -> _Condition:
+        """Where `a` and `b`, whose dtype is `dtype` unless they are numbers, compare so."""
         if not a.parts and not b.parts:  # also infinities
-            x, y = a.constant, b.constant
-            if max(x, y) <= HIDES and (x, y) != (-math.inf, -math.inf):
-                raise _UnreadError(f"it compares {x:g} with {y:g}, which may be rounded")
-            return _TRUE if (x <= y if op == "le" else x < y if op == "lt" else x == y) else _FALSE
+            return _TRUE if numbers_compare(op, a.constant, b.constant, dtype) else _FALSE
         for form in (a, b):
-            if not _is_whole(form.constant):
-                raise _UnreadError(f"it compares positions with {form.constant:g}")
+            if not is_whole(form.constant) or not (form.parts or holds(dtype, form.constant)):
+                raise UnreadError(f"it compares positions with {form.constant:g}{in_(dtype)}")
         below = a.plus(b, -1)
         if op == "eq":
-            return self._simplified((frozenset((below, _ZERO.plus(below, -1))),))
-        return self._simplified((frozenset((below if op == "le" else below.plus(_Linear(1)),)),))
+            return self._simplified((frozenset((below, ZERO.plus(below, -1))),))
+        return self._simplified((frozenset((below if op == "le" else below.plus(Linear(1)),)),))
 
     def _as_truth(self, term: Term, at: _At) -> _Condition:
         if term.dtype is torch.bool or term.op == "number":
             return self.truth(term, at)
-        zero = self._over(self.number(term, at), self._only(_ZERO), lambda x, y: self._compared("eq", x, y))
-        return self.not_(zero)
+        value, zero = self.number(term, at), self._only(ZERO)
+        return self.not_(self._over(value, zero, lambda x, y: self._compared("eq", x, y, term.dtype)))
+
+    def _held(self, term: Term, value: Linear) -> Linear:
+        """`value`, if the dtype of `term` holds it exactly: positions as long as they are whole numbers in its range,
+        and in floating point also flags, and what hides."""
+        dtype = term.dtype
+        if dtype is None:
+            return value
+        if value.parts or not dtype.is_floating_point:
+            first, last = whole_numbers(dtype)
+            assumed = MOST_TOKENS if dtype in WIDE_INTEGERS else None
+            is_in_range = (
+                self.most(value, assumed) <= last and self.most(ZERO.plus(value, -1), assumed) <= -first
+            )
+            if is_whole(value.constant) and is_in_range:
+                return value
+        elif value.constant in (-1, 0, 1, -math.inf):
+            return value
+        elif hides(stored(dtype, value.constant)):  # and is not infinite: then it is not added to
+            return Linear(stored(dtype, value.constant))
+        raise UnreadError(f"it computes {value}{in_(dtype)}")
 
     # Cases
 
     @staticmethod
-    def _only(value: _Linear) -> _Cases:
+    def _only(value: Linear) -> _Cases:
         return ((_TRUE, value),)
 
     @staticmethod
     def _constant(term: Term) -> float:
-        return _plain(term.consts[0])
+        return plain(term.consts[0])
 
-    def _single(self, cases: _Cases, term: Term) -> _Linear:
+    def _single(self, cases: _Cases, term: Term) -> Linear:
         if len(cases) != 1:
-            raise _UnreadError(f"it takes {term.op} of values that change from place to place")
+            raise UnreadError(f"it takes {term.op} of values that change from place to place")
         return cases[0][1]
 
-    def _cases(self, cases: Iterable[tuple[_Condition, _Linear]]) -> _Cases:
+    def _cases(self, cases: Iterable[tuple[_Condition, Linear]]) -> _Cases:
         """Without those that cannot be, and one for each value."""
-        joined: dict[_Linear, _Condition] = {}
+        joined: dict[Linear, _Condition] = {}
         for condition, value in cases:
             if condition != _FALSE:
                 joined[value] = self.any_of(joined.get(value, _FALSE), condition)
@@ -460,6 +518,8 @@ class _Reader:
 
 def _elsewhere(term: Term) -> str:
     """What a mask may be that no positions of this graph say."""
+    if term.op != "leaf" or MADE_HERE in term.consts:
+        return "made in this graph, in a way that proofs about masks do not follow"
     if _is_floating(term):
         return "a bias, or a mask that was made elsewhere"
     return "padding, packed sequences, or a mask that was made elsewhere"
@@ -469,41 +529,20 @@ def _is_floating(term: Term) -> bool:
     return term.dtype is not None and term.dtype.is_floating_point
 
 
-def _plain(scalar) -> float:
-    """A constant of a term as a number; a pattern's own number captures are none."""
-    if scalar.powers:
-        raise _UnreadError(f"it depends on the number {scalar.powers[0][0]}")
-    return scalar.value
-
-
-def _window_size(form: _Linear) -> int | ConstVar | None:
+def _window_size(form: Linear) -> int | ConstVar | None:
     """A window as a constant."""
     if not form.parts:
         return int(form.constant)
     ((part, coefficient), *others) = form.parts
-    if isinstance(part, _Capture) and not others and (coefficient, form.constant) == (1, 0):
+    if isinstance(part, Capture) and not others and (coefficient, form.constant) == (1, 0):
         return ConstVar(part.name)
     return None
-
-
-def _is_whole(number: float) -> bool:
-    return math.isfinite(number) and number == int(number)
-
-
-def _scaled(a: _Linear, b: _Linear) -> _Linear:
-    """a * b, one of which is constant."""
-    if a.parts and b.parts:
-        raise _UnreadError("it multiplies positions")
-    form, by = (b, a.constant) if b.parts else (a, b.constant)
-    if form.parts and not _is_whole(by):
-        raise _UnreadError(f"it multiplies positions by {by:g}")
-    return _ZERO.plus(form, by)
 
 
 def _broadcast(term: Term, at: _At) -> _At:
     """The coordinates of a term that is broadcast to a larger shape."""
     own = at[len(at) - len(term.shape) :]
-    return tuple(_ZERO if size == 1 else form for size, form in zip(term.shape, own, strict=True))
+    return tuple(ZERO if size == 1 else form for size, form in zip(term.shape, own, strict=True))
 
 
 def _through_view(term: Term, at: _At) -> _At:
@@ -511,21 +550,6 @@ def _through_view(term: Term, at: _At) -> _At:
     source = term.args[0]
     kept = [form for size, form in zip(term.shape, at, strict=True) if size != 1]
     if [size for size in term.shape if size != 1] != [size for size in source.shape if size != 1]:
-        raise _UnreadError("it reshapes what depends on positions")
+        raise UnreadError("it reshapes what depends on positions")
     forms = iter(kept)
-    return tuple(_ZERO if size == 1 else next(forms) for size in source.shape)
-
-
-def _checked(term: Term, value: _Linear) -> _Linear:
-    """`value`, if the dtype of `term` holds it exactly: floating-point numbers may be flags, and what hides."""
-    if term.dtype is None:
-        return value
-    if term.dtype in (torch.int32, torch.int64):
-        is_small = _is_whole(value.constant) and abs(value.constant) <= MAX_CONSTANT
-        if is_small and all(abs(c) <= MAX_COEFFICIENT for _, c in value.parts):
-            return value
-    elif term.dtype.is_floating_point and not value.parts:
-        lowest = torch.finfo(term.dtype).min  # what is lower becomes infinite
-        if value.constant in (-1, 0, 1, -math.inf) or lowest <= value.constant <= HIDES:
-            return value
-    raise _UnreadError(f"it computes {value} in {str(term.dtype).removeprefix('torch.')}")
+    return tuple(ZERO if size == 1 else next(forms) for size in source.shape)

@@ -57,13 +57,15 @@ def _narrowed(call: Call, term: Term, dim: int, index: slice) -> Term | None:
         return None
     size = term.shape[dim]
     start, stop = _bounded(index.start, size, 0), _bounded(index.stop, size, size)
+    if isinstance(start, int) and isinstance(stop, int):
+        stop = max(start, stop)
     return normalize.slice_(call.space, term, dim, start, stop, step)
 
 
 def _getitem(call, input, index):
     if isinstance(input, (tuple, list)):
         return input[index]
-    indices = index if isinstance(index, (tuple, list)) else (index,)
+    indices = index if isinstance(index, tuple) else (index,)
     if not isinstance(input, Term):
         return None
     if any(isinstance(i, (Term, list, tuple)) for i in indices):
@@ -93,7 +95,10 @@ def _select(call, input, dim, index):
 
 
 def _narrow(call, input, dim, start, length):
-    return _narrowed(call, input, negative(dim, len(input.shape)), slice(start, start + length))
+    dim = negative(dim, len(input.shape))
+    if isinstance(start, int) and start < 0:  # a slice would end at 0
+        start = start + input.shape[dim]
+    return _narrowed(call, input, dim, slice(start, start + length))
 
 
 def _pieces(call, input, dim):

@@ -29,15 +29,17 @@ def call(space: Space, target: Any, args: Any, kwargs: Any, out: Any, name: str)
     operator = _canonical(name_in_torch)
     make = TABLE.get(operator) or _elementwise(target, operator)
     if make is None or not isinstance(out, (torch.Tensor, tuple, list)) or kwargs.get("out") is not None:
-        return opaque(space, out, name)
+        return opaque(space, out, name, is_made=True)
     if is_in_place(name_in_torch) and any(_is_wider(arg, out) for arg in args):
-        return opaque(space, out, name)  # computed in the wider dtype, and rounded when it is written
+        return opaque(
+            space, out, name, is_made=True
+        )  # computed in the wider dtype, and rounded when it is written
     try:
         value = make(Call(space, out), *args, **kwargs)
     except (TypeError, AttributeError, IndexError, ValueError):
         # Called in a way that the table does not know: with other arguments, or none of them a tensor.
         value = None
-    return opaque(space, out, name) if value is None else value
+    return opaque(space, out, name, is_made=True) if value is None else value
 
 
 _MODULES = (

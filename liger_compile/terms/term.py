@@ -20,6 +20,9 @@ import sympy
 import torch
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
+MADE_HERE = (
+    "made in the graph"  # among the constants of a leaf that no input is: nothing is known of how it is made
+)
 Size = int | sympy.Expr  # a dimension: static, or symbolic as in SymInt.node.expr
 
 

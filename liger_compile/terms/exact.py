@@ -1,0 +1,68 @@
+"""Which numbers a dtype holds exactly: what a proof about positions and flags can rely on.
+
+Positions are whole numbers. Arithmetic on them is exact as long as no result leaves the range in which a dtype holds
+every whole number: outside of it integers wrap around and floating-point numbers are rounded, from 2048 in float16 and
+from 256 in bfloat16.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+import torch
+
+from liger_compile.terms.term import Term
+
+# No mask has more queries or keys: it would have 2**44 entries. Sizes that are symbolic and unbounded are held to be no
+# larger where an integer dtype of 32 bits or more could wrap around.
+MOST_TOKENS = 2**22
+WIDE_INTEGERS = (torch.int32, torch.int64)
+
+
+@functools.cache
+def whole_numbers(dtype: torch.dtype) -> tuple[int, int]:
+    """The first and the last of a range of whole numbers that a dtype holds without a gap; none for complex numbers."""
+    if dtype is torch.bool:
+        return 0, 1
+    if dtype.is_complex:
+        return 0, -1
+    if dtype.is_floating_point:
+        last = int(2 / torch.finfo(dtype).eps)
+        return -last, last
+    info = torch.iinfo(dtype)
+    return info.min, info.max
+
+
+def is_whole(number: float) -> bool:
+    return math.isfinite(number) and number == int(number)
+
+
+@functools.cache
+def stored(dtype: torch.dtype | None, number: float) -> float:
+    """A number as a tensor of a floating-point dtype has it, also infinite; as it is for other dtypes and for none."""
+    if dtype is None or not dtype.is_floating_point or math.isnan(number):
+        return number
+    return torch.tensor(number, dtype=torch.float64).to(dtype).item()
+
+
+def holds(dtype: torch.dtype | None, number: float) -> bool:
+    """Whether a number is one of a dtype's, so that nothing rounds it or wraps it around."""
+    if dtype is None or dtype.is_floating_point:
+        return stored(dtype, number) == number
+    first, last = whole_numbers(dtype)
+    return is_whole(number) and first <= number <= last
+
+
+def promoted(*operands: Any) -> torch.dtype | None:
+    """The dtype in which torch computes with these terms, numbers and symbolic sizes; None if a term has none."""
+    if any(isinstance(operand, Term) and operand.dtype is None for operand in operands):
+        return None
+    return torch.result_type(*map(_example, operands))
+
+
+def _example(operand: Any) -> Any:
+    if isinstance(operand, Term):  # a tensor without dimensions gives way to others
+        return torch.empty((1,) * len(operand.shape), dtype=operand.dtype, device="meta")
+    return 1 if isinstance(operand, torch.SymInt) else operand
