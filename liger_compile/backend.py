@@ -31,7 +31,7 @@ from liger_compile.options import Options, parse
 from liger_compile.outputs import Filled, filling, logits_in, settle, take_out
 from liger_compile.pattern import Decision, NearMiss, Pattern
 from liger_compile.registry import patterns_in_use
-from liger_compile.remat import mark_for_recompute
+from liger_compile.remat import keep_what_written_inputs_give, mark_for_recompute
 from liger_compile.report import GraphReport, is_of_variant, record, recorded_as
 from liger_compile.rewrite import rewrite
 from liger_compile.terms.attention import Note, notes_in, sentences
@@ -181,6 +181,8 @@ def _rewritten(
         filled.extend(settle(module.graph, deferred, is_dropped=options.logits == "none"))
         if is_top_level and options.recompute == "auto":  # in a checkpoint body the user has decided already
             mark_for_recompute(rewritten)
+        if is_top_level and options.policy != "never":
+            keep_what_written_inputs_give(module.graph, mutations)
         decisions.extend(rewritten)
         near_misses.extend(missed)
     warn_of_failures(decisions)

@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 import liger_compile
 from liger_compile.pattern import Pattern
+from liger_compile.testing import graphs
 
 torch.manual_seed(0)
 
@@ -317,10 +318,12 @@ def test_a_change_of_grad_mode_within_is_left(run_liger):
 )
 def test_which_mode_changes_and_where(run_liger, first, then, what):
     def f(x, w):
-        with first():
-            variance = x.pow(2).mean(-1, keepdim=True)
-        with then():
-            return w * (x * torch.rsqrt(variance + 1e-6))
+        # Where none is on around, a region without autocast is like any other.
+        with torch.autocast("cpu", torch.bfloat16, enabled=what.startswith("a region without")):
+            with first():
+                variance = x.pow(2).mean(-1, keepdim=True)
+            with then():
+                return w * (x * torch.rsqrt(variance + 1e-6))
 
     reason = (
         f"{what} between variance and add, and a replacement runs in one mode; compute all of it on one side"
@@ -554,3 +557,250 @@ def test_marks_are_left_to_the_user_in_a_checkpoint_body(run_liger):
 
     args = torch.randn(4, 8, requires_grad=True), torch.randn(32, 8), torch.randn(8, 32)
     assert_left(run_liger, f, *args, reason="recomputes has been decided already", patterns=(SQUARED_RELU,))
+
+
+# Writes that the schema of one overload does not tell
+
+
+WRITER = torch.library.Library("liger_test_decide", "DEF")
+WRITER.define("double(Tensor(a!) x) -> ()")
+WRITER.impl("double", lambda x: (x.data.mul_(2), None)[1], "CPU")  # autograd counts no write
+WRITER.impl("double", lambda x: None, "Meta")
+
+
+@torch._dynamo.allow_in_graph
+def _doubles(nested):
+    nested["deep"][0].data.mul_(2)
+    return torch.ones(1)
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda x: torch.ops.liger_test_decide.double(x),
+        lambda x: torch.ops.liger_test_decide.double(x.view(-1)[4:]),
+        lambda x: torch._foreach_mul_([x], 2),
+        lambda x: _doubles({"deep": [x]}),
+        lambda x: x.numpy().__setitem__(0, 3),
+        lambda x: checkpoint(lambda a, b: (b.mul_(2), a.sin())[1], torch.ones(2), x, use_reentrant=False),
+        lambda x: F.batch_norm(torch.arange(64.0).view(4, 8, 2), x[0], x[1].abs(), training=True),
+        lambda x: torch.vmap(lambda row: row.mul_(2))(x),
+    ],
+    ids=["packet", "of a view", "foreach", "hidden", "numpy", "checkpoint", "statistics", "vmap"],
+)
+def test_a_write_that_no_schema_tells_is_seen(run_liger, write):
+    def f(x, w):
+        y = x * 1
+        before = norm(y, w)
+        write(y)
+        return before, norm(y, w), y
+
+    result, reports = run_liger(f, X.clone(), W, inner="aot_eager")
+    torch.testing.assert_close(result, f(X.clone(), W))
+    assert [site.kind for site in sites(reports)] == ["replace", "replace"]
+
+    def between(x, w):
+        y = x * 1
+        variance = y.pow(2).mean(-1, keepdim=True)
+        write(y)
+        return w * (y * torch.rsqrt(variance + 1e-6))
+
+    torch._dynamo.reset()
+    result, reports = run_liger(between, X.clone(), W, inner="aot_eager")
+    torch.testing.assert_close(result, between(X.clone(), W))
+    assert "replace" not in [site.kind for site in sites(reports)]
+
+
+def with_a_triton_kernel(f, *args):
+    """The graph of f, in which the operator that writes is a Triton kernel of the user's."""
+    module, _ = graphs.capture(f, *args)
+    for node in module.graph.nodes:
+        if node.target is torch.ops.liger_test_decide.double:
+            node.target = torch.ops.higher_order.triton_kernel_wrapper_mutation
+            node.kwargs = {"kernel_idx": 0, "grid": [(1, 1, 1)], "kwargs": {"p": node.args[0]}}
+            node.args = ()
+    return module
+
+
+def test_a_triton_kernel_is_taken_to_write_what_it_is_handed():
+    def f(x, buffer, w):
+        before = norm(x * buffer, w)
+        torch.ops.liger_test_decide.double(buffer)
+        return before, norm(x * buffer, w)
+
+    def between(x, buffer, w):
+        variance = buffer.pow(2).mean(-1, keepdim=True)
+        torch.ops.liger_test_decide.double(buffer)
+        return w * (buffer * torch.rsqrt(variance + 1e-6))
+
+    module = with_a_triton_kernel(f, X, X.clone(), W)
+    assert graphs.rewrite(module).replaced == ["rms_norm.llama", "rms_norm.llama"]
+    order = [node.op if node.op == "output" else graphs.name_of(node) for node in module.graph.nodes]
+    kernel = order.index("triton_kernel_wrapper_mutation")
+    assert [name for name in order if name == "mul"] == ["mul", "mul"]  # x * buffer, before and after
+    assert order[:kernel].count("mul") == order[kernel:].count("mul") == 1
+    assert not graphs.rewrite(with_a_triton_kernel(between, X, X.clone(), W)).replaced
+
+
+# Modes
+
+
+GRAD, HEAD, LABELS = torch.randn(4, 8), torch.randn(11, 8), torch.tensor([1, 2, 3, 4])
+
+
+def loss_and_scale(context):
+    def f(x, w):
+        with context():
+            scale = (x * 2).abs().mean()
+        return F.cross_entropy(F.linear(x * 2, w), LABELS), scale
+
+    return f
+
+
+def gradients_of(function, *args):
+    leaves = [arg.clone().requires_grad_() for arg in args]
+    results = function(*leaves)
+    wanted = [each for each in results if each.requires_grad]
+    gradients = torch.autograd.grad(sum(each.sum() for each in wanted), leaves, allow_unused=True)
+    return [each.requires_grad for each in results], [each.detach().clone() for each in results], gradients
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("around", [contextlib.nullcontext, torch.enable_grad])
+def test_what_is_made_without_gradients_stands_in_for_nothing(run_liger, context, around):
+    def f(x, w):
+        with around():
+            return loss_and_scale(context)(x, w)
+
+    ours = gradients_of(lambda *args: run_liger(f, *args, inner="aot_eager")[0], GRAD, HEAD)
+    torch.testing.assert_close(ours, gradients_of(f, GRAD, HEAD))
+    assert "linear_cross_entropy.plain" in [site.pattern for site in sites(liger_compile.reports())]
+
+
+def test_what_is_made_with_gradients_inside_of_a_call_without(run_liger):
+    """The other way round: gradients are off around the function, and on in a part of it."""
+
+    def f(x, w):
+        scale = (x * 2).abs().mean()
+        with torch.enable_grad():
+            loss = F.cross_entropy(F.linear(x * 2, w), LABELS)
+        return loss, scale
+
+    @torch.no_grad()
+    def ours(*args):
+        return run_liger(f, *args, inner="aot_eager")[0]
+
+    torch.testing.assert_close(gradients_of(ours, GRAD, HEAD), gradients_of(torch.no_grad()(f), GRAD, HEAD))
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_a_reference_without_gradients_beside_a_policy_with(run_liger, context):
+    """As preference losses have it: the same formula twice, once as a number."""
+
+    def f(x, w):
+        with context():
+            reference = F.cross_entropy(F.linear(norm(x, W), w), LABELS)
+        policy = F.cross_entropy(F.linear(norm(x, W), w), LABELS)
+        return policy * 3, reference
+
+    ours = gradients_of(lambda *args: run_liger(f, *args, inner="aot_eager")[0], GRAD, HEAD)
+    torch.testing.assert_close(ours, gradients_of(f, GRAD, HEAD))
+    assert [site.kind for site in sites(liger_compile.reports())].count("replace") == 4
+
+
+DETOURS = {
+    "vmap": lambda x: torch.vmap(lambda row: row.cumsum(0))(x).sum(),
+    "grad": lambda x: torch.func.grad(lambda t: t.square().sum())(x).sum(),
+    "no_grad": lambda x: _within(torch.no_grad, x),
+    "inference_mode": lambda x: _within(torch.inference_mode, x),
+    "autocast": lambda x: _within(partial(torch.autocast, "cpu", torch.bfloat16), x),
+    "no autocast": lambda x: _within(partial(torch.autocast, "cpu", enabled=False), x),
+}
+
+
+def _within(context, x):
+    with context():
+        return x.cumsum(0).sum()
+
+
+@pytest.mark.parametrize("detour", DETOURS)
+def test_modes_that_are_over_do_not_matter(run_liger, detour):
+    def f(gate, up):
+        activated = F.silu(gate)
+        beside = DETOURS[detour](gate)
+        return activated * up, beside.detach()
+
+    result, reports = run_liger(f, GATE, UP, inner="aot_eager")
+    torch.testing.assert_close(result, f(GATE, UP))
+    kinds = [site.kind for site in sites(reports)]
+    if detour == "grad":  # torch leaves a setting behind
+        assert kinds in (["replace"], ["leave"])
+    else:
+        assert kinds == ["replace"]
+
+
+def test_a_replacement_that_would_stand_in_another_mode_is_left(run_liger):
+    def f(gate, up):
+        with torch.no_grad():
+            return F.silu(gate) * up
+
+    def late(x, y):
+        first = torch.tanh(x)
+        with torch.no_grad():
+            scaled = y * 2
+            return first, torch.erf(scaled)
+
+    result, reports = run_liger(f, GATE, UP)
+    assert [site.kind for site in sites(reports)] == ["replace"] and not result.requires_grad
+    torch._dynamo.reset()
+    assert_left(run_liger, late, GATE, UP, reason="gradients are switched off between", patterns=(PAIR,))
+
+
+def test_a_body_runs_in_the_modes_of_its_call(run_liger):
+    def body(x, w):
+        return norm(x, w) * 2
+
+    def f(x, w):
+        with torch.no_grad():
+            first = checkpoint(body, x, w, use_reentrant=False)
+        with torch.autocast("cpu", torch.bfloat16):
+            second = checkpoint(body, x, w, use_reentrant=False)
+        return first, second.float()
+
+    ours = gradients_of(lambda *args: run_liger(f, *args, inner="aot_eager")[0], GRAD, W)
+    torch.testing.assert_close(ours, gradients_of(f, GRAD, W))
+    assert [site.kind for site in sites(liger_compile.reports())] == ["replace", "replace"]
+
+
+CALLS = {
+    "plain": contextlib.nullcontext,
+    "no_grad": torch.no_grad,
+    "inference_mode": torch.inference_mode,
+    "autocast": partial(torch.autocast, "cpu", torch.bfloat16),
+}
+
+
+@pytest.mark.parametrize("policy", ["auto", "always"])
+@pytest.mark.parametrize(
+    "order", [("no_grad", "plain"), ("plain", "inference_mode", "plain"), ("autocast", "plain", "autocast")]
+)
+def test_modes_around_the_calls_may_change(policy, order):
+    def f(x, w):
+        with torch.no_grad():
+            scale = norm(x, W).abs().mean()
+        return F.cross_entropy(F.linear(norm(x, W), w).float(), LABELS), scale
+
+    options = {"liger.inner": "aot_eager", "liger.strict": True, "liger.policy": policy}
+    compiled = torch.compile(f, backend="liger", options=options)
+
+    def called(run, context):
+        x, w = GRAD.clone().requires_grad_(), HEAD.clone().requires_grad_()
+        with context():
+            loss, scale = run(x, w)
+        gradients = torch.autograd.grad(loss, (x, w)) if loss.requires_grad else ()
+        return loss.requires_grad, scale.requires_grad, loss.detach() * 1, scale.detach() * 1, gradients
+
+    for name in order:
+        tolerance = 3e-2 if name == "autocast" else 1e-4
+        ours, eager = (called(run, CALLS[name]) for run in (compiled, f))
+        torch.testing.assert_close(ours, eager, rtol=tolerance, atol=tolerance)

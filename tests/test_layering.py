@@ -27,7 +27,7 @@ ALLOWED = {
     "match": ("callbacks", "graphs", "pattern", "terms"),
     "decide": ("callbacks", "graphs", "pattern"),
     "rewrite": ("callbacks", "graphs", "pattern", "recording", "terms.term"),
-    "remat": ("pattern",),
+    "remat": ("graphs", "pattern"),
     "aten_graph": (),
     "norms": ("aten_graph", "ops"),
     "products": ("aten_graph", "ops"),

@@ -304,3 +304,63 @@ def test_nothing_large_is_kept_for_backward():
     largest = max(size for storage, size in kept.items() if storage not in known)
     assert largest < logits.numel()
     loss.backward()
+
+
+def biased(x, w, labels, bias):
+    logits = F.linear(torch.tanh(x), w) + bias
+    loss = F.cross_entropy(logits.float().view(-1, V), labels.view(-1))
+    torch._foreach_mul_([bias], 3)  # of this the fake tensor counts no write
+    return loss, logits
+
+
+def hidden_is_written(x, w, labels, bias):
+    states = torch.tanh(x).detach()
+    logits = F.linear(states, w.detach())
+    loss = F.cross_entropy(logits.float().view(-1, V), labels.view(-1)) + bias.sum()
+    torch._foreach_mul_([states], 3)
+    return loss, logits
+
+
+@pytest.mark.parametrize("function", (biased, hidden_is_written))
+def test_logits_of_what_is_written_later_are_computed_in_the_graph(function):
+    x, w, labels = arguments()
+    results = [
+        run(x, w, labels, torch.ones(V, requires_grad=False)) for run in (compiled(function), function)
+    ]
+    assert not isinstance(results[0][1], LazyTensor)
+    torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("context", (torch.no_grad, torch.inference_mode))
+def test_logits_that_are_made_without_gradients_have_none_later(context):
+    def beside(x, w, labels):
+        states = torch.tanh(x)
+        with context():
+            logits = F.linear(states, w)
+        return F.cross_entropy(F.linear(states, w).view(-1, V), labels.view(-1)), logits
+
+    def evaluated(x, w, labels):
+        states, flat = torch.tanh(x), labels.view(-1)
+        with context():
+            logits = F.linear(states, w)
+            loss = F.cross_entropy(logits.view(-1, V), flat)
+        return loss, logits, states
+
+    x, w, labels = arguments()
+    for function in (beside, evaluated):
+        torch._dynamo.reset()
+        ours, eager = compiled(function)(x, w, labels), function(x, w, labels)
+        assert [each.requires_grad for each in ours] == [each.requires_grad for each in eager]
+        torch.testing.assert_close(ours[1] + 0, eager[1] + 0)
+    assert any("gradients are off" in note for report in liger_compile.reports() for note in report.notes)
+
+
+def test_what_is_put_back_runs_in_the_modes_of_its_head():
+    def f(x, w, labels):
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = F.linear(torch.tanh(x), w)
+            loss = F.cross_entropy(logits.view(-1, V), labels.view(-1))
+            return loss, (logits * 2).float().view(-1, V), logits.exp()
+
+    x, w, labels = arguments()
+    torch.testing.assert_close(compiled(f)(x, w, labels), f(x, w, labels))

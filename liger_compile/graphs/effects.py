@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch.fx import Node
+from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 from torch.overrides import get_testing_overrides
 
@@ -226,6 +226,8 @@ def _of_function(target: Any) -> Writes:
         return _of_python(root, name)
     if _is_method(target, name):
         return _of_method(name)
+    if root == "torch" and isinstance(target, type):
+        return NOTHING  # a constructor: torch.Size, torch.device
     return _of_torch(target, name) if root == "torch" else EVERYTHING
 
 
@@ -329,11 +331,14 @@ def _of_overloads(overloads: Iterable[torch._ops.OpOverload]) -> Writes:
 
 
 def _of_module(node: Node) -> Writes:
-    """Of a module that is called as a whole: torch's own write nothing that they are handed, unless told to."""
+    """Of a module that is called as a whole: torch's own write nothing that they are handed, unless told to. Of a graph
+    what it calls counts."""
     owner: Any = node.graph.owning_module
     try:
         module = owner.get_submodule(str(node.target))
     except AttributeError:
         return EVERYTHING
+    if isinstance(module, GraphModule):
+        return NOTHING
     is_torchs = type(module).__module__.startswith("torch.nn.modules.")
     return NOTHING if is_torchs and not getattr(module, "inplace", False) else EVERYTHING

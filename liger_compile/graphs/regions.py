@@ -112,7 +112,9 @@ class Regions:
                 entered[node] = region
                 region = _after(node, region, position, entered)
                 self._switches.append((position, node, region))
-        self.differ_in_gradients = len({each.has_gradients for each in self.of.values()}) > 1
+        switches = {switch for _, switch, _ in self._switches}
+        modes = {region.has_gradients for node, region in self.of.items() if node not in switches}
+        self.differ_in_gradients = len(modes) > 1
 
     def change_between(self, first: int, last: int) -> tuple[int, Node] | None:
         """The first call, after one position and before another, with which the region changes; and its position."""

@@ -211,7 +211,7 @@ def _step(term: Term) -> Step | None:
     if term.op == "cast":
         return operator.methodcaller("to", term.dtype)
     if term.op == "detached":
-        return operator.methodcaller("detach")
+        return _detached
     if term.op == "within":
         return _as_it_is
     if term.op == "permute":
@@ -233,6 +233,12 @@ def _step(term: Term) -> Step | None:
         shape = tuple(size if isinstance(size, int) else -1 for size in term.shape)
         return operator.methodcaller("reshape", shape)
     return None
+
+
+def _detached(tensor: torch.Tensor) -> torch.Tensor:
+    return (
+        tensor.detach() if torch.is_grad_enabled() else tensor
+    )  # AOTAutograd cannot detach in inference mode
 
 
 def _as_it_is(value: Any) -> Any:
