@@ -2,7 +2,7 @@
 
     Dynamo graph -> terms -> match -> decide -> rewrite -> compile -> callable
 
-One file a step. This file calls them in order, for the graph and for the checkpoint bodies in it; twice where calls
+One file a step. This file calls them in order, for the graph and for the bodies in it; twice where calls
 whose masks are as expected get a graph of their own.
 """
 
@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import torch
 from torch._subclasses import FakeTensor
 from torch.fx import GraphModule, Node
 
@@ -24,6 +25,7 @@ from liger_compile.buckets import Places, make_masks_where_they_are_read, paddin
 from liger_compile.callbacks import warn_of_failures
 from liger_compile.ddp import Cut, before_ddp_cuts
 from liger_compile.decide import decide, insertion_point
+from liger_compile.forward_passes.inline_subgraphs import inline_subgraphs
 from liger_compile.graphs.aliasing import BODIES, Mutations
 from liger_compile.graphs.regions import Region, Regions
 from liger_compile.match import find_matches
@@ -75,6 +77,7 @@ def liger(
     chosen, inductor_options = parse(mode, options)
     patterns = [p for p in patterns_in_use(chosen.patterns) if not chosen.skips(p.name)]
     why_logits_stay = _why_logits_stay(chosen, inductor_options)
+    notes = _without_wrong_subgraphs(gm, chosen)
     original, special = gm, None
     try:
         original = variants.copied(gm)
@@ -106,7 +109,7 @@ def liger(
             strict=chosen.strict,
         )
         # Not before: Dynamo may restart the analysis and come back with another graph of the same code.
-        record(report)
+        record(report.with_notes(notes))
         return filling(sharing_zeros(result, strides), rewritten.filled)
 
     if special is None:
@@ -138,6 +141,7 @@ def _rewritten(
     notes: list[str] = []
     attention: list[Note] = []
     filled: list[Filled] = []
+    runs_once = _running_once(gm)
     for module in modules:
         is_top_level = module is gm
         mutations = Mutations(module.graph)
@@ -166,7 +170,7 @@ def _rewritten(
             fuel=_left(options.fuel, decisions),
             recompute=options.recompute == "auto",
             takes_marks=options.reported_inner != "eager",
-            is_top_level=is_top_level,
+            runs_once=module in runs_once,
             strict=options.strict,
         )
         rewritten = rewrite(
@@ -179,7 +183,9 @@ def _rewritten(
             strict=options.strict,
         )
         filled.extend(settle(module.graph, deferred, is_dropped=options.logits == "none"))
-        if is_top_level and options.recompute == "auto":  # in a checkpoint body the user has decided already
+        if (
+            module in runs_once and options.recompute == "auto"
+        ):  # in a checkpoint the user has decided already
             mark_for_recompute(rewritten)
         if is_top_level and options.policy != "never":
             keep_what_written_inputs_give(module.graph, mutations)
@@ -263,6 +269,15 @@ def _in_buckets(
     )
 
 
+def _without_wrong_subgraphs(gm: GraphModule, options: Options) -> tuple[str, ...]:
+    """Inlines nested regions where they would be compiled wrong, whatever the policy is. What a report says of it."""
+    if compiling.is_right_for_subgraphs(options.reported_inner):
+        return ()
+    count = inline_subgraphs(gm)
+    calls = "a call of a nested region is" if count == 1 else f"{count} calls of nested regions are"
+    return (f"{calls} inlined: Inductor computes wrong gradients through them",) if count else ()
+
+
 def _why_logits_stay(options: Options, inductor_options: Mapping[str, Any]) -> str | None:
     """Why logits that are returned beside their loss stay among the outputs of the graph, in a sentence."""
     if options.logits == "eager":
@@ -295,6 +310,17 @@ def _graphs(gm: GraphModule) -> list[GraphModule]:
 
     visit(gm)
     return list(reversed(finished))
+
+
+def _running_once(gm: GraphModule) -> set[GraphModule]:
+    """`gm` and the bodies of nested regions, which are layers; without checkpoints, and what they call."""
+    twice: set[GraphModule] = set()
+    modules = _graphs(gm)  # all that call a body before it
+    for module in modules:
+        for call, body in _calls(module):
+            if module in twice or call.target is not torch.ops.higher_order.invoke_subgraph:
+                twice.add(body)
+    return set(modules) - twice
 
 
 def _calls(module: GraphModule) -> Iterator[tuple[Node, GraphModule]]:

@@ -30,7 +30,7 @@ def decide(
     fuel: int | None = None,
     recompute: bool = True,
     takes_marks: bool = True,
-    is_top_level: bool = True,
+    runs_once: bool = True,
     refused: Mapping[Match, Decision] | None = None,
     strict: bool = False,
 ) -> list[Decision]:
@@ -43,14 +43,14 @@ def decide(
         fuel: how many matches may be replaced at most; None is no limit.
         recompute: False marks nothing as cheap: what would only be marked is left.
         takes_marks: False where what compiles the graph follows no marks.
-        is_top_level: False in the body of a checkpoint, where no loss is replaced.
+        runs_once: False in the body of a checkpoint, where no loss is replaced.
         refused: decisions that are made already, for matches that could not be replaced.
         strict: raise what a pattern's check, profit or saves raises.
 
     Raises:
         PatternError: under `strict`.
     """
-    context = _Context(mutations, regions or Regions(graph), is_top_level, policy, recompute, takes_marks)
+    context = _Context(mutations, regions or Regions(graph), runs_once, policy, recompute, takes_marks)
     consumed: set[Node] = set()
     replaced: set[Node] = set()
     decisions: list[Decision] = []
@@ -94,7 +94,7 @@ def _with_savings(decision: Decision, context: _Context, strict: bool) -> Decisi
     match = decision.match
     is_marked = decision.kind == "annotate" or match.pattern.is_cheap
     is_followed = context.recompute and context.takes_marks
-    if not context.is_top_level or not _needs_gradient(match) or (is_marked and not is_followed):
+    if not context.runs_once or not _needs_gradient(match) or (is_marked and not is_followed):
         return replace(decision, saved_bytes=0)
     try:
         return replace(decision, saved_bytes=callbacks.saves(match))
@@ -125,7 +125,7 @@ def _verdict(match: Match, context: _Context) -> str | Annotate | None:
 
 def _why_unmarked(match: Match, context: _Context) -> Iterator[tuple[str, bool]]:
     """Why a mark would have no effect, and whether the place is covered all the same, for Inductor does it well."""
-    if not context.is_top_level:
+    if not context.runs_once:
         yield "what a checkpoint body recomputes has been decided already", False
     if not context.recompute:
         yield "liger.recompute='off' keeps them all the same", False
@@ -162,7 +162,7 @@ def _without_covered(decisions: list[Decision], consumed: set[Node]) -> list[Dec
 class _Context:
     mutations: Mutations
     regions: Regions
-    is_top_level: bool
+    runs_once: bool
     policy: str = "auto"
     recompute: bool = True
     takes_marks: bool = True
@@ -321,7 +321,7 @@ def _refuse_aliases(match: Match, context: _Context) -> str | None:
 
 
 def _refuse_inner_loss(match: Match, context: _Context) -> str | None:
-    if match.pattern.is_loss and not context.is_top_level:
+    if match.pattern.is_loss and not context.runs_once:
         return "a loss inside a checkpoint body runs twice, and its gradients are made in forward"
     return None
 

@@ -112,6 +112,10 @@ class GraphReport:
         """The same report, of this variant, which the note explains."""
         return dataclasses.replace(self, variant=variant, notes=(note, *self.notes))
 
+    def with_notes(self, notes: Iterable[str]) -> GraphReport:
+        """The same report, with further notes at its end."""
+        return dataclasses.replace(self, notes=(*self.notes, *notes))
+
     def count(self, kind: str) -> int:
         """The number of sites of a kind: "replace", "annotate" or "leave"."""
         return sum(site.kind == kind for site in self.sites)

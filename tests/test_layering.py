@@ -18,6 +18,7 @@ ALLOWED = {
     "pattern": (),
     "options": ("pattern",),
     "graphs": ("graphs",),
+    "forward_passes": ("graphs",),
     "terms": ("graphs", "terms"),
     "kernels": ("kernels",),
     "ops": ("ops", "kernels"),

@@ -65,7 +65,7 @@ class Mutations:
             self._memory[node] = self._memory_of(node)
             for storage in self._written_by(node):
                 self._writes.setdefault(storage, []).append(position)
-            versions.update(storage_of(tensor) for tensor in tensors_of(node) if _version(tensor) > 0)
+            versions.update(storage_of(tensor) for tensor in tensors_of(node) if version_of(tensor) > 0)
         self._everywhere.update(versions - set(self._writes))
 
     def _memory_of(self, node: Node) -> frozenset[int | None]:
@@ -156,6 +156,6 @@ def _has_bodies(node: Node) -> bool:
     return calls_bodies(node) or (node.op == "call_module" and graph_of(node) is not None)
 
 
-def _version(tensor: torch.Tensor) -> int:
+def version_of(tensor: torch.Tensor) -> int:
     """How often it was written, as autograd counts; tensors of inference mode have no such counter."""
     return 0 if tensor.is_inference() else tensor._version

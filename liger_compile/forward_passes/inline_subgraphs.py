@@ -1,0 +1,188 @@
+"""Nested regions: the bodies that a graph calls by `invoke_subgraph`, put in the place of every call.
+
+torch.compiler.nested_compile_region and Dynamo's use_graph_deduplication make one body of equal layers. Where what
+compiles the graph computes wrong results of them, the layers have to stand in the graph themselves.
+
+In: a Dynamo graph. Out: the same, which computes what it did in the same order, without such calls. What nodes stand for
+keeps saying which memory they share: a body has been traced with the tensors of one call, and is inlined in others too.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses import FakeTensor
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.node import map_arg
+from torch.utils._pytree import tree_map_only
+
+from liger_compile.graphs.aliasing import graph_of, handed_to, storage_of, version_of
+
+Stack = Mapping[str, tuple[str, Any]]  # a node's "nn_module_stack"
+
+
+def inline_subgraphs(gm: GraphModule) -> int:
+    """Inlines the bodies in `gm`, and in all graphs that it calls. Returns the number of calls that stood in them.
+
+    Raises:
+        ValueError: for a call in a form that Dynamo does not write.
+    """
+    first: dict[GraphModule, Stack] = {}  # body -> where the call stands that it was traced for
+    count = 0
+    for module in _innermost_first(gm):
+        for call in _calls(module.graph):
+            body = graph_of(call.args[0])
+            if body is None:
+                raise ValueError(f"{call.format_node()} calls no graph that its module has")
+            stack = call.meta.get("nn_module_stack") or {}
+            _inline(call, body, first.setdefault(body, stack), stack)
+            count += 1
+        _drop_unnamed_graphs(module)
+        module.recompile()
+    return count
+
+
+def _innermost_first(gm: GraphModule) -> Iterable[GraphModule]:
+    """The graphs in `gm` that call bodies, once each, and after those that they call; bodies before their callers."""
+    found: dict[GraphModule, None] = {}
+
+    def visit(module: GraphModule) -> None:
+        for child in module.children():
+            if isinstance(child, GraphModule) and child not in found:
+                visit(child)
+        found[module] = None
+
+    visit(gm)
+    return [module for module in found if any(_calls(module.graph))]
+
+
+def _calls(graph: Graph) -> Iterator[Node]:
+    for node in list(graph.nodes):
+        if node.op == "call_function" and getattr(node.target, "__name__", "") == "invoke_subgraph":
+            yield node
+
+
+def _inline(call: Node, body: GraphModule, first: Stack, stack: Stack) -> None:
+    placeholders = body.graph.find_nodes(op="placeholder")
+    operands = handed_to(call, len(placeholders)) or ()
+    copies: dict[Node, Any] = dict(zip(placeholders, operands, strict=True))
+    results = body.graph.output_node().args[0]
+    memory = _Memory([*copies.items(), *_pairs_of_results(call, results)])
+    with call.graph.inserting_before(call):
+        for node in body.graph.nodes:
+            if node.op not in ("placeholder", "output"):
+                copies[node] = copy = call.graph.node_copy(node, copies.__getitem__)
+                copy.meta.update(_placed(node.meta, memory, first, stack))
+                if node.op == "get_attr":
+                    copy.target = _attribute(call.graph.owning_module, body, str(node.target))
+    for user, result in _results_of(call, results):
+        _replace(user, copies[result] if isinstance(result, Node) else result)
+    name = call.args[0]
+    call.graph.erase_node(call)
+    if isinstance(name, Node) and not name.users:
+        call.graph.erase_node(name)
+
+
+def _results_of(call: Node, results: Any) -> Iterator[tuple[Node, Any]]:
+    """What reads a result of the call, and which node of the body that is."""
+    for user in list(call.users):
+        if user.target is not operator.getitem or not isinstance(user.args[1], int):
+            raise ValueError(
+                f"{user.format_node()} takes all results of {call.name}; one of them was expected"
+            )
+        yield user, results[user.args[1]]
+
+
+def _pairs_of_results(call: Node, results: Any) -> Iterator[tuple[Node, Node]]:
+    return ((result, user) for user, result in _results_of(call, results) if isinstance(result, Node))
+
+
+def _replace(node: Node, value: Any) -> None:
+    """Puts a node, or a constant, in the place of a node."""
+    if isinstance(value, Node):
+        if value.op != "placeholder":
+            value.meta["example_value"] = node.meta.get("example_value")
+        node.replace_all_uses_with(value)
+    for user in list(node.users):
+        user.args = map_arg(user.args, lambda arg: value if arg is node else arg)
+        user.kwargs = map_arg(user.kwargs, lambda arg: value if arg is node else arg)
+    node.graph.erase_node(node)
+
+
+def _attribute(owner: Any, body: GraphModule, path: str) -> str:
+    """The name under which `owner` has what `body` has at a path; it gets one where it has none."""
+    value = operator.attrgetter(path)(body)
+    base = name = path.replace(".", "_")
+    count = 0
+    while getattr(owner, name, value) is not value:
+        count += 1
+        name = f"{base}_{count}"
+    if not hasattr(owner, name):
+        setattr(owner, name, value)
+    return name
+
+
+def _drop_unnamed_graphs(module: GraphModule) -> None:
+    named = {str(node.target).split(".")[0] for node in module.graph.find_nodes(op="get_attr")}
+    named |= {str(node.target).split(".")[0] for node in module.graph.find_nodes(op="call_module")}
+    for name, child in list(module.named_children()):
+        if isinstance(child, GraphModule) and name not in named:
+            delattr(module, name)
+
+
+def _placed(
+    meta: Mapping[str, Any], memory: _Memory, first: Stack, stack: Stack
+) -> Iterator[tuple[str, Any]]:
+    """What the copy of a node stands for, and in which module: the body names those of its first call."""
+    if "example_value" in meta:
+        yield "example_value", memory.of(meta["example_value"])
+    inner = meta.get("nn_module_stack")
+    if inner and first and stack and first.keys() <= inner.keys():
+        (old, _), (new, _) = list(first.values())[-1], list(stack.values())[-1]
+        below = {key: place for key, place in inner.items() if key not in first}
+        moved = {key: (path.replace(old, new, 1), kind) for key, (path, kind) in below.items()}
+        yield "nn_module_stack", {**stack, **moved}
+
+
+class _Memory:
+    """The memory of one call of a body: that of its operands and results is the caller's, other is its own."""
+
+    def __init__(self, pairs: Iterable[tuple[Node, Any]]) -> None:
+        self._whole: dict[int | None, Tensor] = {}  # storage in the body -> a tensor in that of the call
+        for inside, outside in pairs:
+            there = outside.meta.get("example_value") if isinstance(outside, Node) else None
+            here = inside.meta.get("example_value")
+            if isinstance(here, Tensor) and isinstance(there, Tensor):
+                self._whole.setdefault(storage_of(here), there)
+                _count_writes(there, version_of(here))
+
+    def of(self, value: Any) -> Any:
+        """What a value of the body is in this call."""
+        return tree_map_only(Tensor, self._tensor, value)
+
+    def _tensor(self, tensor: Tensor) -> Tensor:
+        storage = storage_of(tensor)
+        if storage is None or type(tensor) is not FakeTensor:
+            return tensor
+        with tensor.fake_mode, torch.no_grad():
+            num_bytes = tensor.untyped_storage().nbytes()
+            if storage not in self._whole:
+                count = num_bytes // tensor.dtype.itemsize
+                self._whole[storage] = torch.empty(count, dtype=tensor.dtype, device=tensor.device)
+            whole = self._whole[storage]
+            if whole.dtype != tensor.dtype:
+                whole = whole.as_strided((num_bytes // whole.dtype.itemsize,), (1,), 0).view(tensor.dtype)
+            result = whole.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+        _count_writes(result, version_of(tensor))
+        return result.requires_grad_(tensor.requires_grad)
+
+
+def _count_writes(tensor: Tensor, version: int) -> None:
+    """Makes a fake tensor one that is written, where `version` says so, and leaves it where it is one."""
+    if version and not version_of(tensor) and isinstance(tensor, FakeTensor):
+        with tensor.fake_mode, torch.no_grad():
+            tensor.as_strided((0,), (1,)).zero_()
