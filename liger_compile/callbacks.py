@@ -40,7 +40,7 @@ def saves(match: Match) -> int | None:
     answer: Any = _answer(match, "saves")
     if answer is None or isinstance(answer, (torch.SymInt, torch.SymFloat)):
         return None
-    is_number = isinstance(answer, numbers.Real) and not isinstance(answer, bool)
+    is_number = issubclass(type(answer), numbers.Real) and not isinstance(answer, bool)
     if is_number and isfinite(float(answer)) and float(answer) >= 0:
         return int(answer)
     raise PatternError(
