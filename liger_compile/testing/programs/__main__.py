@@ -40,7 +40,7 @@ def main() -> int:
     counts: Counter[str] = Counter()
     faults, start = 0, time.time()
     context = multiprocessing.get_context("spawn")
-    with context.Pool(arguments.processes, maxtasksperchild=5) as pool:
+    with context.Pool(arguments.processes, maxtasksperchild=1) as pool:
         for seed, found, fault in pool.imap_unordered(worker, tasks):
             counts += found
             if fault:

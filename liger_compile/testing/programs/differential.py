@@ -92,11 +92,11 @@ def _sgd(parameters: Sequence[Tensor]) -> None:
 
 
 def _adamw_foreach(parameters: Sequence[Tensor]) -> None:
-    torch.optim.AdamW(parameters, lr=0.1, foreach=True).step()
+    torch.optim.AdamW(parameters, lr=0.1, eps=0.1, foreach=True).step()
 
 
 def _adamw_fused(parameters: Sequence[Tensor]) -> None:
-    torch.optim.AdamW(parameters, lr=0.1, fused=True).step()
+    torch.optim.AdamW(parameters, lr=0.1, eps=0.1, fused=True).step()
 
 
 def _data(parameters: Sequence[Tensor]) -> None:
@@ -422,6 +422,8 @@ def differences(
     if other is not None and other.error and ours.error.split(":")[0] == other.error.split(":")[0]:
         return []
     found = []
+    if KEPT in ours.error:
+        return []
     if ours.error:
         found.append(f"raises {ours.error[:300]}")
     for name, value in eager.seen.items():
@@ -451,7 +453,8 @@ def _same(a: Any, b: Any) -> bool:
 
 
 def _distance(a: Any, b: Any) -> float:
-    """The L2 distance relative to `a`; infinite where one is finite and the other is not, or they are unlike."""
+    """The L2 distance relative to `a`; infinite where one is finite and the other is not, or they are unlike.
+    Infinities and NaN are not told apart: where a gradient overflows, which it is depends on the order of sums."""
     if not (isinstance(a, Tensor) and isinstance(b, Tensor)) or (a.shape, a.dtype) != (b.shape, b.dtype):
         return float("inf")
     a, b = a.double(), b.double()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import traceback
 from collections import Counter
 from dataclasses import dataclass
 
@@ -61,6 +62,8 @@ def search(seed: int, how: Settings, count: int) -> tuple[Counter[str], str]:
     try:
         try_one()
     except (AssertionError, Flaky):  # flaky: the last one, tried again after the time for shrinking
+        if not last:
+            raise
         program, verdict = last[-1]
         return counts, f"{program}\n" + "\n".join(map(str, verdict.findings))
     return counts, ""
@@ -71,5 +74,5 @@ def worker(task: tuple[int, Settings, int]) -> tuple[int, Counter[str], str]:
     seed, how, count = task
     try:
         return seed, *search(seed, how, count)
-    except Exception as error:  # the harness failed, which is a fault as well
-        return seed, Counter(), f"the search failed: {type(error).__name__}: {error}"
+    except Exception:  # the harness failed, which is a fault as well
+        return seed, Counter(), f"the search failed: {traceback.format_exc()[-1500:]}"
