@@ -20,7 +20,7 @@ from liger_compile.terms.term import Scalar, close
 
 # Numbers up to this, and down to one over it, take nothing out of the range of a dtype that had not been at its end.
 ORDINARY = 1e5
-# float16 ends at 65504 and is exact from 6e-5 on. GELU that is written out halves; scores are scaled and divided by a cap.
+# float16 ends at 65504 and is exact from 6e-5 on. GELU that is written out halves; scores are scaled and capped.
 ORDINARY_IN_HALF = 4.0
 LARGEST_IN_HALF = 256.0  # what code multiplies by more soon becomes infinite there
 EXACT = 2.0**53  # a float counts up to here

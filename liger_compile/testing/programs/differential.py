@@ -29,7 +29,9 @@ POLICIES = ("auto", "always", "never")
 # Relative distances (L2) up to which two runs are the same without a further question.
 NEAR = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 NOISE = 8.0  # times what a change of the inputs by a unit of rounding does to eager's own results
-DOCUMENTED = (
+DOCUMENTED = "cannot be computed any more"  # the error of values that can no longer be computed
+# torch.compile keeps what it likes for backward, outputs as well, which eager code then may not write into.
+KEPT = "modified by an inplace operation"
     "had not been computed when they were first read"  # the error of values that can no longer be computed
 )
 
