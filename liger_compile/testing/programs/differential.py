@@ -32,8 +32,6 @@ NOISE = 8.0  # times what a change of the inputs by a unit of rounding does to e
 DOCUMENTED = "cannot be computed any more"  # the error of values that can no longer be computed
 # torch.compile keeps what it likes for backward, outputs as well, which eager code then may not write into.
 KEPT = "modified by an inplace operation"
-    "had not been computed when they were first read"  # the error of values that can no longer be computed
-)
 
 
 def _double(x: Tensor) -> None:
