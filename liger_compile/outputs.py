@@ -12,6 +12,7 @@ their gradient: AOTAutograd makes one of zeros for every output that is not used
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -21,6 +22,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
 
+from liger_compile.graphs.aliasing import storages_of
 from liger_compile.runtime.lazy import lazy
 from liger_compile.runtime.promise import Recipe
 from liger_compile.terms.build import Terms
@@ -65,7 +67,10 @@ def logits_in(graph: Graph, terms: Terms) -> list[Logits]:
     outputs = graph.output_node().args[0]
     found = []
     nodes = [each for each in outputs if isinstance(each, Node)] if isinstance(outputs, tuple) else []
+    sharing = Counter(storage for node in dict.fromkeys(nodes) for storage in storages_of(node))
     for node in dict.fromkeys(nodes):
+        if any(sharing[storage] > 1 for storage in storages_of(node)):
+            continue  # a view of it is returned too, and has to stay one
         term = terms.of.get(node)
         head = _head(term.bare) if isinstance(term, Term) else None
         if head in heads and (logits := _walk(node, head, terms)) is not None:
@@ -186,13 +191,14 @@ def _put_back(graph: Graph, deferred: Deferred) -> None:
     ends, *nodes = reversed(deferred.recipe.nodes)
     there: dict[Node, Node] = {}
     given = iter((hidden, *deferred.inputs))
-    with graph.inserting_before(deferred.head.next):  # in its modes
-        for node in reversed(nodes):
-            if node.op == "placeholder":
-                there[node] = next(given)
-            else:
-                original = deferred.originals[node]
-                there[node] = graph.node_copy(node, there.__getitem__) if original._erased else original
+    for node in reversed(nodes):
+        if node.op == "placeholder":
+            there[node] = next(given)
+        elif not (original := deferred.originals[node])._erased:
+            there[node] = original
+        else:  # as early as it can, in the modes of the head
+            with graph.inserting_after(max(deferred.head, *map(there.__getitem__, node.all_input_nodes))):
+                there[node] = graph.node_copy(node, there.__getitem__)
     (output,) = ends.all_input_nodes
     _return(graph, deferred.positions, there[output])
 

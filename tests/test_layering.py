@@ -42,7 +42,7 @@ ALLOWED = {
     "ddp": (),
     "runtime": ("runtime",),
     "zeros": (),
-    "outputs": ("runtime", "terms"),
+    "outputs": ("graphs.aliasing", "runtime", "terms"),
     "validation": ("callbacks", "graphs", "pattern", "recording", "terms"),
     "registry": ("callbacks", "pattern", "patterns", "validation"),
     "patterns": ("pattern", "patterns", "functional", "flex", "ops.dispatch"),

@@ -45,7 +45,11 @@ def transposed_head(x, w, labels):
 def two_outputs(x, w, labels):
     logits = F.linear(torch.tanh(x), w)
     loss = F.cross_entropy(logits.float().view(-1, V), labels.view(-1))
-    return loss, logits, logits.view(-1, V).float()
+    return (
+        loss,
+        logits,
+        logits.view(-1, V).double(),
+    )  # a copy: a view would have to share the memory of the logits
 
 
 LAZY = (head_and_loss, upcast_first, softcap, scaled_for_the_caller_only, sliced_states, two_outputs)
@@ -364,3 +368,40 @@ def test_what_is_put_back_runs_in_the_modes_of_its_head():
 
     x, w, labels = arguments()
     torch.testing.assert_close(compiled(f)(x, w, labels), f(x, w, labels))
+
+
+def with_a_view(x, w, labels):
+    logits = F.linear(torch.tanh(x), w)
+    return F.cross_entropy(logits.view(-1, V), labels.view(-1)), logits, logits.view(-1, V)
+
+
+def with_a_part(x, w, labels):
+    logits = F.linear(torch.tanh(x), w)
+    return F.cross_entropy(logits.view(-1, V), labels.view(-1)), logits[:, 1:], logits.transpose(0, 1)
+
+
+@pytest.mark.parametrize("function", [with_a_view, with_a_part])
+@pytest.mark.parametrize("policy", ["auto", "always"])
+def test_outputs_that_share_memory_go_on_sharing_it(run_liger, function, policy):
+    outcomes = []
+    for run in (function, lambda *args: run_liger(function, *args, policy=policy, inner="aot_eager")[0]):
+        torch.manual_seed(0)
+        x, w, labels = arguments()
+        loss, first, second = run(x, w, labels)
+        with torch.no_grad():
+            first.mul_(2)
+        loss.backward()
+        outcomes.append((loss, first, second, x.grad, w.grad))
+    torch.testing.assert_close(*outcomes[::-1])
+
+
+def steps_after_the_loss(x, w, labels):
+    logits = F.linear(torch.tanh(x), w)
+    shifted = (logits + 1.0) - 1.0  # which keeps the loss from being fused with the head
+    return F.cross_entropy(shifted.view(-1, V), labels.view(-1)), shifted * 2.0, (shifted * 3.0).float()
+
+
+def test_outputs_that_come_back_stand_after_what_they_read(run_liger):
+    args = arguments()
+    (loss, *outputs), _ = run_liger(steps_after_the_loss, *args, policy="auto", inner="aot_eager")
+    torch.testing.assert_close((loss, *outputs), steps_after_the_loss(*args))
