@@ -43,6 +43,12 @@ def l2_norm(x):
     return x * torch.rsqrt(total + 1e-6)
 
 
+@tells("rms_norm", "mean(x**2) + inf is shifted by inf, expected a number that float32 has in full", X, W)
+def norm_with_an_infinite_eps(x, w):
+    inverse = torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + torch.inf)  # here
+    return w * (x * inverse)
+
+
 @tells("rms_norm", "this is an L2 norm, which does not divide by the number of channels", X, W)
 def weighted_l2_norm(x, w):
     total = x.pow(2).sum(-1, keepdim=True)  # here

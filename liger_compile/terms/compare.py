@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from liger_compile.terms import normalize
+from liger_compile.terms.scalars import is_bindable
 from liger_compile.terms.term import ConstVar, Scalar, Term, close
 from liger_compile.terms.unify import Operand, operands_of, without
 
@@ -362,7 +363,11 @@ class Comparer:
         )
         if expected.powers:
             is_absent = want.op == "add" and not constant.value and not left
-            return found.but(Difference("missing", want, have, around, expected)) if is_absent else found
+            if is_absent:
+                return found.but(Difference("missing", want, have, around, expected))
+            if not constant.value or is_bindable(constant, None):
+                return found
+            return found.but(Difference("number", want, have, around, expected, constant.value))
         if close(expected.value, constant.value):
             return found
         return found.but(Difference("number", want, have, around, expected.value, constant.value))

@@ -84,9 +84,11 @@ def _dims(dims: Sequence[int]) -> str:
 
 
 def _numbers(it: Difference, formula: Formula) -> str:
+    what = "scaled by" if it.want.op == "mul" else "shifted by"
+    if isinstance(it.expected, Scalar):
+        return f"{formula(it.have)} is {what} {it.found:g}, expected a number that float32 has in full"
     if it.found == -it.expected:
         return f"{formula(it.have)} has the other sign, expected {formula(it.want)}"
-    what = "scaled by" if it.want.op == "mul" else "shifted by"
     return f"{formula(it.have)} is {what} {it.found:g}, expected {it.expected:g}"
 
 
