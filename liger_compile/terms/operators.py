@@ -274,15 +274,17 @@ def _vector_norm(call, x, ord=2, dim=None, keepdim=False, *, dtype=None):
 
 
 def _normalized(call, input, p=2.0, dim=1, eps=1e-12, out=None):
-    """x / max(norm(x), eps), as torch writes it out."""
+    """x / max(norm(x), eps), as torch writes it out, and with the roundings of `_norm`."""
     if p not in (2, 2.0) or not isinstance(dim, int) or call.dtype != input.dtype:
         return None
     space, dim = call.space, negative(dim, len(input.shape))
+    wide = torch.promote_types(call.dtype, torch.float32)
     rows = (*input.shape[:dim], 1, *input.shape[dim:][1:])
-    square = normalize.mul(space, ((input, 2),), normalize.ONE, call.dtype, input.shape)
-    total = normalize.apply(space, "sum", (square,), (dim,), call.dtype, rows)
-    root = normalize.mul(space, ((total, 0.5),), normalize.ONE, call.dtype, rows)
-    bounded = normalize.apply(space, "str.clamp_min", (root,), (_ARGUMENT, const_of(eps)), call.dtype, rows)
+    square = normalize.mul(space, ((input, 2),), normalize.ONE, wide, input.shape)
+    total = normalize.apply(space, "sum", (square,), (dim,), wide, rows)
+    root = normalize.mul(space, ((total, 0.5),), normalize.ONE, wide, rows)
+    length = normalize.cast(space, root, call.dtype)
+    bounded = normalize.apply(space, "str.clamp_min", (length,), (_ARGUMENT, const_of(eps)), call.dtype, rows)
     return normalize.mul(space, ((input, 1), (bounded, -1)), normalize.ONE, call.dtype, call.shape)
 
 
