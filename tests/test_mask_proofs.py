@@ -91,6 +91,11 @@ INEXACT = {
     "eight bits without sign": (same("(torch.arange(n).to(torch.uint8) - 1)"), 3, set()),
     "the negative of what has no sign": (f"(-{CAUSAL}.to(torch.uint8)).long() < 0", 2, set()),
     "thirty-two bits": (same("(torch.arange(n).int() + (2**31 - 3))"), 6, set()),
+    "beyond what a float counts": (
+        "(torch.arange(2**62, 2**62 + n)[:, None] + 1) >= torch.arange(2**62, 2**62 + n)",
+        3,
+        set(),
+    ),
     "compared in float32": ("(torch.arange(n)[:, None] + 2**29) + 3.0 > torch.arange(n) + 2**29", 6, set()),
     "a fill scaled back into reach": (f"torch.zeros(n, n).masked_fill(~{CAUSAL}, -1e30) * 1e-40", 2, set()),
     "a fill that is divided": (f"torch.zeros(n, n).masked_fill(~{CAUSAL}, -1e30) / 1e30", 2, set()),

@@ -18,6 +18,7 @@ from liger_compile.terms.term import Term
 # No mask has more queries or keys: it would have 2**44 entries. Sizes that are symbolic and unbounded are held to be no
 # larger where an integer dtype of 32 bits or more could wrap around.
 MOST_TOKENS = 2**22
+EXACT = 2**53  # the numbers of terms are Python's floats, which count up to here
 WIDE_INTEGERS = (torch.int32, torch.int64)
 
 
@@ -32,7 +33,7 @@ def whole_numbers(dtype: torch.dtype) -> tuple[int, int]:
         last = int(2 / torch.finfo(dtype).eps)
         return -last, last
     info = torch.iinfo(dtype)
-    return info.min, info.max
+    return max(info.min, -EXACT), min(info.max, EXACT)
 
 
 def is_whole(number: float) -> bool:
