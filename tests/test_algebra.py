@@ -67,6 +67,11 @@ DIFFERENT = {
     "flags": (X, lambda x: x.bool().float(), lambda x: x),
     "negative bytes": (X, lambda x: x * (-x.to(torch.uint8)).float(), lambda x: x * -x.to(torch.uint8).float()),
     "whole numbers that no float is": (INTEGERS, lambda x: x + (2**53 + 1), lambda x: x + 2**53),
+    "a GELU's cube by way of a root": (
+        X,
+        lambda x: 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + x * (0.044715 * x * x).sqrt() ** 2))),
+        lambda x: F.gelu(x, approximate="tanh"),
+    ),
     "twice half of a GELU": (X, lambda x: 0.5 * (2 * F.gelu(x)), F.gelu),
 }  # fmt: skip
 

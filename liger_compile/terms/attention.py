@@ -120,7 +120,7 @@ def _ungrouped(space: Space, term: Term, dim: int) -> Term | None:
     if not term.may_be_passed:
         return None
     if term.op == "cast":
-        x = _ungrouped(space, term.args[0], dim)
+        x = _ungrouped(space, term.args[0], dim) if _is_floating(term) else None
         return None if x is None else normalize.cast(space, x, term.dtype)
     if term.op == "permute":
         x = _ungrouped(space, term.args[0], term.consts[dim] if -dim <= len(term.consts) else dim)

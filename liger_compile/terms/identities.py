@@ -30,6 +30,7 @@ from liger_compile.terms.normalize import (
     slice_,
     view,
 )
+from liger_compile.terms.scalars import is_whole
 from liger_compile.terms.term import Scalar, Size, Space, Term, close
 
 NO_CLASS = -100  # what cross_entropy ignores where it ignores nothing
@@ -125,10 +126,10 @@ def _is_power(term: Term, x: Term, power: float, scale: float) -> bool:
 
 
 def _monomial(term: Term, x: Term) -> tuple[float, float]:
-    """The number and the power of x in a product of both alone; NaN if it is another."""
+    """The number and the power of x in a product of both alone, without roots and inverses; NaN if it is another."""
     if term is x:
         return 1.0, 1.0
-    if term.op != "mul" or term.consts[0].powers:
+    if term.op != "mul" or term.consts[0].powers or not all(map(is_whole, term.consts[1:])):
         return math.nan, math.nan
     number, power = term.consts[0].value, 0.0
     for factor, times in zip(term.args, term.consts[1:], strict=True):

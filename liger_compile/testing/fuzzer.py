@@ -357,6 +357,8 @@ class _InDouble(Interpreter):
         return result
 
     def _rounded(self, n: Node) -> Any:
+        """The result in its own dtype; its gradient, whose rounding has no purpose, in double."""
+
         def narrowed(arg: Node) -> Any:
             value, example = self.env[arg], arg.meta["example_value"]
             return value.to(example.dtype) if isinstance(example, Tensor) else value
@@ -364,7 +366,22 @@ class _InDouble(Interpreter):
         with torch._C.DisableTorchFunction():
             args, kwargs = map_arg((n.args, n.kwargs), narrowed)
             result = getattr(self, n.op)(n.target, args, kwargs)
-            return result.double() if _is_floating(result) else result
+        if not _is_floating(result):
+            return result
+        exact = super().run_node(n)
+        return (
+            _WithGradientOf.apply(exact, result.detach().double()) if exact.requires_grad else result.double()
+        )
+
+
+class _WithGradientOf(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, exact: Tensor, result: Tensor) -> Tensor:
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return gradient, None
 
 
 def _detached(values: Any) -> list[Any]:
