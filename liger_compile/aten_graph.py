@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import torch
@@ -62,11 +62,16 @@ def is_sum(node: Node) -> bool:
 def terms_of(node: Any) -> list[Node]:
     """What is summed there, sums of which something else is read being one. Terms are of any shape that has the same
     elements in the same order: sums are found through reshapes, and not through what moves elements."""
-    chain = origin(node, RESHAPES)
-    first = next(each for each in chain if each.target not in RESHAPES or len(each.users) > 1)
-    if not is_sum(first) or len(first.users) > 1:
-        return [node]
-    return [term for each in first.args for term in terms_of(each)]
+    found, waiting = [], [node]
+    while waiting:
+        term = waiting.pop()
+        chain = origin(term, RESHAPES)
+        first: Any = next(each for each in chain if each.target not in RESHAPES or len(each.users) > 1)
+        if not is_sum(first) or len(first.users) > 1:
+            found.append(term)
+        else:
+            waiting.extend(reversed(first.args))
+    return found
 
 
 def result(node: Node, which: int) -> Node | None:
@@ -82,16 +87,19 @@ def call(graph: Graph, target: Any, *args: Any) -> Node:
     return node
 
 
-def move_before(first: Node, node: Any, order: Mapping[Node, int]) -> None:
+def move_before(first: Node, node: Any) -> None:
     """With what it is a view of, where that comes later."""
     for each in reversed(origin(node)):
-        if order[each] > order[first]:
+        if each > first:
             first.prepend(each)
 
 
-def erase_unused(graph: Graph, *targets: Any) -> None:
-    """What has been replaced: nodes of these targets, what was made of their results, views, sums and casts."""
+def erase_unused(graph: Graph, nodes: Iterable[Node | None], *targets: Any) -> None:
+    """Those of the nodes that nobody reads, and what they alone have read: of these targets, views, sums and casts."""
     functional = {*VIEWS, cast, mm, add, clone, slice_, operator.getitem, *targets}
-    for node in reversed(graph.nodes):
-        if not node.users and node.target in functional:
+    waiting = [node for node in nodes if node is not None]
+    while waiting:
+        node = waiting.pop()
+        if not node._erased and not node.users and node.target in functional:
+            waiting.extend(node.all_input_nodes)
             graph.erase_node(node)

@@ -158,7 +158,7 @@ def _rewritten(
         notes.extend(
             f"the logits are computed in the graph: {why}" for why in {*filter(None, staying.values())}
         )
-        deferred = [take_out(each, terms) for each, why in staying.items() if not why]
+        deferred = take_out([each for each, why in staying.items() if not why], terms)
         matches, missed = find_matches(module.graph, patterns, terms, strict=options.strict)
         decided = partial(
             decide,

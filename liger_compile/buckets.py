@@ -24,7 +24,7 @@ import torch
 from torch.fx import Graph, Node
 
 from liger_compile.graphs.aliasing import Mutations, storage_of, tensors_of
-from liger_compile.terms.build import Terms, made_of_positions
+from liger_compile.terms.build import Terms
 from liger_compile.terms.indices import Meaning, mask_meaning
 from liger_compile.terms.term import Term
 
@@ -75,7 +75,7 @@ def _of_positions(node: Node, terms: Terms, mutations: Mutations) -> Term | None
     term, value = terms.of.get(node), node.meta.get("example_value")
     if node.op not in ("call_function", "call_method") or not isinstance(value, torch.Tensor):
         return None
-    is_made_of_them = isinstance(term, Term) and made_of_positions(term) is not None
+    is_made_of_them = isinstance(term, Term) and terms.is_of_positions(term)
     is_clean = all(map(mutations.is_clean, (node, *node.all_input_nodes)))
     return term if is_made_of_them and is_clean and not terms.regions.of[node].transforms else None
 

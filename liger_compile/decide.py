@@ -53,24 +53,21 @@ def decide(
     context = _Context(mutations, regions or Regions(graph), runs_once, policy, recompute, takes_marks)
     consumed: set[Node] = set()
     replaced: set[Node] = set()
+    used = 0  # of the fuel
     decisions: list[Decision] = []
     for match in matches:
         if consumed & set(match.outputs) or replaced & set(match.nodes):
             continue  # part of a larger match, or around a smaller one
         decision = (refused or {}).get(match) or _decision(match, context, strict)
-        if decision.kind != "leave" and fuel is not None and fuel <= _used(decisions):
+        if decision.kind != "leave" and fuel is not None and fuel <= used:
             decision = Decision(match, "leave", f"liger.fuel={fuel} is used up")
+        used += decision.kind != "leave"
         decisions.append(decision)
         if decision.kind != "leave" or decision.covers:
             replaced.update(match.outputs)
             consumed.update(match.outputs)
             consumed.update(set(match.nodes) - set(match.escaping()))
     return _without_covered(decisions, consumed)
-
-
-def _used(decisions: Sequence[Decision]) -> int:
-    """How much fuel they took."""
-    return sum(decision.kind != "leave" for decision in decisions)
 
 
 def _decision(match: Match, context: _Context, strict: bool) -> Decision:
@@ -300,8 +297,8 @@ def _refuse_late_captures(match: Match, context: _Context) -> str | None:
     at = context.position(insertion_point(match, context.position))
     alive = set(match.escaping())
     for node in reversed(match.nodes):
-        if any(user in alive for user in node.users):
-            alive.add(node)
+        if node in alive:  # and what it is computed from
+            alive.update(node.all_input_nodes)
     dead = set(match.nodes) - alive
     for output in match.outputs:
         for user in output.users:

@@ -21,6 +21,7 @@ import logging
 import operator
 import re
 from bisect import bisect_left
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -121,7 +122,7 @@ def _skeleton(pattern: Pattern) -> _Skeleton:
         optional = frozenset(name for name in tensors if "None" in str(pattern.parameters[name].annotation))
         with torch._subclasses.FakeTensorMode():
             outputs = _traced(pattern, {n: (tuple(examples[n].shape), examples[n].dtype) for n in tensors})
-        _skeletons[pattern] = _Skeleton(outputs, tensors, optional, repr(outputs[0].bare))
+        _skeletons[pattern] = _Skeleton(outputs, tensors, optional, outputs[0].bare.written())
     return _skeletons[pattern]
 
 
@@ -171,6 +172,10 @@ class _Index:
         # What a pattern's skeleton is compared with, and a search that was traced for the sizes of a place.
         self.bare, self.sized = (Comparer(self.called, self.inside, has_sizes) for has_sizes in (False, True))
         self.factors = Comparer(self.called, self.inside, takes_rest=False)
+        self._node_of: dict[Term, Node | None] = {}
+        self._overwritten: dict[Term, Node | None] = {}
+        self._inside: dict[Term, Sequence[Term]] = {}
+        self._described: dict[Term, set[tuple[Any, Any]]] = {}
 
     def skeleton(self, pattern: Pattern) -> _Skeleton | None:
         """None for a pattern whose search fails: it matches nowhere."""
@@ -189,13 +194,22 @@ class _Index:
 
     def node_of(self, term: Term) -> Node | None:
         """The first node that has the value of a term, or of a bare one but for casts."""
-        same = (term,) if term.dtype is not None else self.terms.space.same_bare.get(term, ())
-        return next((nodes[0] for each in same if (nodes := self.terms.nodes.get(each))), None)
+        if term not in self._node_of:
+            having = (nodes[0] for each in self._rounded(term) if (nodes := self.terms.nodes.get(each)))
+            self._node_of[term] = next(having, None)
+        return self._node_of[term]
+
+    def _rounded(self, term: Term) -> Sequence[Term]:
+        """The term; of a bare one, those that are it but for casts."""
+        return (term,) if term.dtype is not None else self.terms.space.same_bare.get(term, ())
 
     def overwritten(self, term: Term) -> Node | None:
         """The node whose value a term is after a write in place; None for what is as it was made."""
-        same = (term,) if term.dtype is not None else self.terms.space.same_bare.get(term, ())
-        return next((self.terms.written[each] for each in same if each in self.terms.written), None)
+        if term not in self._overwritten:
+            written = self.terms.written
+            found = (written[each] for each in self._rounded(term) if each in written)
+            self._overwritten[term] = next(found, None)
+        return self._overwritten[term]
 
     def writer(self, term: Term) -> Node | None:
         """The node that writes into a value before it is read as `term`."""
@@ -204,6 +218,11 @@ class _Index:
 
     def inside(self, bare: Term) -> Sequence[Term]:
         """What a bare term is made of; what an opaque one is, its node knows."""
+        if bare not in self._inside:
+            self._inside[bare] = self._find_inside(bare)
+        return self._inside[bare]
+
+    def _find_inside(self, bare: Term) -> Sequence[Term]:
         if (before := self.overwritten(bare)) is not None:
             return [value.bare] if isinstance(value := self.terms.of[before], Term) else []
         node = self.node_of(bare) if bare.op == "leaf" else None
@@ -229,6 +248,11 @@ class _Index:
 
     def described(self, bare: Term) -> set[tuple[Any, Any]]:
         """The (shape, dtype) of every value in the graph, or a cheap step from one, that is `bare` but for casts."""
+        if bare not in self._described:
+            self._described[bare] = self._find_described(bare)
+        return self._described[bare]
+
+    def _find_described(self, bare: Term) -> set[tuple[Any, Any]]:
         same = (term for term in self.terms.space.same_bare.get(bare, ()) if term.dtype is not None)
         found = {(term.shape, term.dtype) for term in same if self.terms.derive(term)}
         if not found and bare.op == "mul" and len(bare.args) == 1 and bare.consts[1] == 1:
@@ -243,14 +267,14 @@ class _Index:
 
     def region(self, root: Node, captured: set[Term]) -> list[Node]:
         """`root` and what it is computed from, as far as what is captured, in graph order."""
-        found, at = [root], 0
-        while at < len(found) < REGION:
-            for arg in found[at].all_input_nodes:
+        found, waiting = {root}, deque([root])
+        while waiting and len(found) < REGION:
+            for arg in itertools.islice(waiting.popleft().all_input_nodes, REGION):
                 value = self.terms.of[arg]
                 is_inner = isinstance(value, Term) and value.bare not in captured
                 if is_inner and arg.op not in ("placeholder", "get_attr") and arg not in found:
-                    found.append(arg)
-            at += 1
+                    found.add(arg)
+                    waiting.append(arg)
         return sorted(found, key=self.position.__getitem__)
 
     def nearby(self, op: str, node: Node) -> Iterable[Node]:
@@ -455,7 +479,8 @@ class _Attempt:
             node = stack.pop()
             if node in found:
                 continue
-            is_operand = node.op in ("placeholder", "get_attr") or self.index.terms.of[node] in stops
+            term = self.index.terms.of[node]
+            is_operand = node.op in ("placeholder", "get_attr") or (isinstance(term, Term) and term in stops)
             found[node] = is_operand and node not in outputs
             if not found[node]:
                 stack.extend(node.all_input_nodes)
@@ -490,9 +515,13 @@ def _near_misses(failed: Sequence[_Attempt], matches: Sequence[Match], index: _I
         if found:
             near.append(found)
     told: list[_Near] = []
+    roots: set[Node] = set()
+    regions: set[Node] = set()
     for one in sorted(near, key=lambda each: each.rank):
-        if not any(one.root in other.region or other.root in one.region for other in told):
+        if one.root not in regions and roots.isdisjoint(one.region):
             told.append(one)
+            roots.add(one.root)
+            regions.update(one.region)
     return [one.told() for one in told]
 
 

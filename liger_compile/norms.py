@@ -11,8 +11,9 @@ A compiler can fuse as much, but for the sum over the rows, dweight.
 
 from __future__ import annotations
 
+import itertools
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -51,11 +52,10 @@ def _join(graph: Graph, backward: Node) -> None:
     dys = [term for part in terms_of(dy) for term in terms_of(_unwidened(part))]
     if len(dys) > MOST_SUMMED or not all(_is_in_memory(origin(each)[-1]) for each in dys):
         return  # a compiler had best compute others where it reads them
-    order = {node: position for position, node in enumerate(graph.nodes)}
     dx, dweight = result(backward, 0), result(backward, 1)
-    total, ds = _added_to(dx, order[backward], order)
-    norm = _norm_of(graph, of)
-    moved = () if norm is None else _between(norm, backward, order)
+    total, ds = _added_to(dx, backward)
+    norm = _norm_of(of)
+    moved = () if norm is None else _between(norm, backward)
     if norm is not None and (backward in moved or ds in moved):
         norm, moved = None, ()  # x, or what comes past it, is made of y
 
@@ -67,12 +67,14 @@ def _join(graph: Graph, backward: Node) -> None:
         new_dx, new_dweight, y = (call(graph, operator.getitem, joined, which) for which in range(3))
         if total is not None:
             new_dx = _shaped(graph, new_dx, total)
-    for old, new in ((total or dx, new_dx), (dweight, new_dweight), *((each, y) for each in ys)):
+    replaced = ((total or dx, new_dx), (dweight, new_dweight), *((each, y) for each in ys))
+    for old, new in replaced:
         if old is not None:
             old.replace_all_uses_with(new)
     for node in moved:
         backward.prepend(node)
-    erase_unused(graph, _backward, _norm)
+    unused = (dx, dweight, backward, norm, y, *itertools.chain.from_iterable(replaced))
+    erase_unused(graph, unused, _backward, _norm)
 
 
 def _shaped(graph: Graph, node: Node, other: Any) -> Node:
@@ -105,28 +107,29 @@ def _is_in_memory(node: Node) -> bool:
     return node.op == "placeholder" or node.target in _IN_MEMORY
 
 
-def _added_to(dx: Node | None, at: int, order: Mapping[Node, int]) -> tuple[Node | None, Node | None]:
+def _added_to(dx: Node | None, backward: Node) -> tuple[Node | None, Node | None]:
     """The sum that dx, and nothing else of it, goes into, and what is added to it there, if it is known in time."""
     node = dx
     while node is not None and len(node.users) == 1:
         (user,) = node.users
         if is_sum(user):
             (other,) = (each for each in user.all_input_nodes if each is not node)
-            return (user, other) if order[other] < at else (None, None)
+            return (user, other) if other < backward else (None, None)
         node = user if user.target in RESHAPES else None
     return None, None
 
 
-def _norm_of(graph: Graph, of: Sequence[Any]) -> Node | None:
-    found = [node for node in graph.find_nodes(op="call_function", target=_norm) if node.args == (*of,)]
+def _norm_of(of: Sequence[Any]) -> Node | None:
+    """The forward of the same: a reader of its statistics, which nobody else has."""
+    found = [node for node in of[1].users if node.target is _norm and node.args == (*of,)]
     return found[0] if len(found) == 1 else None
 
 
-def _between(norm: Node, backward: Node, order: Mapping[Node, int]) -> list[Node]:
+def _between(norm: Node, backward: Node) -> list[Node]:
     """What is computed of y before backward, and backward itself if it is; in order."""
     found, reached = {norm}, [norm]
     for node in reached:
-        new = [user for user in node.users if user not in found and order[user] <= order[backward]]
+        new = [user for user in node.users if user not in found and user <= backward]
         found.update(new)
         reached.extend(new)
-    return sorted(found - {norm}, key=order.__getitem__)
+    return sorted(found - {norm})  # Nodes compare by where they stand

@@ -13,7 +13,7 @@ their gradient: AOTAutograd makes one of zeros for every output that is not used
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -30,6 +30,7 @@ from liger_compile.terms.term import Term
 
 # On the way from a head to its loss, or to an output. All logits stay there.
 _STEPS = ("cast", "view", "slice", "permute", "mul", "add", "tanh")
+MOST_NODES = 64  # from the head to such an output: what is further away takes longer to compute late than to keep
 _ADVICE = (
     "read them before the weights change, or compile with "
     'options={"liger.logits": "eager"} to have them computed in the compiled graph'
@@ -63,7 +64,10 @@ class Deferred:
 def logits_in(graph: Graph, terms: Terms) -> list[Logits]:
     """The outputs that are logits of a loss in `graph`, and can be computed later."""
     losses = [t for t in terms.of.values() if isinstance(t, Term) and t.op == "cross_entropy"]
-    heads = {head for loss in losses if (head := _head(loss.args[0].bare)) is not None}
+    if not losses:
+        return []
+    head_of = _heads(terms.space.in_order())
+    heads = {head_of.get(loss.args[0].bare) for loss in losses} - {None}
     outputs = graph.output_node().args[0]
     found = []
     nodes = [each for each in outputs if isinstance(each, Node)] if isinstance(outputs, tuple) else []
@@ -72,20 +76,23 @@ def logits_in(graph: Graph, terms: Terms) -> list[Logits]:
         if any(sharing[storage] > 1 for storage in storages_of(node)):
             continue  # a view of it is returned too, and has to stay one
         term = terms.of.get(node)
-        head = _head(term.bare) if isinstance(term, Term) else None
-        if head in heads and (logits := _walk(node, head, terms)) is not None:
+        head = head_of.get(term.bare) if isinstance(term, Term) else None
+        if head is not None and head in heads and (logits := _walk(node, head, terms)) is not None:
             found.append(logits)
     return found
 
 
-def _head(term: Term) -> Term | None:
-    """The linear layer that a bare term is computed from by steps alone."""
-    while term.op in _STEPS:
-        heads = [arg for arg in term.args if _head(arg) is not None]
-        if len(heads) != 1:
-            return None
-        (term,) = heads
-    return term if term.op == "linear" else None
+def _heads(terms: Iterable[Term]) -> dict[Term, Term]:
+    """Of terms that are given arguments first: the linear layer that each is computed from by steps alone."""
+    heads: dict[Term, Term] = {}
+    for term in terms:
+        if term.op == "linear":
+            heads[term] = term
+        elif term.op in _STEPS:
+            found = [heads[arg] for arg in term.args if arg in heads]
+            if len(found) == 1:
+                heads[term] = found[0]
+    return heads
 
 
 def _walk(output: Node, head: Term, terms: Terms) -> Logits | None:
@@ -102,7 +109,7 @@ def _walk(output: Node, head: Term, terms: Terms) -> Logits | None:
                 return None
             hidden = first
         elif node.op != "placeholder" and node not in recipe:
-            if not _can_run_again(node, value, terms):
+            if len(recipe) == MOST_NODES or not _can_run_again(node, value, terms):
                 return None
             recipe.add(node)
             stack.extend(node.all_input_nodes)
@@ -130,8 +137,25 @@ def _can_run_again(node: Node, value: Any, terms: Terms) -> bool:
     return isinstance(value, Term) and value.op in (*_STEPS, "linear", "matmul")
 
 
-def take_out(logits: Logits, terms: Terms) -> Deferred:
+def take_out(found: Sequence[Logits], terms: Terms) -> list[Deferred]:
     """Returns the hidden state in their place, and erases what nobody needs any more."""
+    if not found:
+        return []
+    graph = found[0].output.graph
+    positions: dict[Any, list[int]] = {}
+    for position, node in enumerate(graph.output_node().args[0]):  # pyright: ignore[reportArgumentType]
+        positions.setdefault(node, []).append(position)
+    deferred = [_deferred(each, positions[each.output], terms) for each in found]
+    _return(graph, {at: each.hidden for each in found for at in positions[each.output]})
+    for each in found:
+        for node in reversed(each.nodes):
+            if not node.users and not node._erased:
+                terms.forget(node)
+                graph.erase_node(node)
+    return deferred
+
+
+def _deferred(logits: Logits, positions: Sequence[int], terms: Terms) -> Deferred:
     output, hidden, nodes = logits.output, logits.hidden, logits.nodes
     recipe = Graph()
     copies = {hidden: recipe.placeholder("hidden")}
@@ -141,26 +165,17 @@ def take_out(logits: Logits, terms: Terms) -> Deferred:
     for node in nodes:  # another node may have the value of the hidden state
         copies[node] = recipe.node_copy(node, lambda arg: copies.get(arg, copies[hidden]))
     recipe.output(copies[output])
-
-    graph = output.graph
-    returned = graph.output_node().args[0]
-    assert isinstance(returned, tuple)
-    positions = tuple(i for i, node in enumerate(returned) if node is output)
     autocast = terms.regions.of[logits.head].autocast_on(logits.head.meta["example_value"].device.type)
-    _return(graph, positions, hidden)
     originals = {copies[node]: node for node in nodes}
-    for node in reversed(nodes):
-        if not node.users:
-            terms.forget(node)
-            graph.erase_node(node)
-    return Deferred(positions, logits.head, recipe, inputs, originals, autocast)
+    return Deferred(tuple(positions), logits.head, recipe, inputs, originals, autocast)
 
 
-def _return(graph: Graph, positions: Sequence[int], value: Node | None) -> None:
+def _return(graph: Graph, values: Mapping[int, Node | None]) -> None:
+    """Returns these at these positions among the outputs."""
     output = graph.output_node()
     (outputs,) = output.args
     assert isinstance(outputs, tuple)
-    output.args = (tuple(value if i in positions else each for i, each in enumerate(outputs)),)
+    output.args = (tuple(values.get(at, each) for at, each in enumerate(outputs)),)
 
 
 def settle(graph: Graph, deferred: Sequence[Deferred], is_dropped: bool) -> list[Filled]:
@@ -169,23 +184,27 @@ def settle(graph: Graph, deferred: Sequence[Deferred], is_dropped: bool) -> list
     Args:
         is_dropped: None is put there.
     """
-    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    placeholders = {node: at for at, node in enumerate(graph.find_nodes(op="placeholder"))}
     found = []
+    returned: dict[int, Node | None] = {}
     for each in deferred:
         if not each.head._erased:
-            _put_back(graph, each)
+            returned.update(dict.fromkeys(each.positions, _put_back(graph, each)))
             continue
         if is_dropped:
-            _return(graph, each.positions, None)
+            returned.update(dict.fromkeys(each.positions))
         for node in each.recipe.nodes:
             node.meta.clear()  # fake tensors
         function = GraphModule(torch.nn.Module(), each.recipe)
         recipe = None if is_dropped else Recipe(function, "logits", _ADVICE, each.autocast)
-        found.append(Filled(each.positions, tuple(map(placeholders.index, each.inputs)), recipe))
+        found.append(Filled(each.positions, tuple(map(placeholders.__getitem__, each.inputs)), recipe))
+    if returned:
+        _return(graph, returned)
     return found
 
 
-def _put_back(graph: Graph, deferred: Deferred) -> None:
+def _put_back(graph: Graph, deferred: Deferred) -> Node:
+    """Computes the output in the graph again, as far as it is gone."""
     outputs: Any = graph.output_node().args[0]
     hidden = outputs[deferred.positions[0]]  # what stands in for it now
     ends, *nodes = reversed(deferred.recipe.nodes)
@@ -200,7 +219,7 @@ def _put_back(graph: Graph, deferred: Deferred) -> None:
             with graph.inserting_after(max(deferred.head, *map(there.__getitem__, node.all_input_nodes))):
                 there[node] = graph.node_copy(node, there.__getitem__)
     (output,) = ends.all_input_nodes
-    _return(graph, deferred.positions, there[output])
+    return there[output]
 
 
 @dataclass(frozen=True)

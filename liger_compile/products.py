@@ -91,21 +91,21 @@ def _join(graph: Graph, backward: Node) -> None:
     summed = _summed_with(q.term)
     if k.term not in summed:
         return
-    order = {node: position for position, node in enumerate(graph.nodes)}
-    first = min((*q.reads, *k.reads), key=order.__getitem__)
+    first = min((*q.reads, *k.reads))  # Nodes compare by where they stand
     others = [term for term in summed if term not in (q.term, k.term)]
-    rest = next((each for each in map(_matrix_of, others) if _fits(each, q, first, order)), None)
+    rest = next((each for each in map(_matrix_of, others) if _fits(each, q, first)), None)
     matrices = [q, k] if rest is None else [q, k, rest]
     if not _pays(matrices):
         return
 
     beside = None if rest is None else rest.term.args[0]
     if rest is not None:
-        reads = [reader for reader in rest.reads if order[reader] > order[backward]]
-        first = min((first, *reads), key=order.__getitem__)
-        move_before(first, beside, order)
+        reads = [reader for reader in rest.reads if reader > backward]
+        first = min((first, *reads))
+        move_before(first, beside)
     with graph.inserting_before(first):
         joined = _joined(graph, backward, beside, heads_axis)
+    unused = [*backward.users, backward]
     bounds = [*itertools.pairwise((0, *itertools.accumulate(matrix.width for matrix in matrices)))]
     for matrix, bound in zip((q, k), bounds, strict=False):
         for reader, (read, is_turned) in matrix.reads.items():
@@ -113,12 +113,14 @@ def _join(graph: Graph, backward: Node) -> None:
                 part = call(graph, slice_, joined, 1, *bound)
                 part = call(graph, _aten.permute.default, part, [1, 0]) if is_turned else part
             reader.replace_input_with(read, part)
-    _join_terms(graph, joined, [matrix.term for matrix in matrices], order)
+            unused.append(read)
+    unused += _join_terms(graph, joined, [matrix.term for matrix in matrices])
     gradients = [node for matrix in matrices if (node := matrix.weight_gradient)]
-    is_one = all(order[node] >= order[first] and node.args[1] is gradients[0].args[1] for node in gradients)
+    is_one = all(node >= first and node.args[1] is gradients[0].args[1] for node in gradients)
     if len(gradients) == len(matrices) and is_one:
-        _join_weight_gradients(graph, joined, gradients, bounds, order)
-    erase_unused(graph, backward.target)
+        _join_weight_gradients(graph, joined, gradients, bounds)
+        unused += gradients
+    erase_unused(graph, unused, backward.target)
 
 
 # What is there ---------------------------------------------------------------------------------------------
@@ -197,11 +199,11 @@ def _matrix_of(term: Node) -> _Matrix | None:
     return _matrix(node, laid_out, (*laid_out.shape,), is_whole=False) if laid_out.is_contiguous() else None
 
 
-def _fits(rest: _Matrix | None, q: _Matrix, first: Node, order: Mapping[Node, int]) -> bool:
+def _fits(rest: _Matrix | None, q: _Matrix, first: Node) -> bool:
     """That of v, most likely; whatever it is, it may stand beside the two if it is there in time and not large."""
     if rest is None or rest.width > q.width or tensor_of(rest.term).dtype != tensor_of(q.term).dtype:
         return False
-    return all(order[node] < order[first] for node in origin(rest.term.args[0])[-1:])
+    return all(node < first for node in origin(rest.term.args[0])[-1:])
 
 
 def _summed_with(term: Node) -> list[Node]:
@@ -250,8 +252,10 @@ def _joined(graph: Graph, backward: Any, rest: Any, heads_axis: int) -> Node:
     return joined
 
 
-def _join_terms(graph: Graph, joined: Node, terms: Sequence[Node], order: Mapping[Node, int]) -> None:
-    last = max(terms, key=order.__getitem__)
+def _join_terms(graph: Graph, joined: Node, terms: Sequence[Node]) -> list[Node]:
+    """Gives what nobody reads then."""
+    last = max(terms)
+    unused = [last]
     with graph.inserting_before(last):
         weight = call(graph, _aten.cat.default, [term.args[1] for term in terms])
         product = call(graph, mm, joined, weight)
@@ -264,6 +268,8 @@ def _join_terms(graph: Graph, joined: Node, terms: Sequence[Node], order: Mappin
             (other,) = (each for each in reader.all_input_nodes if each is not summand)
             reader.replace_all_uses_with(other)
             graph.erase_node(reader)
+            unused.append(summand)
+    return unused
 
 
 def _join_weight_gradients(
@@ -271,9 +277,8 @@ def _join_weight_gradients(
     joined: Node,
     gradients: Sequence[Node],
     bounds: Sequence[tuple[int, int]],
-    order: Mapping[Node, int],
 ) -> None:
-    with graph.inserting_before(min(gradients, key=order.__getitem__)):
+    with graph.inserting_before(min(gradients)):
         turned = call(graph, _aten.permute.default, joined, [1, 0])
         whole = call(graph, mm, turned, gradients[0].args[1])
         for gradient, bound in zip(gradients, bounds, strict=True):

@@ -117,6 +117,8 @@ def _noted(space: Space, term: Term, what: str, reason: str, meaning: Meaning | 
 
 def _ungrouped(space: Space, term: Term, dim: int) -> Term | None:
     """x, if term is x with each slice along `dim` repeated, as repeat_interleave does; None if it is not."""
+    if not term.may_be_passed:
+        return None
     if term.op == "cast":
         x = _ungrouped(space, term.args[0], dim)
         return None if x is None else normalize.cast(space, x, term.dtype)
@@ -260,8 +262,7 @@ def _scores(space: Space, term: Term, depth: int = DEPTH) -> _Scores | None:
     """The scores that `term` computes; None if it computes something else."""
     if not depth:
         return None
-    if term.op == "cast" and _is_floating(term):
-        return _scores(space, term.args[0], depth)
+    term = _uncast(term)
     if term.op == "matmul":
         q, k = term.args
         return _Scores(q, k)
@@ -340,7 +341,9 @@ def _undropped(term: Term) -> tuple[Term, float]:
 
 
 def _uncast(term: Term) -> Term:
-    return _uncast(term.args[0]) if term.op == "cast" and _is_floating(term) else term
+    while term.op == "cast" and _is_floating(term) and term.may_be_passed:
+        term = term.args[0]
+    return term
 
 
 def _is_floating(term: Term) -> bool:

@@ -7,6 +7,7 @@ back. What an operator means is operators.py's business.
 
 from __future__ import annotations
 
+import itertools
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -48,6 +49,9 @@ class Terms:
         self.passes_through: set[Node] = set()  # nodes that only give back a value that they come from
         self.mutations = mutations
         self.regions = regions or Regions(graph)
+        self._later: dict[tuple[Node, int], Value] = {}  # what a node stands for once it has seen so many writes
+        self._recordables: dict[Term, Node | None] = {}
+        self._of_positions: dict[Term, bool] = {}
         self.space.shape_env = _shape_env(graph)
         placeholders = graph.find_nodes(op="placeholder") if calls else ()
         self._from_outside = dict(zip(placeholders, zip(*calls, strict=True), strict=True))
@@ -64,7 +68,7 @@ class Terms:
             value = self._handed_in(node) or opaque(self.space, example, node.name, is_made=is_call)
         self.of[node] = value
         if isinstance(value, Term):
-            if value in self.nodes and self._comes_from(node, self.nodes[value]):
+            if value in self.nodes and self._comes_from(node, value):
                 self.passes_through.add(node)
             self.nodes.setdefault(value, []).append(node)
 
@@ -94,8 +98,10 @@ class Terms:
                 name = f"{node.name} as {reader.name} reads it"
                 return opaque(self.space, example, name, is_made=True)
             if epoch != self.mutations.epoch(node, position[node] + 1):
-                name = f"{node.name} after write {epoch}"
-                value = opaque(self.space, example, name, is_made=True)
+                if (node, epoch) not in self._later:
+                    name = f"{node.name} after write {epoch}"
+                    self._later[node, epoch] = opaque(self.space, example, name, is_made=True)
+                value = self._later[node, epoch]
                 last = self.mutations.last_write(node)
                 if isinstance(value, Term) and last is not None and position[last] < position[reader]:
                     self.written[value] = node
@@ -109,10 +115,9 @@ class Terms:
 
     def _handed_in(self, placeholder: Node) -> Term | None:
         """The term that all callers hand in, if it is made of positions and flags alone, as masks are."""
-        terms = {
-            _brought_in(self.space, value) if isinstance(value, Term) else None
-            for value in self._from_outside.get(placeholder, ())
-        }
+        values = self._from_outside.get(placeholder, ())
+        handed = dict.fromkeys(value if isinstance(value, Term) else None for value in values)
+        terms = {None if term is None else _brought_in(self.space, term) for term in handed}
         term = terms.pop() if len(terms) == 1 else None
         example = placeholder.meta.get("example_value")
         if term is None or not isinstance(example, torch.Tensor):
@@ -120,12 +125,26 @@ class Terms:
         is_like = term.dtype == example.dtype and term.shape == sizes_of(example.shape)
         return term if is_like else None
 
-    def _comes_from(self, node: Node, same: list[Node]) -> bool:
-        """Whether `node` has the value of one of `same` because it is computed from it, there and back again."""
+    def is_of_positions(self, term: Term) -> bool:
+        """Whether a term is computed from positions and flags alone, as masks are."""
+        waiting = [term]
+        while waiting:
+            part = waiting[-1]
+            unknown = [arg for arg in part.args if arg not in self._of_positions]
+            if part in self._of_positions or not unknown:
+                waiting.pop()
+                of_args = all(self._of_positions[arg] for arg in part.args)
+                self._of_positions[part] = of_args and _may_be_in_mask(part)
+            else:
+                waiting.extend(unknown)
+        return self._of_positions[term]
+
+    def _comes_from(self, node: Node, value: Term) -> bool:
+        """Whether `node` has this value because it is computed from another that has it, there and back again."""
         seen, queue = {node}, [node]
         while queue and len(seen) < ROUND_TRIP:
-            for arg in queue.pop(0).all_input_nodes:
-                if arg in same:
+            for arg in itertools.islice(queue.pop(0).all_input_nodes, ROUND_TRIP):
+                if self.of[arg] is value:
                     return True
                 if arg not in seen:
                     seen.add(arg)
@@ -137,63 +156,76 @@ class Terms:
         value = self.of.pop(node)
         if isinstance(value, Term):
             self.nodes[value].remove(node)
+            self._recordables.pop(value, None)
 
     def derive(self, term: Term) -> tuple[Node, tuple[Step, ...]] | None:
         """A node that has the value of `term` once the steps are taken; None if there is none."""
-        nodes = self.nodes.get(term)
-        if nodes:  # what inference mode made cannot be kept for backward
-            recordable = (node for node in nodes if not self.regions.of[node].inference_mode)
-            return next(recordable, nodes[0]), ()
-        if term in self.written:
-            return self.written[term], ()
-        moved = self._before_moving(term)
-        if moved is not None:
-            return moved
-        step = _step(term)
-        base = self.derive(term.args[0]) if step else None
-        return None if base is None or step is None else (base[0], (*base[1], step))
+        base, steps = self._base(term)
+        node = self._recordable(base)
+        return None if node is None else (node, steps)
 
     def written_by(self, term: Term) -> Node | None:
         """The last write into the node that `term` is derived from, where that is not what the node was at first."""
-        while term not in self.written and term.args:
+        base, _ = self._base(term)
+        is_written = base in self.written and not self.nodes.get(base)
+        return self.mutations.last_write(self.written[base]) if is_written else None
+
+    def _recordable(self, term: Term) -> Node | None:
+        """A node that has the value of a term. What inference mode made cannot be kept for backward."""
+        if term not in self._recordables:
+            nodes = self.nodes.get(term, ())
+            recordable = (node for node in nodes if not self.regions.of[node].inference_mode)
+            self._recordables[term] = next(recordable, nodes[0] if nodes else self.written.get(term))
+        return self._recordables[term]
+
+    def _base(self, term: Term) -> tuple[Term, tuple[Step, ...]]:
+        """The nearest term that a node has and `term` is made of by steps alone; the last one on the way, if none has.
+
+        A slice, a view or the negative of a cast is looked for before it is cast: terms have the cast outside, where no
+        node may have it.
+        """
+        steps: list[Step] = []
+        while self._recordable(term) is None:
+            moved = self._before_moving(term)
+            if moved is not None:
+                term, more = moved
+                return term, (*more, *reversed(steps))
+            step = _step(term)
+            if step is None:
+                break
+            steps.append(step)
             term = term.args[0]
-        return self.mutations.last_write(self.written[term]) if term in self.written else None
+        return term, tuple(reversed(steps))
 
-    def _before_moving(self, term: Term) -> tuple[Node, tuple[Step, ...]] | None:
-        """A slice, a view or the negative of a cast: terms have the cast outside, where no node may have it."""
-        inner = term.args[0] if term.op == "cast" else term
-        is_moved = inner.op in ("slice", "view", "permute") or normalize.is_negative(inner)
-        step = _step(inner) if is_moved else None
-        if step is None or inner is term:
-            return None
-        whole = normalize.cast(self.space, inner.args[0], term.dtype)
-        nodes = self.nodes.get(whole)
-        base = (nodes[0], ()) if nodes else self._before_moving(whole)
-        return None if base is None else (base[0], (*base[1], step))
+    def _before_moving(self, term: Term) -> tuple[Term, tuple[Step, ...]] | None:
+        """The cast that a node has, and the steps from there; None if there is none."""
+        steps: list[Step] = []
+        while term.op == "cast":
+            (inner,) = term.args
+            is_moved = inner.op in ("slice", "view", "permute") or normalize.is_negative(inner)
+            step = _step(inner) if is_moved else None
+            if step is None:
+                return None
+            steps.append(step)
+            term = normalize.cast(self.space, inner.args[0], term.dtype)
+            if self.nodes.get(term):
+                return term, tuple(reversed(steps))
+        return None
 
 
-def made_of_positions(term: Term) -> set[Term] | None:
-    """The term and all that it is computed from, if that is positions and flags alone, as masks are; else None."""
-    parts: set[Term] = set()
-    stack = [term]
-    while stack:
-        part = stack.pop()
-        is_float = part.dtype is not None and part.dtype.is_floating_point
-        if is_float if part.op == "leaf" else part.op not in OPERATIONS:
-            return None
-        if part not in parts:
-            parts.add(part)
-            stack.extend(part.args)
-    return parts
+def _may_be_in_mask(term: Term) -> bool:
+    """Whether it is a position, a flag, or an operation that masks are made with."""
+    is_float = term.dtype is not None and term.dtype.is_floating_point
+    return not is_float if term.op == "leaf" else term.op in OPERATIONS
 
 
 def _brought_in(space: Space, term: Term) -> Term | None:
     """A term of the graph around, as a term of this one; None if it is not what masks are made of."""
-    parts = made_of_positions(term)
-    if parts is None:
+    parts = term.parts()
+    if not all(map(_may_be_in_mask, parts)):
         return None
     made: dict[Term, Term] = {}
-    for part in sorted(parts, key=lambda part: part.serial):  # arguments first
+    for part in parts:
         is_named = part.op == "leaf" and isinstance(part.consts[0], str)
         consts = (*part.consts, "outside") if is_named else part.consts  # nodes here may have the same names
         args = tuple(made[arg] for arg in part.args)

@@ -133,15 +133,16 @@ class StrVar(str):
 
 
 def opaque(space: Space, example: Any, name: str, *, is_made: bool = False) -> Value:
-    """A value that is known by its name only. Sizes and other constants are themselves.
+    """A value that is known by its name only. Plain constants are themselves; what holds symbolic numbers, which cannot
+    be looked up in a dictionary without a guard, holds their terms.
 
     `is_made`: it is no input, but made in the graph.
     """
     consts = (name, MADE_HERE) if is_made else (name,)
     if isinstance(example, torch.Tensor):
         return space.intern("leaf", (), consts, example.dtype, sizes_of(example.shape))
-    if isinstance(example, (tuple, list)) and not isinstance(example, torch.Size):
+    if isinstance(example, (tuple, list)):
         return tuple(opaque(space, part, f"{name}[{i}]", is_made=is_made) for i, part in enumerate(example))
-    if isinstance(example, (torch.SymFloat, torch.SymInt)):
+    if isinstance(example, (torch.SymFloat, torch.SymInt, torch.SymBool)):
         return space.intern("leaf", (), consts, None, ())
     return example

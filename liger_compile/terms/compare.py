@@ -7,8 +7,10 @@ that what lies behind it is compared as well. All terms are bare; how they are r
 
 from __future__ import annotations
 
+import itertools
+from collections import Counter, deque
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from liger_compile.terms import normalize
@@ -89,17 +91,27 @@ class Comparison:
     anchors: tuple[Term, ...] = ()
     scales: Mapping[str, Scalar] = field(default_factory=dict)
 
+    # Not by dataclasses.replace, which takes most of the time of a comparison.
+
     def plus(self, score: float, *anchors: Term) -> Comparison:
-        return replace(self, score=self.score + score, anchors=(*self.anchors, *anchors))
+        if not score and not anchors:
+            return self
+        there = (*self.anchors, *anchors) if anchors else self.anchors
+        return Comparison(self.score + score, self.bindings, self.differences, there, self.scales)
 
     def but(self, *differences: Difference) -> Comparison:
-        return replace(self, differences=(*self.differences, *differences))
+        return self.differing((*self.differences, *differences)) if differences else self
+
+    def differing(self, differences: tuple[Difference, ...]) -> Comparison:
+        return Comparison(self.score, self.bindings, differences, self.anchors, self.scales)
 
     def bound(self, var: Term, have: Term) -> Comparison:
-        return replace(self, bindings={**self.bindings, var.consts[0]: have})
+        bindings = {**self.bindings, var.consts[0]: have}
+        return Comparison(self.score, bindings, self.differences, self.anchors, self.scales)
 
     def scaled(self, var: Term, by: Scalar) -> Comparison:
-        return replace(self, scales={**self.scales, var.consts[0]: by})
+        scales = {**self.scales, var.consts[0]: by}
+        return Comparison(self.score, self.bindings, self.differences, self.anchors, scales)
 
 
 class Comparer:
@@ -121,6 +133,7 @@ class Comparer:
     ) -> None:
         self.name, self.inside, self.has_sizes, self.takes_rest = name, inside, has_sizes, takes_rest
         self._weights: dict[Term, float] = {}
+        self._by_op: dict[Term, Counter[str]] = {}
         self._near: dict[Term, frozenset[str]] = {}
 
     def compare(self, want: Term, have: Term) -> Comparison | None:
@@ -128,7 +141,7 @@ class Comparer:
         found = self._compare(want, have, Comparison(0.0, {}), have)
         if any(each.kind == "missing" and self._is_given(each.want) for each in found.differences):
             return None
-        return replace(found, differences=tuple(dict.fromkeys(found.differences)))
+        return found.differing(tuple(dict.fromkeys(found.differences)))
 
     @staticmethod
     def _is_given(want: Term) -> bool:
@@ -142,19 +155,28 @@ class Comparer:
         """
         near = self._ops_near(have, () if have in spoken_for else spoken_for)
         missing = 0.0
-        for op in want.operations():
+        for op, weight in self._weights_by_op(want).items():
             if op not in near:
-                missing += _own_weight(op) / (2 if any(op in row and row & near for row in ALIKE) else 1)
+                missing += weight / (2 if any(op in row and row & near for row in ALIKE) else 1)
         return self.weight(want) - missing
+
+    def _weights_by_op(self, want: Term) -> Mapping[str, float]:
+        """What each op adds to the weight of a pattern's term, as often as it is in it."""
+        if want not in self._by_op:
+            total = Counter({want.op: _own_weight(want.op)})
+            for arg in want.args:
+                total.update(self._weights_by_op(arg))
+            self._by_op[want] = total
+        return self._by_op[want]
 
     def _ops_near(self, have: Term, spoken_for: Container[Term]) -> frozenset[str]:
         if have not in self._near:
-            seen, at = [have], 0
-            while at < len(seen) < NEAR:
-                seen.extend(
-                    each for each in self.inside(seen[at]) if each not in seen and each not in spoken_for
-                )
-                at += 1
+            seen, waiting = {have}, deque([have])
+            while waiting and len(seen) < NEAR:
+                inside = itertools.islice(self.inside(waiting.popleft()), NEAR)
+                new = [each for each in dict.fromkeys(inside) if each not in seen and each not in spoken_for]
+                seen.update(new)
+                waiting.extend(new)
             self._near[have] = frozenset(map(self.name, seen))
         return self._near[have]
 
@@ -195,7 +217,7 @@ class Comparer:
         """`want` in what `have` is made of, with something standing in between."""
         level = [have] if self.weight(want) > WEIGHTS["add"] else []
         for _ in range(DEEP):
-            level = [inner for term in level for inner in self.inside(term)][:WIDE]
+            level = list(itertools.islice((inner for term in level for inner in self.inside(term)), WIDE))
             for inner in level:
                 if inner.op == want.op:
                     between = so_far.plus(-STEP).but(Difference("between", want, have, around, found=inner))
@@ -253,9 +275,7 @@ class Comparer:
             inner = [*sources]
         for expected, other in zip(want.args, inner, strict=False):
             found = self._compare(expected, other, found, have)
-        return replace(
-            found, differences=different.differences
-        )  # of another operation's arguments nothing is expected
+        return found.differing(different.differences)  # of another operation's arguments nothing is expected
 
     # Products and sums
 
@@ -293,10 +313,8 @@ class Comparer:
             left.remove(operand)
             if operand[1] != power:
                 different = Difference("power", term, operand[0], outside, power, operand[1])
-                way = replace(
-                    way,
-                    differences=(*found.differences, different, *way.differences[len(found.differences) :]),
-                )
+                before = len(found.differences)
+                way = way.differing((*found.differences, different, *way.differences[before:]))
             found = way.plus(POWER if operand[1] == power != 1 else 0.0)
         return self._captured(want, have, captures, left, found, around)
 
@@ -374,6 +392,6 @@ def _own_weight(op: str) -> float:
 
 def _source(term: Term) -> Term:
     """What a part is a part of: below slices, views and signs."""
-    while term.op in ("slice", "view") or (term.op == "mul" and term.consts[1:] == (1,)):
+    while term.may_be_passed and (term.op in ("slice", "view") or term.consts[1:] == (1,) and term.op == "mul"):
         term = term.args[0]
     return term

@@ -8,7 +8,8 @@ from typing import Any
 from liger_compile.terms.normalize import MINUS_ONE
 from liger_compile.terms.term import Scalar, Term
 
-DEPTH = 3  # operations that a formula shows, one in the other
+DEPTH, WIDTH = 3, 8  # operations that a formula shows, one in the other, and arguments of each
+LENGTH = 200  # operations that a formula shows in all
 _HIDDEN = ("view", "expand", "permute", "cast")  # computes nothing
 
 
@@ -30,8 +31,15 @@ class Formula:
         numbers: Mapping[str, float] | None = None,
     ) -> None:
         self.name, self.is_call, self.captures, self.numbers = name, is_call, captures, numbers or {}
+        self._left = LENGTH
 
     def __call__(self, term: Term, depth: int = DEPTH) -> str:
+        self._left = LENGTH
+        return self._text(term, depth)
+
+    def _text(self, term: Term, depth: int) -> str:
+        while term.op in _HIDDEN and term not in self.captures and term.may_be_passed:
+            term = term.args[0]
         if term in self.captures:
             return self.captures[term]
         if term.op == "var":
@@ -40,9 +48,8 @@ class Formula:
             return self.number(term.consts[0])
         if term.op == "leaf":
             return f"{self.name(term)}(...)" if self.is_call(term) else self.name(term)
-        if term.op in _HIDDEN:
-            return self(term.args[0], depth)
-        if not depth:
+        self._left -= 1
+        if not depth or self._left < 0 or term.op in _HIDDEN:
             return "..."
         if term.op == "mul":
             return self._product(term, depth - 1)
@@ -50,13 +57,16 @@ class Formula:
             return self._sum(term, depth - 1)
         if term.op == "slice":
             return self._slice(term, depth)
-        return (
-            f"{self.name(term)}({', '.join(self(arg, depth - 1) for arg in term.args if arg.op != 'none')})"
-        )
+        shown = [self._text(arg, depth - 1) for arg in term.args[:WIDTH] if arg.op != "none"]
+        return f"{self.name(term)}({', '.join([*shown, *_not_shown(term)])})"
 
     def power(self, term: Term, power: float, depth: int = DEPTH) -> str:
         """A factor under its power."""
-        text = self(term, depth)
+        self._left = LENGTH
+        return self._power(term, power, depth)
+
+    def _power(self, term: Term, power: float, depth: int) -> str:
+        text = self._text(term, depth)
         if power in (0.5, -0.5):
             return f"{'sqrt' if power > 0 else 'rsqrt'}({text})"
         text = f"({text})" if " + " in text or " - " in text else text
@@ -73,7 +83,7 @@ class Formula:
 
     def _product(self, term: Term, depth: int) -> str:
         scalar, *powers = term.consts
-        factors = [self.power(arg, power, depth) for arg, power in zip(term.args, powers, strict=True)]
+        factors = [self._power(arg, power, depth) for arg, power in zip(term.args, powers, strict=True)]
         factors.sort(key=lambda factor: (len(factor), factor))
         if scalar == MINUS_ONE:
             return "-" + " * ".join(factors)
@@ -81,10 +91,12 @@ class Formula:
 
     def _sum(self, term: Term, depth: int) -> str:
         parts = sorted(
-            (self(arg, depth) for arg in term.args), key=lambda part: (part[0] == "-", len(part), part)
+            (self._text(arg, depth) for arg in term.args[:WIDTH]),
+            key=lambda part: (part[0] == "-", len(part), part),
         )
         constant = term.consts[0]
         parts += [] if constant.is_number(0) else [self.number(constant)]
+        parts += _not_shown(term)
         return " + ".join(parts).replace("+ -", "- ")
 
     def _slice(self, term: Term, depth: int) -> str:
@@ -92,7 +104,7 @@ class Formula:
         start, stop = self._as_in_the_graph(x, dim, start), self._as_in_the_graph(x, dim, stop)
         stop = None if stop == self._size(x, dim) else stop
         bounds = f"{start or ''}:{'' if stop is None else stop}" + (f":{step}" if step != 1 else "")
-        return f"{self(x, depth)}[..., {', '.join([bounds, *[':'] * (-1 - dim)])}]"
+        return f"{self._text(x, depth)}[..., {', '.join([bounds, *[':'] * (-1 - dim)])}]"
 
     def _as_in_the_graph(self, x: Term, dim: int, at: Any) -> Any:
         """A bound of a slice of a capture, whose size in the pattern's examples is another than in the graph."""
@@ -106,3 +118,8 @@ class Formula:
             (term for term, name in self.captures.items() if x.op == "var" and x.consts[0] == name), x
         )
         return bound.shape[dim] if -dim <= len(bound.shape) else x.shape[dim]
+
+
+def _not_shown(term: Term) -> list[str]:
+    """Stands for the arguments that are too many."""
+    return ["..."] if len(term.args) > WIDTH else []

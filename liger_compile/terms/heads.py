@@ -21,7 +21,7 @@ def notes_on_logits(graph: Graph, terms: Terms) -> Iterator[str]:
     outputs = graph.output_node().args[0]
     for position, node in enumerate(outputs if isinstance(outputs, (tuple, list)) else (outputs,)):
         term = terms.of.get(node) if isinstance(node, Node) else None
-        while isinstance(term, Term) and term.op in ("cast", "mul", "tanh", "view") and len(term.args) == 1:
+        while isinstance(term, Term) and _is_way(term):
             term = term.args[0]
         if isinstance(term, Term) and term.op == "linear" and _is_head(term, vocabularies):
             yield (
@@ -29,6 +29,11 @@ def notes_on_logits(graph: Graph, terms: Terms) -> Iterator[str]:
                 "computed outside this graph, so head and loss cannot be fused; compute the loss in the "
                 "compiled function"
             )
+
+
+def _is_way(term: Term) -> bool:
+    """Whether logits may come past it; one of a row of so many that no logits have is where the row is taken to end."""
+    return term.op in ("cast", "mul", "tanh", "view") and len(term.args) == 1 and term.may_be_passed
 
 
 def _is_head(linear: Term, vocabularies: set[int]) -> bool:

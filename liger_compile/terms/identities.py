@@ -230,7 +230,7 @@ def _pairs_of_complex(space: Space, term: Term) -> Term | None:
 
 def _interleaved(space: Space, even: Term, odd: Term) -> Term | None:
     """x, if even and odd are x[..., ::2] and x[..., 1::2]."""
-    if even.op == odd.op == "cast":
+    if even.op == odd.op == "cast" and even.may_be_passed:
         x = _interleaved(space, even.args[0], odd.args[0])
         return None if x is None else cast(space, x, even.dtype)
     if not _same_source(even, odd) or not even.consts[3] == odd.consts[3] == 2:
@@ -303,7 +303,7 @@ def _softmax_of_batches(space: Space, term: Term) -> Term | None:
 
 def _views(term: Term) -> bool:
     """Whether an elementwise function was applied to a view."""
-    while term.op in ELEMENTWISE and len(term.args) == 1:
+    while term.op in ELEMENTWISE and len(term.args) == 1 and term.may_be_passed:
         term = term.args[0]
     return term.op == "view"
 
@@ -432,6 +432,8 @@ def _over_tokens(space: Space, term: Term) -> Term | None:
     views and slices on the way from the head to the loss. None where there are none.
     """
     inner = term.args[0] if term.args else term
+    if not term.may_be_passed:
+        return None
     if term.op == "view" and term.shape[-1:] == inner.shape[-1:]:
         return _over_tokens(space, inner) or inner
     if term.op == "linear" and inner.op == "view" and inner.shape[-1:] == inner.args[0].shape[-1:]:

@@ -43,6 +43,7 @@ from liger_compile.terms.term import MADE_HERE, ConstVar, Scalar, Size, Space, T
 
 MAX_ALTERNATIVES = 16
 MAX_DEPTH = 80  # operations one upon another: transformers' masks have about 30
+MAX_READ = 4000  # terms and places that are read of one mask
 
 # What masks are made of beside constants, sizes and named values: what the reader below reads.
 _OF_NUMBERS = ("arange", "full", "number", "cast", "add", "mul", "abs", "cumsum", "diff", "index")
@@ -244,6 +245,8 @@ class _Reader:
         if key not in self.known:
             if self.depth == MAX_DEPTH:
                 raise UnreadError(f"it is made in more than {MAX_DEPTH} steps")
+            if len(self.known) > MAX_READ:
+                raise UnreadError(f"it is made of more than {MAX_READ} parts")
             self.depth += 1
             self.known[key] = read(term, at)
             self.depth -= 1

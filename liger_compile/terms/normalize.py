@@ -35,6 +35,8 @@ from liger_compile.terms.scalars import (
 )
 from liger_compile.terms.term import Scalar, Size, Space, Term, broadcast
 
+MOST_FACTORS, MOST_POWER = 8, 64  # of a product that may stand in another as its factors
+
 ZERO, ONE, MINUS_ONE = Scalar(0.0), Scalar(1.0), Scalar(-1.0)
 
 # The factors of a product, and how often it has each: x**3 is x three times, 1 / x / x is x**-1 twice. Powers meet
@@ -68,11 +70,10 @@ def apply(
 ) -> Term:
     """Any operation without a constructor of its own; the rules for `op` may turn it into another."""
     term = space.intern(op, args, consts, dtype, shape)
-    for rule in space.rules.get(op, ()):
-        better = rule(space, term)
-        if better is not None:
-            return better
-    return term
+    if term not in space.better:
+        rules = space.rules.get(op, ())
+        space.better[term] = next((new for rule in rules if (new := rule(space, term)) is not None), term)
+    return space.better[term]
 
 
 # Elementwise
@@ -84,7 +85,7 @@ def cast(space: Space, term: Term, dtype: torch.dtype | None) -> Term:
         return term
     if term.op == "cast" and widens(term.args[0].dtype, term.dtype):
         return cast(space, term.args[0], dtype)
-    if term.op in ("rotate_half", "rotate_pairs"):  # here it moves in, so that what is turned is one value
+    if term.op in ("rotate_half", "rotate_pairs") and term.may_be_passed:  # here it moves in, so that what is turned is one value
         return space.intern(term.op, (cast(space, term.args[0], dtype),), (), dtype, term.shape)
     return space.intern("cast", (term,), (dtype,), dtype, term.shape)
 
@@ -183,11 +184,14 @@ def _operands(product: Factors) -> Iterator[tuple[Term, float]]:
 def _opened(term: Term, power: float, dtype: torch.dtype | None, is_alone: bool) -> Scalar | None:
     """The number of a product that may stand in another as its factors, under `power`; None where it stays a factor.
 
-    (a * b) ** power = a ** power * b ** power; not so for sqrt(x * x), which is abs(x).
+    (a * b) ** power = a ** power * b ** power; not so for sqrt(x * x), which is abs(x). A long product, or one of high
+    powers, stays a factor: each of a chain of products would be as long as the chain.
     """
     if term.op != "mul" or term.dtype != dtype:
         return None
     scalar, *powers = term.consts
+    if not is_alone and (len(powers) > MOST_FACTORS or max(map(abs, powers)) > MOST_POWER):
+        return None
     if not (all(_raises(inner, power) for inner in powers) or (term.consts == (ONE, -1) and power % 1)):
         return None
     if is_alone and power == 1:
@@ -217,9 +221,14 @@ def is_negative(term: Term) -> bool:
     return term.op == "mul" and term.consts == (MINUS_ONE, 1)
 
 
+def _is_passed_cast(term: Term) -> bool:
+    """Whether what only moves elements, or signs, moves inward past this cast."""
+    return term.op == "cast" and term.may_be_passed
+
+
 def _keeps_sign(term: Term) -> bool:
     """A cast of -x that is the negative of the cast: between dtypes that have signs and no wrapping around."""
-    if term.op != "cast":
+    if not _is_passed_cast(term):
         return False
     dtypes = (dtype for dtype in (term.dtype, term.args[0].dtype) if dtype is not None)
     return all(dtype.is_floating_point or dtype.is_complex for dtype in dtypes)
@@ -282,6 +291,15 @@ def _unbroadcast_all(space: Space, terms: list[Term], shape: tuple[Size, ...]) -
 
 
 def _unbroadcast(space: Space, term: Term) -> Term:
+    if not term.may_be_passed:
+        return term
+    key = "unbroadcast", term
+    if key not in space.found_out:
+        space.found_out[key] = _find_unbroadcast(space, term)
+    return space.found_out[key]
+
+
+def _find_unbroadcast(space: Space, term: Term) -> Term:
     if term.op == "cast":
         return cast(space, _unbroadcast(space, term.args[0]), term.dtype)
     inner = term.args[0] if term.args else term
@@ -301,6 +319,8 @@ def view(space: Space, term: Term, *size: Size, shape: tuple[Size, ...] = ()) ->
         term = term.args[0]
     if term.shape == size or term.op == "number":
         return term
+    if not term.may_be_passed:
+        return space.intern("view", (term,), size, term.dtype, size)
     if term.op == "cast":
         return cast(space, view(space, term.args[0], *size), term.dtype)
     return apply(space, "view", (term,), size, term.dtype, size)
@@ -312,7 +332,7 @@ def expand(space: Space, term: Term, *size: Size, shape: tuple[Size, ...] = ()) 
         term = term.args[0]
     if term.shape == size:
         return term
-    if term.op == "cast":
+    if _is_passed_cast(term):
         return cast(space, expand(space, term.args[0], *size), term.dtype)
     return space.intern("expand", (term,), size, term.dtype, size)
 
@@ -329,7 +349,7 @@ def permute(space: Space, term: Term, *dims: int, shape: tuple[Size, ...] = ()) 
         full.pop(0)
     if not full:
         return term
-    if term.op == "cast":
+    if _is_passed_cast(term):
         return cast(space, permute(space, term.args[0], *full), term.dtype)
     sizes = term.shape[: rank - len(full)] + tuple(term.shape[dim] for dim in full)
     return apply(space, "permute", (term,), tuple(full), term.dtype, sizes)
@@ -349,17 +369,28 @@ def slice_(
         inner = slice_(space, term.args[0], dim, start, stop, step)
         return slice_(space, inner, *term.consts)
     if term.op == "cat" and term.consts == (dim,) and step == 1:
-        offset: Size = 0
-        for part in term.args:
-            if start == offset and stop == offset + part.shape[dim]:
-                return part
-            offset = offset + part.shape[dim]
-    if term.op == "cast":
+        part = _parts_of_cat(space, term).get((start, stop))
+        if part is not None:
+            return part
+    if _is_passed_cast(term):
         return cast(space, slice_(space, term.args[0], dim, start, stop, step), term.dtype)
     length = stop - start if step == 1 else (stop - start + step - 1) // step
     sizes = list(term.shape)
     sizes[dim] = length
     return apply(space, "slice", (term,), (dim, start, stop, step), term.dtype, tuple(sizes))
+
+
+def _parts_of_cat(space: Space, term: Term) -> Mapping[tuple[Size, Size], Term]:
+    """(start, stop) -> the part that stands there."""
+    key = "parts", term
+    if key not in space.found_out:
+        (dim,), start, found = term.consts, 0, {}
+        for part in term.args:
+            stop = start + part.shape[dim]
+            found[start, stop] = part
+            start = stop
+        space.found_out[key] = found
+    return space.found_out[key]
 
 
 def cat(space: Space, *args: Any, shape: tuple[Size, ...] = ()) -> Term:
@@ -368,7 +399,7 @@ def cat(space: Space, *args: Any, shape: tuple[Size, ...] = ()) -> Term:
     parts = [part for part in args[:-1] if len(part.shape) >= -dim and part.shape[dim] != 0]
     if len(parts) == 1:
         return parts[0]
-    if all(part.op == "cast" for part in parts) and len({part.args[0].dtype for part in parts}) == 1:
+    if all(map(_is_passed_cast, parts)) and len({part.args[0].dtype for part in parts}) == 1:
         return cast(space, cat(space, *(part.args[0] for part in parts), dim, shape=shape), parts[0].dtype)
     dtype = parts[0].dtype if parts else None
     return apply(space, "cat", tuple(parts), (dim,), dtype, shape)

@@ -12,6 +12,7 @@ from liger_compile.terms.term import Term
 
 _MOVES = ("view", "expand", "permute", "slice", "cat", "rotate_half", "rotate_pairs")  # and rounds nothing
 WHOLE = 50  # the depth of a formula that shows everything
+MOST = 200  # values that are looked at; patterns have fewer
 
 
 @dataclass(frozen=True)
@@ -36,8 +37,12 @@ def roundings(term: Term, formula: Formula) -> dict[str, Rounding]:
     """The values that make up a term, by their formulas: the same mathematics has the same."""
     found: dict[str, Rounding] = {}
     stack: list[tuple[Term, torch.dtype | None]] = [(term, None)]
-    while stack:
+    seen: set[tuple[Term, torch.dtype | None]] = set()
+    while stack and len(seen) < MOST:
         term, rounded = stack.pop()
+        if (term, rounded) in seen:
+            continue
+        seen.add((term, rounded))
         if term.op == "cast":
             (inner,) = term.args
             stack.append((inner, term.dtype if narrows(inner.dtype, term.dtype) else rounded))

@@ -117,10 +117,21 @@ class ConstVar:
     name: str
 
 
+# Operations that views, casts and signs move past, inward, in normalize.py and identities.py. How many of them in a row
+# is bounded: each move costs as many steps, and as many calls inside of one another. Of a longer row, every so many-th
+# operation stays where it is, and what would move past it too.
+PASSED = frozenset(
+    ("cast", "view", "expand", "permute", "slice", "cat", "rotate_half", "rotate_pairs", "linear", "matmul")
+    + ("softmax", "mul", "add", "exp", "log", "erf", "cos", "sin", "tanh", "relu", "sigmoid", "silu", "gelu")
+)
+LONGEST = 40  # in attention that is written out, the longest row that models have, there are about 20
+SHOWN = 6  # in a term's text: operations one in the other, and arguments of each
+
+
 class Term:
     """One value. Made by `Space.intern` only, so that identity is equality."""
 
-    __slots__ = ("args", "bare", "consts", "dtype", "op", "serial", "shape")
+    __slots__ = ("args", "bare", "consts", "dtype", "op", "run", "serial", "shape")
 
     op: str
     args: tuple[Term, ...]
@@ -128,24 +139,54 @@ class Term:
     dtype: torch.dtype | None  # None in a bare term and in a number
     shape: tuple[Size, ...]
     bare: Term
-    serial: int  # the order of making, which sorts the operands of sums and products
+    serial: int  # the order of making, which sorts the operands of sums and products; arguments come first
+    run: int  # how many operations in a row, down from this one, a view or a cast may move past: see PASSED
 
     def __repr__(self) -> str:
+        return self._text(SHOWN)
+
+    def _text(self, depth: int) -> str:
         if self.op in ("leaf", "var", "number"):
             return f"{self.consts[0]}"
-        inner = ", ".join([*map(repr, self.args), *map(repr, self.consts)])
-        return f"{self.op}({inner})"
+        if not depth:
+            return "..."
+        shown = [arg._text(depth - 1) for arg in self.args[:SHOWN]]
+        more = ["..."] if len(self.args) > SHOWN else []
+        return f"{self.op}({', '.join([*shown, *more, *map(repr, self.consts)])})"
+
+    def parts(self) -> list[Term]:
+        """The term and all that it is computed from, each once, arguments first."""
+        found: dict[Term, None] = {}
+        waiting: list[Term] = [self]
+        while waiting:
+            new = [arg for arg in waiting[-1].args if arg not in found]
+            if new:
+                waiting.extend(reversed(new))
+            else:
+                found[waiting.pop()] = None
+        return list(found)
 
     def operations(self) -> list[str]:
         """The op of every different operation that the value takes."""
-        seen: set[Term] = set()
-        stack: list[Term] = [self]
-        while stack:
-            term = stack.pop()
-            if term not in seen:
-                seen.add(term)
-                stack.extend(term.args)
-        return [term.op for term in seen if term.op not in ("leaf", "var", "number", "none")]
+        return [term.op for term in self.parts() if term.op not in ("leaf", "var", "number", "none")]
+
+    def written(self) -> str:
+        """The whole term as text, a line a part; of a term that is read more than once there is one line."""
+        parts = self.parts()
+        names = {part: f"%{at}" for at, part in enumerate(parts)}
+        lines = (f"{part.op}({', '.join(names[arg] for arg in part.args)}) {part.consts}" for part in parts)
+        return "\n".join(lines)
+
+    @property
+    def may_be_passed(self) -> bool:
+        """Whether a view, a cast or a sign that moves inward moves past this one."""
+        return self.run < LONGEST
+
+
+def _run(op: str, args: tuple[Term, ...]) -> int:
+    if op not in PASSED or (op in ("mul", "add") and len(args) > 1):
+        return 0
+    return 1 + max((arg.run for arg in args if arg.may_be_passed), default=0)
 
 
 def _told_apart(consts: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -177,6 +218,7 @@ class Space:
         self._make_bare = make_bare
         self.same_bare: dict[Term, list[Term]] = {}  # bare -> the terms that round it in different ways
         self.parts: dict[Term, list[Term]] = {}  # term -> its views and slices
+        self.better: dict[Term, Term] = {}  # what the rules have made of a term, which is the same each time
         self.found_out: dict[Any, Any] = {}  # by indices.py, of masks, and by attention.py
         self.shape_env: ShapeEnv | None = None  # that knows the ranges of symbolic sizes
         self.none = self.intern("none", (), (), None, ())
@@ -196,12 +238,17 @@ class Space:
             term = Term.__new__(Term)
             term.op, term.args, term.consts, term.dtype, term.shape = op, args, consts, dtype, shape
             term.serial = len(self._table)
+            term.run = _run(op, args)
             self._table[key] = term
             term.bare = term if dtype is None else self._make_bare(self, term)
             self.same_bare.setdefault(term.bare, []).append(term)
             if op in ("view", "slice"):
                 self.parts.setdefault(args[0], []).append(term)
         return term
+
+    def in_order(self) -> Iterable[Term]:
+        """All terms so far, the arguments of each before it."""
+        return tuple(self._table.values())
 
     def most(self, size: Size) -> int | None:
         """The largest that a size may be, as the guards of the graph have it; None if nothing is known."""

@@ -88,8 +88,8 @@ class Unifier:
         (var,), inner = want.args, _uncast(have)  # a cast of a part is a part of the cast
         base = normalize.cast(self.space, inner.args[0], have.dtype)
         bound = env.get(var.consts[0])
-        parts = [part for part in self.space.parts.get(inner.args[0], ()) if part.op == want.op][:PARTS]
-        parts = [normalize.cast(self.space, part, have.dtype) for part in parts]
+        alike = (part for part in self.space.parts.get(inner.args[0], ()) if part.op == want.op)
+        parts = [normalize.cast(self.space, part, have.dtype) for part in itertools.islice(alike, PARTS)]
         for whole in (base, *parts) if bound is None else (bound,):
             if bound is None and not self.can_bind(var, whole):
                 continue
