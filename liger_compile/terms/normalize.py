@@ -190,7 +190,8 @@ def _opened(term: Term, power: float, dtype: torch.dtype | None, is_alone: bool)
     if term.op != "mul" or term.dtype != dtype:
         return None
     scalar, *powers = term.consts
-    if not is_alone and (len(powers) > MOST_FACTORS or max(map(abs, powers)) > MOST_POWER):
+    is_long = len(powers) > MOST_FACTORS or max(map(abs, powers)) > MOST_POWER
+    if is_long and not (is_alone and power == 1):
         return None
     if not (all(_raises(inner, power) for inner in powers) or (term.consts == (ONE, -1) and power % 1)):
         return None
