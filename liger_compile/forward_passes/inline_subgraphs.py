@@ -3,8 +3,9 @@
 torch.compiler.nested_compile_region and Dynamo's use_graph_deduplication make one body of equal layers. Where what
 compiles the graph computes wrong results of them, the layers have to stand in the graph themselves.
 
-In: a Dynamo graph. Out: the same, which computes what it did in the same order, without such calls. What nodes stand for
-keeps saying which memory they share: a body has been traced with the tensors of one call, and is inlined in others too.
+In: a Dynamo graph. Out: the same, which computes what it did in the same order, without such calls. What nodes stand
+for keeps saying which memory they share: a body has been traced with the tensors of one call, and is inlined in
+others too.
 """
 
 from __future__ import annotations

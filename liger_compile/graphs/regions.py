@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_iter
 
 from liger_compile.graphs.effects import effect_of
 
@@ -158,13 +158,17 @@ def is_switch(node: Node) -> bool:
     """Whether a node is a call that takes and gives no tensor, and that may do something else than to compute."""
     if node.op not in ("call_function", "call_method") or _name(node) in _HARMLESS:
         return False
-    values = [each.meta.get("example_value") for each in (node, *node.all_input_nodes)]
-    if any(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(values)):
+    if any(_holds_tensor(each.meta.get("example_value")) for each in (node, *node.all_input_nodes)):
         return False
     namespace = getattr(node.target, "namespace", None) or getattr(node.target, "_qualified_op_name", "")
     if namespace and not namespace.startswith("aten"):
         return True  # an operator that somebody defined: its schema speaks of tensors alone
     return not effect_of(node).is_nothing
+
+
+def _holds_tensor(value: Any) -> bool:
+    """Looks no further than the first: a split has as many parts as there are nodes that read one."""
+    return any(isinstance(leaf, torch.Tensor) for leaf in tree_iter(value))
 
 
 def _name(node: Node) -> str:

@@ -85,7 +85,8 @@ def cast(space: Space, term: Term, dtype: torch.dtype | None) -> Term:
         return term
     if term.op == "cast" and widens(term.args[0].dtype, term.dtype):
         return cast(space, term.args[0], dtype)
-    if term.op in ("rotate_half", "rotate_pairs") and term.may_be_passed:  # here it moves in, so that what is turned is one value
+    if term.op in ("rotate_half", "rotate_pairs") and term.may_be_passed:
+        # Here it moves in, so that what is turned is one value.
         return space.intern(term.op, (cast(space, term.args[0], dtype),), (), dtype, term.shape)
     return space.intern("cast", (term,), (dtype,), dtype, term.shape)
 
@@ -190,7 +191,8 @@ def _opened(term: Term, power: float, dtype: torch.dtype | None, is_alone: bool)
     if term.op != "mul" or term.dtype != dtype:
         return None
     scalar, *powers = term.consts
-    if not is_alone and (len(powers) > MOST_FACTORS or max(map(abs, powers)) > MOST_POWER):
+    is_long = len(powers) > MOST_FACTORS or max(map(abs, powers)) > MOST_POWER
+    if is_long and not (is_alone and power == 1):
         return None
     if not (all(_raises(inner, power) for inner in powers) or (term.consts == (ONE, -1) and power % 1)):
         return None
