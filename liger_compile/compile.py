@@ -223,8 +223,8 @@ def is_right_for_subgraphs(inner: str) -> bool:
 
     Inductor's is not, on any device (seen in torch 2.13 and 2.14.1): gradients are wrong by factors of thousands, or a
     little. What a body saves for backward of its inputs it takes for memory of its own (`InvokeSubgraph.create` in
-    ir.py declares no alias), and gives the memory of the input to another. Which inputs of a backward may be written over
-    (`bw_donated_idxs`), it asks in bodies by the numbers of the graph around them. And what a body writes is lost.
+    ir.py declares no alias), and gives the memory of the input to another. Which inputs of a backward may be written
+    over (`bw_donated_idxs`), it asks in bodies by the numbers of the graph around them. And what a body writes is lost.
     """
     return inner != "inductor"
 

@@ -30,7 +30,9 @@ from liger_compile.terms.term import Term
 
 # On the way from a head to its loss, or to an output. All logits stay there.
 _STEPS = ("cast", "view", "slice", "permute", "mul", "add", "tanh")
-MOST_NODES = 64  # from the head to such an output: what is further away takes longer to compute late than to keep
+MOST_NODES = (
+    64  # from the head to such an output: what is further away takes longer to compute late than to keep
+)
 _ADVICE = (
     "read them before the weights change, or compile with "
     'options={"liger.logits": "eager"} to have them computed in the compiled graph'

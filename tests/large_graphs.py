@@ -184,13 +184,23 @@ def _then(chain: str) -> Kind:
 
     def ended(i: Inputs, nodes: int) -> Any:
         x = CHAINS[chain](i, nodes)
-        parts = (x.view(8, 8), -x, x.transpose(0, 1), x[..., 1:3], torch.cat((x, x), -1), x.half(), x * i.scale)
+        parts = (
+            x.view(8, 8),
+            -x,
+            x.transpose(0, 1),
+            x[..., 1:3],
+            torch.cat((x, x), -1),
+            x.half(),
+            x * i.scale,
+        )
         return (*parts, x.softmax(-1) @ x.transpose(-1, -2))
 
     return ended
 
 
-OTHERS.update({f"{name}_then_moves": _then(name) for name in ("casts", "linears", "half_rotations", "matmuls")})
+OTHERS.update(
+    {f"{name}_then_moves": _then(name) for name in ("casts", "linears", "half_rotations", "matmuls")}
+)
 OTHERS["unary_then_moves"] = lambda i, nodes: _again(lambda x, i, _: torch.relu(x), 1)(i, nodes).view(8, 8)
 
 

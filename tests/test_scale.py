@@ -8,32 +8,31 @@ from __future__ import annotations
 
 import gc
 import json
-import sys
 import time
 
 import pytest
-import torch
 
 import liger_compile
-from liger_compile import compile as compiling
-from liger_compile import variants
 from liger_compile.backend import liger
-from liger_compile.buckets import make_masks_where_they_are_read, padding_in, places_to_cut
 from liger_compile.patterns import DEFAULT_PATTERNS
-from liger_compile.terms import identities
-from liger_compile.terms.build import Terms
-from liger_compile.terms.mutation import Mutations
-from liger_compile.terms.term import LONGEST, PASSED
 
-from .large_graphs import CHAINS, KINDS, recorded
+from .large_graphs import KINDS, recorded
 
 SMALL, LARGE = 2500, 10_000
 # Linear is 4, with what a logarithm, a dictionary that grows and a cold cache add; quadratic is 16.
 MOST = 8.0
 # The time of a node is what is measured, not that of a pattern: one of each form is enough for most.
 FEW = frozenset(
-    ("rms_norm.llama", "add_rms_norm.llama", "rotary.half_pair", "rotary.half", "gated_mlp.swiglu",
-       "attention.causal", "linear_cross_entropy.plain", "cross_entropy.as_is")
+    (
+        "rms_norm.llama",
+        "add_rms_norm.llama",
+        "rotary.half_pair",
+        "rotary.half",
+        "gated_mlp.swiglu",
+        "attention.causal",
+        "linear_cross_entropy.plain",
+        "cross_entropy.as_is",
+    )
 )
 SKIPPED = tuple(pattern.name for pattern in DEFAULT_PATTERNS if pattern.name not in FEW)
 
@@ -66,7 +65,9 @@ def assert_linear(prepared, run) -> None:
         large = min(large, seconds(run, *prepared(LARGE)))
         if large <= MOST * small:
             return
-    pytest.fail(f"{SMALL} nodes take {small:.2f} s, {LARGE} take {large:.2f} s: {large / small:.1f} times as long")
+    pytest.fail(
+        f"{SMALL} nodes take {small:.2f} s, {LARGE} take {large:.2f} s: {large / small:.1f} times as long"
+    )
 
 
 def rewritten(gm, inputs) -> None:

@@ -49,7 +49,9 @@ class Terms:
         self.passes_through: set[Node] = set()  # nodes that only give back a value that they come from
         self.mutations = mutations
         self.regions = regions or Regions(graph)
-        self._later: dict[tuple[Node, int], Value] = {}  # what a node stands for once it has seen so many writes
+        self._later: dict[
+            tuple[Node, int], Value
+        ] = {}  # what a node stands for once it has seen so many writes
         self._recordables: dict[Term, Node | None] = {}
         self._of_positions: dict[Term, bool] = {}
         self.space.shape_env = _shape_env(graph)

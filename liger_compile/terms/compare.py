@@ -397,6 +397,8 @@ def _own_weight(op: str) -> float:
 
 def _source(term: Term) -> Term:
     """What a part is a part of: below slices, views and signs."""
-    while term.may_be_passed and (term.op in ("slice", "view") or term.consts[1:] == (1,) and term.op == "mul"):
+    while term.may_be_passed and (
+        term.op in ("slice", "view") or (term.consts[1:] == (1,) and term.op == "mul")
+    ):
         term = term.args[0]
     return term

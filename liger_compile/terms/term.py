@@ -121,8 +121,31 @@ class ConstVar:
 # is bounded: each move costs as many steps, and as many calls inside of one another. Of a longer row, every so many-th
 # operation stays where it is, and what would move past it too.
 PASSED = frozenset(
-    ("cast", "view", "expand", "permute", "slice", "cat", "rotate_half", "rotate_pairs", "linear", "matmul",
-       "softmax", "mul", "add", "exp", "log", "erf", "cos", "sin", "tanh", "relu", "sigmoid", "silu", "gelu")
+    (
+        "cast",
+        "view",
+        "expand",
+        "permute",
+        "slice",
+        "cat",
+        "rotate_half",
+        "rotate_pairs",
+        "linear",
+        "matmul",
+        "softmax",
+        "mul",
+        "add",
+        "exp",
+        "log",
+        "erf",
+        "cos",
+        "sin",
+        "tanh",
+        "relu",
+        "sigmoid",
+        "silu",
+        "gelu",
+    )
 )
 LONGEST = 40  # in attention that is written out, the longest row that models have, there are about 20
 SHOWN = 6  # in a term's text: operations one in the other, and arguments of each

@@ -6,17 +6,11 @@ A few families, by how their attention, norms and MLPs are spelled; the whole zo
 
 from __future__ import annotations
 
-import warnings
-
 import pytest
 import torch
 import zoo
 from harness import assert_within, batch, step
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from zoo import Specimen
-
-import liger_compile
-from liger_compile import backend
 
 BY_NAME = {str(specimen): specimen for specimen in zoo.SPECIMENS}
 LENGTHS = (24, 32, 20)

@@ -149,7 +149,9 @@ def _text(text: str, operands: Sequence[str], constant: int, casts: bool) -> str
     text = text.replace("{c}", constants[constant % len(constants)])
     for at, operand in enumerate(operands):
         text = text.replace(f"{{{at}}}", operand)
-    dtype = f".to({operands[0]}.dtype)" if casts and operands else ""  # weights as they are, where all has one dtype
+    dtype = (
+        f".to({operands[0]}.dtype)" if casts and operands else ""
+    )  # weights as they are, where all has one dtype
     return _WEIGHT.sub(lambda found: f"p['{found[1]}']{dtype}", text)
 
 
