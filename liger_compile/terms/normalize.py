@@ -110,7 +110,8 @@ def mul(
 ) -> Term:
     """scalar * prod(term ** power), computed in `dtype`."""
     scalar, given = _given(space, factors, scalar, dtype)
-    scalar, product = _flat(given, scalar, dtype)
+    # Before as well as after: what is broadcast may be a product.
+    scalar, product = _flat(_without_broadcasts(space, given, shape), scalar, dtype)
     product = _without_broadcasts(space, product, shape)
     changed = True
     while changed:

@@ -136,6 +136,8 @@ class Unifier:
                 return
             expected, constant, operands, env = bound
         inner = [operand for operand in wanted if operand[0].op != "var"]
+        # A product of captures alone says least of which is what: others may have bound them before its turn comes.
+        inner.sort(key=lambda operand: all(arg.op == "var" for arg in operand[0].args))
         captures = [operand for operand in wanted if operand[0].op == "var"]
         for goals, left in self._assigned(inner, operands):
             # What the inner operands bind decides which captures are known when their turn comes.
