@@ -117,7 +117,7 @@ def _noted(space: Space, term: Term, what: str, reason: str, meaning: Meaning | 
 
 def _ungrouped(space: Space, term: Term, dim: int) -> Term | None:
     """x, if term is x with each slice along `dim` repeated, as repeat_interleave does; None if it is not."""
-    if not term.may_be_passed:
+    if not term.may_be_passed or normalize.is_coarse_cast(term):
         return None
     if term.op == "cast":
         x = _ungrouped(space, term.args[0], dim) if _is_floating(term) else None

@@ -101,6 +101,15 @@ def widens(narrow: torch.dtype | None, wide: torch.dtype | None) -> bool:
         return narrow == wide
 
 
+def is_coarse_cast(term: Term) -> bool:
+    """A cast to eight bits or back: the gradients of copies are rounded as coarsely, before they are summed and not
+    after, so it does not move across what makes copies."""
+    return term.op == "cast" and any(
+        dtype is not None and dtype.is_floating_point and dtype.itemsize == 1
+        for dtype in (term.dtype, term.args[0].dtype)
+    )
+
+
 def mul(
     space: Space,
     factors: Iterable[tuple[Term, float]],
@@ -303,6 +312,8 @@ def _unbroadcast(space: Space, term: Term) -> Term:
 
 
 def _find_unbroadcast(space: Space, term: Term) -> Term:
+    if is_coarse_cast(term):
+        return term
     if term.op == "cast":
         return cast(space, _unbroadcast(space, term.args[0]), term.dtype)
     inner = term.args[0] if term.args else term
@@ -335,7 +346,7 @@ def expand(space: Space, term: Term, *size: Size, shape: tuple[Size, ...] = ()) 
         term = term.args[0]
     if term.shape == size:
         return term
-    if _is_passed_cast(term):
+    if _is_passed_cast(term) and not is_coarse_cast(term):
         return cast(space, expand(space, term.args[0], *size), term.dtype)
     return space.intern("expand", (term,), size, term.dtype, size)
 

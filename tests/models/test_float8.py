@@ -152,3 +152,23 @@ def test_scores_of_eight_bits_stay_so():
     options = {"liger.inner": "aot_eager", "liger.strict": True, "liger.policy": "always"}
     compiled = torch.compile(attend, backend="liger", options=options)
     torch.testing.assert_close(compiled(q, k, v), attend(q, k, v))
+
+
+def test_values_are_rounded_to_eight_bits_after_they_are_repeated():
+    """Each copy's gradient is rounded to eight bits, and their sum is not: four times 150 is more than those hold."""
+
+    def attend(q, k, v):
+        k, v = (x.repeat_interleave(4, dim=1) for x in (k, v))
+        v = v.to(torch.float8_e4m3fn).to(q.dtype)
+        return F.scaled_dot_product_attention(q, k, v, torch.ones(8, 8, dtype=torch.bool).tril())
+
+    q, k, v = torch.randn(1, 4, 8, 4), torch.randn(1, 1, 8, 4), torch.randn(1, 1, 8, 4)
+    options = {"liger.inner": "aot_eager", "liger.strict": True, "liger.policy": "always"}
+    results = []
+    for function in (attend, torch.compile(attend, backend="liger", options=options)):
+        inputs = [x.clone().requires_grad_() for x in (q, k, v)]
+        (function(*inputs) * 150).sum().backward()
+        results.append([x.grad for x in inputs])
+    assert liger_compile.reports()[0].count("replace") == 1
+    assert torch.isfinite(results[0][2]).any() and (results[0][2] > 448).any()
+    torch.testing.assert_close(results[1], results[0], equal_nan=True)
