@@ -25,7 +25,7 @@ from liger_compile.buckets import Places, make_masks_where_they_are_read, paddin
 from liger_compile.callbacks import warn_of_failures
 from liger_compile.ddp import Cut, before_ddp_cuts
 from liger_compile.decide import decide, insertion_point
-from liger_compile.forward_passes.inline_subgraphs import inline_subgraphs
+from liger_compile.forward_passes.inline_subgraphs import describe_operands, inline_subgraphs
 from liger_compile.graphs.aliasing import BODIES, Mutations
 from liger_compile.graphs.regions import Region, Regions
 from liger_compile.match import find_matches
@@ -80,6 +80,7 @@ def liger(
     notes = _without_wrong_subgraphs(gm, chosen)
     original, special = gm, None
     try:
+        describe_operands(gm)
         original = variants.copied(gm)
         general = _rewritten(gm, patterns, chosen, why_logits_stay)
         is_readable = not any(isinstance(each, FakeTensor) for each in example_inputs)
@@ -183,9 +184,8 @@ def _rewritten(
             strict=options.strict,
         )
         filled.extend(settle(module.graph, deferred, is_dropped=options.logits == "none"))
-        if (
-            module in runs_once and options.recompute == "auto"
-        ):  # in a checkpoint the user has decided already
+        # In a checkpoint the user has decided already.
+        if module in runs_once and options.recompute == "auto":
             mark_for_recompute(rewritten)
         if is_top_level and options.policy != "never":
             keep_what_written_inputs_give(module.graph, mutations)

@@ -221,10 +221,14 @@ def _as_dynamo_compiles() -> Iterator[None]:
 def is_right_for_subgraphs(inner: str) -> bool:
     """Whether what `inner` compiles is right where a graph calls bodies by `invoke_subgraph`.
 
-    Inductor's is not, on any device (seen in torch 2.13 and 2.14.1): gradients are wrong by factors of thousands, or a
-    little. What a body saves for backward of its inputs it takes for memory of its own (`InvokeSubgraph.create` in
-    ir.py declares no alias), and gives the memory of the input to another. Which inputs of a backward may be written
-    over (`bw_donated_idxs`), it asks in bodies by the numbers of the graph around them. And what a body writes is lost.
+    Inductor's is not: gradients are wrong, by factors of thousands or by a little (seen on a CPU in torch 2.13 and
+    2.14.1; nothing in the code in question asks for the device). Three faults of torch:
+
+    - `InvokeSubgraph.create` in ir.py makes a new buffer of every result of a body. What the body saves for backward
+      of its inputs is a result as well, and no alias is declared: the memory of the input is reused while needed.
+    - Lowering a body, graph.py takes the numbers of the inputs that may be written over (`bw_donated_idxs`) of the
+      graph around it, and has other inputs written over.
+    - What a body writes into its inputs may be lost where no gradients are computed.
     """
     return inner != "inductor"
 

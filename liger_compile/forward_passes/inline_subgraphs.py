@@ -3,9 +3,14 @@
 torch.compiler.nested_compile_region and Dynamo's use_graph_deduplication make one body of equal layers. Where what
 compiles the graph computes wrong results of them, the layers have to stand in the graph themselves.
 
+<<<<<<< HEAD
 In: a Dynamo graph. Out: the same, which computes what it did in the same order, without such calls. What nodes stand
 for keeps saying which memory they share: a body has been traced with the tensors of one call, and is inlined in
 others too.
+=======
+In: a Dynamo graph. Out: the same, without such calls: it computes the same in the same order. What nodes stand for says
+which memory they share, also in the calls that a body has not been traced for.
+>>>>>>> 6b85b34 (Nested regions: inlined where Inductor compiles them, layers where they stay; bodies of deduplicated graphs say what they are handed)
 """
 
 from __future__ import annotations
@@ -17,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 from torch.utils._pytree import tree_map_only
 
@@ -32,19 +37,30 @@ def inline_subgraphs(gm: GraphModule) -> int:
     Raises:
         ValueError: for a call in a form that Dynamo does not write.
     """
+    describe_operands(gm)
     first: dict[GraphModule, Stack] = {}  # body -> where the call stands that it was traced for
     count = 0
     for module in _innermost_first(gm):
-        for call in _calls(module.graph):
-            body = graph_of(call.args[0])
-            if body is None:
-                raise ValueError(f"{call.format_node()} calls no graph that its module has")
-            stack = call.meta.get("nn_module_stack") or {}
+        for call, body in _calls(module):
+            stack = _stack_of(call)
             _inline(call, body, first.setdefault(body, stack), stack)
             count += 1
         _drop_unnamed_graphs(module)
         module.recompile()
     return count
+
+
+def describe_operands(gm: GraphModule) -> None:
+    """Says of the placeholders of bodies what they stand for, where Dynamo does not: the operands of the call that the
+    body was made of, which has its results."""
+    for module in _innermost_first(gm):
+        for call, body in _calls(module):
+            pairs = _pairs_of_results(call, body)
+            if any(_value(inside) is not None and _value(inside) is _value(user) for inside, user in pairs):
+                placeholders = body.graph.find_nodes(op="placeholder")
+                for placeholder, operand in zip(placeholders, _operands(call, body), strict=True):
+                    if _value(placeholder) is None and _value(operand) is not None:
+                        placeholder.meta["example_value"] = _value(operand)
 
 
 def _innermost_first(gm: GraphModule) -> Iterable[GraphModule]:
@@ -58,21 +74,37 @@ def _innermost_first(gm: GraphModule) -> Iterable[GraphModule]:
         found[module] = None
 
     visit(gm)
-    return [module for module in found if any(_calls(module.graph))]
+    return [module for module in found if any(_calls(module))]
 
 
-def _calls(graph: Graph) -> Iterator[Node]:
-    for node in list(graph.nodes):
+def _calls(module: GraphModule) -> Iterator[tuple[Node, GraphModule]]:
+    for node in list(module.graph.nodes):
         if node.op == "call_function" and getattr(node.target, "__name__", "") == "invoke_subgraph":
-            yield node
+            body = graph_of(node.args[0])
+            if body is None:
+                raise ValueError(f"{node.format_node()} calls no graph that its module has")
+            yield node, body
+
+
+def _operands(call: Node, body: GraphModule) -> tuple[Any, ...]:
+    return handed_to(call, len(body.graph.find_nodes(op="placeholder"))) or ()
+
+
+def _value(node: Any) -> Any:
+    return node.meta.get("example_value") if isinstance(node, Node) else None
+
+
+def _stack_of(call: Node) -> Stack:
+    """Where a call stands: Dynamo tells it of the call, or of its results."""
+    stacks = (node.meta.get("nn_module_stack") for node in (call, *call.users))
+    return next(filter(None, stacks), {})
 
 
 def _inline(call: Node, body: GraphModule, first: Stack, stack: Stack) -> None:
     placeholders = body.graph.find_nodes(op="placeholder")
-    operands = handed_to(call, len(placeholders)) or ()
-    copies: dict[Node, Any] = dict(zip(placeholders, operands, strict=True))
+    copies: dict[Node, Any] = dict(zip(placeholders, _operands(call, body), strict=True))
     results = body.graph.output_node().args[0]
-    memory = _Memory([*copies.items(), *_pairs_of_results(call, results)])
+    memory = _Memory(copies, _pairs_of_results(call, body))
     with call.graph.inserting_before(call):
         for node in body.graph.nodes:
             if node.op not in ("placeholder", "output"):
@@ -98,15 +130,17 @@ def _results_of(call: Node, results: Any) -> Iterator[tuple[Node, Any]]:
         yield user, results[user.args[1]]
 
 
-def _pairs_of_results(call: Node, results: Any) -> Iterator[tuple[Node, Node]]:
-    return ((result, user) for user, result in _results_of(call, results) if isinstance(result, Node))
+def _pairs_of_results(call: Node, body: GraphModule) -> list[tuple[Node, Node]]:
+    """The results of a body, and what stands for them around it."""
+    results = body.graph.output_node().args[0]
+    return [(result, user) for user, result in _results_of(call, results) if isinstance(result, Node)]
 
 
 def _replace(node: Node, value: Any) -> None:
     """Puts a node, or a constant, in the place of a node."""
     if isinstance(value, Node):
         if value.op != "placeholder":
-            value.meta["example_value"] = node.meta.get("example_value")
+            value.meta["example_value"] = _value(node)
         node.replace_all_uses_with(value)
     for user in list(node.users):
         user.args = map_arg(user.args, lambda arg: value if arg is node else arg)
@@ -152,14 +186,16 @@ def _placed(
 class _Memory:
     """The memory of one call of a body: that of its operands and results is the caller's, other is its own."""
 
-    def __init__(self, pairs: Iterable[tuple[Node, Any]]) -> None:
+    def __init__(self, operands: Mapping[Node, Any], results: Iterable[tuple[Node, Node]]) -> None:
         self._whole: dict[int | None, Tensor] = {}  # storage in the body -> a tensor in that of the call
-        for inside, outside in pairs:
-            there = outside.meta.get("example_value") if isinstance(outside, Node) else None
-            here = inside.meta.get("example_value")
+        self._is_known = True  # which memory in the body is that of operands
+        for inside, outside in (*operands.items(), *results):
+            here, there = _value(inside), _value(outside)
             if isinstance(here, Tensor) and isinstance(there, Tensor):
                 self._whole.setdefault(storage_of(here), there)
                 _count_writes(there, version_of(here))
+            elif isinstance(there, Tensor) and inside in operands:
+                self._is_known = False
 
     def of(self, value: Any) -> Any:
         """What a value of the body is in this call."""
@@ -174,6 +210,7 @@ class _Memory:
             if storage not in self._whole:
                 count = num_bytes // tensor.dtype.itemsize
                 self._whole[storage] = torch.empty(count, dtype=tensor.dtype, device=tensor.device)
+                _count_writes(self._whole[storage], 0 if self._is_known else 1)
             whole = self._whole[storage]
             if whole.dtype != tensor.dtype:
                 whole = whole.as_strided((num_bytes // whole.dtype.itemsize,), (1,), 0).view(tensor.dtype)
