@@ -43,7 +43,7 @@ def search(seed: int, how: Settings, count: int) -> tuple[Counter[str], str]:
         database=None,
         deadline=None,
         phases=(Phase.generate, Phase.shrink),
-        suppress_health_check=list(HealthCheck),
+        suppress_health_check=[*HealthCheck],  # pyright: ignore[reportArgumentType]
         report_multiple_bugs=False,
     )
     @given(programs, sampled_from(how.policies))
