@@ -125,15 +125,15 @@ def _is_power(term: Term, x: Term, power: float, scale: float) -> bool:
     return times == power and close(number, scale, term.dtype)
 
 
-def _monomial(term: Term, x: Term) -> tuple[float, float]:
+def _monomial(term: Term, x: Term, depth: int = 4) -> tuple[float, float]:
     """The number and the power of x in a product of both alone, without roots and inverses; NaN if it is another."""
     if term is x:
         return 1.0, 1.0
-    if term.op != "mul" or term.consts[0].powers or not all(map(is_whole, term.consts[1:])):
+    if term.op != "mul" or not depth or term.consts[0].powers or not all(map(is_whole, term.consts[1:])):
         return math.nan, math.nan
     number, power = term.consts[0].value, 0.0
     for factor, times in zip(term.args, term.consts[1:], strict=True):
-        inner, inner_power = _monomial(factor, x)
+        inner, inner_power = _monomial(factor, x, depth - 1)
         number, power = number * inner**times, power + inner_power * times
     return number, power
 
