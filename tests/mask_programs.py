@@ -336,13 +336,17 @@ def tried(expression: str, sizes: tuple[int, ...]) -> set[str]:
 # Attention
 
 
-def is_attention(expression: str) -> bool:
-    """Whether eager code can compute it."""
-    values = {"q": torch.zeros(1, 1, 4, 4), "k": torch.zeros(1, 1, 4, 4), "v": torch.eye(4)[None, None]}
+def is_attention(expression: str, sizes: tuple[int, ...]) -> bool:
+    """Whether eager code can compute it of these sizes."""
     try:
-        return evaluated(expression, 4, **values).shape == values["v"].shape
+        for n in sizes:
+            row = torch.zeros(1, 1, n, 4)
+            values = torch.eye(n)[None, None]
+            if evaluated(expression, n, q=row, k=row, v=values).shape != values.shape:
+                return False
     except (RuntimeError, IndexError, TypeError, ValueError, OverflowError):
         return False
+    return True
 
 
 def attended(expression: str, n: int) -> str:

@@ -154,13 +154,15 @@ def test_scores_of_eight_bits_stay_so():
     torch.testing.assert_close(compiled(q, k, v), attend(q, k, v))
 
 
-def test_values_are_rounded_to_eight_bits_after_they_are_repeated():
+@pytest.mark.parametrize(
+    "repeated", [lambda x: x.repeat_interleave(4, dim=1), lambda x: x.expand(-1, 4, -1, -1)]
+)
+def test_values_are_rounded_to_eight_bits_after_they_are_repeated(repeated):
     """Each copy's gradient is rounded to eight bits, and their sum is not: four times 150 is more than those hold."""
 
     def attend(q, k, v):
-        k, v = (x.repeat_interleave(4, dim=1) for x in (k, v))
-        v = v.to(torch.float8_e4m3fn).to(q.dtype)
-        return F.scaled_dot_product_attention(q, k, v, torch.ones(8, 8, dtype=torch.bool).tril())
+        v = repeated(v).to(torch.float8_e4m3fn).to(q.dtype)
+        return F.scaled_dot_product_attention(q, repeated(k), v, torch.ones(8, 8, dtype=torch.bool).tril())
 
     q, k, v = torch.randn(1, 4, 8, 4), torch.randn(1, 1, 8, 4), torch.randn(1, 1, 8, 4)
     options = {"liger.inner": "aot_eager", "liger.strict": True, "liger.policy": "always"}
