@@ -3,14 +3,8 @@
 torch.compiler.nested_compile_region and Dynamo's use_graph_deduplication make one body of equal layers. Where what
 compiles the graph computes wrong results of them, the layers have to stand in the graph themselves.
 
-<<<<<<< HEAD
-In: a Dynamo graph. Out: the same, which computes what it did in the same order, without such calls. What nodes stand
-for keeps saying which memory they share: a body has been traced with the tensors of one call, and is inlined in
-others too.
-=======
 In: a Dynamo graph. Out: the same, without such calls: it computes the same in the same order. What nodes stand for says
 which memory they share, also in the calls that a body has not been traced for.
->>>>>>> 6b85b34 (Nested regions: inlined where Inductor compiles them, layers where they stay; bodies of deduplicated graphs say what they are handed)
 """
 
 from __future__ import annotations
