@@ -31,6 +31,7 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch.fx import Graph, Node
 
 from liger_compile.callbacks import raised
+from liger_compile.graphs.guards import GuardError, no_guards
 from liger_compile.graphs.regions import without_modes
 from liger_compile.pattern import Capture, Match, NearMiss, Pattern
 from liger_compile.terms.build import Terms, trace
@@ -418,7 +419,12 @@ class _Attempt:
             # As Dynamo does: in 2.11 F.linear takes no symbolic sizes otherwise.
             with mode, contextlib.nullcontext() if is_static else enable_python_dispatcher():
                 try:
-                    traced[key] = _traced(self.pattern, real)
+                    with no_guards(mode):
+                        traced[key] = _traced(self.pattern, real)
+                except GuardError as error:
+                    traced[key] = None
+                    reason = f"whether it is this computation for all sizes is not known: {error}"
+                    self.index.failures.append(NearMiss(self.pattern, self.root, self.root, reason, 1.0))
                 except _OTHER_SHAPES:
                     traced[key] = None
                 except Exception as error:  # of this graph alone: the next one tells of it again

@@ -21,6 +21,7 @@ import torch
 from torch.fx import Graph, Node
 
 from liger_compile import callbacks
+from liger_compile.graphs.guards import GuardError, no_guards
 from liger_compile.graphs.regions import Region, Regions
 from liger_compile.pattern import Capture, Decision, Match
 from liger_compile.recording import Recorder, faults_of
@@ -114,7 +115,7 @@ def _draft(
     try:
         results = _results(match, recorder, regions.of[match.outputs[0]], settings)
         reason = _why_not(originals, results, recorder)
-    except (ValueError, TypeError) as error:  # an op that does not take these arguments says so
+    except (ValueError, TypeError, GuardError) as error:  # an op that does not take these arguments says so
         reason = f"the replacement refuses: {error}"
     except Exception as error:
         if _WRITES_INTO_A_LEAF not in str(error):
@@ -145,7 +146,8 @@ def _results(
     originals = [output.meta["example_value"] for output in match.outputs]
     # A user's hooks on saved tensors are for tensors that have values.
     hooks = torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is)
-    with fake_mode, hooks, region.entered(), recorder.watching(), recorder:
+    guards = no_guards(match.result)
+    with fake_mode, guards, hooks, region.entered(), recorder.watching(), recorder:
         for name, bound in match.captures.items():
             if isinstance(bound, Capture):
                 arguments[name] = bound.derive(arguments[name])

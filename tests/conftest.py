@@ -18,6 +18,7 @@ if not torch.cuda.is_available():
 import torch._inductor.config
 
 import liger_compile
+from liger_compile import backend
 from liger_compile.ops import dispatch
 
 # Dynamo measures how long the guards of each graph take, and empties the caches of the processor before: that is half
@@ -115,6 +116,24 @@ def run_liger():
         return result, liger_compile.reports()
 
     return run
+
+
+@pytest.fixture
+def guards_of_ours(monkeypatch):
+    """The guards on sizes that the rewriting of graphs has taken: there have to be none."""
+    taken, rewritten = [], backend._rewritten
+
+    def counted(gm, *args, **kwargs):
+        values = (node.meta.get("example_value") for node in gm.graph.nodes)
+        shape_env = next((each.node.shape_env for each in values if isinstance(each, torch.SymInt)), None)
+        before = len(shape_env.guards) if shape_env else 0
+        result = rewritten(gm, *args, **kwargs)
+        taken.extend(str(guard.expr) for guard in (shape_env.guards[before:] if shape_env else ()))
+        return result
+
+    monkeypatch.setattr(backend, "_rewritten", counted)
+    yield taken
+    assert not taken
 
 
 @pytest.fixture

@@ -693,7 +693,14 @@ def test_what_is_made_with_gradients_inside_of_a_call_without(run_liger):
     torch.testing.assert_close(gradients_of(ours, GRAD, HEAD), gradients_of(torch.no_grad()(f), GRAD, HEAD))
 
 
-@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+# AOTAutograd of earlier versions cannot trace what views an input in inference mode, with any backend.
+INFERENCE_MODE = pytest.param(
+    torch.inference_mode,
+    marks=pytest.mark.skipif(torch.__version__ < (2, 13), reason="torch cannot trace it"),
+)
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, INFERENCE_MODE])
 def test_a_reference_without_gradients_beside_a_policy_with(run_liger, context):
     """As preference losses have it: the same formula twice, once as a number."""
 

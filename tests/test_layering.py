@@ -23,7 +23,7 @@ ALLOWED = {
     "kernels": ("kernels",),
     "ops": ("ops", "kernels"),
     "functional": ("ops",),
-    "callbacks": ("pattern",),
+    "callbacks": ("graphs.guards", "pattern"),
     "recording": ("graphs", "terms.term"),
     "match": ("callbacks", "graphs", "pattern", "terms"),
     "decide": ("callbacks", "graphs", "pattern"),

@@ -335,7 +335,14 @@ def test_logits_of_what_is_written_later_are_computed_in_the_graph(function):
     torch.testing.assert_close(*results)
 
 
-@pytest.mark.parametrize("context", (torch.no_grad, torch.inference_mode))
+# AOTAutograd of earlier versions cannot trace what views an input in inference mode, with any backend.
+INFERENCE_MODE = pytest.param(
+    torch.inference_mode,
+    marks=pytest.mark.skipif(torch.__version__ < (2, 13), reason="torch cannot trace it"),
+)
+
+
+@pytest.mark.parametrize("context", (torch.no_grad, INFERENCE_MODE))
 def test_logits_that_are_made_without_gradients_have_none_later(context):
     def beside(x, w, labels):
         states = torch.tanh(x)

@@ -8,21 +8,22 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 import zoo
-from harness import assert_within, batch, step
+from families import hf
+from harness import assert_within, batch, errors, replaced, step
 from zoo import Specimen
+
+import liger_compile
 
 BY_NAME = {str(specimen): specimen for specimen in zoo.SPECIMENS}
 LENGTHS = (24, 32, 20)
 
 FEW = (
-    "gpt2",  # sizes that come of size arithmetic, LayerNorm
-    "gemma3",  # numbers that are attributes, windows
-    "gemma2",  # caps
+    "gpt2",  # sizes that come of size arithmetic, LayerNorm, a product with a bias
+    "gemma2",  # windows, caps, norms around each part
     "t5",  # a bias of positions, encoder and decoder
     "deepseek_v3",  # experts, interleaved rotation
-    "mamba2",  # no attention
-    "modernbert_mlm",  # bidirectional windows
     "llama_eager",  # attention written out
     "torchtitan_packed",  # complex rotation, gathered tables
     "own_chunks",  # two losses
@@ -40,7 +41,7 @@ def test_three_lengths_of_the_whole_zoo(specimen: Specimen, guards_of_ours) -> N
     check(specimen)
 
 
-def check(specimen: Specimen, inner: str = "aot_eager", lengths=LENGTHS) -> float:
+def check(specimen: Specimen, inner: str = "aot_eager") -> float:
     """The largest error of a loss or gradient, at all lengths."""
     options = {"liger.inner": specimen.inner if inner == "aot_eager" else inner, "liger.strict": True}
     family = specimen.family
@@ -48,10 +49,50 @@ def check(specimen: Specimen, inner: str = "aot_eager", lengths=LENGTHS) -> floa
     function = torch.compile(family.loss, backend="liger", options=options)
     plain = torch.compile(family.loss, backend="eager") if specimen.is_as_dynamo else family.loss
     worst = 0.0
-    for length in lengths:
+    for length in LENGTHS:
         inputs = batch(family, length=length)
         expected = step(plain, model, *inputs)
         got = step(function, model, *inputs)
         assert_within(got, expected, zoo.EXACT)
-        worst = max(worst, *zoo.errors(got, expected).values())
+        worst = max(worst, *errors(got, expected).values())
     return worst
+
+
+@pytest.mark.parametrize("model", ["GPT2LMHeadModel", "LlamaForCausalLM"])
+def test_policy_gradients_through_checkpoints(model: str, guards_of_ours) -> None:
+    """As trainers have it: logits of a completion, divided by a temperature, row by row; layers in checkpoints."""
+
+    def loss(model, ids, labels):
+        kept = ids.shape[1] // 2 + 1
+        logits = model(input_ids=ids, use_cache=False, logits_to_keep=kept).logits[:, :-1] / 0.9
+        rows = zip(logits, ids[:, -logits.shape[1] :], strict=True)
+        log_p = torch.stack([F.log_softmax(z, -1).gather(-1, row[:, None]).squeeze(-1) for z, row in rows])
+        mask = (labels[:, -logits.shape[1] :] != -100).float()
+        ratio, advantage = torch.exp(log_p - log_p.detach()), torch.tensor([[1.0], [-1.0]])
+        return -(torch.min(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage) * mask).sum() / mask.sum()
+
+    family = hf("policy", model)
+    trained = family.build()
+    trained.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    options = {"liger.inner": "aot_eager", "liger.strict": True, "liger.policy": "always"}
+    function = torch.compile(loss, backend="liger", options=options)
+    for length in LENGTHS:
+        inputs = batch(family, length=length)
+        assert_within(step(function, trained, *inputs), step(loss, trained, *inputs), zoo.EXACT)
+    first, second = (replaced({}, [report]) for report in liger_compile.reports())
+    assert first == second and first
+
+
+@pytest.mark.parametrize("name, model", [("gemma3", "Gemma3ForCausalLM"), ("exaone4", "Exaone4ForCausalLM")])
+def test_numbers_that_are_known_at_run_time_only(name: str, model: str, guards_of_ours) -> None:
+    """Under dynamic=True what is a float in the model is a number of the graph's, by which tables are scaled."""
+    family = hf(name, model)
+    trained = family.build()
+    options = {"liger.inner": "aot_eager", "liger.strict": True}
+    function = torch.compile(family.loss, backend="liger", options=options, dynamic=True)
+    for length in LENGTHS[:2]:
+        inputs = batch(family, length=length)
+        assert_within(step(function, trained, *inputs), step(family.loss, trained, *inputs), zoo.EXACT)
+    (report,) = liger_compile.reports()
+    assert replaced({}, [report])["rotary.half_pair"] == 2
+    assert not report.near_misses
