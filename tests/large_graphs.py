@@ -7,12 +7,13 @@ the graph, if it is not written with care. Most are no model; all may be part of
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch.fx import GraphModule
+from torch.fx import Graph, GraphModule
 
 from liger_compile.testing.graphs import Recorder, Value
 
@@ -318,3 +319,29 @@ def near_misses_apart(i: Inputs, nodes: int) -> Any:
 
 
 KINDS: dict[str, Kind] = {**CHAINS, **OTHERS}
+
+
+def calls_of_one_body(calls: int, size: int) -> tuple[GraphModule, Sequence[Any]]:
+    """A graph that calls one checkpoint, of so many sums, so many times."""
+    mode, recorder, within, root = (
+        torch._subclasses.FakeTensorMode(static_shapes=True),
+        Recorder(),
+        Recorder(),
+        torch.nn.Module(),
+    )
+    with mode:
+        x = recorder.placeholder("x", mode.from_tensor(torch.zeros(2, 8)))
+        y = within.placeholder("y", x.fake)
+        total = functools.reduce(lambda total, _: total + y, range(size), y)
+        within.graph.output((total.node,)).meta["example_value"] = (total.fake,)
+        root.body = GraphModule(torch.nn.Module(), within.graph)
+        state = x.node
+        for _ in range(calls):  # not by the recorder, which would compute them
+            body = Graph.create_node(recorder.graph, "get_attr", "body")
+            checkpoint = torch.ops.higher_order.tag_activation_checkpoint
+            call = Graph.create_node(recorder.graph, "call_function", checkpoint, (body, state))
+            call.meta["example_value"] = (total.fake,)
+            state = Graph.create_node(recorder.graph, "call_function", operator.getitem, (call, 0))
+            state.meta["example_value"] = total.fake
+        recorder.graph.output((state,)).meta["example_value"] = (total.fake,)
+    return GraphModule(root, recorder.graph), [torch.zeros(2, 8)]

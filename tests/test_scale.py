@@ -27,7 +27,7 @@ from liger_compile.terms.build import Terms
 from liger_compile.terms.identities import ELEMENTWISE
 from liger_compile.terms.term import LONGEST, PASSED
 
-from .large_graphs import KINDS, recorded
+from .large_graphs import KINDS, calls_of_one_body, recorded
 
 TIMES = 4  # as many nodes
 # Linear is 4, with what a logarithm, a dictionary that grows and a cold cache add; quadratic is 16.
@@ -99,6 +99,11 @@ def test_backend(kind) -> None:
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in CORE])
 def test_backend_at_ten_thousand_nodes(kind) -> None:
     assert_linear(lambda nodes: recorded(KINDS[kind], nodes), told, 10_000)
+
+
+def test_calls_of_one_body() -> None:
+    """As many calls as the body has nodes, so that what each call does to the body shows."""
+    assert_linear(lambda nodes: calls_of_one_body(nodes // 2, nodes // 2), rewritten, 2_000)
 
 
 def test_what_is_found_in_small_graphs_is_found_in_large_ones() -> None:

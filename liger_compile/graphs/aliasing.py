@@ -58,6 +58,7 @@ class Mutations:
         self.nodes = list(graph.nodes)
         self._memory: dict[Node, frozenset[int | None]] = {}
         self._writes: dict[int | None, list[int]] = {}  # positions, in order
+        self._bodies: dict[GraphModule, Mutations] = {}  # many calls may be of one
         self._everywhere: set[int | None] = set()
         versions: set[int | None] = set()
         for position, node in enumerate(self.nodes):
@@ -91,7 +92,9 @@ class Mutations:
             body = graph_of(named)
             if body is None:
                 continue
-            inside = Mutations(body.graph)
+            if body not in self._bodies:
+                self._bodies[body] = Mutations(body.graph)
+            inside = self._bodies[body]
             written.update(inside._writes)
             placeholders = body.graph.find_nodes(op="placeholder")
             changed = [
