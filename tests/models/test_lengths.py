@@ -18,6 +18,8 @@ import liger_compile
 
 BY_NAME = {str(specimen): specimen for specimen in zoo.SPECIMENS}
 LENGTHS = (24, 32, 20)
+# What is left of terms that cancel, as of a key's bias, is in eager mode itself 1.8e-5 from what float64 gives.
+CLOSE = 3e-5
 
 FEW = (
     "gpt2",  # sizes that come of size arithmetic, LayerNorm, a product with a bias
@@ -53,7 +55,7 @@ def check(specimen: Specimen, inner: str = "aot_eager") -> float:
         inputs = batch(family, length=length)
         expected = step(plain, model, *inputs)
         got = step(function, model, *inputs)
-        assert_within(got, expected, zoo.EXACT)
+        assert_within(got, expected, CLOSE)
         worst = max(worst, *errors(got, expected).values())
     return worst
 
@@ -78,7 +80,7 @@ def test_policy_gradients_through_checkpoints(model: str, guards_of_ours) -> Non
     function = torch.compile(loss, backend="liger", options=options)
     for length in LENGTHS:
         inputs = batch(family, length=length)
-        assert_within(step(function, trained, *inputs), step(loss, trained, *inputs), zoo.EXACT)
+        assert_within(step(function, trained, *inputs), step(loss, trained, *inputs), CLOSE)
     first, second = (replaced({}, [report]) for report in liger_compile.reports())
     assert first == second and first
 
@@ -92,7 +94,7 @@ def test_numbers_that_are_known_at_run_time_only(name: str, model: str, guards_o
     function = torch.compile(family.loss, backend="liger", options=options, dynamic=True)
     for length in LENGTHS[:2]:
         inputs = batch(family, length=length)
-        assert_within(step(function, trained, *inputs), step(family.loss, trained, *inputs), zoo.EXACT)
+        assert_within(step(function, trained, *inputs), step(family.loss, trained, *inputs), CLOSE)
     (report,) = liger_compile.reports()
     assert replaced({}, [report])["rotary.half_pair"] == 2
     assert not report.near_misses
