@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
+from liger_compile.graphs.guards import sizes_of_one_may_be_guarded
+
 BLOCK_SIZE = 128  # what Inductor's templates are tuned for
 HALF = (torch.float16, torch.bfloat16)
 LARGEST_CAP = 1e3  # 1e-7 of a larger cap would be seen in scores of half precision
@@ -48,7 +50,8 @@ def windowed_attention(
     def mask(batch, head, query, key):
         return key <= query if window is None else (key <= query) & (query - key < window)
 
-    blocks = _block_mask(q, window, mask)
+    with sizes_of_one_may_be_guarded(q):
+        blocks = _block_mask(q, window, mask)
     # As torch.nn.attention.flex_attention.flex_attention sets them where it is compiled.
     options = {
         "BACKEND": "AUTO",

@@ -15,7 +15,8 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from liger_compile.runtime.promise import Promise, storage_of
 
-_waiting: weakref.WeakSet[Promise] = weakref.WeakSet()
+# Not a WeakSet: its callbacks are Python functions, which Dynamo compiles where a promise ends within a compiled call.
+_waiting: list[weakref.ref[Promise]] = []
 _lock = threading.Lock()
 
 
@@ -23,7 +24,8 @@ def keep_before_steps(promise: Promise) -> None:
     """As long as it lives."""
     _register()
     with _lock:
-        _waiting.add(promise)
+        _waiting[:] = [reference for reference in _waiting if reference() is not None]
+        _waiting.append(weakref.ref(promise))
 
 
 @functools.cache
@@ -36,7 +38,7 @@ def _before_step(optimizer: Any, args: Any, kwargs: Any) -> None:
     if torch.compiler.is_compiling():  # the fingerprints will tell
         return
     with _lock:
-        promises = list(_waiting)
+        promises = [promise for reference in _waiting if (promise := reference()) is not None]
     storages = set().union(*(promise.storages() for promise in promises))
     if not storages:
         return

@@ -63,7 +63,8 @@ class Recipe:
 
 CHANGED_IN_PLACE = "was changed in place (by an optimizer's step, say)"
 CHANGED_UNSEEN = (
-    "was changed (through .data, NumPy, a raw pointer, or by an optimizer that has no step hooks)"
+    "was changed (through another output that shares its memory, .data, NumPy, a raw pointer, or by an optimizer that "
+    "has no step hooks)"
 )
 FREED = "was freed (as sharding frees gathered weights)"
 

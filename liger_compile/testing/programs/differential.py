@@ -112,7 +112,7 @@ STEPS: Mapping[str, Callable[[Sequence[Tensor]], None] | None] = {
     ".data": _data,
 }
 # After these the documented error may stand for values; an optimizer's step is seen, and is no excuse.
-MAY_RAISE = (".data",)
+MAY_RAISE = (".data", "write", "write without grad", "write an item", "copy, then write")
 
 
 @dataclass
@@ -278,7 +278,8 @@ def _run_call(
         try:
             see[f"{prefix}output {i}"] = output.detach().clone()
         except RuntimeError as error:
-            if not (call.after_backward in MAY_RAISE and DOCUMENTED in str(error)):
+            done = (call.after_backward, *(action for action, _ in call.before_backward))
+            if not (DOCUMENTED in str(error) and any(each in MAY_RAISE for each in done)):
                 raise
             see[f"{prefix}output {i}"] = DOCUMENTED
             return
