@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -21,6 +21,7 @@ from torch.fx import GraphModule, Node
 
 from liger_compile import compile as compiling
 from liger_compile import ops, variants  # noqa: F401 - ops are registered, so that cached artifacts find them
+from liger_compile.backward_passes import CHOICES, DEFAULT_PASSES, Applied, Pass
 from liger_compile.buckets import Places, make_masks_where_they_are_read, padding_in, places_to_cut
 from liger_compile.callbacks import warn_of_failures
 from liger_compile.ddp import Cut, before_ddp_cuts
@@ -34,7 +35,7 @@ from liger_compile.outputs import Filled, filling, logits_in, settle, take_out
 from liger_compile.pattern import Decision, NearMiss, Pattern
 from liger_compile.registry import patterns_in_use
 from liger_compile.remat import keep_what_written_inputs_give, mark_for_recompute
-from liger_compile.report import GraphReport, is_of_variant, record, recorded_as
+from liger_compile.report import GraphReport, is_of_variant, record, recorded_as, site_of_pass
 from liger_compile.rewrite import rewrite
 from liger_compile.terms.attention import Note, notes_in, sentences
 from liger_compile.terms.build import Terms
@@ -52,6 +53,7 @@ class _Rewritten:
     # What keeps masks from being known, and nothing else does: values that are padding, and masks made elsewhere.
     padding: set[str] = field(default_factory=set)
     masks: set[str] = field(default_factory=set)
+    fuel: int | None = None  # what is left for backward
 
 
 def liger(
@@ -105,9 +107,8 @@ def liger(
             inductor_options=inductor_options,
             inner=chosen.compiler,
             patterns=patterns,
-            key=repr((chosen.policy, chosen.skip, chosen.fuel)),
-            saves_memory=chosen.policy != "never",
-            strict=chosen.strict,
+            key=repr((chosen.policy, chosen.skip, chosen.fuel, chosen.backward_passes)),
+            backward=_backward_plan(chosen, rewritten.fuel, report),
         )
         # Not before: Dynamo may restart the analysis and come back with another graph of the same code.
         record(report.with_notes(notes))
@@ -200,7 +201,31 @@ def _rewritten(
         module.recompile()
     meanings = [note.meaning for note in attention if note.meaning]
     padding = {name for meaning in meanings for name in meaning.padding}
-    return _Rewritten(gm, report, filled, padding, {name for meaning in meanings for name in meaning.masks})
+    masks = {name for meaning in meanings for name in meaning.masks}
+    return _Rewritten(gm, report, filled, padding, masks, _left(options.fuel, decisions))
+
+
+def _backward_plan(options: Options, fuel: int | None, report: GraphReport) -> compiling.BackwardPlan | None:
+    """What is done to the graph of backward; the report hears of it."""
+    if "never" in (options.policy, options.backward_passes):
+        return None
+
+    def made(changes: Iterable[tuple[Pass, Applied]]) -> None:
+        sites = [
+            site_of_pass(each.name, applied.node, applied.what, applied.memory, applied.traffic)
+            for each, applied in changes
+        ]
+        report.backward.add(report.name, sites)
+
+    return compiling.BackwardPlan(
+        passes=tuple(each for each in DEFAULT_PASSES if not options.skips(each.name)),
+        choices=tuple(name for name in CHOICES if not options.skips(name)),
+        fuel=fuel,
+        strict=options.strict,
+        everywhere=options.backward_passes == "always",
+        made=made,
+        chose=lambda name: report.backward.choices.update({name: CHOICES[name]}),
+    )
 
 
 def _specialised(

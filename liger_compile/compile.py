@@ -20,6 +20,7 @@ import importlib
 import logging
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableSet, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,16 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._python_dispatch import _disable_current_modes
 
 from liger_compile import sources
-from liger_compile.gradients import rewrite_backward, trace_through
+from liger_compile.backward_passes import (
+    CHOICES,
+    DEFAULT_PASSES,
+    Applied,
+    Backward,
+    Pass,
+    inline_whole_ops,
+    is_backward,
+    run_passes,
+)
 from liger_compile.ops.embedding import PAYS_FROM
 from liger_compile.ops.registration import BODIES, keeping_backwards_whole
 from liger_compile.pattern import Pattern
@@ -40,6 +50,29 @@ from liger_compile.pattern import Pattern
 # transformers hangs these on logging.Logger and calls them between logits and loss, where Dynamo would break
 # the graph in two. They say a thing once and return None: leaving them out of a trace changes no result.
 _LOGGER_METHODS = ("warning_once", "info_once")
+
+
+@dataclass(frozen=True)
+class BackwardPlan:
+    """What is done to the graph of backward, and who hears of it.
+
+    Args:
+        passes: run in this order, before Inductor gets the graph.
+        choices: names of `CHOICES` that are made.
+        fuel: how many changes the passes may make at most; None is no limit.
+        strict: raise what a pass raises.
+        everywhere: on a CPU as well, for which nothing here pays.
+        made: is called with the changes that the passes made to a graph of backward, once for each graph.
+        chose: is called with the name of each choice that had an effect.
+    """
+
+    passes: tuple[Pass, ...] = DEFAULT_PASSES
+    choices: tuple[str, ...] = tuple(CHOICES)
+    fuel: int | None = None
+    strict: bool = False
+    everywhere: bool = False
+    made: Callable[[Sequence[tuple[Pass, Applied]]], None] = lambda _: None
+    chose: Callable[[str], None] = lambda _: None
 
 
 def compile_graph(
@@ -51,16 +84,17 @@ def compile_graph(
     inner: str = "inductor",
     patterns: Iterable[Pattern] = (),
     key: str = "",
-    saves_memory: bool = False,
-    strict: bool = False,
+    backward: BackwardPlan | None = None,
 ) -> Callable[..., Any]:
     """Compiles `gm`, and takes ownership of it.
 
-    `patterns` are those in use and `key` whatever else decided what `gm` is: both go into the cache key.
-    With `saves_memory`, on a GPU, Inductor frees a buffer after its last use, unless its options say otherwise,
-    leaves the gradient of an embedding to our op, and has the graph of backward rewritten (`gradients.py`), where
-    `strict` raises what fails.
-    Raises what torch.compile(backend="inductor") raises for a wrong mode or option, whatever `inner` is.
+    Args:
+        patterns: those in use; part of the cache key.
+        key: whatever else decided what `gm` is; part of the cache key.
+        backward: what is done to the graph of backward where Inductor compiles for a GPU; None is nothing.
+
+    Raises:
+        RuntimeError: what torch.compile(backend="inductor") raises for a wrong mode or option, whatever `inner` is.
     """
     patches = _inductor_patches(mode, inductor_options)
     # One way into the key: attributes of the top-level GraphModule are pickled into AOTAutograd's (meta is
@@ -80,18 +114,20 @@ def compile_graph(
     # the backward is compiled later.
     name = "unsafe_marked_cacheable_functions"
     patches[name] = {**patches.get(name, getattr(config, name)), "liger_compile": digest}
-    decompositions, traced_for_gradients = None, contextlib.nullcontext()
-    if saves_memory and _is_on_gpu(example_inputs):
-        patches.setdefault("allow_buffer_reuse", False)
+    decompositions, kept_whole = None, contextlib.nullcontext()
+    if backward and (backward.everywhere or _is_on_gpu(example_inputs)):
+        if "backward.early_free" in backward.choices and "allow_buffer_reuse" not in patches:
+            patches["allow_buffer_reuse"] = False
+            backward.chose("backward.early_free")
         with config.patch(patches):
-            decompositions = _with_embedding_backward(select_decomp_table())
-            passes = _with_rewritten_backward(config.post_grad_custom_post_pass, strict)
-        if passes is None:  # what gradients.py would trace in the end, AOTAutograd traces
+            decompositions = _with_embedding_backward(select_decomp_table(), backward)
+            passes = with_backward_passes(config.post_grad_custom_post_pass, backward)
+        if passes is None:  # AOTAutograd traces what `inline_whole_ops` would trace
             decompositions.update(BODIES)
         else:
             patches["post_grad_custom_post_pass"] = passes
-            traced_for_gradients = keeping_backwards_whole()
-    with traced_for_gradients:
+            kept_whole = keeping_backwards_whole()
+    with kept_whole:
         compiled: Any = compile_fx(gm, example_inputs, config_patches=patches, decompositions=decompositions)
     return compiled
 
@@ -121,8 +157,12 @@ class _Decompositions(dict[Any, Callable[..., Any]]):
         return str, (package_hash(),)
 
 
-def _with_embedding_backward(decompositions: Mapping[Any, Callable[..., Any]]) -> _Decompositions:
+def _with_embedding_backward(
+    decompositions: Mapping[Any, Callable[..., Any]], backward: BackwardPlan
+) -> _Decompositions:
     """With our op for the gradient of a large embedding, where Inductor would add it up in a wider dtype."""
+    if "backward.embedding" not in backward.choices:
+        return _Decompositions(decompositions)
     whole = torch.ops.aten.embedding_dense_backward.default
     decomposed = decompositions[whole]
 
@@ -130,34 +170,37 @@ def _with_embedding_backward(decompositions: Mapping[Any, Callable[..., Any]]) -
         size = num_rows * dy.shape[indices.dim() :].numel()
         pays = isinstance(size, int) and size >= PAYS_FROM
         is_half = dy.is_cuda and dy.dtype.itemsize < 4
-        chosen = torch.ops.liger_compile.embedding_backward.default if pays and is_half else decomposed
-        return chosen(dy, indices, num_rows, *rest)
+        if not (pays and is_half):
+            return decomposed(dy, indices, num_rows, *rest)
+        backward.chose("backward.embedding")
+        return torch.ops.liger_compile.embedding_backward.default(dy, indices, num_rows, *rest)
 
     return _Decompositions({**decompositions, whole: embedding_dense_backward})
 
 
-def _with_rewritten_backward(theirs: Any, strict: bool = False) -> Any:
-    """`theirs`, passes over the graphs that AOTAutograd has made, and one that has gradients.py change them; None where
-    there is no place for it."""
+def with_backward_passes(theirs: Any, backward: BackwardPlan) -> Any:
+    """`theirs`, passes over the graphs that AOTAutograd has made, and one that runs ours; None where there is no place
+    for it."""
     from torch._inductor import custom_graph_pass
     from torch._inductor.decomposition import select_decomp_table
     from torch._inductor.utils import get_donated_idxs
 
-    class RewritesBackward(custom_graph_pass.CustomGraphPass):
+    class BackwardPasses(custom_graph_pass.CustomGraphPass):
         def __call__(self, graph: Graph) -> None:
-            # So AOTAutograd calls what a backward is given; forward graphs have none.
-            if any(node.name.startswith("tangents") for node in graph.find_nodes(op="placeholder")):
-                rewrite_backward(graph, get_donated_idxs() or (), strict)
-            trace_through(graph, select_decomp_table(), strict)
+            if is_backward(graph):
+                given = Backward(graph, get_donated_idxs() or ())
+                backward.made(run_passes(given, backward.passes, fuel=backward.fuel, strict=backward.strict))
+            inline_whole_ops(graph, select_decomp_table(), backward.strict)
 
         def uuid(self) -> Any:
-            """What the caches know it by. What is donated is not in the key otherwise, and a setting decides it."""
-            return [package_hash(), get_donated_idxs()]
+            """The caches' key. Donated inputs are in it because a setting decides them that is in no other key."""
+            names = [each.name for each in backward.passes]
+            return [package_hash(), names, backward.fuel, get_donated_idxs()]
 
     if theirs is None:
-        return RewritesBackward()
+        return BackwardPasses()
     passes = getattr(custom_graph_pass, "get_custom_graph_passes", None)
-    return (*passes(theirs), RewritesBackward()) if passes else None  # torch 2.11 takes one
+    return (*passes(theirs), BackwardPasses()) if passes else None  # torch 2.11 takes one
 
 
 def when_called(compile: Callable[[Sequence[Any]], Callable[..., Any]]) -> Callable[..., Any]:

@@ -74,7 +74,9 @@ class Options:
     )
     patterns: tuple[Pattern, ...] = _option((), _PATTERNS, "Patterns to use besides the registered ones.")
     skip: tuple[str, ...] = _option(
-        (), _NAMES, 'Patterns not to use: one by its name, or all of an op as in "rotary".'
+        (),
+        _NAMES,
+        'Patterns and passes not to use: one by its name, or all of an op as in "rotary", all passes as in "backward".',
     )
     fuel: int | None = _option(None, _COUNT, "Stop after so many rewrites, to bisect.", env="LIGER_FUEL")
     loss_memory: int | None = _option(
@@ -97,6 +99,11 @@ class Options:
         _one_of("auto", "general"),
         "Compile a graph of its own for calls without padding or with causal masks, or one graph for all calls.",
     )
+    backward_passes: str = _option(
+        "auto",
+        _one_of("auto", "always", "never"),
+        "Run passes over the graph of backward: on GPUs, on every device (to debug them), or on none.",
+    )
     strict: bool = _option(
         False, _FLAG, "Raise if the rewriter fails, instead of compiling the graph as it came."
     )
@@ -111,9 +118,9 @@ class Options:
         """What the report is about."""
         return "inductor" if self.inner == "report" else self.inner
 
-    def skips(self, pattern_name: str) -> bool:
-        """Whether `skip` names this pattern, or its op: "rms_norm" is the op of "rms_norm.llama"."""
-        return pattern_name in self.skip or pattern_name.partition(".")[0] in self.skip
+    def skips(self, name: str) -> bool:
+        """Whether `skip` names this pattern or pass, or its op: "rms_norm" is the op of "rms_norm.llama"."""
+        return name in self.skip or name.partition(".")[0] in self.skip
 
 
 _FIELDS: Mapping[str, Field[Any]] = {PREFIX + one.name: one for one in fields(Options)}

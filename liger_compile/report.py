@@ -16,7 +16,7 @@ import textwrap
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ from torch.fx import GraphModule, Node
 from liger_compile.pattern import Decision, NearMiss
 
 WIDTH = 110
+NO_PASSES = "did not run yet: backward is compiled later, or Inductor's cache has its code"
 MAX_NEAR_MISSES = 12  # in the text; to_dict() has them all
 
 _log = logging.getLogger("liger_compile")
@@ -77,6 +78,31 @@ class Near:
     score: float
 
 
+@dataclass(eq=False)
+class BackwardReport:
+    """What was done to the graph of backward. It fills when backward is compiled, which may be after forward has run.
+
+    Args:
+        sites: changes that passes made, in order.
+        choices: what was chosen for backward besides, by name.
+        is_compiled: whether passes have run. They do not where Inductor's cache has the compiled code.
+    """
+
+    sites: list[Site] = field(default_factory=list)
+    choices: dict[str, str] = field(default_factory=dict)
+    is_compiled: bool = False
+
+    def add(self, graph: str, sites: Iterable[Site]) -> None:
+        """Records what passes did to a graph of backward, that of the named graph, and logs it."""
+        sites = list(sites)
+        self.is_compiled = True
+        self.sites += sites
+        counts = Counter(site.pattern for site in sites)
+        text = ", ".join(f"{count} {name}" for name, count in counts.items()) or "no change"
+        _log.info("liger_compile  backward of graph %s: %s", graph, text)
+        _trace("liger_compile_backward_report", {"graph": graph, **dataclasses.asdict(self)})
+
+
 @dataclass(frozen=True, eq=False)
 class GraphReport:
     """What the backend did with one graph. `str()` is for people, `to_dict()` for programs."""
@@ -88,6 +114,7 @@ class GraphReport:
     notes: tuple[str, ...] = ()
     seconds: float | None = None
     variant: str = ""  # where one graph is compiled more than once
+    backward: BackwardReport = field(default_factory=BackwardReport)
 
     @staticmethod
     def of(
@@ -167,6 +194,12 @@ class GraphReport:
         lines += _section("Near misses: look like a pattern, and are left because they differ from it", rows)
         if len(groups) > MAX_NEAR_MISSES:
             lines.append(f"  and {len(groups) - MAX_NEAR_MISSES} more, in to_dict()")
+        groups = _grouped(self.backward.sites, key=lambda site: (site.pattern, site.reason))
+        rows = [_site_row(group) for group in groups]
+        rows += [((name, "", ""), (), sentence) for name, sentence in self.backward.choices.items()]
+        if rows and not self.backward.is_compiled:
+            rows.append((("passes", "", ""), (), NO_PASSES))
+        lines += _section("In backward", rows)
         if self.notes:
             lines += ["", "Notes"]
             for note in self.notes:
@@ -201,10 +234,15 @@ def record(report: GraphReport) -> None:
     _log.info("%s", report.summary)
     if _log.isEnabledFor(logging.DEBUG) and (details := report._details()):
         _log.debug("%s", "\n".join(details).lstrip("\n"))
+    _trace("liger_compile_report", report.to_dict())
+
+
+def _trace(name: str, content: dict[str, Any]) -> None:
+    """An artifact for tlparse."""
     trace_structured(
         "artifact",
-        metadata_fn=lambda: {"name": "liger_compile_report", "encoding": "json"},
-        payload_fn=lambda: json.dumps(report.to_dict(), indent=1),
+        metadata_fn=lambda: {"name": name, "encoding": "json"},
+        payload_fn=lambda: json.dumps(content, indent=1),
         expect_trace_id=False,
     )
 
@@ -237,6 +275,24 @@ def _site(decision: Decision) -> Site:
     )
 
 
+def site_of_pass(name: str, node: Node, what: str, memory: int, traffic: int) -> Site:
+    """What a pass did: `memory` bytes are not allocated any more, and about `traffic` neither read nor written."""
+    reason = f"{what}; about {_size(traffic)} less is read and written" if traffic else what
+    return Site(
+        pattern=name,
+        kind="replace",
+        reason=reason,
+        place=Place.of([node], node),
+        ops=(),
+        result=_counted(_describe(value) for value in _values(node.meta.get("val"))),
+        saved_bytes=memory or None,
+    )
+
+
+def _values(value: Any) -> Sequence[Any]:
+    return value if isinstance(value, tuple | list) else (value,)
+
+
 def _near(miss: NearMiss) -> Near:
     culprit = miss.culprit if miss.culprit is not None and "stack_trace" in miss.culprit.meta else miss.root
     return Near(
@@ -254,7 +310,8 @@ def _describe(value: Any) -> str:
 def _module_of(nodes: Sequence[Node]) -> tuple[str, str]:
     # The deepest module that most of the nodes ran in. The last node alone would say "down_proj" of a whole
     # MLP; the module they all share would say "layers.0" of a norm that takes in the residual add before it.
-    stacks = [list(node.meta["nn_module_stack"].values()) for node in nodes if "nn_module_stack" in node.meta]
+    modules = [node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack") for node in nodes]
+    stacks = [list(stack.values()) for stack in modules if stack is not None]
     votes = Counter(entry for stack in stacks for entry in dict.fromkeys(stack))
     shared = [entry for entry, count in votes.items() if 2 * count > len(stacks)]
     if not shared:

@@ -337,14 +337,19 @@ def _bisected(
 
 
 def _rewrites(report: GraphReport) -> int:
-    return report.count("replace") + report.count("annotate")
+    return len(_rewritten(report))
+
+
+def _rewritten(report: GraphReport) -> list[Site]:
+    """What fuel counts, in its order."""
+    return [*(site for site in report.sites if site.kind != "leave"), *report.backward.sites]
 
 
 def _more(after: Sequence[GraphReport], before: Sequence[GraphReport]) -> tuple[Site, ...]:
     """The sites that are rewritten in `after` and were not in `before`."""
-    earlier = Counter((s.pattern, s.place) for report in before for s in report.sites if s.kind != "leave")
+    earlier = Counter((site.pattern, site.place) for report in before for site in _rewritten(report))
     found = []
-    for site in (site for report in after for site in report.sites if site.kind != "leave"):
+    for site in (site for report in after for site in _rewritten(report)):
         earlier[site.pattern, site.place] -= 1
         found += [site] if earlier[site.pattern, site.place] < 0 else []
     return tuple(found)

@@ -12,6 +12,7 @@ from torch._inductor import custom_graph_pass
 from torch._subclasses import FakeTensor, FakeTensorMode
 
 from liger_compile.compile import (
+    BackwardPlan,
     cache_counts,
     cache_key,
     compile_graph,
@@ -76,17 +77,21 @@ def test_buffers_of_a_gpu_are_freed_early(device, saves, options, expected, monk
     )
     with FakeTensorMode():
         arguments = [torch.empty(4, 8, device=device), torch.empty(8, 8, device=device)]
-    compile_graph(captured(loss_of, *inputs()), arguments, inductor_options=options, saves_memory=saves)
+    compile_graph(
+        captured(loss_of, *inputs()),
+        arguments,
+        inductor_options=options,
+        backward=BackwardPlan() if saves else None,
+    )
     ((patches, decompositions),) = seen
     assert patches.get("allow_buffer_reuse") is expected
     assert (decompositions is not None) == (device == "cuda" and saves)
 
 
-def test_the_caches_keep_what_is_compiled_for_a_gpu(monkeypatch):
+def test_the_caches_keep_what_is_compiled_for_a_gpu():
     from torch._inductor.utils import fresh_cache
 
-    monkeypatch.setattr("liger_compile.compile._is_on_gpu", lambda inputs: True)
-    backend = partial(compile_graph, saves_memory=True)
+    backend = partial(compile_graph, backward=BackwardPlan(everywhere=True))
     with fresh_cache():
         for hits in (0, 1):
             torch._dynamo.reset()
@@ -108,7 +113,7 @@ def test_a_users_own_pass_stays(monkeypatch):
         pass
 
     options = {"post_grad_custom_post_pass": theirs}
-    compile_graph(captured(loss_of, *inputs()), arguments, inductor_options=options, saves_memory=True)
+    compile_graph(captured(loss_of, *inputs()), arguments, inductor_options=options, backward=BackwardPlan())
     passes = seen[0]["post_grad_custom_post_pass"]
     if hasattr(custom_graph_pass, "get_custom_graph_passes"):
         assert passes[0] is theirs and len(passes) == 2
@@ -127,7 +132,7 @@ def test_the_gradient_of_an_embedding_in_half_precision_stays_whole_on_a_gpu(mon
     monkeypatch.setattr(torch.ops.liger_compile.embedding_backward, "default", lambda *_: "ours")
     with FakeTensorMode():
         dy, ids = torch.empty(2, 3, 8, device="cuda"), torch.zeros(2, 3, dtype=torch.long, device="cuda")
-    compile_graph(captured(loss_of, *inputs()), [dy], saves_memory=True)
+    compile_graph(captured(loss_of, *inputs()), [dy], backward=BackwardPlan())
     rest = ids, 2**22, -1, False
     assert table[0][whole](dy.bfloat16(), *rest) == "ours"
     assert table[0][whole](dy.bfloat16(), ids, 2**20, -1, False) == "decomposed", "of a small table"

@@ -16,18 +16,19 @@ import torch
 from torch.fx import Graph
 
 import liger_compile
-from liger_compile import variants
+from liger_compile import backward_passes, variants
 from liger_compile.backend import liger
+from liger_compile.backward_passes import DEFAULT_PASSES, run_passes
 from liger_compile.buckets import make_masks_where_they_are_read, padding_in, places_to_cut
 from liger_compile.graphs.aliasing import Mutations
-from liger_compile.norms import join_norms
 from liger_compile.patterns import DEFAULT_PATTERNS
-from liger_compile.products import join_products
 from liger_compile.terms.build import Terms
 from liger_compile.terms.identities import ELEMENTWISE
 from liger_compile.terms.term import LONGEST, PASSED
 
 from .large_graphs import KINDS, calls_of_one_body, recorded
+
+QKV_MATMUL, RMS_NORM, *_ = DEFAULT_PASSES
 
 TIMES = 4  # as many nodes
 # Linear is 4, with what a logarithm, a dictionary that grows and a cold cache add; quadratic is 16.
@@ -236,9 +237,9 @@ def sums_of_a_stream(nodes):
     return (made.graph,)
 
 
-def joined(join, op, least):
+def fused(which, op, least):
     def run(graph):
-        join(graph)
+        run_passes(backward_passes.Backward(graph), [which], strict=True)
         assert len(graph.find_nodes(op="call_function", target=op)) >= least
         graph.lint()
 
@@ -246,11 +247,11 @@ def joined(join, op, least):
 
 
 def test_norms_of_backward() -> None:
-    run = joined(join_norms, _ours.pre_norm_backward_joined.default, 50)
+    run = fused(RMS_NORM, _ours.pre_norm_backward_joined.default, 50)
     assert_linear(norms_of_layers, run, 2_400)
-    join_norms(*sums_of_a_stream(5_000))
+    run_passes(backward_passes.Backward(*sums_of_a_stream(5_000)), [RMS_NORM], strict=True)
 
 
 def test_products_of_backward() -> None:
-    run = joined(join_products, _ours.rotary_backward_joined.default, 40)
+    run = fused(QKV_MATMUL, _ours.rotary_backward_joined.default, 40)
     assert_linear(rotations_of_layers, run, 2_400)

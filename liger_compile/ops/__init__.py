@@ -8,8 +8,9 @@ mutate no input and no output aliases an input. liger_compile.functional is the 
 Two kinds (registration.py). AOTAutograd traces through rms_norm, add_rms_norm, rotary, norm_rotary and
 gated_activation, so that Inductor fuses them with their neighbours. gated_mlp, cross_entropy and linear_cross_entropy
 stay opaque: their bodies loop over blocks of rows (blocks.py). embedding_backward and scale are for backward alone, and
-have twins that write in place, add_embedding_backward and scale_in_place, for gradients.py. The backwards of rotary and
-norm_rotary have twins that are kept whole until gradients.py has seen them, and others for more gradients (joined.py).
+have twins that write in place, add_embedding_backward and scale_in_place, for backward_passes/. The backwards of rotary
+and norm_rotary have twins that are kept whole until backward_passes/ has seen them, and others for more gradients
+(joined.py).
 
 No Triton is imported here.
 """

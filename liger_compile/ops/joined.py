@@ -5,7 +5,7 @@
     dq, dk (B, T, heads, D), or (B, heads, T, D) if heads_axis is 1; rest (N, R) or None; the others as in the two ops
 
 So one product with the weights of three projections, one under the other, gives the gradient of what they all read.
-`gradients.py` puts these ops there. Dtypes and sources are those of the two ops.
+`backward_passes/` puts these ops there. Dtypes and sources are those of the two ops.
 """
 
 from __future__ import annotations

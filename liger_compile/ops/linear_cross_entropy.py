@@ -454,7 +454,7 @@ def _times(gradient: Tensor, factor: Tensor) -> Tensor:
     if type(factor) is Tensor:
         # In place if this was the last backward: dweight is too large to have it twice for no reason.
         return scale_into(gradient, factor, torch.empty_like(gradient) if graph_is_retained() else gradient)
-    # Traced. On a GPU gradients.py has it done in place, where nothing is read for a factor of 1; on a CPU Inductor
+    # Traced. On a GPU backward_passes/ has it done in place, where nothing is read for a factor of 1; on a CPU Inductor
     # makes one kernel of it and what follows.
     if gradient.is_cuda:
         return torch.ops.liger_compile.scale.default(gradient, factor)

@@ -6,9 +6,9 @@
     dx, dweight, y = the same of sum(dys), with ds added to dx, and y again
 
 All stay one node each until AOTAutograd's graphs are whole. Then a compiler gets the reference in their place, which it
-fuses with what is around it as well as a kernel would be; but of a backward, gradients.py first makes the last, where
-it can. x is a residual stream then, whose gradient ds comes past the norm, dys are the gradients by the linear layers
-that read y, and y is computed again for the gradients of their weights.
+fuses with what is around it as well as a kernel would be; but of a backward, backward_passes/ first makes the last,
+where it can. x is a residual stream then, whose gradient ds comes past the norm, dys are the gradients by the linear
+layers that read y, and y is computed again for the gradients of their weights.
 
 Dtypes and casting as in rms_norm.py. Saved for backward: x, rstd and weight. dys are summed in float32 and not rounded
 in between; they may be narrower than x, as under autocast, where the linear layers read y in a half precision.

@@ -51,7 +51,7 @@ _keeps_whole = False
 
 @contextlib.contextmanager
 def keeping_backwards_whole() -> Iterator[None]:
-    """While graphs are traced for `gradients.py`, which sees a `backward_op` as one node and traces it later."""
+    """While graphs are traced for `backward_passes/`, which sees a `backward_op` as one node and traces it later."""
     global _keeps_whole
     before, _keeps_whole = (
         _keeps_whole,
@@ -64,7 +64,7 @@ def keeping_backwards_whole() -> Iterator[None]:
 
 
 def whole_op(fn: Callable[..., Any]) -> CustomOpDef:
-    """An opaque op with the body of a traceable one, which is its own fake. `gradients.py` has it traced in the end."""
+    """An opaque op with the body of a traceable one, which is its own fake. `backward_passes/` inlines it late."""
     op = opaque_op(fn)
     op.register_fake(fn)
     BODIES[op._opoverload] = outside_autocast(fn)

@@ -3,7 +3,7 @@
     gradient (R, ...), factor () or one for each row, (R) -> gradient * factor, in factor's dtype, rounded once
 
 As ops of their own, so that a compiler does not have gradients of a gigabyte read and written for a factor of 1: with
-`scale_in_place`, on a GPU, nothing is read then but the factor. `gradients.py` puts it where it may stand.
+`scale_in_place`, on a GPU, nothing is read then but the factor. `backward_passes/` puts it where it may stand.
 """
 
 from __future__ import annotations

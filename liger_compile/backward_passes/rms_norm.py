@@ -1,4 +1,4 @@
-"""The backward of a norm with what is around it: a rewrite of a graph of backward, before gradients.py traces it.
+"""RMSNorm's backward is fused with the sums around it.
 
 In: a functional graph of aten operators, in which forward and backward of pre_norm are one node each: the norm of a
 residual stream, computed again for the gradients of the weights that its result was multiplied with. Out:
@@ -13,15 +13,16 @@ from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch.fx import Graph, Node
 
-from liger_compile.aten_graph import (
+from liger_compile.backward_passes.aten_graph import (
     RESHAPES,
     before_widening,
+    bytes_of,
     call,
     cast,
     erase_unused,
@@ -33,6 +34,7 @@ from liger_compile.aten_graph import (
     tensor_of,
     terms_of,
 )
+from liger_compile.backward_passes.runner import Applied, Backward
 from liger_compile.ops.pre_norm import MOST_SUMMED
 
 _aten, _ours = torch.ops.aten, torch.ops.liger_compile
@@ -41,17 +43,18 @@ _norm, _backward = _ours.pre_norm.default, _ours.pre_norm_backward.default
 _IN_MEMORY = (mm, _aten.addmm.default, _aten.bmm.default, _ours.scale.default, operator.getitem)
 
 
-def join_norms(graph: Graph) -> None:
-    """Changes `graph`."""
-    for node in graph.find_nodes(op="call_function", target=_backward):
-        _join(graph, node)
+def fuse_rms_norms(backward: Backward) -> Iterator[Applied]:
+    """A norm's backward takes up to three gradients, adds that of the residual stream, and gives the norm again."""
+    for node in backward.graph.find_nodes(op="call_function", target=_backward):
+        if applied := _fuse(backward.graph, node):
+            yield applied
 
 
-def _join(graph: Graph, backward: Node) -> None:
+def _fuse(graph: Graph, backward: Node) -> Applied | None:
     dy, *of, needs_dweight = backward.args
     dys = [term for part in terms_of(dy) for term in terms_of(_unwidened(part))]
     if len(dys) > MOST_SUMMED or not all(_is_in_memory(origin(each)[-1]) for each in dys):
-        return  # a compiler had best compute others where it reads them
+        return None  # a compiler had best compute others where it reads them
     dx, dweight = result(backward, 0), result(backward, 1)
     total, ds = _added_to(dx, backward)
     norm = _norm_of(of)
@@ -75,6 +78,12 @@ def _join(graph: Graph, backward: Node) -> None:
         backward.prepend(node)
     unused = (dx, dweight, backward, norm, y, *itertools.chain.from_iterable(replaced))
     erase_unused(graph, unused, _backward, _norm)
+    # A sum is written and read once less; so is x, of which the norm is computed again.
+    sums = len(dys) - 1 + (ds is not None)
+    what = f"one kernel with {sums} {'sum' if sums == 1 else 'sums'}" + (
+        " and the norm" if norm is not None else ""
+    )
+    return Applied(backward, what, traffic=(2 * sums + (norm is not None)) * bytes_of(new_dx))
 
 
 def _shaped(graph: Graph, node: Node, other: Any) -> Node:

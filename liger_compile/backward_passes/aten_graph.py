@@ -1,4 +1,4 @@
-"""What the rewrites of AOTAutograd's graphs share: values, views, sums, and nodes that are put in."""
+"""What passes over AOTAutograd's graphs share: values, views, sums, and nodes that are put in."""
 
 from __future__ import annotations
 
@@ -20,6 +20,12 @@ mm, add, clone, slice_ = _aten.mm.default, _aten.add.Tensor, _aten.clone.default
 
 def tensor_of(node: Any) -> torch.Tensor:
     return node.meta["val"]
+
+
+def bytes_of(node: Any) -> int:
+    """The size of its tensor; 0 where sizes are symbolic."""
+    tensor = tensor_of(node)
+    return tensor.nbytes if all(isinstance(size, int) for size in tensor.shape) else 0
 
 
 def are_alike(a: Any, b: Any) -> bool:

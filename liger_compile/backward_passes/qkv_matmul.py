@@ -1,4 +1,4 @@
-"""One product where gradients lie side by side: a rewrite of a graph of backward, before gradients.py traces it.
+"""qkv matmul fusion: one matrix product where the gradients of q, k and v lie side by side.
 
 In: a functional graph of aten operators, in which the backwards of rotary and norm_rotary are one node each. Out: the
 same graph, where q, k and v are projections of one x, with ops/joined.py for that node:
@@ -15,14 +15,14 @@ from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch.fx import Graph, Node
 
 from liger_compile import ops  # noqa: F401 - registers what torch.ops.liger_compile has
-from liger_compile.aten_graph import (
+from liger_compile.backward_passes.aten_graph import (
     RESHAPES,
     VIEWS,
     add,
@@ -41,6 +41,7 @@ from liger_compile.aten_graph import (
     tensor_of,
     terms_of,
 )
+from liger_compile.backward_passes.runner import Applied, Backward
 
 _aten, _ours = torch.ops.aten, torch.ops.liger_compile
 # Backwards of q and k, and the same with results side by side: of (dq, dk, matrix beside them, axis of heads, and all
@@ -71,14 +72,15 @@ class _Matrix(NamedTuple):
         return turned[0] if len(turned) == 1 else None
 
 
-def join_products(graph: Graph) -> None:
-    """Changes `graph`."""
+def fuse_qkv_matmuls(backward: Backward) -> Iterator[Applied]:
+    """The gradients of q, k and v are multiplied by their three weights at once."""
     for target in _JOINED:
-        for node in graph.find_nodes(op="call_function", target=target):
-            _join(graph, node)
+        for node in backward.graph.find_nodes(op="call_function", target=target):
+            if applied := _fuse(backward.graph, node):
+                yield applied
 
 
-def _join(graph: Graph, backward: Node) -> None:
+def _fuse(graph: Graph, backward: Node) -> Applied | None:
     heads_axis = _heads_axis(backward)
     found = [
         matrix
@@ -86,18 +88,20 @@ def _join(graph: Graph, backward: Node) -> None:
         if heads_axis and (matrix := _matrix(gradient, *_laid_out(gradient, heads_axis)))
     ]
     if len(found) != 2:
-        return
+        return None
     q, k = found
     summed = _summed_with(q.term)
     if k.term not in summed:
-        return
+        return None
     first = min((*q.reads, *k.reads))  # Nodes compare by where they stand
     others = [term for term in summed if term not in (q.term, k.term)]
     rest = next((each for each in map(_matrix_of, others) if _fits(each, q, first)), None)
     matrices = [q, k] if rest is None else [q, k, rest]
     if not _pays(matrices):
-        return
+        return None
 
+    what = f"the gradients of {len(matrices)} projections are one matrix product"
+    applied = Applied(backward, what, traffic=_elements_saved(matrices) * tensor_of(q.term).dtype.itemsize)
     beside = None if rest is None else rest.term.args[0]
     if rest is not None:
         reads = [reader for reader in rest.reads if reader > backward]
@@ -121,6 +125,7 @@ def _join(graph: Graph, backward: Node) -> None:
         _join_weight_gradients(graph, joined, gradients, bounds)
         unused += gradients
     erase_unused(graph, unused, backward.target)
+    return applied
 
 
 # What is there ---------------------------------------------------------------------------------------------
@@ -228,13 +233,18 @@ def _only_read_here(node: Node) -> Node | None:
 
 
 def _pays(matrices: Sequence[_Matrix]) -> bool:
-    """Whether fewer elements are moved: terms that are written and read; against them, weights that are put one under
-    another, and the matrix that is copied."""
+    """Whether fewer elements are moved."""
+    return _elements_saved(matrices) > 0
+
+
+def _elements_saved(matrices: Sequence[_Matrix]) -> int:
+    """Terms that are neither written nor read any more, less the weights that are concatenated and the matrix that is
+    copied."""
     rows, hidden = tensor_of(matrices[0].term).shape
-    moved = 2 * hidden * sum(matrix.width for matrix in matrices) + sum(
-        2 * rows * each.width for each in matrices[2:]
-    )
-    return bool(2 * (len(matrices) - 1) * rows * hidden > moved)
+    terms = 2 * (len(matrices) - 1) * rows * hidden
+    weights = 2 * hidden * sum(matrix.width for matrix in matrices)
+    copied = sum(2 * rows * matrix.width for matrix in matrices[2:])
+    return terms - weights - copied
 
 
 # What is put there -----------------------------------------------------------------------------------------

@@ -13,11 +13,14 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_leaves
 
-from liger_compile import functional, norms
+from liger_compile import functional
+from liger_compile.backward_passes import DEFAULT_PASSES, Backward, run_passes
+from liger_compile.report import clear_reports, reports
 from liger_compile.testing import precision
 
-from .whole_graphs import Seen, names_of_ours
+from .seen import Seen, names_of_ours
 
+RMS_NORM = DEFAULT_PASSES[1]
 _ours = torch.ops.liger_compile
 BATCH, TOKENS, HIDDEN = 2, 12, 16
 FORWARD = ["pre_norm_statistics", "pre_norm"]
@@ -128,23 +131,23 @@ class Spelled(Block):
 
 
 @pytest.mark.parametrize("recompute", ["auto", "off"])
-def test_what_is_not_kept_is_computed_in_the_same_pass(monkeypatch, recompute):
-    """The backend as on a GPU: norms are replaced, and marked."""
-    joined = []
-
-    def join(graph):
-        norms.join_norms(graph)
-        joined.extend(graph.find_nodes(op="call_function", target=_ours.pre_norm_backward_joined.default))
-
-    monkeypatch.setattr("liger_compile.gradients.join_norms", join)
-    monkeypatch.setattr("liger_compile.compile._is_on_gpu", lambda inputs: True)
+def test_what_is_not_kept_is_computed_in_the_same_pass(recompute):
+    """Norms are replaced, and marked for recompute."""
+    clear_reports()
     module, x = Spelled(), inputs()
     expected = differentiated(module, module, x)
-    options = {"liger.policy": "always", "liger.recompute": recompute}
+    options = {
+        "liger.policy": "always",
+        "liger.backward_passes": "always",
+        "liger.recompute": recompute,
+    }
     found = differentiated(torch.compile(module, backend="liger", options=options), module, x)
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
-    assert [node.args[-1] is not None for node in joined] == [recompute == "auto"]
+    (report,) = reports()
+    (site,) = report.backward.sites
+    assert site.pattern == RMS_NORM.name
+    assert ("and the norm" in site.reason) == (recompute == "auto")
 
 
 def test_under_autocast():
@@ -163,8 +166,7 @@ def test_under_autocast():
 
 def test_where_inductor_has_no_place_for_our_pass(monkeypatch):
     """In torch 2.11, where the user has one: norms are traced before, and nothing of ours is left."""
-    monkeypatch.setattr("liger_compile.compile._with_rewritten_backward", lambda theirs, strict: None)
-    monkeypatch.setattr("liger_compile.compile._is_on_gpu", lambda inputs: True)
+    monkeypatch.setattr("liger_compile.compile.with_backward_passes", lambda theirs, plan: None)
     seen = []
 
     class Theirs(CustomGraphPass):
@@ -175,7 +177,11 @@ def test_where_inductor_has_no_place_for_our_pass(monkeypatch):
             return None
 
     module, x = Spelled(), inputs()
-    options = {"liger.policy": "always", "post_grad_custom_post_pass": Theirs()}
+    options = {
+        "liger.policy": "always",
+        "liger.backward_passes": "always",
+        "post_grad_custom_post_pass": Theirs(),
+    }
     found = differentiated(torch.compile(module, backend="liger", options=options), module, x)
     for one, other in zip(found, differentiated(module, module, x), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
@@ -284,7 +290,7 @@ def test_what_is_joined_and_what_is_left(function):
     g, ds, x, w = (torch.randn(HIDDEN, HIDDEN) for _ in range(4))
     arguments = g, ds, x, torch.rand(HIDDEN, 1), torch.rand(HIDDEN) + 0.5, w
     gm = make_fx(function, tracing_mode="fake")(*arguments)
-    norms.join_norms(gm.graph)
+    run_passes(Backward(gm.graph), [RMS_NORM], strict=True)
     gm.graph.lint()
     gm.recompile()
     for one, other in zip(*(tree_leaves(each(*arguments)) for each in (gm, function)), strict=True):
@@ -306,19 +312,13 @@ def test_opcheck_of_what_no_model_calls():
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("layers", [1, 2, 3])
-def test_on_a_gpu(dtype, layers, monkeypatch):
+def test_on_a_gpu(dtype, layers):
     """Gradients are as close to float64's as eager code's, or twice as far."""
-    joined = []
-
-    def join(graph):
-        norms.join_norms(graph)
-        joined.extend(names_of_ours(graph))
-
-    monkeypatch.setattr("liger_compile.gradients.join_norms", join)
+    clear_reports()
     with torch.device("cuda"):
         module, x = Spelled(layers).to(dtype), inputs().to(dtype).detach().requires_grad_()
     found = differentiated(torch.compile(module, backend="liger"), module, x)
-    assert joined == ["pre_norm_backward_joined"]
+    assert [site.pattern for report in reports() for site in report.backward.sites] == [RMS_NORM.name]
     eager = differentiated(module, module, x)
     wide = copy.deepcopy(module).double()
     truth = differentiated(wide, wide, x.detach().double().requires_grad_())

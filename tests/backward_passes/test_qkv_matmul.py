@@ -12,12 +12,14 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_leaves
 
 from liger_compile import functional
+from liger_compile.backward_passes import DEFAULT_PASSES, Backward, run_passes
 from liger_compile.ops.registration import keeping_backwards_whole
-from liger_compile.products import join_products
+from liger_compile.report import clear_reports, reports
 from liger_compile.testing import precision
 
-from .whole_graphs import Seen, names_of_ours, products_of
+from .seen import Seen, products_of
 
+QKV_MATMUL = DEFAULT_PASSES[0]
 _aten, _ours = torch.ops.aten, torch.ops.liger_compile
 BATCH, TOKENS, HIDDEN, HEADS, KV_HEADS, CHANNELS = 2, 40, 16, 4, 2, 8
 
@@ -231,7 +233,7 @@ def written(function, **sizes):
     arguments = *gradients, torch.randn(BATCH, TOKENS, HIDDEN), *weights, angles.cos(), angles.sin()
     gm = make_fx(function, tracing_mode="fake")(*arguments)
     count = products_of(gm.graph)
-    join_products(gm.graph)
+    run_passes(Backward(gm.graph), [QKV_MATMUL], strict=True)
     gm.graph.lint()
     gm.recompile()
     for one, other in zip(*(tree_leaves(each(*arguments)) for each in (gm, function)), strict=True):
@@ -251,15 +253,15 @@ def test_a_wide_matrix_is_not_copied():
 
 def test_a_term_that_is_turned_is_no_term(monkeypatch):
     """Of a square matrix, so that the shapes are as if it were one."""
-    monkeypatch.setattr("tests.test_products.TOKENS", HIDDEN // BATCH)
-    monkeypatch.setattr("liger_compile.products._pays", lambda matrices: True)
+    monkeypatch.setattr(f"{__name__}.TOKENS", HIDDEN // BATCH)
+    monkeypatch.setattr("liger_compile.backward_passes.qkv_matmul._pays", lambda matrices: True)
     assert written(a_term_that_is_turned) == (2, 2, None)
     assert written(all_of_it) == (2, 6, True)
 
 
 def test_few_tokens_are_left(monkeypatch):
     """The weights would be copied for them."""
-    monkeypatch.setattr("tests.test_products.TOKENS", 8)
+    monkeypatch.setattr(f"{__name__}.TOKENS", 8)
     assert written(all_of_it) == (6, 6, None)
 
 
@@ -279,29 +281,20 @@ def test_opcheck_of_what_no_model_calls(has_rest):
 @pytest.mark.gpu
 @pytest.mark.parametrize("mode", [None, "reduce-overhead"])
 @pytest.mark.parametrize("options", CASES.values(), ids=CASES)
-def test_on_a_gpu(options, mode, monkeypatch):
+def test_on_a_gpu(options, mode):
     """What compiles, with kernels: eager code's gradients in float32, but for the order of sums."""
-    joined = []
-    monkeypatch.setattr("liger_compile.gradients.join_products", lambda graph: joined.append(_joined(graph)))
     with torch.device("cuda"):
         module = Attention(**options)
         module.tables = tuple(table.to("cuda") for table in module.tables)
         x = torch.randn(BATCH, TOKENS, HIDDEN, requires_grad=True)
     function = lambda x: module(x.sin())  # noqa: E731
     expected = differentiated(function, module, x)
+    clear_reports()
     compiled = torch.compile(function, backend="liger", mode=mode)
     for _ in range(3):
         torch.compiler.cudagraph_mark_step_begin()
         found = differentiated(compiled, module, x)
         for one, other in zip(found, expected, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
-    assert joined == [1]
-
-
-def _joined(graph):
-    """How many nodes were replaced."""
-    count = len(names_of_ours(graph))
-    join_products(graph)
-    names = names_of_ours(graph)
-    assert len(names) == count
-    return sum(name.endswith("_joined") for name in names)
+    (report,) = reports()
+    assert [site.pattern for site in report.backward.sites] == [QKV_MATMUL.name]

@@ -12,12 +12,14 @@ import torch.nn.functional as F
 from torch._dynamo.utils import counters
 from torch._functorch import config as functorch_config
 from torch._inductor import config as inductor_config
+from torch._inductor.custom_graph_pass import CustomGraphPass
 
-from liger_compile.compile import _with_rewritten_backward
-from liger_compile.gradients import write_in_place
+from liger_compile.backward_passes import DEFAULT_PASSES, Backward, run_passes
+from liger_compile.compile import BackwardPlan, with_backward_passes
 
-from .whole_graphs import names_of_ours
+from .seen import names_of_ours
 
+PLAN = BackwardPlan(strict=True)
 _ours = torch.ops.liger_compile
 ROWS, WIDTH = 50, 8
 
@@ -73,12 +75,15 @@ def loss_of(head, indices, table):
 
 
 def compiled_with_pass(function, seen):
-    writes = _with_rewritten_backward(None)
+    writes = with_backward_passes(None, PLAN)
 
-    class Seen(type(writes)):
+    class Seen(CustomGraphPass):
         def __call__(self, graph):
-            super().__call__(graph)
+            writes(graph)
             seen.append(sorted_names(graph))
+
+        def uuid(self):
+            return writes.uuid()
 
     options = {"post_grad_custom_post_pass": Seen()}
     return torch.compile(function, fullgraph=True, options=options)
@@ -131,7 +136,7 @@ def test_the_caches_know_what_was_donated(inputs):
     indices, table = inputs
     function = partial(loss_of, head_made_in_forward)
     (expected,) = torch.autograd.grad(function(indices, table), table)
-    options = {"post_grad_custom_post_pass": _with_rewritten_backward(None)}
+    options = {"post_grad_custom_post_pass": with_backward_passes(None, PLAN)}
     with fresh_cache():
         for donates in (True, False):
             torch._dynamo.reset()
@@ -149,6 +154,10 @@ def test_the_caches_know_what_was_donated(inputs):
             (found,) = torch.autograd.grad(loss, table, retain_graph=True)  # which is in their keys
         torch.testing.assert_close(found, expected)
         assert counters["inductor"]["fxgraph_cache_hit"] == 2, "with a pass of ours, graphs are still kept"
+
+
+def write_in_place(graph, donated):
+    run_passes(Backward(graph, donated), DEFAULT_PASSES[2:], strict=True)
 
 
 def graph_of(function, *inputs):
@@ -297,35 +306,6 @@ def test_the_ops_that_write(dtype):
     torch.library.opcheck(_ours.add_embedding_backward.default, (table, dy, indices, 3))
     torch.library.opcheck(_ours.scale_in_place.default, (table, torch.tensor(0.5)))
     torch.library.opcheck(_ours.scale.default, (table, torch.tensor(0.5)))
-
-
-@pytest.mark.parametrize("broken", ["join_products", "join_norms", "make_fx"])
-def test_what_fails_is_left_out_with_a_warning(broken, inputs, monkeypatch):
-    """Or raised, under liger.strict."""
-
-    def fails(*args):
-        raise ZeroDivisionError("on purpose")
-
-    monkeypatch.setattr(f"liger_compile.gradients.{broken}", fails)
-    monkeypatch.setattr("liger_compile.compile._is_on_gpu", lambda inputs: True)
-
-    def norm(x, weight):
-        return weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6))
-
-    x, weight = torch.randn(6, 8, requires_grad=True), torch.rand(8, requires_grad=True)
-    expected = torch.autograd.grad(norm(x, weight).sin().sum(), (x, weight))
-    options = {"liger.policy": "always"}
-    with inductor_config.patch(force_disable_caches=True):
-        with pytest.warns(UserWarning, match="a rewrite of backward failed.*on purpose"):
-            result = torch.compile(norm, backend="liger", options=options)(x, weight)
-            found = torch.autograd.grad(result.sin().sum(), (x, weight))
-        for one, other in zip(found, expected, strict=True):
-            torch.testing.assert_close(one, other)
-        torch._dynamo.reset()
-        with pytest.raises(Exception, match="on purpose"):
-            torch.compile(norm, backend="liger", options={**options, "liger.strict": True})(
-                x, weight
-            ).sum().backward()
 
 
 @pytest.mark.gpu

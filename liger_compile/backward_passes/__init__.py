@@ -1,0 +1,39 @@
+"""Passes over the graphs that AOTAutograd makes, before Inductor compiles them.
+
+`DEFAULT_PASSES` is what is done to a graph of backward, in this order; `runner.py` runs it. One file a pass. A new pass
+is a generator in a file of its own and a line here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from liger_compile.backward_passes.in_place import add_embedding_rows_in_place, scale_in_place
+from liger_compile.backward_passes.inline_late import inline_whole_ops
+from liger_compile.backward_passes.qkv_matmul import fuse_qkv_matmuls
+from liger_compile.backward_passes.rms_norm import fuse_rms_norms
+from liger_compile.backward_passes.runner import Applied, Backward, Pass, is_backward, run_passes
+
+DEFAULT_PASSES: tuple[Pass, ...] = (
+    Pass("backward.qkv_matmul", fuse_qkv_matmuls),
+    Pass("backward.rms_norm", fuse_rms_norms),
+    Pass("backward.scale_in_place", scale_in_place),
+    Pass("backward.embedding_in_place", add_embedding_rows_in_place),
+)
+
+# What is chosen for backward without a pass, by name, as reports say it. `liger.skip` leaves these out as well.
+CHOICES: Mapping[str, str] = {
+    "backward.early_free": "each buffer is freed after its last use (Inductor's allow_buffer_reuse is off)",
+    "backward.embedding": "op embedding_backward sums the gradient of a large embedding in half precision",
+}
+
+__all__ = [
+    "CHOICES",
+    "DEFAULT_PASSES",
+    "Applied",
+    "Backward",
+    "Pass",
+    "inline_whole_ops",
+    "is_backward",
+    "run_passes",
+]

@@ -1,0 +1,116 @@
+"""Gradients are written in place where a functional operator would write a copy of a table as large as the vocabulary.
+
+    scale(saved, factor)                       `saved` is for this backward alone ("donated"): it is scaled in place
+    total + embedding_backward(dy, indices)    no other node reads `total`: rows are added in place, no table is made
+
+A functional graph cannot say this before the partitioner: AOTAutograd traces no mutation of what a backward is given,
+and sums the two gradients of a table that is both embedding and head only when it has both.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections import Counter
+from collections.abc import Collection, Iterator
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+
+from liger_compile.backward_passes.aten_graph import bytes_of
+from liger_compile.backward_passes.runner import Applied, Backward
+from liger_compile.graphs.aliasing import storage_of
+
+_aten, _ours = torch.ops.aten, torch.ops.liger_compile
+
+# Operators whose result has memory of its own in any compiler, besides those of ours, which are functional. Elementwise
+# ones are not here: a compiler may find that one does nothing, and hand on its input.
+_MAKES_MEMORY = (_aten.mm.default, _aten.addmm.default)
+
+
+def scale_in_place(backward: Backward) -> Iterator[Applied]:
+    """A gradient that was saved is multiplied by the incoming gradient where it is."""
+    graph, own = backward.graph, _owned(backward)
+    for node in graph.find_nodes(op="call_function", target=_ours.scale.default):
+        gradient, factor = node.args
+        if _may_be_written(gradient, node, own):
+            _write(graph, node, gradient, _ours.scale_in_place.default, gradient, factor)
+            yield Applied(node, "a saved gradient is scaled in place", memory=bytes_of(gradient))
+
+
+def add_embedding_rows_in_place(backward: Backward) -> Iterator[Applied]:
+    """The gradient of an embedding is added to the other gradient of the same table, row by row."""
+    graph, own = backward.graph, _owned(backward)
+    for node in graph.find_nodes(op="call_function", target=_ours.embedding_backward.default):
+        if (total := _added_to(graph, node, own)) is not None:
+            yield Applied(node, "rows are added to the gradient of the head in place", memory=bytes_of(total))
+
+
+def _owned(backward: Backward) -> set[Node]:
+    return _alone_in_memory(backward.graph.find_nodes(op="placeholder"), backward.donated)
+
+
+def _alone_in_memory(placeholders: list[Node], donated: Collection[int]) -> set[Node]:
+    """The donated ones of whose memory no other is a view: two that are saved may be, and both be donated."""
+    values = {node: node.meta.get("val") for node in placeholders}
+    storages = {node: storage_of(val) for node, val in values.items() if isinstance(val, torch.Tensor)}
+    shared = Counter(storages.values())
+    candidates = (node for position, node in enumerate(placeholders) if position in donated)
+    return {node for node in candidates if node in storages and shared[storages[node]] == 1}
+
+
+def _added_to(graph: Graph, node: Node, own: Collection[Node]) -> Node | None:
+    """Adds the rows to the tensor that they are summed with, if no other node reads that. Returns the tensor."""
+    dy, indices, _, padding_idx, scales_by_frequency = node.args
+    (reader, *others) = node.users
+    if others or scales_by_frequency or reader.kwargs:
+        return None
+    if reader.target is _aten.addmm.default and reader.args[0] is node:
+        total: Any = _product_of(graph, reader)  # Inductor makes an addmm of a product and a sum
+    elif reader.target is _aten.add.Tensor:
+        total = next((each for each in reader.args if each is not node), None)
+    else:
+        return None
+    if not _may_be_written(total, reader, own) or not _is_alike(total, reader):
+        return None
+    _write(graph, reader, total, _ours.add_embedding_backward.default, total, dy, indices, padding_idx)
+    graph.erase_node(node)
+    return total
+
+
+def _product_of(graph: Graph, addmm: Node) -> Node:
+    """The product alone, and the sum as a sum."""
+    added, *factors = addmm.args
+    with graph.inserting_before(addmm):
+        product = graph.call_function(_aten.mm.default, tuple(factors))
+    product.meta["val"] = addmm.meta["val"]
+    addmm.target, addmm.args = _aten.add.Tensor, (product, added)
+    return product
+
+
+def _may_be_written(total: Any, reader: Node, own: Collection[Node]) -> bool:
+    """Whether nobody else reads `total`, or memory that it shares. Scaling it in place comes before, for `reader`."""
+    if not isinstance(total, Node):
+        return False
+    if [each for each in total.users if each.target is not _ours.scale_in_place.default] != [reader]:
+        return False
+    made_by: Any = total
+    if total.target is operator.getitem:
+        made_by = total.all_input_nodes[0]
+        if any(each is not total and each.args == total.args for each in made_by.users):
+            return False
+    is_ours = getattr(made_by.target, "namespace", "") == _ours.name
+    return total in own or made_by.target in _MAKES_MEMORY or is_ours
+
+
+def _is_alike(a: Node, b: Node) -> bool:
+    x, y = a.meta["val"], b.meta["val"]
+    return x.dtype == y.dtype and x.shape == y.shape and x.is_contiguous()
+
+
+def _write(graph: Graph, instead_of: Node, written: Node, op: Any, *args: Any) -> None:
+    """`op`, which writes into `written`, where `instead_of` gave the same as a new tensor."""
+    with graph.inserting_before(instead_of):
+        graph.call_function(op, args).meta["val"] = None
+    instead_of.replace_all_uses_with(written)
+    graph.erase_node(instead_of)

@@ -1,0 +1,69 @@
+"""Replaces each op that was kept whole by what it consists of.
+
+Passes over backward find an op of ours as one node. Inductor fuses the operators that the op consists of. So
+`ops.registration.keeping_backwards_whole` keeps such an op one node while AOTAutograd traces, and this is the last
+thing that happens to a graph before Inductor gets it: to graphs of forward too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch._guards import detect_fake_mode
+from torch.fx import Graph, Node
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from liger_compile.backward_passes.runner import warn_of_failure
+from liger_compile.ops.registration import BODIES
+
+NAME = "backward.inline_late"
+
+
+def inline_whole_ops(
+    graph: Graph, decompositions: Mapping[Any, Callable[..., Any]], strict: bool = False
+) -> None:
+    """Changes `graph`.
+
+    Args:
+        decompositions: of operators that the graph may not contain.
+        strict: raise if an op cannot be traced. Otherwise the op stays, which computes the same, with a warning.
+    """
+    for node in graph.nodes:
+        if node.target in BODIES:
+            try:
+                _inline(graph, node, decompositions)
+            except Exception as error:
+                if strict:
+                    raise
+                warn_of_failure(NAME, error)
+
+
+def _inline(graph: Graph, node: Node, decompositions: Mapping[Any, Callable[..., Any]]) -> None:
+    arguments, spec = tree_flatten((node.args, node.kwargs))
+    inputs = [argument for argument in arguments if isinstance(argument, Node)]
+
+    def body(*values: Any) -> Any:
+        given = iter(values)
+        args, kwargs = tree_unflatten(
+            [next(given) if isinstance(argument, Node) else argument for argument in arguments], spec
+        )
+        return BODIES[node.target](*args, **kwargs)
+
+    values = [each.meta["val"] for each in inputs]
+    with detect_fake_mode(values) or contextlib.nullcontext():
+        traced = make_fx(body, dict(decompositions))(*values).graph
+    if traced.find_nodes(op="get_attr"):
+        raise NotImplementedError(f"{node.target} makes a constant, for which the graph has no place")
+    placeholders = traced.find_nodes(op="placeholder")
+    with graph.inserting_before(node):
+        results: Any = graph.graph_copy(traced, dict(zip(placeholders, inputs, strict=True)))
+    if isinstance(results, Node):
+        node.replace_all_uses_with(results)
+    else:
+        for reader in tuple(node.users):
+            reader.replace_all_uses_with(results[reader.args[1]])
+            graph.erase_node(reader)
+    graph.erase_node(node)

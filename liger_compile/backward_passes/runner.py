@@ -1,0 +1,105 @@
+"""Runs passes over a graph of backward: in order, with fuel, and with one policy for exceptions.
+
+In: a graph of aten operators as AOTAutograd's partitioner made it and Inductor is about to compile. Out: the same
+graph, changed, and a record of each change. A pass is a generator: it yields once after each change, so that the runner
+can stop it between two changes.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
+
+from torch.fx import Graph, Node
+
+_log = logging.getLogger("liger_compile")
+
+
+@dataclass(frozen=True)
+class Applied:
+    """One change that a pass made.
+
+    Args:
+        node: the node that the pass began at; it may be erased by now, and says where in the program the change is.
+        what: the change in words.
+        memory: bytes that backward no longer allocates; 0 where it allocates the same.
+        traffic: bytes that backward no longer reads or writes; an estimate.
+    """
+
+    node: Node
+    what: str
+    memory: int = 0
+    traffic: int = 0
+
+
+@dataclass(frozen=True)
+class Backward:
+    """A graph of backward, as passes take it.
+
+    Args:
+        graph: is changed.
+        donated: positions of the placeholders that nobody reads after the graph has run; a pass may write into them.
+    """
+
+    graph: Graph
+    donated: Collection[int] = ()
+
+
+def is_backward(graph: Graph) -> bool:
+    """Whether a graph of AOTAutograd is one of backward."""
+    # AOTAutograd gives this name to what a backward is called with; graphs of forward have none.
+    return any(node.name.startswith("tangents") for node in graph.find_nodes(op="placeholder"))
+
+
+@dataclass(frozen=True)
+class Pass:
+    """A named change of graphs of backward.
+
+    Args:
+        name: as reports, `liger.skip` and the cache key have it.
+        run: changes the graph; yields after each change. Between two of them the graph computes what it did before.
+    """
+
+    name: str
+    run: Callable[[Backward], Iterator[Applied]]
+
+
+def run_passes(
+    backward: Backward, passes: Sequence[Pass], *, fuel: int | None = None, strict: bool = False
+) -> list[tuple[Pass, Applied]]:
+    """Runs the passes in order. Returns every change that was made.
+
+    Args:
+        fuel: how many changes may be made at most; None is no limit.
+        strict: raise what a pass raises. Otherwise a warning names the pass and its earlier changes stay.
+    """
+    made: list[tuple[Pass, Applied]] = []
+    for each in passes:
+        before = len(made)
+        text = str(backward.graph) if _log.isEnabledFor(logging.DEBUG) else ""
+        try:
+            changes = each.run(backward)
+            while fuel is None or len(made) < fuel:
+                made.append((each, next(changes)))
+        except StopIteration:
+            pass
+        except Exception as error:
+            if strict:
+                raise
+            warn_of_failure(each.name, error)
+        if text and len(made) > before:
+            _log.debug(
+                "%s changed the graph of backward. Before:\n%s\nAfter:\n%s", each.name, text, backward.graph
+            )
+    return made
+
+
+def warn_of_failure(name: str, error: Exception) -> None:
+    """A warning that a pass failed and that the graph is compiled without the rest of it."""
+    warnings.warn(
+        f"liger_compile: pass {name!r} failed and is left out: {type(error).__name__}: {error}; "
+        "liger.strict=True raises instead",
+        stacklevel=3,
+    )
