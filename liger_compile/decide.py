@@ -78,11 +78,12 @@ def _decision(match: Match, context: _Context, strict: bool) -> Decision:
     if isinstance(verdict, str):
         return Decision(match, "leave", verdict)
     if verdict is None:
-        return _with_savings(Decision(match, "replace"), context, strict)
+        before = insertion_point(match, context.position)
+        return _with_savings(Decision(match, "replace", before=before), context, strict)
     for why, covers in _why_unmarked(match, context):
         reason = f"{verdict.reason or 'its values are cheap to compute again in backward'}; {why}"
         return Decision(match, "leave", reason, covers=covers)
-    annotated = Decision(match, "annotate", verdict.reason, verdict.keeps_outputs)
+    annotated = Decision(match, "annotate", verdict.reason, keeps_outputs=verdict.keeps_outputs)
     return _with_savings(annotated, context, strict)
 
 

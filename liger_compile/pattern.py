@@ -148,6 +148,7 @@ class Decision:
     match: Match
     kind: Literal["replace", "annotate", "leave"]
     reason: str = ""
+    before: Node | None = None  # of what is replaced: the replacement goes in before this node
     keeps_outputs: bool = False  # of what is annotated: see Annotate
     saved_bytes: int | None = None  # None: not known, as where a size is symbolic
     inserted: tuple[Node, ...] = ()  # by rewrite.py, of what is replaced

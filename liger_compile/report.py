@@ -6,7 +6,6 @@ are written where they arise (a pattern's check, decide.py); here they are only 
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import logging
@@ -14,8 +13,7 @@ import os
 import re
 import textwrap
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextvars import ContextVar
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,7 +30,6 @@ MAX_NEAR_MISSES = 12  # in the text; to_dict() has them all
 
 _log = logging.getLogger("liger_compile")
 _reports: deque[GraphReport] = deque(maxlen=256)
-_recorded_as: ContextVar[tuple[str, str] | None] = ContextVar("_recorded_as", default=None)
 
 
 @dataclass(frozen=True)
@@ -135,9 +132,12 @@ class GraphReport:
             seconds=seconds,
         )
 
-    def of_variant(self, variant: str, note: str) -> GraphReport:
-        """The same report, of this variant, which the note explains."""
-        return dataclasses.replace(self, variant=variant, notes=(note, *self.notes))
+    def of_variant(self, variant: tuple[str, str] | None) -> GraphReport:
+        """The same report, of the variant with this name, which a note explains; None where there is one graph."""
+        if variant is None:
+            return self
+        name, note = variant
+        return dataclasses.replace(self, variant=name, notes=(note, *self.notes))
 
     def with_notes(self, notes: Iterable[str]) -> GraphReport:
         """The same report, with further notes at its end."""
@@ -210,26 +210,8 @@ class GraphReport:
 # The process-wide list.
 
 
-@contextlib.contextmanager
-def recorded_as(variant: str, note: str) -> Iterator[None]:
-    """What is recorded meanwhile is of this variant of a graph, which the note explains."""
-    token = _recorded_as.set((variant, note))
-    try:
-        yield
-    finally:
-        _recorded_as.reset(token)
-
-
-def is_of_variant() -> bool:
-    """Whether what is recorded now is of a variant that somebody has chosen already."""
-    return _recorded_as.get() is not None
-
-
 def record(report: GraphReport) -> None:
     """Appends to `reports()`, and tells the logger (TORCH_LOGS="+liger_compile") and tlparse."""
-    variant = _recorded_as.get()
-    if variant is not None:
-        report = report.of_variant(*variant)
     _reports.append(report)
     _log.info("%s", report.summary)
     if _log.isEnabledFor(logging.DEBUG) and (details := report._details()):

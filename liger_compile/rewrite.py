@@ -43,7 +43,6 @@ class _Draft:
 def rewrite(
     graph: Graph,
     decisions: Sequence[Decision],
-    insertion_point: Callable[[Match], Node],
     settings: Mapping[str, Any] | None = None,
     regions: Regions | None = None,
     *,
@@ -68,8 +67,7 @@ def rewrite(
         known = len(refused)
         for decision in decisions:
             if decision.kind == "replace" and decision.match not in refused:
-                before = insertion_point(decision.match)
-                drafted = _draft(graph, decision, before, regions, settings or {}, strict)
+                drafted = _draft(graph, decision, regions, settings or {}, strict)
                 if isinstance(drafted, Decision):
                     refused[decision.match] = drafted
                 else:
@@ -103,13 +101,14 @@ def _carried_out(
 def _draft(
     graph: Graph,
     decision: Decision,
-    before: Node,
     regions: Regions,
     settings: Mapping[str, Any],
     strict: bool,
 ) -> _Draft | Decision:
     """Inserts the replacement of one match; gives the decision to leave it if it is not like the original."""
-    match, recorder = decision.match, Recorder(graph, before, decision.match.outputs[0])
+    match = decision.match
+    assert decision.before is not None, "decide() says of every replacement where it goes in"
+    recorder = Recorder(graph, decision.before, match.outputs[0])
     originals = [output.meta["example_value"] for output in match.outputs]
     results: tuple[Any, ...] = ()
     try:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from liger_compile.graphs.aliasing import Mutations
 
 Compile = Callable[[Sequence[Any]], Callable[..., Any]]  # example inputs -> the compiled graph
+_PART_OF = "liger_compile_part_of"  # in the meta of a graph
 WITHOUT, CAUSAL, GENERAL = "without padding", "with causal masks", "general"
 
 
@@ -61,21 +62,42 @@ def _causal_masks(dtype: torch.dtype) -> Iterable[Expected]:
             yield Expected("causal", 2, ((torch.full_like, lowest), (torch.triu, 1)))
 
 
-def specialised(expected: Mapping[str, Expected]) -> tuple[str, str]:
+class Variant(NamedTuple):
+    """What a graph is compiled for where one graph is compiled more than once: a name, and a note for its report."""
+
+    name: str
+    note: str
+
+
+def as_part(gm: GraphModule, variant: Variant) -> GraphModule:
+    """`gm`, marked as a part of a graph that was specialised as a whole."""
+    gm.meta[_PART_OF] = variant
+    return gm
+
+
+def of_part(gm: GraphModule) -> Variant | None:
+    """The variant that `gm` is a part of."""
+    return gm.meta.get(_PART_OF)
+
+
+def specialised(expected: Mapping[str, Expected]) -> Variant:
     """The name of the graph for calls in which these inputs are what is expected, and a report's note on it."""
     scalars = "a scalar" if len(expected) == 1 else f"up to {len(expected)} scalars"
     name = WITHOUT if set(expected.values()) == {ONES} else CAUSAL
-    return name, (
+    return Variant(
+        name,
         f"this graph runs in calls where {_said(expected)}; each call looks, and reads {scalars} for it. In others "
-        f"the {GENERAL} graph runs, which is compiled when it is needed and then has a report of its own"
+        f"the {GENERAL} graph runs, which is compiled when it is needed and then has a report of its own",
     )
 
 
-def general(expected: Mapping[str, Expected]) -> tuple[str, str]:
+def general(expected: Mapping[str, Expected]) -> Variant:
     """The name of the graph for all calls, and a report's note on it."""
     name, _ = specialised(expected)
     others = "padding" if name == WITHOUT else "other masks"
-    return GENERAL, f"this graph runs in calls with {others}; where {_said(expected)}, the one {name} runs"
+    return Variant(
+        GENERAL, f"this graph runs in calls with {others}; where {_said(expected)}, the one {name} runs"
+    )
 
 
 def _said(expected: Mapping[str, Expected]) -> str:

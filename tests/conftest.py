@@ -18,7 +18,7 @@ if not torch.cuda.is_available():
 import torch._inductor.config
 
 import liger_compile
-from liger_compile import backend
+from liger_compile import pipeline
 from liger_compile.ops import dispatch
 
 # Dynamo measures how long the guards of each graph take, and empties the caches of the processor before: that is half
@@ -121,7 +121,7 @@ def run_liger():
 @pytest.fixture
 def guards_of_ours(monkeypatch):
     """The guards on sizes that the rewriting of graphs has taken: there have to be none."""
-    taken, rewritten = [], backend._rewritten
+    taken, rewritten = [], pipeline.run_steps
 
     def counted(gm, *args, **kwargs):
         values = (node.meta.get("example_value") for node in gm.graph.nodes)
@@ -131,7 +131,7 @@ def guards_of_ours(monkeypatch):
         taken.extend(str(guard.expr) for guard in (shape_env.guards[before:] if shape_env else ()))
         return result
 
-    monkeypatch.setattr(backend, "_rewritten", counted)
+    monkeypatch.setattr(pipeline, "run_steps", counted)
     yield taken
     assert not taken
 

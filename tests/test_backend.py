@@ -82,7 +82,7 @@ def test_inductor_is_what_compiles_by_default():
 @pytest.fixture
 def failing(monkeypatch):
     """A rewriter that fails after it has edited the graph."""
-    from liger_compile import backend
+    from liger_compile import pipeline
 
     def rewrite_and_fail(graph, *args, **kwargs):
         for node in list(graph.nodes):
@@ -91,7 +91,7 @@ def failing(monkeypatch):
                 graph.erase_node(node)
         raise KeyError("a bug of ours")
 
-    monkeypatch.setattr(backend, "rewrite", rewrite_and_fail)
+    monkeypatch.setattr(pipeline, "rewrite", rewrite_and_fail)
 
 
 @pytest.mark.parametrize("inner", ["eager", "inductor"])

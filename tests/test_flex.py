@@ -249,7 +249,7 @@ def test_a_refusal_leaves_no_functions_behind(run_liger, monkeypatch):
         graphs.append(graph)
         return kept(graph, *args, **kwargs)
 
-    monkeypatch.setattr("liger_compile.backend.rewrite", keeping)
+    monkeypatch.setattr("liger_compile.pipeline.rewrite", keeping)
     _, (report,) = run_liger(gemma_window, *inputs())
     assert [site.reason for site in report.sites] == ["it is another"]
     (graph,) = graphs

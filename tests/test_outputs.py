@@ -187,8 +187,8 @@ def test_logits_that_stay_in_the_graph_prevent_the_fusion_and_the_report_says_wh
 
 
 def test_cuda_graphs_keep_them_in_the_graph():
-    from liger_compile.backend import _why_logits_stay
     from liger_compile.options import Options
+    from liger_compile.pipeline import _why_logits_stay
 
     assert "CUDA graph" in _why_logits_stay(Options(mode="reduce-overhead"), {})
     assert "CUDA graph" in _why_logits_stay(Options(), {"triton.cudagraphs": True})
@@ -221,7 +221,7 @@ def test_a_failure_afterwards_gives_them_back(monkeypatch):
     def fail(*args, **kwargs):
         raise RuntimeError("a mistake of ours")
 
-    monkeypatch.setattr("liger_compile.backend.find_matches", fail)
+    monkeypatch.setattr("liger_compile.pipeline.find_matches", fail)
     x, w, labels = arguments()
     with pytest.warns(UserWarning, match="a mistake of ours"):
         results = torch.compile(head_and_loss, backend="liger", options={"liger.inner": "aot_eager"})(

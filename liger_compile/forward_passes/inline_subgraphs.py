@@ -25,6 +25,13 @@ from liger_compile.graphs.aliasing import graph_of, handed_to, storage_of, versi
 Stack = Mapping[str, tuple[str, Any]]  # a node's "nn_module_stack"
 
 
+def inlined(gm: GraphModule) -> tuple[str, ...]:
+    """Inlines the bodies in `gm`, for a compiler that is wrong through them; what a report says of it."""
+    count = inline_subgraphs(gm)
+    calls = "a call of a nested region is" if count == 1 else f"{count} calls of nested regions are"
+    return (f"{calls} inlined: Inductor computes wrong gradients through them",) if count else ()
+
+
 def inline_subgraphs(gm: GraphModule) -> int:
     """Inlines the bodies in `gm`, and in all graphs that it calls. Returns the number of calls that stood in them.
 

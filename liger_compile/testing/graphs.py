@@ -20,7 +20,7 @@ from torch.fx._lazy_graph_module import _LazyGraphModule
 from torch.fx.node import map_arg
 from torch.fx.proxy import GraphAppendingTracer
 
-from liger_compile.decide import decide, insertion_point
+from liger_compile.decide import decide
 from liger_compile.graphs.aliasing import Mutations
 from liger_compile.match import find_matches
 from liger_compile.pattern import Decision, NearMiss, Pattern
@@ -55,8 +55,7 @@ def rewrite(gm: GraphModule, patterns: Iterable[Pattern] = (), *, policy: str = 
     terms = Terms(gm.graph, mutations)
     matches, near_misses = find_matches(gm.graph, patterns_in_use(patterns), terms)
     decisions = decide(gm.graph, matches, mutations, policy=policy)
-    at = mutations.position
-    decisions = carry_out(gm.graph, decisions, lambda match: insertion_point(match, at.__getitem__))
+    decisions = carry_out(gm.graph, decisions)
     gm.recompile()
     return Rewriting(gm, decisions, near_misses)
 

@@ -200,7 +200,7 @@ def test_verify_names_a_wrong_pass(monkeypatch):
             return
 
     passes = (*DEFAULT_PASSES, Pass("backward.wrong", wrong))
-    monkeypatch.setattr("liger_compile.backend.DEFAULT_PASSES", passes)
+    monkeypatch.setattr("liger_compile.pipeline.DEFAULT_PASSES", passes)
     model, ids = Layer(), torch.randint(VOCABULARY, (1, TOKENS))
     options = {"liger.policy": "always", "liger.backward_passes": "always"}
     found = liger_compile.verify(model, ids, ids, options=options)

@@ -1,0 +1,266 @@
+"""The steps in order, for a Dynamo graph and the graphs that it calls.
+
+    terms -> match -> decide -> rewrite -> outputs -> recompute
+
+In: a Dynamo GraphModule. Out: the same one, rewritten, with a report and with what the steps learned of its inputs. A
+step hands on values and imports no other step; this is the only place that knows their order.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch._subclasses import FakeTensor
+from torch.fx import GraphModule, Node
+
+from liger_compile import variants as specialize
+from liger_compile.backward_passes import CHOICES, DEFAULT_PASSES, Applied, Pass
+from liger_compile.callbacks import warn_of_failures
+from liger_compile.compile import BackwardPlan, uses_cudagraphs
+from liger_compile.decide import decide
+from liger_compile.forward_passes.inline_subgraphs import describe_operands
+from liger_compile.graphs.aliasing import BODIES, Mutations
+from liger_compile.graphs.regions import Region, Regions
+from liger_compile.match import find_matches
+from liger_compile.options import Options
+from liger_compile.outputs import Filled, logits_in, settle, take_out
+from liger_compile.pattern import Decision, NearMiss, Pattern
+from liger_compile.remat import keep_what_written_inputs_give, mark_for_recompute
+from liger_compile.report import GraphReport, site_of_pass
+from liger_compile.rewrite import rewrite
+from liger_compile.terms.attention import Note, notes_in, sentences
+from liger_compile.terms.build import Terms
+from liger_compile.terms.heads import notes_on_logits
+
+Assumptions = Mapping[str, specialize.Expected]
+
+
+@dataclass(frozen=True)
+class Rewritten:
+    """A graph that is ready to be compiled, and what the steps learned about it.
+
+    Args:
+        filled: outputs that are not computed in the graph.
+        padding: names of inputs that are padding; if they were ones, more of attention would be known.
+        masks: names of inputs that are masks of attention and were made elsewhere.
+        backward: what is done to the graph of backward; None is nothing.
+    """
+
+    gm: GraphModule
+    report: GraphReport
+    filled: Sequence[Filled] = ()
+    padding: frozenset[str] = frozenset()
+    masks: frozenset[str] = frozenset()
+    backward: BackwardPlan | None = None
+
+
+@dataclass
+class _Found:
+    """What the steps have found so far, over all graphs."""
+
+    decisions: list[Decision] = field(default_factory=list)
+    near_misses: list[NearMiss] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    attention: list[Note] = field(default_factory=list)
+    filled: list[Filled] = field(default_factory=list)
+    # By graph that is called: what each call hands in, and the modes of each call.
+    arguments: dict[GraphModule, list[tuple[Any, ...]]] = field(default_factory=dict)
+    called_in: dict[GraphModule, list[Region]] = field(default_factory=dict)
+
+
+def rewritten(
+    gm: GraphModule,
+    example_inputs: Sequence[Any],
+    patterns: Sequence[Pattern],
+    options: Options,
+    inductor_options: Mapping[str, Any],
+) -> tuple[Rewritten, tuple[Assumptions, Rewritten] | None]:
+    """Rewrites a copy of `gm` for all calls; another for calls that are as most calls are, if more is replaced there.
+
+    Args:
+        example_inputs: those of the first call.
+        patterns: larger ones first.
+
+    Returns:
+        The graph for all calls; and what the other takes for granted, and that graph, or None.
+    """
+    describe_operands(gm)
+    generic = run_steps(specialize.copied(gm), patterns, options, inductor_options)
+    is_readable = not any(isinstance(each, FakeTensor) for each in example_inputs)
+    if options.padding != "auto" or not is_readable or specialize.of_part(gm):
+        return generic, None
+    expected = specialize.expected_inputs(gm, generic.padding, generic.masks, example_inputs)
+    if not expected:
+        return generic, None
+    special = run_steps(specialize.with_expected(gm, expected), patterns, options, inductor_options)
+    pays = special.report.count("replace") > generic.report.count("replace")
+    return generic, (expected, special) if pays else None
+
+
+def run_steps(
+    gm: GraphModule, patterns: Sequence[Pattern], options: Options, inductor_options: Mapping[str, Any]
+) -> Rewritten:
+    """Rewrites `gm` and the graphs that it calls, in place."""
+    start, why_logits_stay = time.perf_counter(), _why_logits_stay(options, inductor_options)
+    modules, once, found = _graphs(gm), _running_once(gm), _Found()
+    for module in modules:
+        _rewrite_one(
+            module, patterns, options, why_logits_stay, found, is_top=module is gm, runs_once=module in once
+        )
+    warn_of_failures(found.decisions)
+    notes = (*found.notes, *sentences(found.attention), *map(str, found.filled))
+    seconds = time.perf_counter() - start
+    report = GraphReport.of(gm, found.decisions, found.near_misses, notes=notes, seconds=seconds)
+    for module in modules:
+        module.recompile()
+    meanings = [note.meaning for note in found.attention if note.meaning]
+    return Rewritten(
+        gm,
+        report,
+        found.filled,
+        padding=frozenset(name for meaning in meanings for name in meaning.padding),
+        masks=frozenset(name for meaning in meanings for name in meaning.masks),
+        backward=_backward_plan(options, _left(options.fuel, found.decisions), report),
+    )
+
+
+def _rewrite_one(
+    module: GraphModule,
+    patterns: Sequence[Pattern],
+    options: Options,
+    why_logits_stay: str | None,
+    found: _Found,
+    *,
+    is_top: bool,
+    runs_once: bool,
+) -> None:
+    """Runs the steps on one graph."""
+    graph = module.graph
+    mutations = Mutations(graph)
+    regions = Regions(graph, found.called_in.get(module, ()))
+    terms = Terms(graph, mutations, found.arguments.get(module, ()), regions)
+    for call, body in _calls(module):
+        found.arguments.setdefault(body, []).append(terms.arguments(call, body.graph))
+        found.called_in.setdefault(body, []).append(regions.of[call])
+    found.attention.extend(notes_in(terms.space, terms.of.values()))
+    deferred = []
+    if is_top:
+        found.notes.extend(notes_on_logits(graph, terms))
+        logits = logits_in(graph, terms)
+        staying = {each: why_logits_stay or _why_read(regions.of[each.head], options) for each in logits}
+        reasons = dict.fromkeys(filter(None, staying.values()))
+        found.notes.extend(f"the logits are computed in the graph: {why}" for why in reasons)
+        deferred = take_out([each for each, why in staying.items() if not why], terms)
+    matches, missed = find_matches(graph, patterns, terms, strict=options.strict)
+    decided = partial(
+        decide,
+        graph,
+        matches,
+        mutations,
+        regions=regions,
+        policy=options.policy,
+        fuel=_left(options.fuel, found.decisions),
+        recompute=options.recompute == "auto",
+        takes_marks=options.reported_inner != "eager",
+        runs_once=runs_once,
+        strict=options.strict,
+    )
+    decisions = rewrite(
+        graph,
+        decided(),
+        settings={"loss_memory": options.loss_memory, "inner": options.reported_inner},
+        regions=regions,
+        decide_again=lambda refused: decided(refused=refused),
+        strict=options.strict,
+    )
+    found.filled.extend(settle(graph, deferred, is_dropped=options.logits == "none"))
+    if runs_once and options.recompute == "auto":  # in a checkpoint the user has decided already
+        mark_for_recompute(decisions)
+    if is_top and options.policy != "never":
+        keep_what_written_inputs_give(graph, mutations)
+    found.decisions.extend(decisions)
+    found.near_misses.extend(missed)
+
+
+def _why_read(region: Region, options: Options) -> str | None:
+    """Why logits that are computed in these modes are likely to be read, in a sentence."""
+    if options.logits == "auto" and not region.has_gradients:
+        return "gradients are off, so it is an evaluation, which is likely to read them"
+    return None
+
+
+def _left(fuel: int | None, decisions: Sequence[Decision]) -> int | None:
+    return None if fuel is None else max(0, fuel - sum(decision.kind != "leave" for decision in decisions))
+
+
+def _graphs(gm: GraphModule) -> list[GraphModule]:
+    """`gm`, and the bodies in it that are rewritten as well; each once, and after all that call it."""
+    finished: dict[GraphModule, None] = {}
+
+    def visit(module: GraphModule) -> None:
+        for _, body in _calls(module):
+            if body not in finished:
+                visit(body)
+        finished[module] = None
+
+    visit(gm)
+    return list(reversed(finished))
+
+
+def _running_once(gm: GraphModule) -> set[GraphModule]:
+    """`gm` and the bodies of nested regions, which are layers; without checkpoints, and what they call."""
+    twice: set[GraphModule] = set()
+    modules = _graphs(gm)  # all that call a body before it
+    for module in modules:
+        for call, body in _calls(module):
+            if module in twice or call.target is not torch.ops.higher_order.invoke_subgraph:
+                twice.add(body)
+    return set(modules) - twice
+
+
+def _calls(module: GraphModule) -> Iterator[tuple[Node, GraphModule]]:
+    """The calls of bodies in a graph."""
+    for node in module.graph.nodes:
+        if node.op != "call_function" or getattr(node.target, "__name__", "") not in BODIES:
+            continue
+        for argument in node.all_input_nodes:
+            body = getattr(module, str(argument.target), None) if argument.op == "get_attr" else None
+            if isinstance(body, GraphModule):
+                yield node, body
+
+
+def _why_logits_stay(options: Options, inductor_options: Mapping[str, Any]) -> str | None:
+    """Why logits that are returned beside their loss stay among the outputs of the graph, in a sentence."""
+    if options.logits == "eager":
+        return "liger.logits is 'eager'"
+    if options.logits == "auto" and uses_cudagraphs(options.mode, inductor_options):
+        return "the next replay of a CUDA graph would overwrite what they are computed from"
+    return None
+
+
+def _backward_plan(options: Options, fuel: int | None, report: GraphReport) -> BackwardPlan | None:
+    """What is done to the graph of backward; the report hears of it."""
+    if "never" in (options.policy, options.backward_passes):
+        return None
+
+    def made(changes: Iterable[tuple[Pass, Applied]]) -> None:
+        sites = [
+            site_of_pass(each.name, applied.node, applied.what, applied.memory, applied.traffic)
+            for each, applied in changes
+        ]
+        report.backward.add(report.name, sites)
+
+    return BackwardPlan(
+        passes=tuple(each for each in DEFAULT_PASSES if not options.skips(each.name)),
+        choices=tuple(name for name in CHOICES if not options.skips(name)),
+        fuel=fuel,
+        strict=options.strict,
+        everywhere=options.backward_passes == "always",
+        made=made,
+        chose=lambda name: report.backward.choices.update({name: CHOICES[name]}),
+    )

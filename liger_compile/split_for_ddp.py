@@ -1,0 +1,163 @@
+"""What happens before DDP cuts a graph in buckets: masks are made in the parts that read them, and parts begin with
+layers.
+
+Under torch.compile, DDP's optimizer cuts a graph where a bucket of gradients is full, and calls the backend with each
+part. It has no hook, so its class gets another method. In: such a graph, whole. Out: what DDP's optimizer gives for it,
+cut where `buckets.py` would have it.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+from liger_compile import compile as compiling
+from liger_compile import variants
+from liger_compile.buckets import Places, make_masks_where_they_are_read, padding_in, places_to_cut
+from liger_compile.failures import or_as_it_came
+from liger_compile.options import Options, parse
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Cuts a whole graph and compiles part by part, as DDP's optimizer does."""
+
+    optimizer: Any
+    method: Callable[..., Callable[..., Any]]
+    arguments: Mapping[str, Any]
+
+    @property
+    def bucket_bytes(self) -> int:
+        return self.optimizer.bucket_bytes_cap
+
+    def __call__(
+        self,
+        gm: GraphModule,
+        example_inputs: Sequence[Any],
+        may_begin: Callable[[Node, int], bool] = lambda *_: True,
+        variant: variants.Variant | None = None,
+    ) -> Callable[..., Any]:
+        """Cuts and compiles `gm`.
+
+        Args:
+            may_begin: whether a part may begin with a node, given by how many bytes it exceeds its bucket.
+            variant: what the parts are compiled for, if not for all calls.
+        """
+        from torch._dynamo.backends import distributed
+
+        optimizer = copy.copy(self.optimizer)
+        if variant is not None:
+            compile_part = optimizer.backend_compile_fn
+
+            def compile_of_variant(part: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+                return compile_part(variants.as_part(part, variant), inputs)
+
+            optimizer.backend_compile_fn = compile_of_variant
+
+        # Asked whether a full bucket may be one. Where a torch has no such function, it cuts as it would.
+        theirs: Any = getattr(distributed, "bucket_has_external_output", None)
+        if theirs is None:
+            return self.method(optimizer, gm, example_inputs, **self.arguments)
+
+        def may_be_one(bucket: Any) -> bool:
+            if not theirs(bucket):
+                return False
+            full = bucket.paramsize_before_opcount_increase or bucket.size
+            if may_begin(bucket.nodes[-1], bucket.size - full):
+                return True
+            bucket.paramsize_before_opcount_increase = full
+            # The optimizer adds one, and warns of what is not zero then.
+            bucket.opcount_increased_to_capture_external_output = -1
+            return False
+
+        distributed.bucket_has_external_output = may_be_one
+        try:
+            return self.method(optimizer, gm, example_inputs, **self.arguments)
+        finally:
+            distributed.bucket_has_external_output = theirs
+
+
+def before_ddp_cuts(backend: Callable[..., Any]) -> None:
+    """Has `split` called with each whole graph of `backend` that is about to be cut in buckets. Call it once."""
+    if not torch.distributed.is_available():
+        return
+    from torch._dynamo.backends.distributed import DDPOptimizer
+
+    method: Any = DDPOptimizer.compile_fn
+
+    @functools.wraps(method)
+    def compile_fn(self: Any, gm: GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Any:
+        chain = list(_unwrapped(self.backend_compile_fn))
+        if chain[-1] is not backend:
+            return method(self, gm, example_inputs, **kwargs)
+        given = next((each.kwargs for each in chain if hasattr(each, "kwargs")), {})
+        chosen, _ = parse(given.get("mode"), given.get("options"))
+        return split(gm, example_inputs, Cut(self, method, kwargs), chosen)
+
+    DDPOptimizer.compile_fn = compile_fn
+
+
+def split(gm: GraphModule, example_inputs: Sequence[Any], cut: Cut, options: Options) -> Callable[..., Any]:
+    """A whole graph that DDP cuts in parts; the backend is called with each part. Only the whole graph shows what masks
+    mean and where layers begin."""
+    if options.policy == "never":
+        return cut(gm, example_inputs)
+
+    def prepared() -> _Whole:
+        reads_masks, is_symbolic = not options.skips("attention.causal"), variants.is_symbolic(gm)
+        whole = _Whole(gm)
+        if reads_masks and options.padding == "auto" and not is_symbolic:
+            whole.expected = variants.expected_inputs(gm, padding_in(gm.graph))
+        if whole.expected:
+            whole.generic, whole.special = variants.copied(gm), variants.with_expected(gm, whole.expected)
+        for module in filter(None, (whole.generic, whole.special)):
+            if reads_masks:
+                make_masks_where_they_are_read(module.graph)
+                module.recompile()
+            whole.places[module] = Places() if is_symbolic else places_to_cut(module.graph, cut.bucket_bytes)
+        return whole
+
+    whole = or_as_it_came(
+        prepared, lambda _: None, what="the graph that DDP cuts in buckets", strict=options.strict
+    )
+    if whole is None:
+        return cut(gm, example_inputs)
+    if whole.special is None:
+        return cut(whole.generic, example_inputs, whole.places[whole.generic].may_begin)
+
+    def compiled(module: GraphModule, variant: variants.Variant, inputs: Sequence[Any]) -> Callable[..., Any]:
+        return cut(module, inputs, whole.places[module].may_begin, variant)
+
+    return variants.chosen_at_each_call(
+        gm,
+        whole.expected,
+        special=partial(compiled, whole.special, variants.specialised(whole.expected)),
+        general=partial(compiled, whole.generic, variants.general(whole.expected)),
+        example_inputs=example_inputs,
+        later=compiling.when_called,
+    )
+
+
+@dataclass
+class _Whole:
+    """A graph before it is cut, a copy of it for calls in which inputs are what is expected, and places to cut them."""
+
+    generic: GraphModule
+    special: GraphModule | None = None
+    expected: Mapping[str, variants.Expected] = field(default_factory=dict)
+    places: dict[GraphModule, Places] = field(default_factory=dict)
+
+
+def _unwrapped(backend: Any) -> Iterator[Any]:
+    """Dynamo has it inside of objects of its own: one that holds mode and options, and one for debugging."""
+    while backend is not None:
+        yield backend
+        wrapped = getattr(backend, "_torchdynamo_orig_backend", None)
+        backend = getattr(backend, "compiler_fn", None) if wrapped is None else wrapped
