@@ -23,6 +23,7 @@ from liger_compile.outputs import filling
 from liger_compile.pipeline import Rewritten, rewritten
 from liger_compile.registry import patterns_in_use
 from liger_compile.report import GraphReport, record
+from liger_compile.runtime.optimizer_steps import watch_steps
 from liger_compile.split_for_ddp import before_ddp_cuts
 from liger_compile.zeros import sharing_zeros, strides_of_outputs
 
@@ -91,4 +92,5 @@ def liger(
 liger.reset = compiling.reset  # pyright: ignore[reportFunctionMemberAccess]
 
 compiling.set_up_dynamo()
+watch_steps()
 before_ddp_cuts(liger)

@@ -251,7 +251,10 @@ class Filled:
                 if len(self.likes) >= _MOST_LIKES:
                     self.likes.clear()
                 self.likes[key] = _like(self.recipe, arguments)
-            made = lazy(self.recipe, self.likes[key], *arguments)
+            with (
+                torch.enable_grad()
+            ):  # as at the head, whatever the caller's mode is: else nothing is deferred
+                made = lazy(self.recipe, self.likes[key], *arguments)
         for position in self.positions:
             outputs[position] = made
 

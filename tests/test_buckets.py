@@ -239,7 +239,9 @@ def test_a_failure_is_a_warning(process_group, monkeypatch):
     expected = gradients(model, model, x)
     ddp = DistributedDataParallel(model, bucket_cap_mb=1)
     compiled = torch.compile(ddp, backend="liger", options={**OPTIONS, "liger.strict": False})
-    with pytest.warns(UserWarning, match="the graph that DDP cuts in buckets is compiled as it came.*TypeError"):
+    with pytest.warns(
+        UserWarning, match="the graph that DDP cuts in buckets is compiled as it came.*TypeError"
+    ):
         torch.testing.assert_close(gradients(compiled, model, x), expected)
 
 

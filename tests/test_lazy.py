@@ -524,6 +524,40 @@ def test_after_an_optimizers_step_the_values_are_those_from_before(name, is_head
         torch.testing.assert_close(each.detach() + 0, expected.to(each.dtype))
 
 
+@pytest.mark.parametrize("settings", [{}, {"fused": True}, {"foreach": True}])
+def test_the_closure_of_a_step_makes_it(leaves, settings):
+    """L-BFGS and others call forward within a step, when it is too late to be told of the step."""
+    x, w = leaves
+    optimizer, seen = torch.optim.SGD([w], lr=0.5, **settings), []
+
+    def closure():
+        optimizer.zero_grad()
+        t = made(x, w)
+        seen.append((t, F.linear(x, w).detach()))
+        loss = F.linear(x, w).square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    optimizer.step()
+    ((t, expected),) = seen
+    torch.testing.assert_close(t.detach() + 0, expected)
+    later = made(x, w)  # no step is running any more: nothing is kept
+    with torch.no_grad():
+        w.data.mul_(2)
+    with pytest.raises(RuntimeError, match="cannot be computed any more"):
+        later.sum()
+
+
+def test_an_alias_in_inference_mode_has_a_version(leaves):
+    x, w = leaves
+    t = made(x, w)
+    with torch.inference_mode():
+        alias = t.detach()
+        torch.testing.assert_close(alias[:, :-1] + 0, F.linear(x, w)[:, :-1])
+    assert not alias.is_inference()
+
+
 def test_two_that_wait_share_the_copy_and_those_that_died_have_none(leaves):
     x, w = leaves[0].detach().repeat(8, 1), leaves[1]
     w.grad = torch.ones_like(w)
@@ -533,7 +567,7 @@ def test_two_that_wait_share_the_copy_and_those_that_died_have_none(leaves):
     read.sum()
     del dead
     gc.collect()
-    waiting = [each for each in optimizer_steps._waiting if w.untyped_storage()._cdata in each.storages()]
+    waiting = [each for each in optimizer_steps.waiting() if w.untyped_storage()._cdata in each.storages()]
     assert len(waiting) == 2
     torch.optim.SGD([w], lr=1.0).step()
     kept = [each.storages() - {x.untyped_storage()._cdata} for each in waiting]
@@ -546,7 +580,7 @@ def test_an_optimizer_of_other_weights_or_of_frozen_ones_keeps_nothing(leaves):
     t = made(x, w)
     other = torch.nn.Parameter(torch.ones(2))
     other.grad = torch.ones(2)
-    (waiting,) = (each for each in optimizer_steps._waiting if w.untyped_storage()._cdata in each.storages())
+    (waiting,) = (each for each in optimizer_steps.waiting() if w.untyped_storage()._cdata in each.storages())
     torch.optim.SGD([other, w], lr=1.0).step()
     assert w.untyped_storage()._cdata in waiting.storages()
     torch.testing.assert_close(t + 0, F.linear(x, w))

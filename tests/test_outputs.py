@@ -186,6 +186,21 @@ def test_logits_that_stay_in_the_graph_prevent_the_fusion_and_the_report_says_wh
     assert reason in note and "computed in the graph" in note
 
 
+def test_gradients_may_be_on_inside_only():
+    """The logits need a gradient as the loss does, whatever mode the caller is in."""
+
+    def function(x, w, labels):
+        with torch.enable_grad():
+            return head_and_loss(x, w, labels)
+
+    x, w, labels = arguments()
+    with torch.no_grad():
+        loss, logits = compiled(function)(x, w, labels)
+    assert loss.requires_grad and logits.requires_grad and isinstance(logits, LazyTensor)
+    expected = torch.autograd.grad(head_and_loss(x, w, labels)[1].square().sum(), (x, w))
+    torch.testing.assert_close(torch.autograd.grad(logits.square().sum(), (x, w)), expected)
+
+
 def test_cuda_graphs_keep_them_in_the_graph():
     from liger_compile.options import Options
     from liger_compile.pipeline import _why_logits_stay

@@ -133,7 +133,9 @@ class LazyTensor(Tensor):
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func in _ALIASES and (values := args[0]._promised) is not None:
-            return LazyTensor(_like(args[0]), args[0].device, values)
+            # An alias of a tensor with a version has one as well, in inference mode too.
+            with torch.inference_mode(args[0].is_inference()):
+                return LazyTensor(_like(args[0]), args[0].device, values)
         if func is _COPY and kwargs.keys() == {"dtype"} and (values := args[0]._promised) is not None:
             like = _COPY(_like(args[0]), **kwargs)
             return LazyTensor(like, args[0].device, values.copy(like.dtype))

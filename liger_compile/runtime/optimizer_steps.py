@@ -11,34 +11,46 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from liger_compile.runtime.promise import Promise, storage_of
 
 # Not a WeakSet: its callbacks are Python functions, which Dynamo compiles where a promise ends within a compiled call.
 _waiting: list[weakref.ref[Promise]] = []
 _lock = threading.Lock()
+_running = threading.local()  # storages: what the step of this thread changes, where it calls a closure
+
+
+def waiting() -> list[Promise]:
+    """Those that keep what steps change, and are still alive."""
+    with _lock:
+        return [promise for reference in _waiting if (promise := reference()) is not None]
 
 
 def keep_before_steps(promise: Promise) -> None:
     """As long as it lives."""
-    _register()
+    watch_steps()
+    if changing := getattr(_running, "storages", None):  # the closure of a step makes it
+        promise.keep(changing & promise.storages(), {})
     with _lock:
         _waiting[:] = [reference for reference in _waiting if reference() is not None]
         _waiting.append(weakref.ref(promise))
 
 
 @functools.cache
-def _register() -> None:
+def watch_steps() -> None:
+    """From now on steps of optimizers are noticed: call it before a step begins whose closure makes promises."""
     # Once, and never removed: Dynamo guards on the hooks when it compiles a step.
     register_optimizer_step_pre_hook(_before_step)
+    register_optimizer_step_post_hook(_after_step)
 
 
 def _before_step(optimizer: Any, args: Any, kwargs: Any) -> None:
     if torch.compiler.is_compiling():  # the fingerprints will tell
         return
-    with _lock:
-        promises = [promise for reference in _waiting if (promise := reference()) is not None]
+    if any(map(callable, (*args[1:], *kwargs.values()))):
+        _running.storages = {storage_of(each) for each in _trained(optimizer)} - {None}
+    promises = waiting()
     storages = set().union(*(promise.storages() for promise in promises))
     if not storages:
         return
@@ -46,6 +58,11 @@ def _before_step(optimizer: Any, args: Any, kwargs: Any) -> None:
     copies: dict[Any, Tensor] = {}
     for promise in promises if changing else ():
         promise.keep(changing, copies)
+
+
+def _after_step(optimizer: Any, args: Any, kwargs: Any) -> None:
+    if not torch.compiler.is_compiling():
+        _running.storages = None
 
 
 def _trained(optimizer: Any) -> Iterator[Tensor]:
