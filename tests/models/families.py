@@ -42,6 +42,7 @@ class Family:
     loss: Callable[..., Tensor]  # of (model, ids, labels)
     counts: Mapping[str, int]  # what must be replaced where only the loss is returned
     ignore_index: int = -100
+    is_here: bool = True  # False for a model of transformers that the installed release has not
 
     def __str__(self) -> str:
         return self.name
@@ -135,7 +136,7 @@ def hf(
         given = {key: value() if callable(value) else value for key, value in {**overrides, **more}.items()}
         return cls(config(of or cls.config_class, **given))
 
-    return Family(name, make, hf_loss, counts or {})
+    return Family(name, make, hf_loss, counts or {}, is_here=hasattr(transformers, model))
 
 
 _SIZES = {"vocab": VOCAB, "width": WIDTH, "layers": LAYERS, "heads": HEADS}
