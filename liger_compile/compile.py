@@ -36,12 +36,14 @@ from liger_compile.gradients import rewrite_backward, trace_through
 from liger_compile.ops.embedding import PAYS_FROM
 from liger_compile.ops.registration import BODIES, keeping_backwards_whole
 from liger_compile.pattern import Pattern
+from liger_compile.torch_internals.modes import restored_if_raised
 
 # transformers hangs these on logging.Logger and calls them between logits and loss, where Dynamo would break
 # the graph in two. They say a thing once and return None: leaving them out of a trace changes no result.
 _LOGGER_METHODS = ("warning_once", "info_once")
 
 
+@restored_if_raised()
 def compile_graph(
     gm: GraphModule,
     example_inputs: Sequence[Any],
