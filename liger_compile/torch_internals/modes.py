@@ -5,8 +5,8 @@ second call is not made. Dynamo restores some modes where it has called the back
 compiled later.
 
 Inference mode is the worst of them, with any backend (torch 2.11 to 2.13). What its first call returns writes the state
-of the dispatcher back when it is freed, which is when the exception is dropped: the state in the midst of the trace. From
-then on every operator raises "PythonDispatcherTLS was not set" in that thread.
+of the dispatcher back when it is freed, which is when the exception is dropped: the state in the midst of the trace.
+From then on every operator raises "PythonDispatcherTLS was not set" in that thread.
 """
 
 from __future__ import annotations
