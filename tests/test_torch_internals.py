@@ -74,34 +74,41 @@ def modes_stay():
         torch.use_deterministic_algorithms(False)
 
 
+def failing_in(mode, x):
+    with MODES[mode]():
+        return torch.ops.liger_compile_tests.fails_in_traces(x * 2)
+
+
+def failing_in_a_body(mode, x):
+    return torch.cond(x.sum() > 0, lambda x: failing_in(mode, x), lambda x: x * 3, (x,))
+
+
 @pytest.mark.parametrize(
-    ("mode", "inner", "is_late"),
+    ("mode", "function", "inner", "is_late"),
     [
-        ("inference_mode", "aot_eager", False),
-        ("inference_mode", "inductor", True),
-        ("no_grad", "aot_eager", True),
-        ("autocast", "inductor", False),
-        ("autocast", "aot_eager", True),
-        ("deterministic", "aot_eager", True),
-        ("several", "aot_eager", False),
-        ("several", "aot_eager", True),
+        ("inference_mode", failing_in, "aot_eager", False),
+        ("inference_mode", failing_in, "inductor", True),
+        ("inference_mode", failing_in_a_body, "aot_eager", False),
+        ("no_grad", failing_in, "aot_eager", True),
+        ("autocast", failing_in, "inductor", False),
+        ("autocast", failing_in, "aot_eager", True),
+        ("autocast", failing_in_a_body, "aot_eager", True),
+        ("deterministic", failing_in, "aot_eager", True),
+        ("several", failing_in, "aot_eager", False),
+        ("several", failing_in, "aot_eager", True),
     ],
 )
-def test_a_trace_that_raises_leaves_no_mode(modes_stay, mode, inner, is_late):
+def test_a_trace_that_raises_leaves_no_mode(modes_stay, mode, function, inner, is_late):
     """Neither at once nor when the exception is dropped, which holds on to what the graph has begun."""
 
     def backend(gm, inputs):
         compile = partial(failing, gm, inner=inner)
         return when_called(compile) if is_late else compile(inputs)
 
-    def function(x):
-        with MODES[mode]():
-            return torch.ops.liger_compile_tests.fails_in_traces(x * 2)
-
     x = torch.ones(3)
     before = modes()
     with pytest.raises((RuntimeError, ArithmeticError), match="cannot be traced") as raised:
-        torch.compile(function, backend=backend)(x)
+        torch.compile(partial(function, mode), backend=backend)(x)
     at_once = modes()
     del raised
     gc.collect()

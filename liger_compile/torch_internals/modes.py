@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import contextlib
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from types import FrameType
 from typing import Any
 
 import torch
@@ -54,14 +55,22 @@ def restored_if_raised() -> Iterator[None]:
 
 
 def _entered(error: BaseException) -> Iterator[Any]:
-    """The modes that graphs had begun when they raised, first to last. An interpreter drops those that have ended."""
+    """The modes that graphs had begun when they raised, first to last."""
     seen: set[int] = set()
     for each in _causes(error):
         for frame, _ in traceback.walk_tb(each.__traceback__):
-            interpreter = frame.f_locals.get("self")
-            if isinstance(interpreter, Interpreter) and id(interpreter) not in seen:
-                seen.add(id(interpreter))
-                yield from (value for value in interpreter.env.values() if isinstance(value, _MODES))
+            for value in _values_of_nodes(frame):
+                if isinstance(value, _MODES) and id(value) not in seen:
+                    seen.add(id(value))
+                    yield value
+
+
+def _values_of_nodes(frame: FrameType) -> Iterable[Any]:
+    """What a graph that runs in this frame has computed and still needs: modes that have ended are not among it."""
+    if frame.f_code.co_filename.startswith("<eval_with_key>"):  # Python that torch.fx has written
+        return frame.f_locals.values()
+    interpreter = frame.f_locals.get("self")
+    return interpreter.env.values() if isinstance(interpreter, Interpreter) else ()
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
