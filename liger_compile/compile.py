@@ -46,6 +46,7 @@ from liger_compile.backward_passes import (
 from liger_compile.ops.embedding import PAYS_FROM
 from liger_compile.ops.registration import BODIES, keeping_backwards_whole
 from liger_compile.pattern import Pattern
+from liger_compile.torch_internals.modes import restored_if_raised
 
 # transformers hangs these on logging.Logger and calls them between logits and loss, where Dynamo would break
 # the graph in two. They say a thing once and return None: leaving them out of a trace changes no result.
@@ -75,6 +76,7 @@ class BackwardPlan:
     chose: Callable[[str], None] = lambda _: None
 
 
+@restored_if_raised()
 def compile_graph(
     gm: GraphModule,
     example_inputs: Sequence[Any],

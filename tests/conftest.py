@@ -68,6 +68,8 @@ def interpreted(monkeypatch):
     # that a kernel makes, which takes a third of the time. Once a test is enough.
     language = SimpleNamespace(__globals__={"tl": interpreter.tl, "core": interpreter.tl.core})
     replaced = interpreter._patch_lang(language)
+    # Triton before 3.9 converts an array of one element, which numpy does no longer, for loops as long as an argument.
+    replaced.set_attr(interpreter.tl.tensor, "__index__", lambda each: int(each.handle.data.item()))
     monkeypatch.setattr(interpreter, "_patch_lang", lambda _: interpreter._LangPatchScope())
     yield
     replaced.restore()

@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).parent / "models"))  # where the imports b
 
 import torch
 import transformers
-from families import BY_NAME, HEADS, INNER, LAYERS, VOCAB, WIDTH, Family, config, hf, hf_loss
+from families import BY_NAME, HEADS, INNER, LAYERS, VOCAB, WIDTH, Family, config, has_experts, hf, hf_loss
 from harness import batch, errors, step
 from own_styles import STYLES, Styled
 from torch import nn
@@ -173,7 +173,7 @@ SPECIMENS: tuple[Specimen, ...] = (
     _of("emu3", "Emu3ForCausalLM", 5, 4, 2, of=transformers.Emu3TextConfig),
     _of("flint", "FlintForCausalLM", 9, 2, 3, mlp_only_layers=[0], **_MIXED),
     _of("gemma", "GemmaForCausalLM", 5, 4, 2),
-    _of("gemma2", "Gemma2ForCausalLM", 9, 4, 2, final_logit_softcapping=3.0),
+    _of("gemma2", "Gemma2ForCausalLM", 9, 4, 2, final_logit_softcapping=3.0, attn_implementation="eager"),
     Specimen(BY_NAME["gemma3"], 13, 4, 2),
     _of("gemma3n", "Gemma3nForCausalLM", 24, 4, 4, num_kv_shared_layers=0, laurel_rank=8,
         hidden_size_per_layer_input=16, vocab_size_per_layer_input=VOCAB,
@@ -472,7 +472,7 @@ def float64(family: Family, dtype: torch.dtype) -> nn.Module:
     model = family.build(dtype)
     for parameter in model.parameters():
         parameter.data = parameter.data.double()
-    if any("Experts" in type(module).__name__ for module in model.modules()):
+    if has_experts(model):
         model.set_experts_implementation("eager")  # the grouped product has no float64
     return model
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import transformers
+import transformers.integrations.moe  # registers its operators
 from meta_llama_style import MetaLlama
 from nanogpt_style import NanoGPT
 from packed_style import Packed, packed_loss
@@ -24,6 +25,16 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 VOCAB, WIDTH, INNER, LAYERS, HEADS, KV_HEADS = 128, 64, 96, 2, 4, 2
 
 
+# In a compiled graph and float32, transformers computes the grouped product of experts by an operator of its own, whose
+# backward AOTAutograd can trace, with any backend, since it is an operator too. Before, experts' weights are gathered
+# for each token.
+_GROUPED_CAN_BE_TRACED = hasattr(torch.ops.transformers, "grouped_mm_fallback_backward")
+
+
+def has_experts(model: nn.Module) -> bool:
+    return any("Experts" in type(module).__name__ for module in model.modules())
+
+
 @dataclass(frozen=True)
 class Family:
     name: str
@@ -31,6 +42,7 @@ class Family:
     loss: Callable[..., Tensor]  # of (model, ids, labels)
     counts: Mapping[str, int]  # what must be replaced where only the loss is returned
     ignore_index: int = -100
+    is_here: bool = True  # False for a model of transformers that the installed release has not
 
     def __str__(self) -> str:
         return self.name
@@ -39,6 +51,8 @@ class Family:
         """The same weights each time, in `dtype`; buffers keep theirs."""
         torch.manual_seed(0)
         model = self.make(**overrides).train()
+        if dtype is torch.float32 and has_experts(model) and not _GROUPED_CAN_BE_TRACED:
+            model.set_experts_implementation("batched_mm")
         random = torch.Generator().manual_seed(1)
         for parameter in model.parameters():
             # Weights as large as in life, and no norm's weight 1 or bias 0, which would hide a mistake with it.
@@ -122,7 +136,7 @@ def hf(
         given = {key: value() if callable(value) else value for key, value in {**overrides, **more}.items()}
         return cls(config(of or cls.config_class, **given))
 
-    return Family(name, make, hf_loss, counts or {})
+    return Family(name, make, hf_loss, counts or {}, is_here=hasattr(transformers, model))
 
 
 _SIZES = {"vocab": VOCAB, "width": WIDTH, "layers": LAYERS, "heads": HEADS}
@@ -136,7 +150,8 @@ _LOSS = {"linear_cross_entropy": 1}
 _NORM_ROTARY = {"norm_rotary.llama_half_pair": 2}
 _ROTARY, _SWIGLU, _GEGLU = {"rotary": 2}, {"gated_mlp.swiglu": 2}, {"gated_mlp.geglu": 2}
 _LLAMA = {**_PRE_NORM, **_ROTARY, **_SWIGLU, **_LOSS}
-# Where no padding is given, transformers' masks are causal for any length. Gemma 2 writes its attention out.
+# Where no padding is given, transformers' masks are causal for any length. Gemma 2 writes its attention out:
+# earlier releases of transformers take SDPA by default, which leaves out the cap.
 _CAUSAL, _CAPPED = {"attention.causal": 2}, {"attention.capped_causal": 2}
 # Attention written out, as transformers does where it has to.
 _EAGER = {"attn_implementation": "eager"}
@@ -164,6 +179,7 @@ FAMILIES = (
         {**_TWO_MORE, **_ROTARY, **_GEGLU, **_CAPPED, **_LOSS},
         final_logit_softcapping=3.0,
         attn_logit_softcapping=2.0,
+        **_EAGER,
     ),
     # Every other layer sees the last few tokens only.
     hf(
@@ -179,6 +195,7 @@ FAMILIES = (
         },
         sliding_window=5,
         attn_logit_softcapping=2.0,
+        **_EAGER,
     ),
     hf(
         "gemma3",

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from families import BY_NAME, FAMILIES, Family
+from families import BY_NAME, FAMILIES, Family, has_experts
 from harness import assert_replaced, assert_within, batch, compiled, errors, step
 from torch import Tensor, nn
 
@@ -80,7 +80,7 @@ def float64(family: Family) -> nn.Module:
     model = family.build(torch.bfloat16)
     for parameter in model.parameters():
         parameter.data = parameter.data.double()
-    if any("Experts" in type(module).__name__ for module in model.modules()):
+    if has_experts(model):
         model.set_experts_implementation("eager")  # the grouped product has no float64
     return model
 

@@ -1,0 +1,1 @@
+"""What needs private parts of torch, and knows nothing of graphs, terms or patterns."""
