@@ -14,7 +14,10 @@ import sympy
 _log = logging.getLogger("torch.fx.experimental.symbolic_shapes")
 
 # The comparisons that say whether a size is 1, by the number on their right.
-_RELATIONS_WITH_ONE = {1: (sympy.Eq, sympy.Ne, sympy.Le, sympy.Gt), 2: (sympy.Lt, sympy.Ge)}
+_RELATIONS_WITH_ONE: dict[Any, tuple[Any, ...]] = {
+    1: (sympy.Eq, sympy.Ne, sympy.Le, sympy.Gt),
+    2: (sympy.Lt, sympy.Ge),
+}
 
 
 class GuardError(RuntimeError):
