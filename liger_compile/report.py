@@ -46,11 +46,13 @@ class Place:
 
     @staticmethod
     def of(nodes: Sequence[Node], root: Node) -> Place:
+        """The module that most of `nodes` ran in, and the line of source of `root`."""
         module, module_class = _module_of(nodes)
         return Place(module, module_class, *_source_of(root))
 
     @property
     def source(self) -> str:
+        """File and line, as "modeling_llama.py:67"; empty where they are not known."""
         return f"{os.path.basename(self.file)}:{self.line}" if self.file else ""
 
 
