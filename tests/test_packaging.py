@@ -18,6 +18,7 @@ import pytest
 import torch
 
 import liger_compile
+from liger_compile.cli.doctor import NEWEST_TESTED_TORCH, OLDEST_TORCH
 
 ROOT = Path(__file__).parent.parent
 PYPROJECT = (ROOT / "pyproject.toml").read_text()
@@ -65,6 +66,22 @@ def test_every_folder_of_code_is_in_the_wheel():
     assert sorted(listed) == sorted(
         {".".join(folder.parts) for folder in folders} | {"liger_compile.patterns"}
     )
+
+
+def test_the_changelog_has_the_version_or_what_comes_next():
+    headings = re.findall(r"^## \[(.*?)\]", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert headings[0] in ("Unreleased", liger_compile.__version__)
+
+
+def test_versions_are_the_same_wherever_they_are_named():
+    oldest, newest = (".".join(map(str, version)) for version in (OLDEST_TORCH, NEWEST_TESTED_TORCH))
+    assert f'"torch>={oldest}"' in PYPROJECT
+    assert f'torch: ["{oldest}",' in (ROOT / ".github" / "workflows" / "ci.yml").read_text()
+    assert f"| {newest}" in (ROOT / "docs" / "stability.md").read_text()
+    oldest_python = re.search(r'requires-python = ">=(.*?)"', PYPROJECT)[1]
+    assert f'python: ["{oldest_python}",' in (ROOT / ".github" / "workflows" / "ci.yml").read_text()
+    hooks = (ROOT / ".pre-commit-config.yaml").read_text()
+    assert set(re.findall(r'"(ruff==.*?)"', hooks)) == set(re.findall(r'"(ruff==.*?)"', PYPROJECT))
 
 
 @pytest.fixture(scope="module")
