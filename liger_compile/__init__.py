@@ -14,6 +14,8 @@ from liger_compile.registry import register_pattern, unregister_pattern
 from liger_compile.report import GraphReport, clear_reports, reports
 from liger_compile.verification import Verification, verify
 
+__version__ = "0.1.0"  # the only place: pyproject.toml reads this line
+
 __all__ = [
     "Annotate",
     "Explanation",
@@ -21,6 +23,7 @@ __all__ = [
     "Match",
     "Pattern",
     "Verification",
+    "__version__",
     "clear_reports",
     "explain",
     "functional",

@@ -5,23 +5,16 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib
-import importlib.metadata
 import importlib.util
 import json
-import platform
 import sys
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-
-from liger_compile import demo
+from liger_compile import __version__, demo
+from liger_compile.cli.doctor import doctor
 from liger_compile.explanation import explain
-from liger_compile.ops.dispatch import has_kernel
-from liger_compile.report import reports
 from liger_compile.verification import Verification, verify
-
-MIN_TORCH = (2, 11)
 
 EXPLAIN_HELP = """\
 Print what backend="liger" does with a model of yours, without training or compiling it.
@@ -50,6 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m liger_compile",
         description='torch.compile(model, backend="liger"): what it does, on this machine, to a model.',
     )
+    parser.add_argument("--version", action="version", version=f"liger-compile {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     demo_parser = commands.add_parser(
@@ -79,8 +73,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         of_model.add_argument("target", metavar="MODULE:FACTORY", help="for example my_model:factory")
         of_model.add_argument("--json", action="store_true", help="for programs")
 
-    commands.add_parser(
-        "doctor", help="print versions, device, and what will run here (exit code 0 if usable)"
+    doctor_parser = commands.add_parser(
+        "doctor",
+        help="print versions and device, and whether the backend works here (exit code 0 if it does)",
+        description="Print versions, device and settings, then compile a training step of a small model and compare "
+        "it with eager mode. Exit code 0 if the backend works on this machine, 1 with the reason if not.",
+    )
+    doctor_parser.add_argument(
+        "--inner",
+        choices=("inductor", "aot_eager", "eager"),
+        default="inductor",
+        help="what compiles the small model, as in the option liger.inner",
     )
 
     chosen = parser.parse_args(arguments)
@@ -97,7 +100,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         found = (explain if chosen.command == "explain" else verify)(model, *args, **kwargs)
         print(json.dumps(found.to_dict(), indent=1) if chosen.json else found)
         return int(isinstance(found, Verification) and not found.is_right)
-    return doctor()
+    return doctor(chosen.inner)
 
 
 def _call_of(target: str) -> tuple[Any, Sequence[Any], dict[str, Any]]:
@@ -119,79 +122,6 @@ def _call_of(target: str) -> tuple[Any, Sequence[Any], dict[str, Any]]:
             raise ValueError(
                 f"{target} returned {type(other).__name__}; return (model, kwargs) or (model, args, kwargs)"
             )
-
-
-def doctor() -> int:
-    """Prints what will run on this machine and what will not; 0 if the backend can be used."""
-    has_cuda = torch.cuda.is_available()
-    facts = {
-        "liger-compile": _version("liger-compile"),
-        "python": platform.python_version(),
-        "torch": _version("torch"),
-        "triton": _version("triton"),
-        "transformers": _version("transformers"),
-        "device": torch.cuda.get_device_name() if has_cuda else f"CPU ({platform.machine()})",
-    }
-    print("\n".join(f"{name:<14} {fact}" for name, fact in facts.items()), end="\n\n")
-
-    problems = [_torch_problem(), _discovery_problem()]
-    if not any(problems):
-        problems += [_backend_problem(), _inductor_problem()]
-    for problem in filter(None, problems):
-        print(f"NO   {problem}")
-    if any(problems):
-        return 1
-    print("ok   torch.compile finds backend='liger' by name")
-    print("ok   it recognises and replaces an RMSNorm, and the numbers agree with eager")
-    print("ok   Inductor can compile for this device")
-    if has_cuda and has_kernel(torch.empty(0, device="cuda")):
-        print("ok   the ops' Triton kernels run on this device")
-    else:
-        why = (
-            "no CUDA device" if not has_cuda
-            else "triton is not installed" if not importlib.util.find_spec("triton")
-            else "they are for NVIDIA GPUs from compute capability 8.0 on"
-        )  # fmt: skip
-        print(f"--   no Triton kernels ({why}): the ops run as their references in plain PyTorch")
-    return 0
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
-
-
-def _torch_problem() -> str | None:
-    version = tuple(int(part) for part in torch.__version__.split(".")[:2])
-    wanted = ".".join(map(str, MIN_TORCH))
-    return f"torch {torch.__version__} is too old; install {wanted} or newer" if version < MIN_TORCH else None
-
-
-def _discovery_problem() -> str | None:
-    if "liger" in torch._dynamo.list_backends(exclude_tags=()):
-        return None
-    return "torch.compile does not know backend='liger'; install the package with pip (not only on the path)"
-
-
-def _backend_problem() -> str | None:
-    def rms_norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        return weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6))
-
-    x, weight = torch.randn(4, 64), torch.randn(64)
-    options = {"liger.inner": "eager", "liger.policy": "always", "liger.strict": True}
-    found = torch.compile(rms_norm, backend="liger", options=options)(x, weight)
-    if not torch.allclose(found, rms_norm(x, weight), rtol=1e-5, atol=1e-6):
-        return "a compiled RMSNorm gives other numbers than eager; please report this with the lines above"
-    if not reports() or not reports()[-1].count("replace"):
-        return "an RMSNorm was not recognised; please report this with the lines above"
-    return None
-
-
-def _inductor_problem() -> str | None:
-    missing = demo.inductor_needs()
-    return f"Inductor cannot compile here: {missing}" if missing else None
 
 
 if __name__ == "__main__":

@@ -44,11 +44,13 @@ class Place:
 
     @staticmethod
     def of(nodes: Sequence[Node], root: Node) -> Place:
+        """The module that most of `nodes` ran in, and the line of source of `root`."""
         module, module_class = _module_of(nodes)
         return Place(module, module_class, *_source_of(root))
 
     @property
     def source(self) -> str:
+        """File and line, as "modeling_llama.py:67"; empty where they are not known."""
         return f"{os.path.basename(self.file)}:{self.line}" if self.file else ""
 
 
@@ -299,7 +301,9 @@ def _module_of(nodes: Sequence[Node]) -> tuple[str, str]:
     if not shared:
         return "", ""
     path, cls = max(shared, key=lambda entry: len(entry[0]))
-    # Dynamo writes a path as source: L['self'].layers.0, G['model'].head, getattr(L['fn'].blocks, 'w-x')
+    # Dynamo writes a path as source: L['self'].layers.0, G['model'].head, getattr(L['fn'].blocks, 'w-x'), and
+    # L['self'].__dict__['_modules']['base_model'] where a class has a __getattr__ of its own, as PEFT's have.
+    path = re.sub(r"\.__dict__\['_modules'\]\['([^']*)'\]", r".\1", path)
     path = re.sub(r"getattr\(|, '([^']*)'\)", lambda found: f".{found[1]}" if found[1] else "", path)
     # The model itself has no name: it is a method's self, or the first of a wrapper's *args.
     path = re.sub(r"^[LG]\['(\w+)'\](\[0\])?", lambda f: "" if f[1] in ("self", "fn", "args") else f[1], path)

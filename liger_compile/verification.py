@@ -49,6 +49,7 @@ class Row:
 
     @property
     def is_right(self) -> bool:
+        """Whether the error is within what is allowed, and nothing else is wrong."""
         return not self.problem and self.error <= self.allowed
 
     @property
@@ -72,6 +73,7 @@ class Verification:
 
     @property
     def is_right(self) -> bool:
+        """Whether every row is."""
         return all(row.is_right for row in self.rows)
 
     def __bool__(self) -> bool:

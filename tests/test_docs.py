@@ -1,4 +1,4 @@
-"""The Python in docs/ runs, block after block in one namespace, and prints what stands below it."""
+"""The Python in docs/ and CONTRIBUTING.md runs, a page in one namespace, and prints what stands below it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ import pytest
 
 from liger_compile import registry
 
-DOCS = Path(__file__).parent.parent / "docs"
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+ALL_PAGES = [*sorted(DOCS.glob("*.md")), *sorted(ROOT.glob("*.md"))]
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
 
@@ -27,7 +29,8 @@ def without_figures(printed: str) -> list[str]:
     return [line.rstrip() for line in printed.strip().splitlines()]
 
 
-PAGES = [path for path in sorted(DOCS.glob("*.md")) if any(block[0] == "python" for block in blocks_of(path))]
+PAGES = [path for path in ALL_PAGES if any(block[0] == "python" for block in blocks_of(path))]
+PAGES.remove(ROOT / "README.md")  # test_readme.py runs it, in a process of its own
 
 
 @pytest.fixture
@@ -54,11 +57,11 @@ def test_a_page_is_a_program_that_prints_what_it_shows(path):
             assert without_figures(printed) == without_figures(content), f"{path.name}:{lines_above}"
 
 
-def test_writing_a_pattern_is_among_the_pages():
-    assert "writing_a_pattern" in [path.stem for path in PAGES]
+def test_pages_with_code_are_found():
+    assert {"writing_a_pattern", "CONTRIBUTING"} <= {path.stem for path in PAGES}
 
 
-@pytest.mark.parametrize("path", sorted(DOCS.glob("*.md")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", ALL_PAGES, ids=lambda path: path.stem)
 def test_the_pages_that_a_page_links_to_exist(path):
     links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", path.read_text())
     assert all((path.parent / link).exists() for link in links), links

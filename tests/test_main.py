@@ -51,16 +51,6 @@ def test_help_names_the_commands():
     assert all(command in shown.stdout for command in ("demo", "explain", "doctor"))
 
 
-def test_doctor():
-    done = run("doctor")
-    assert done.returncode == 0, done.stdout + done.stderr
-    lines = done.stdout.splitlines()
-    assert lines[0].startswith("liger-compile")
-    assert any(line.startswith("torch ") for line in lines)
-    assert "ok   torch.compile finds backend='liger' by name" in lines
-    assert not any(line.startswith("NO") for line in lines)
-
-
 def test_explain_prints_the_report_of_a_users_model(folder: Path):
     done = run("explain", "my_model:with_kwargs", cwd=folder)
     assert done.returncode == 0, done.stderr

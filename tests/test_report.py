@@ -224,6 +224,29 @@ def test_places_and_shapes_of_a_real_dynamo_graph():
     assert seen[0].name == "0/0" or "/" in seen[0].name
 
 
+def test_the_path_through_a_wrapper_that_has_a_getattr_of_its_own():
+    class Norm(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
+
+    class Wrapper(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.base_model = nn.Sequential(Norm())
+
+        def __getattr__(self, name: str):
+            try:
+                return super().__getattr__(name)
+            except AttributeError:
+                return getattr(self.base_model, name)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.base_model(x)
+
+    (site,) = explain(Wrapper(), torch.ones(3, 4)).graphs[0].sites
+    assert site.place.module == "base_model.0" and site.place.module_class == "Norm"
+
+
 def test_frames_of_pytorch_itself_are_not_where_the_user_looks():
     gm = layer_graph(layers=1)
     (match,) = matches(gm, "rms_norm.torch")

@@ -65,6 +65,17 @@ SAME = {
         lambda x: torch.einsum("btd,btd->bt", x, x),
         lambda x: torch.einsum("...d, ...d -> ...", x, x),
     ),
+    "transposed": (  # Dynamo calls aten for the attribute from torch 2.14 on
+        lambda x: x.mT,
+        lambda x: x.transpose(-1, -2),
+        torch.ops.aten.mT,
+        torch.ops.aten.mT.default,
+    ),
+    "transposed matrix": (
+        lambda x: x[0].T,
+        lambda x: x[0].t(),
+        lambda x: torch.ops.aten.numpy_T(x[0]),
+    ),
     "halves": (
         lambda x: x[..., :4] / x[..., 4:],
         lambda x: torch.div(*x.unflatten(-1, (2, -1)).unbind(-2)),

@@ -113,7 +113,7 @@ def _scores(
 
 
 @triton.jit(do_not_specialize=["rows", "ignore_index"])
-def _softmax_loss_kernel(
+def _softmax_loss_kernel(  # noqa: C901 - constexpr branches: a compiled kernel has none of them
     logits_ptr,  # (rows, classes)
     logits_stride,
     dlogits_ptr,  # (rows, classes), may be logits_ptr; None: no gradient

@@ -1,0 +1,1 @@
+"""The term language: what the nodes of a graph compute, so that equal mathematics is one object."""

@@ -327,6 +327,20 @@ class Comparer:
     def _worth(self, operand: Operand) -> float:
         return -(self.weight(operand[0]) + POWER * (operand[1] != 1))
 
+    @staticmethod
+    def _bound(
+        var: Term, power: float, want: Term, have: Term, left: list[Operand], found: Comparison, around: Term
+    ) -> Comparison:
+        """Binds a capture that is bound nowhere yet to one of the operands that are left, and removes that one."""
+        if not left:
+            return found.but(Difference("missing", var, have, around, power))
+        other = next((operand for operand in left if operand[1] == power), left[0])
+        left.remove(other)
+        found = found.bound(var, other[0])
+        if other[1] != power and (want.op == "add" or not left):
+            found = found.but(Difference("power", var, other[0], have, power, other[1]))
+        return found
+
     def _captured(
         self,
         want: Term,
@@ -359,14 +373,7 @@ class Comparer:
             else:
                 found = found.but(Difference("missing", var, have, around, power))
         for var, power in unbound:
-            if not left:
-                found = found.but(Difference("missing", var, have, around, power))
-                continue
-            other = next((operand for operand in left if operand[1] == power), left[0])
-            left.remove(other)
-            found = found.bound(var, other[0])
-            if other[1] != power and (want.op == "add" or not left):
-                found = found.but(Difference("power", var, other[0], have, power, other[1]))
+            found = self._bound(var, power, want, have, left, found, around)
         if unbound and want.op == "mul":  # the last takes in what is left
             last, power = unbound[-1]
             if left and not self.takes_rest and last.consts[0] in found.bindings:

@@ -308,17 +308,9 @@ class _Reader:
         if term.op == "cast":
             return self.number(term.args[0], at)
         if term.op == "add":
-            total = self._only(added(term.consts[0], term.dtype))
-            for addend in term.args:
-                cases = self._operand(addend, at, term.dtype, added)
-                total = self._combined(total, cases, partial(add, term.dtype))
-            return total
+            return self._folded(term, at, added, add)
         if term.op == "mul" and set(term.consts[1:]) == {1}:
-            product = self._only(multiplied(term.consts[0], term.dtype))
-            for factor in term.args:
-                cases = self._operand(factor, at, term.dtype, multiplied)
-                product = self._combined(product, cases, partial(multiply, term.dtype))
-            return product
+            return self._folded(term, at, multiplied, multiply)
         if term.op == "abs":
             return self._cases(
                 case for p, x in self.number(term.args[0], at) for case in self._absolute(p, x)
@@ -337,6 +329,14 @@ class _Reader:
         if self._is_assumed(term, at):
             return self._only(ZERO if _is_floating(term) else Linear(1))
         return self.number(*self._moved(term, at))
+
+    def _folded(self, term: Term, at: _At, of_number: Callable, combine: Callable) -> _Cases:
+        """A sum or a product: its number, and its operands one after the other."""
+        cases = self._only(of_number(term.consts[0], term.dtype))
+        for arg in term.args:
+            operand = self._operand(arg, at, term.dtype, of_number)
+            cases = self._combined(cases, operand, partial(combine, term.dtype))
+        return cases
 
     def _operand(self, term: Term, at: _At, dtype: torch.dtype | None, of_number: Callable) -> _Cases:
         """The values of an operand of what is computed in `dtype`."""

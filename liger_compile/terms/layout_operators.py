@@ -148,8 +148,20 @@ def _stack(call, tensors, dim=0):
 def _attribute(call, input, name):
     if name in ("real", "imag") and input.dtype.is_complex:
         return normalize.apply(call.space, name, (input,), (), call.dtype, call.shape)
-    is_transposed = name == "mT" or (name == "T" and len(input.shape) == 2)
-    return _transpose(call, input, -1, -2) if is_transposed else None
+    of_attribute = _TRANSPOSED.get(name)
+    return of_attribute(call, input) if of_attribute else None
+
+
+def _matrices_transposed(call, input):
+    return _transpose(call, input, -1, -2)
+
+
+def _matrix_transposed(call, input):
+    return _transpose(call, input, -1, -2) if len(input.shape) == 2 else None
+
+
+# Attributes that are views; aten's names of T and H are others.
+_TRANSPOSED: Mapping[str, Callable[..., Any]] = {"mT": _matrices_transposed, "T": _matrix_transposed}
 
 
 def _repeat_interleave(call, input, repeats, dim=None, *, output_size=None):
@@ -176,5 +188,7 @@ LAYOUT_TABLE: Mapping[str, Callable[..., Any]] = {
     "cat": _cat,
     "stack": _stack,
     "getattr": _attribute,
+    "mT": _matrices_transposed,
+    "numpy_T": _matrix_transposed,
     "repeat_interleave": _repeat_interleave,
 }

@@ -76,6 +76,11 @@ def _name(target: Any) -> str:
     """What torch calls an operator, however it was called; nothing for what is not torch's own."""
     if isinstance(target, torch._ops.OpOverload):
         name = target._schema.name.removeprefix("aten::") if target.namespace == "aten" else ""
+    elif isinstance(
+        target, torch._ops.OpOverloadPacket
+    ):  # from torch 2.14 on, Dynamo calls x.mT by its packet
+        namespace, _, name = target._qualified_op_name.partition("::")
+        name = name if namespace == "aten" else ""
     elif isinstance(target, str):
         name = target
     elif target is getattr or (getattr(target, "__module__", None) or "torch") in _MODULES:

@@ -1,0 +1,56 @@
+"""Supervised fine-tuning with TRL's SFTTrainer and backend="liger".
+
+TRL 1.x computes head and loss by an operator of its own, outside the compiled graph. The backend replaces what is
+inside the layers.
+"""
+
+import tempfile
+
+import torch
+from datasets import Dataset
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from trl import SFTConfig, SFTTrainer
+
+import liger_compile
+
+torch.manual_seed(0)
+words = ["<pad>", "<eos>", "the", "a", "cat", "dog", "sat", "ran", "on", "under", "mat", "tree"]
+tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<pad>"))
+tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
+
+config = LlamaConfig(
+    vocab_size=len(words),
+    hidden_size=64,
+    intermediate_size=128,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    use_cache=False,  # training reads no cache of keys and values
+    pad_token_id=0,
+    eos_token_id=1,
+)
+model = LlamaForCausalLM(config)
+model.compile(backend="liger")
+
+texts = [
+    "the cat sat on the mat",
+    "a dog ran under a tree",
+    "the dog sat under the tree",
+    "a cat ran on the mat",
+]
+dataset = Dataset.from_dict({"text": texts * 4})
+
+with tempfile.TemporaryDirectory() as folder:
+    arguments = SFTConfig(
+        output_dir=folder,
+        bf16=torch.cuda.is_available(),
+        per_device_train_batch_size=4,
+        max_steps=4,
+        learning_rate=1e-2,
+        logging_steps=1,
+        report_to="none",
+    )
+    SFTTrainer(model, arguments, train_dataset=dataset, processing_class=tokenizer).train()
+
+print(max(liger_compile.reports(), key=lambda report: len(report.sites)))  # the others are TRL's own graphs

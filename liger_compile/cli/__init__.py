@@ -1,0 +1,1 @@
+"""The commands of `python -m liger_compile`, one file each."""
