@@ -143,4 +143,6 @@ def test_tensors_on_a_device_that_is_not_current(inner):
         assert torch.cuda.current_device() == 0
     with torch.cuda.device(1):
         expected = outcome(everything, "cuda:1")
-    torch.testing.assert_close(found, expected, rtol=2e-2, atol=2e-2)
+    # Inductor rounds elsewhere than the ops alone do; a single element may be several units of bfloat16 away.
+    for one, other in zip(found, expected, strict=True):
+        assert (one - other).float().norm() <= 1e-2 * other.float().norm()

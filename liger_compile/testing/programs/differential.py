@@ -22,6 +22,7 @@ from liger_compile.backend import liger
 from liger_compile.report import clear_reports, reports
 from liger_compile.testing.programs.grammar import CLASSES, PARAMETERS, WIDTH
 from liger_compile.testing.programs.program import Call, Program
+from liger_compile.torch_internals.modes import restored_if_raised
 from liger_compile.variants import copied
 
 EAGER, STOCK = "eager", "aot_eager"
@@ -329,7 +330,8 @@ class _Backends:
         for variant in wanted:
             graph = copied(gm)
             if variant == STOCK:
-                compiled[variant] = torch._dynamo.lookup_backend("aot_eager")(graph, list(example_inputs))
+                with restored_if_raised():  # else a program that fails here takes the process with it
+                    compiled[variant] = torch._dynamo.lookup_backend("aot_eager")(graph, list(example_inputs))
             else:
                 policy, inner = variant.split("/")
                 options = {"liger.policy": policy, "liger.inner": inner, "liger.strict": True, **self.options}
