@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import liger_compile
 from liger_compile import demo
 
 FACTORY = """
@@ -48,7 +49,8 @@ def folder(tmp_path: Path) -> Path:
 def test_help_names_the_commands():
     shown = run("--help")
     assert shown.returncode == 0
-    assert all(command in shown.stdout for command in ("demo", "explain", "doctor"))
+    assert all(command in shown.stdout for command in ("demo", "explain", "verify", "doctor"))
+    assert run("--version").stdout == f"liger-compile {liger_compile.__version__}\n"
 
 
 def test_explain_prints_the_report_of_a_users_model(folder: Path):
