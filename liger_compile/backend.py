@@ -16,6 +16,7 @@ from torch.fx import GraphModule
 
 from liger_compile import compile as compiling
 from liger_compile import ops, variants  # noqa: F401 - ops are registered, so that cached artifacts find them
+from liger_compile.backward_passes import NAMES
 from liger_compile.failures import or_as_it_came
 from liger_compile.forward_passes.inline_subgraphs import inlined
 from liger_compile.options import parse
@@ -49,8 +50,11 @@ def liger(
     """
     compiling.set_up_dynamo()
     chosen, inductor_options = parse(mode, options)
-    patterns = [p for p in patterns_in_use(chosen.patterns) if not chosen.skips(p.name)]
-    notes = () if compiling.is_right_for_subgraphs(chosen.reported_inner) else inlined(gm)
+    known = patterns_in_use(chosen.patterns)
+    patterns = [pattern for pattern in known if not chosen.skips(pattern.name)]
+    notes = chosen.notes_on_skip([*(pattern.name for pattern in known), *NAMES])
+    if not compiling.is_right_for_subgraphs(chosen.reported_inner):
+        notes.extend(inlined(gm))
     generic, special = or_as_it_came(
         lambda: rewritten(gm, example_inputs, patterns, chosen, inductor_options),
         lambda why: (Rewritten(gm, GraphReport.of(gm, (), (), notes=(why,))), None),

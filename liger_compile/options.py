@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import Field, dataclass, field, fields
 from typing import Any
 
@@ -121,6 +121,17 @@ class Options:
     def skips(self, name: str) -> bool:
         """Whether `skip` names this pattern or pass, or its op: "rms_norm" is the op of "rms_norm.llama"."""
         return name in self.skip or name.partition(".")[0] in self.skip
+
+    def notes_on_skip(self, known: Iterable[str]) -> list[str]:
+        """A sentence for each name in `skip` that is neither a known pattern or pass nor a group of them."""
+        names = {part for name in known for part in (name, name.partition(".")[0])}
+        unknown = [name for name in self.skip if name not in names]
+        close = {name: difflib.get_close_matches(name, sorted(names), n=1) for name in unknown}
+        return [
+            f"liger.skip names {name!r}, which is no pattern and no pass"
+            + (f"; did you mean {close[name][0]!r}?" if close[name] else "")
+            for name in unknown
+        ]
 
 
 _FIELDS: Mapping[str, Field[Any]] = {PREFIX + one.name: one for one in fields(Options)}

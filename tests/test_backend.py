@@ -195,6 +195,24 @@ def test_an_unknown_option_is_a_sentence_with_the_known_ones():
         compiled(torch.randn(3, 5, 8))
 
 
+@pytest.mark.parametrize(
+    ("name", "note"),
+    [
+        ("rms_norm.lama", "no pattern and no pass; did you mean 'rms_norm.llama'?"),
+        ("backward.qkv_matmuls", "did you mean 'backward.qkv_matmul'?"),
+        ("nothing of the kind", "is no pattern and no pass"),
+        ("rms_norm", None),
+        ("backward", None),
+        ("backward.early_free", None),
+    ],
+)
+def test_a_name_to_skip_that_there_is_not_is_in_the_report(run_liger, name, note):
+    block, x = Block(), torch.randn(3, 5, 8)
+    _, (report,) = run_liger(block, x, skip=(name,))
+    found = [each for each in report.notes if "liger.skip" in each]
+    assert [note in each for each in found] == ([True] if note else [])
+
+
 def test_logits_of_a_loss_elsewhere_are_noted(run_liger):
     head = torch.nn.Linear(8, 64, bias=False)
     _, (report,) = run_liger(lambda x: head(torch.tanh(x)).float(), torch.randn(3, 8))

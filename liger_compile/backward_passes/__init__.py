@@ -27,9 +27,13 @@ CHOICES: Mapping[str, str] = {
     "backward.embedding": "op embedding_backward sums the gradient of a large embedding in half precision",
 }
 
+# All that `liger.skip` may name here.
+NAMES = (*(each.name for each in DEFAULT_PASSES), *CHOICES)
+
 __all__ = [
     "CHOICES",
     "DEFAULT_PASSES",
+    "NAMES",
     "Applied",
     "Backward",
     "Pass",
