@@ -7,6 +7,7 @@ from functools import partial
 
 import pytest
 import torch
+from torch._C._dynamo.guards import GlobalStateGuard
 
 from liger_compile.compile import compile_graph, when_called
 
@@ -49,10 +50,8 @@ MODES = {
 
 def modes():
     return (
-        torch.is_grad_enabled(),
+        GlobalStateGuard().__getstate__(),
         torch.is_inference_mode_enabled(),
-        torch.is_autocast_enabled("cpu"),
-        torch.are_deterministic_algorithms_enabled(),
         torch._C._dispatch_tls_local_include_set(),
         torch._C._dispatch_tls_local_exclude_set(),
     )
