@@ -49,6 +49,17 @@ def can_be_compiled():
     torch.compile(lambda x: x * 2, backend="aot_eager")(torch.ones(2))
 
 
+# A race, so it is not strict; a wrong number or a second compilation still fails.
+MAY_MEET_A_TRACE = pytest.mark.xfail(
+    not hasattr(torch.compiler, "_compile_session_context"),
+    reason="while a thread traces, torch 2.11 refuses calls of compiled functions by other threads, with any backend: "
+    "its flag for a trace is one of the process",
+    raises=RuntimeError,
+    strict=False,
+)
+
+
+@MAY_MEET_A_TRACE
 @pytest.mark.parametrize("inner", ["aot_eager", "inductor"])
 def test_threads_that_first_need_the_other_graph(inner):
     fast, (ones, left, right) = compiled(causal, inner=inner), masks()
@@ -75,6 +86,7 @@ def test_one_thread_compiles_and_the_others_wait():
     assert len(compilations) == 1
 
 
+@MAY_MEET_A_TRACE
 def test_threads_that_compile_different_graphs():
     """Dynamo's compilations among them: a trace sets a flag of the process, and puts back what it has found."""
 

@@ -32,8 +32,8 @@ def _deterministic() -> tuple[bool, bool]:
     return torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
 
 
-# How each is read and written; autocast of every device is part of the state of the dispatcher. AOTAutograd switches the
-# cache of autocast off while it traces.
+# How each is read and written. Whether autocast is on is part of the state of the dispatcher; AOTAutograd switches its
+# cache off while it traces.
 _SETTINGS: _Settings = (
     (torch.is_autocast_cache_enabled, torch.set_autocast_cache_enabled),
     (torch.is_grad_enabled, torch._C._set_grad_enabled),
