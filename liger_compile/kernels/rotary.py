@@ -345,7 +345,7 @@ def _rotate_heads(
 
 @triton.jit
 def row_mask(tokens, num_tokens, is_head):
-    """Return is_head and tokens < num_tokens; the interpreter makes an integer of a number and a tile."""
+    """Return the mask is_head and tokens < num_tokens, without `&`, which in the interpreter gives integers here."""
     return tokens < tl.where(is_head, num_tokens, 0)
 
 

@@ -73,7 +73,7 @@ ROW_TILE = 128  # rows in one tile of a GPU matmul
 PITCH = 64  # a row of logits is padded to a multiple of this many elements, so that all rows are aligned
 ACCUMULATE_WIDE_ABOVE = 16
 LARGEST_HALF = 2.0**15  # to which gradients of logits are scaled in float16: half of its range
-PRODUCT_SHARE = 8  # 1/8 of a chunk's memory is for float32 matmul results, if there are any
+PRODUCT_SHARE = 8  # a chunk's memory divided by this is for matmul results in float32, if any
 
 
 def _chunks(x: Tensor, weight: Tensor, needs_dweight: bool, memory: int) -> list[slice]:
@@ -202,7 +202,7 @@ def losses_and_gradients(
     made = _empty_gradients(x, weight, needs)
     made.token_scales.fill_(1)
     dx_sum, dweight_sum = _sums(x, made, len(chunks), scale, memory)
-    # On a CPU it sums many short blocks, which would lose more precision than the single sum of eager code.
+    # On a CPU, dbias_sum adds up many short blocks, which would lose more precision than the single sum of eager code.
     dbias_sum = torch.zeros_like(
         made.dbias, dtype=torch.float64 if x.device.type == "cpu" else made.dbias.dtype
     )
@@ -470,8 +470,8 @@ def _times(gradient: Tensor, factor: Tensor) -> Tensor:
     if type(factor) is Tensor:
         # In place if this is the last backward: dweight is too large for an unnecessary second copy.
         return scale_into(gradient, factor, torch.empty_like(gradient) if graph_is_retained() else gradient)
-    # Traced. On a GPU, backward_passes/ makes the scaling in place, where a factor of 1 reads nothing. On a CPU,
-    # Inductor fuses the scaling with its users into one kernel.
+    # Traced. On a GPU, backward_passes/ turns the scaling into an in-place write, which is skipped for a factor of 1.
+    # On a CPU, Inductor fuses the scaling with its users into one kernel.
     if gradient.is_cuda:
         return torch.ops.liger_compile.scale.default(gradient, factor)
     return (gradient.to(factor.dtype) * by_rows(factor)).to(gradient.dtype)

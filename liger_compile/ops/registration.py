@@ -1,4 +1,4 @@
-"""The kinds of op: all run without autocast and differentiate once; only a `mutating_op` mutates arguments.
+"""The kinds of op: all run without autocast, with first derivatives only; only a `mutating_op` mutates arguments.
 
 An op is named after its function, in the namespace `liger_compile`. Differentiating an op raises an error until
 `register_autograd` gives it a backward. For the ops that are the backward of another op, this error remains.
