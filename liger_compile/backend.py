@@ -86,7 +86,7 @@ def liger(
     return variants.chosen_at_each_call(
         gm,
         expected,
-        special=partial(compiled, specialized, variants.specialised(expected)),
+        special=partial(compiled, specialized, variants.specialized(expected)),
         general=partial(compiled, generic, variants.general(expected)),
         example_inputs=example_inputs,
         later=compiling.when_called,

@@ -138,7 +138,7 @@ def split(gm: GraphModule, example_inputs: Sequence[Any], cut: Cut, options: Opt
     return variants.chosen_at_each_call(
         gm,
         whole.expected,
-        special=partial(compiled, whole.special, variants.specialised(whole.expected)),
+        special=partial(compiled, whole.special, variants.specialized(whole.expected)),
         general=partial(compiled, whole.generic, variants.general(whole.expected)),
         example_inputs=example_inputs,
         later=compiling.when_called,

@@ -25,7 +25,7 @@ from liger_compile.graphs.aliasing import Mutations
 
 Compile = Callable[[Sequence[Any]], Callable[..., Any]]  # example inputs -> the compiled graph
 _PART_OF = "liger_compile_part_of"  # in the meta of a graph
-WITHOUT, CAUSAL, GENERAL = "without padding", "with causal masks", "general"
+WITHOUT, CAUSAL, GENERAL = "without padding", "with causal masks", "generic"
 
 
 @dataclass(frozen=True)
@@ -50,16 +50,16 @@ class Expected:
         return bool((tensor == self.made_of(last)).all())
 
 
-ONES = Expected("all ones", 0, ((torch.ones_like,),))
+ONES = Expected("of all ones", 0, ((torch.ones_like,),))
 
 
 def _causal_masks(dtype: torch.dtype) -> Iterable[Expected]:
     """The forms in which masks are causal."""
-    yield Expected("causal", 2, ((torch.ones_like,), (torch.tril,)))
-    yield Expected("causal", 2, ((torch.ones_like,), (torch.triu, 1)))  # of what it hides
+    yield Expected("that is causal", 2, ((torch.ones_like,), (torch.tril,)))
+    yield Expected("that is causal", 2, ((torch.ones_like,), (torch.triu, 1)))  # of what it hides
     if dtype.is_floating_point:
         for lowest in (torch.finfo(dtype).min, float("-inf")):
-            yield Expected("causal", 2, ((torch.full_like, lowest), (torch.triu, 1)))
+            yield Expected("that is causal", 2, ((torch.full_like, lowest), (torch.triu, 1)))
 
 
 class Variant(NamedTuple):
@@ -80,23 +80,23 @@ def of_part(gm: GraphModule) -> Variant | None:
     return gm.meta.get(_PART_OF)
 
 
-def specialised(expected: Mapping[str, Expected]) -> Variant:
-    """The name of the graph for calls in which these inputs are what is expected, and a report's note on it."""
-    scalars = "a scalar" if len(expected) == 1 else f"up to {len(expected)} scalars"
+def specialized(expected: Mapping[str, Expected]) -> Variant:
+    """Return the name of the graph that is specialized for these assumptions, and a note for its report."""
+    syncs = "one device sync" if len(expected) == 1 else f"up to {len(expected)} device syncs"
     name = WITHOUT if set(expected.values()) == {ONES} else CAUSAL
     return Variant(
         name,
-        f"this graph runs in calls where {_said(expected)}; each call looks, and reads {scalars} for it. In others "
-        f"the {GENERAL} graph runs, which is compiled when it is needed and then has a report of its own",
+        f"specialized for {_said(expected)} (checked on every call, {syncs}); other calls use the {GENERAL} graph, which "
+        "is compiled when a call first needs it and then has its own report",
     )
 
 
 def general(expected: Mapping[str, Expected]) -> Variant:
-    """The name of the graph for all calls, and a report's note on it."""
-    name, _ = specialised(expected)
+    """Return the name of the graph for all calls, and a note for its report."""
+    name, _ = specialized(expected)
     others = "padding" if name == WITHOUT else "other masks"
     return Variant(
-        GENERAL, f"this graph runs in calls with {others}; where {_said(expected)}, the one {name} runs"
+        GENERAL, f"generic: used by calls with {others}; calls with {_said(expected)} use the graph {name}"
     )
 
 
@@ -104,10 +104,7 @@ def _said(expected: Mapping[str, Expected]) -> str:
     names: dict[str, list[str]] = {}
     for name, each in expected.items():
         names.setdefault(each.words, []).append(name)
-    return " and ".join(
-        f"{' and '.join(those)} {'is' if len(those) == 1 else 'are'} {words}"
-        for words, those in names.items()
-    )
+    return " and ".join(f"{' and '.join(those)} {words}" for words, those in names.items())
 
 
 def copied(gm: GraphModule) -> GraphModule:

@@ -1,7 +1,7 @@
-"""The patterns that backend="liger" knows, one op a file: DEFAULT_PATTERNS, in no special order.
+"""The patterns of backend="liger", one op per file: DEFAULT_PATTERNS, in no particular order.
 
-find_matches tries larger patterns first, and of two equally large ones the earlier. Import this package as
-liger_compile.patterns: from the repository's root `import patterns` would make a second copy.
+find_matches tries larger patterns first, and of two equally large patterns the earlier one. Import this package as
+liger_compile.patterns: `import patterns` from the repository's root would create a second copy.
 """
 
 from liger_compile.pattern import Pattern

@@ -2,7 +2,7 @@
 
 Formula  s = x + residual, y = rms_norm(s, weight)
 Shapes   x and residual (..., D), weight (D,); y and s like x
-Sources  every pre-norm transformer block: the add that ends one block is normed by the next
+Sources  every pre-norm transformer block: the add that ends one block is normalized by the next
 """
 
 import torch
@@ -13,7 +13,7 @@ from liger_compile.patterns import rms_norm
 
 
 def check(match: Match) -> str | None:
-    """An add that broadcasts is no residual add."""
+    """Reject an add that broadcasts: it is not a residual add."""
     x, residual = match["x"], match["residual"]
     if x.shape != residual.shape:
         return f"x and residual have the shapes {tuple(x.shape)} and {tuple(residual.shape)}, which broadcast"
@@ -23,7 +23,7 @@ def check(match: Match) -> str | None:
 
 
 def profit(match: Match) -> str:
-    """The norm alone is marked (rms_norm.py has the measurement): the sum is kept, for the next layer needs it."""
+    """Reject: the norm alone is marked for recompute (measured in rms_norm.py), and the next layer needs the sum."""
     return "Inductor fuses the add with the norm, which is marked alone"
 
 

@@ -1,18 +1,18 @@
-"""Attention whose mask says what the kernels know by a flag: that it is causal, or hides nothing.
+"""Attention with a mask that the kernels can express as a flag: a causal mask, or a mask that hides nothing.
 
 Formula  y = softmax(q k^T * scale + mask) v, dropout on the softmax
 Shapes   q (B, H, T, D), k (B, G, S, D), v (B, G, S, E) with G dividing H; y (B, H, T, E). Causal: T is S
-Sources  Hugging Face's masking_utils (T x T booleans of positions) and repeat_kv; torch.ones(T, T).tril() of others
+Sources  Hugging Face's masking_utils (T x T booleans of positions) and repeat_kv; torch.ones(T, T).tril() in other code
 
-With a mask in memory, scaled_dot_product_attention does without its fastest kernels, and reads B x T x T flags. In a
-graph changed by hand, before this pattern, on one H100 (torch 2.11.0, 2026-11-22, Llama-3.2-1B, 4 x 2048 tokens, bf16,
-forward and backward): 33.9 ms of GPU time a step, against 14.5 ms with the flag and without repeated keys and values.
-With this code, one H100, torch 2.11.0, 2026-11-25, a step of 4 layers: 4 x 2048 tokens 46.2 ms against 51.7 ms without
-the pattern; Gemma-2-2B's capped scores and windows, 8 layers, 2 x 4096 tokens, by flex_attention: 122.0 ms against
-143.6 ms (bench/results/profit_nvidia_h100.csv).
+With a mask in memory, scaled_dot_product_attention cannot use its fastest kernels, and reads B x T x T flags. In a
+graph edited by hand, before this pattern existed, on one H100 (torch 2.11.0, 2026-11-22, Llama-3.2-1B, 4 x 2048 tokens,
+bf16, forward and backward): 33.9 ms of GPU time per step, against 14.5 ms with the flag and without repeated keys and
+values. With this code, one H100, torch 2.11.0, 2026-11-25, a step of 4 layers: 4 x 2048 tokens 46.2 ms against 51.7 ms
+without the pattern; Gemma-2-2B's capped scores and windows, 8 layers, 2 x 4096 tokens, by flex_attention: 122.0 ms
+against 143.6 ms (bench/results/profit_nvidia_h100.csv).
 
-Attention that is written out in full is the same term. On a CPU (one core of two, torch 2.13.0, 2026-11-25, forward
-and backward as Inductor compiles it, written out and replaced, B x H x G x T x D):
+Attention that is written out in full has the same term. On a CPU (one core of two, torch 2.13.0, 2026-11-25, forward
+and backward compiled by Inductor, written out and replaced, B x H x G x T x D):
 
     4 x 4 x 4 x 32 x 16       float32   0.66    0.76 ms      bfloat16      1.8     0.9 ms
     2 x 8 x 2 x 128 x 32                2.67    2.64                      29.9    10.6
@@ -20,12 +20,12 @@ and backward as Inductor compiles it, written out and replaced, B x H x G x T x 
     1 x 8 x 8 x 512 x 64               32.3    32.5                        599     266
     1 x 8 x 2 x 1024 x 64               167    92.7                       1787     589
 
-and forward alone 0.31 and 0.33 ms, then 0.72 and less of the time. The T x T weights are not kept for backward.
+and forward alone takes 0.31 and 0.33 ms, then 0.72 of the time and less. The T x T weights are not saved for backward.
 
-Windows and capped scores, which scaled_dot_product_attention does not know, become flex_attention: see flex.py. Not
-measured on a GPU yet: `python -m bench.ops window_attention capped_attention capped_window_attention` does.
+scaled_dot_product_attention does not support windows and capped scores. They become flex_attention: see flex.py. Not
+measured on a GPU yet: `python -m bench.ops window_attention capped_attention capped_window_attention` measures it.
 
-Which masks are causal is found by terms/indices.py; repeats and what is written out by terms/attention.py.
+terms/indices.py decides which masks are causal; terms/attention.py finds repeats and written-out attention.
 """
 
 import math
@@ -37,20 +37,21 @@ from torch.fx import Node
 from liger_compile import flex
 from liger_compile.pattern import Match, Pattern
 
-# Tokens from which flex_attention takes no longer than what Inductor makes of the code, forward and backward (one
-# H100, torch 2.11.0, triton 3.6.0, bfloat16, 2026-11-26: bench/results/ops_nvidia_h100_80gb_hbm3.csv). With windows of
-# 1024, or half of the tokens: 0.72 of its time for 32 x 256, 0.62 for 16 x 512, 0.53 for 8 x 1024, 0.14 for 1 x 8192.
-# Capped: 1.09 for 32 x 256, 1.23 for 8 x 1024, 0.95 for 4 x 2048, 0.90 for 1 x 8192; in a window 0.46 for 2 x 4096.
-# Windows in float32 are not measured.
-FEWEST = {  # by whether scores are capped, and whether they are of a half precision
+# Numbers of tokens from which flex_attention is at least as fast as the code that Inductor generates, forward and
+# backward (one H100, torch 2.11.0, triton 3.6.0, bfloat16, 2026-11-26: bench/results/ops_nvidia_h100_80gb_hbm3.csv).
+# With windows of 1024, or half of the tokens: 0.72 of Inductor's time for 32 x 256, 0.62 for 16 x 512, 0.53 for 8 x
+# 1024, 0.14 for 1 x 8192. Capped: 1.09 for 32 x 256, 1.23 for 8 x 1024, 0.95 for 4 x 2048, 0.90 for 1 x 8192; in a
+# window 0.46 for 2 x 4096. Windows in float32 are not measured.
+FEWEST = {  # keys: whether scores are capped, and whether they have a half precision
     (False, True): 256,
     (False, False): 1024,
     (True, True): 2048,
     (True, False): 2048,
 }
 
-# Scales for which one kernel gives what the steps one by one give. With 6e4, in float32, scores of 1e5 are rounded by
-# 0.01, which is the error of a weight, and the gradients that are 0 step by step are not (seen on a CPU, torch 2.13).
+# Scales for which one kernel gives the same result as the separate steps. With 6e4, in float32, scores of 1e5 are
+# rounded by 0.01, which is also the error of a weight, and gradients that are 0 in separate steps are not (on a CPU,
+# torch 2.13).
 LEAST_SCALE, MOST_SCALE = 1e-6, 1e3
 
 
@@ -73,11 +74,11 @@ def unmasked(q, k, v, dropout_p: float, scale: float):
 
 
 def _takes_groups(q, v) -> bool:
-    """Whether the kernel that will run has fewer heads of keys than of queries; memory-efficient attention does not.
+    """Return whether the kernel accepts fewer heads of keys than of queries; memory-efficient attention does not.
 
-    On a CPU (one core of two, torch 2.13.0, 2026-11-22, H 8, G 2, D 32, forward and backward as Inductor compiles
-    it) 2 x 128 tokens take 1.94 ms with groups, 2.05 ms with repeats, and 2.13 ms with repeats and the mask in
-    float32; 5.10, 5.17 and 5.18 ms in bfloat16.
+    On a CPU (one core of two, torch 2.13.0, 2026-11-22, H 8, G 2, D 32, forward and backward compiled by Inductor) 2 x
+    128 tokens take 1.94 ms with groups, 2.05 ms with repeats, and 2.13 ms with repeats and the mask in float32; 5.10,
+    5.17 and 5.18 ms in bfloat16.
     """
     if q.device.type != "cuda":
         return q.device.type == "cpu"
@@ -103,7 +104,7 @@ def _is_written_out(match: Match) -> bool:
 
 
 def _differs(match: Match) -> str | None:
-    """What scaled_dot_product_attention does not do as what stands there."""
+    """Return how scaled_dot_product_attention would differ from the matched code, or None."""
     scale = match["scale"]
     if scale is not None and scale <= 0:  # kernels add the flag's -inf before they scale
         return (
@@ -120,7 +121,7 @@ def _differs(match: Match) -> str | None:
 
 
 def _unusual_scale(match: Match) -> str | None:
-    """Kernels add the flag's -inf before they scale, and compute weights again in backward from rounded sums."""
+    """Reject unusual scales: kernels add -inf before they scale, and backward recomputes weights from rounded sums."""
     scale = match["scale"]
     if not isinstance(scale, float) or LEAST_SCALE <= abs(scale) <= MOST_SCALE:
         return None
@@ -145,7 +146,7 @@ def _costs_more(match: Match) -> str | None:
 
 
 def _weights_used_elsewhere(match: Match) -> str | None:
-    """They would go on being computed, as they are now."""
+    """Reject scores or weights with other users: they would still be computed."""
     if not _is_written_out(match):
         return None
     of_q, of_k = _reached(match, match.source("q")), _reached(match, match.source("k"))
@@ -156,7 +157,7 @@ def _weights_used_elsewhere(match: Match) -> str | None:
 
 
 def _reached(match: Match, source: Node) -> set[Node]:
-    """The nodes of a match that are computed from `source`."""
+    """Return the nodes of a match that depend on `source`."""
     found = {source}
     for node in match.nodes:
         if not found.isdisjoint(node.all_input_nodes):

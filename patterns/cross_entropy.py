@@ -1,10 +1,10 @@
-"""Cross-entropy of logits that exist already: the head stands in another graph, or its logits are needed too.
+"""Cross-entropy of materialized logits: the head is in another graph, or its logits have other users.
 
 Formula  loss = -log softmax(logits)[target], reduced as torch.nn.functional.cross_entropy reduces
 Shapes   logits (..., V), target (...) of class indices or as many in one dimension; loss () or like target
 Sources  Hugging Face's ForCausalLMLoss (upcasts first), its sequence-to-sequence models (do not)
 
-The op keeps the logits in their own dtype and one number a row; nothing in float32 is as large as the logits.
+The op saves the logits in their own dtype and one number per row; no float32 tensor is as large as the logits.
 """
 
 import torch
@@ -55,14 +55,14 @@ def replace_as_is(logits, target, weight, ignore_index, reduction, label_smoothi
 
 
 def profit(match: Match) -> str | None:
-    """Whether the op is faster: it keeps what Inductor keeps, the logits.
+    """Decide by speed: the op saves the logits, as Inductor does.
 
     H100, torch 2.11.0, triton 3.6.0, bf16, 2026-11-25, forward and backward: 8192 x 128256 takes 2.23 ms with the
-    kernel and 2.88 ms as Inductor compiles it; 16384 x 32000 takes 1.15 ms and 1.51 ms (ops_nvidia_h100_80gb_hbm3.csv).
+    kernel and 2.88 ms compiled by Inductor; 16384 x 32000 takes 1.15 ms and 1.51 ms (ops_nvidia_h100_80gb_hbm3.csv).
     """
     if match.result.device.type == "cpu":
         # 2 cores, torch 2.13.0, 2026-11-22: a step of a 2-layer Llama (1024 tokens, hidden 256, vocabulary 10240, fp32)
-        # takes 1.07 of Inductor's time with the op and 1.01 without, and keeps as much: the logits (profit_cpu.csv).
+        # takes 1.07 of Inductor's time with the op and 1.01 without, and saves the same: the logits (profit_cpu.csv).
         return "on a CPU Inductor's own loss is faster, and keeps no more"
     return needs_kernel(match)
 

@@ -1,11 +1,11 @@
-"""Gated MLP: an activation of one projection times another, and the projection back down.
+"""Gated MLP: an activation of one projection times another projection, and the down projection.
 
 Formula  h = act(gate) * up, y = h @ weight.T + bias; act is SiLU (SwiGLU) or GELU (GeGLU), tanh, erf or sigmoid
 Shapes   gate and up (..., I), or packed gate_up (..., 2I) with gate first; weight (D, I), bias (D,); y (..., D)
 Sources  Shazeer 2020, "GLU Variants Improve Transformer"; Llama's LlamaMLP, Gemma's GemmaMLP, Phi-3's packed MLP;
-         GPT-OSS, whose gate and up are clamped, and up + 1 is what the activation is multiplied by
+         GPT-OSS, which clamps gate and up, and multiplies the activation by up + 1
 
-With the down projection the op keeps gate and up for backward and makes h again; Inductor, left alone, keeps h as well.
+With the down projection, the op saves gate and up for backward and recomputes h; Inductor alone also saves h.
 """
 
 import torch
@@ -25,22 +25,22 @@ def geglu(gate, up, approximate: str):
 
 
 def swiglu_upcast(gate, up):
-    """In float32, rounded once to the dtype of up: the gates of gated norms."""
+    """SwiGLU in float32, rounded once to the dtype of up, as in the gates of gated norms."""
     return (F.silu(gate.float()) * up.float()).to(up.dtype)
 
 
 def quick_geglu(gate, up, slope: float):
-    """No op has it, and none is needed: it is only marked."""
+    """GEGLU by the sigmoid approximation. No op computes it; the match is only marked for recompute."""
     return gate * torch.sigmoid(slope * gate) * up
 
 
 def squared_reglu(gate, up):
-    """Likewise."""
+    """Gated squared ReLU. No op computes it; the match is only marked for recompute."""
     return F.relu(gate).square() * up
 
 
 def check(match: Match) -> str | None:
-    """Gate and up have to be of one shape: a gate that broadcasts is something else. They may be of two dtypes."""
+    """Reject gate and up of different shapes: a gate that broadcasts is another operation. Their dtypes may differ."""
     if "gate_up" in match.captures:
         size = match["gate_up"].shape[-1]
         return None if size % 2 == 0 else f"gate_up has {size} channels, which is not twice as many"
@@ -54,24 +54,24 @@ _MARKED = "Inductor fuses the gate with its neighbours; h is cheap to compute ag
 
 
 def profit(match: Match) -> str | Annotate:
-    """h is what need not be kept: Inductor computes it again in backward, in the kernel that needs it.
+    """Mark h for recompute: Inductor recomputes it in backward, in the kernel that needs it.
 
     H200, torch 2.11.0, triton 3.6.0, bf16, 2026-11-22, a step of a Llama of 4 layers, hidden 2048, inner 8192, 4 x 2048
-    tokens: 48.5 ms and 3.17 GiB marked, 49.7 ms and 3.17 GiB as an op, 48.7 ms and 3.67 GiB as Inductor has it; on
+    tokens: 48.5 ms and 3.17 GiB marked, 49.7 ms and 3.17 GiB as an op, 48.7 ms and 3.67 GiB by Inductor alone; on
     2026-11-26, marked and unmarked, 45.9 ms and 2.65 GiB, 45.3 ms and 3.14 GiB, and Qwen3-0.6B, 4 layers, 8 x 1024,
     21.5 ms and 1.80 GiB, 22.2 ms and 1.98 GiB (profit_nvidia_h200.csv). On two CPU cores (torch 2.13.0, 2 layers,
-    hidden 256, 1024 tokens, bf16) a step with the op takes 1.06 of one with marks.
+    hidden 256, 1024 tokens, bf16) a step with the op takes 1.06 times as long as a marked step.
     """
     return recomputed_input(match, _MARKED)
 
 
 def marked(match: Match) -> Annotate:
-    """The same of the product alone, whoever reads it."""
+    """Mark the elementwise part alone for recompute, whatever reads it."""
     return Annotate(_MARKED)
 
 
 def saved_bytes(match: Match) -> int | None:
-    """h, which is as large as up. The linear layer that reads it keeps it for the gradient of its weight."""
+    """Return the bytes of h, which is as large as up; its linear layer saves it for the gradient of the weight."""
     if "weight" not in match.captures:
         return kept_bytes(match.outputs[0])
     if not match["weight"].requires_grad:
@@ -79,7 +79,7 @@ def saved_bytes(match: Match) -> int | None:
     return bytes_of(match["up"]) if "up" in match.captures else bytes_of(match["gate_up"], parts=2)
 
 
-INNER, OUTER = 8, 6  # sizes of h and of y in the examples
+INNER, OUTER = 8, 6  # widths of h and of y in the examples
 _GATE_AND_UP = {"gate": torch.empty(3, 5, INNER), "up": torch.empty(3, 5, INNER)}
 _PACKED = {"gate_up": torch.empty(3, 5, 2 * INNER)}
 _DOWN = {"weight": torch.empty(OUTER, INNER), "bias": torch.empty(OUTER)}
@@ -145,7 +145,7 @@ PATTERNS = (
         saves=saved_bytes,
         examples={**_PACKED, **_DOWN, **_GELU},
     ),
-    # Where something else than a linear reads h (an expert's grouped matmul, dropout): the product alone.
+    # The elementwise part alone, where h is not read by a linear layer (an expert's grouped matmul, dropout).
     Pattern(
         name="gated_mlp.swiglu_product",
         search=swiglu,

@@ -1,4 +1,4 @@
-"""LayerNorm: Inductor's own code is as good as a kernel; what it returns is cheap, and need not be kept.
+"""LayerNorm: Inductor's code is as fast as a kernel; the result is cheap to recompute and need not be saved.
 
 Formula  y = (x - mean(x)) / sqrt(var(x) + eps) * weight + bias, over the last dimension
 Shapes   x (..., D), weight and bias (D,) or none; y like x

@@ -3,11 +3,10 @@
 Formula  z = softcap * tanh(scale * (x @ weight.T + bias) / softcap), loss = cross_entropy(z, target)
 Shapes   x (..., H), weight (V, H), bias (V,), target (...) of class indices; loss () or like target
 Sources  Hugging Face's *ForCausalLM (upcasts the logits), Cohere and Granite (scale), Gemma 2 (softcap),
-nanoGPT
-         and T5 (no upcast)
+         nanoGPT and T5 (no upcast)
 
-The op makes the gradients chunk by chunk in forward, so the logits, which are larger than everything else in
-training, never exist as a whole. Slices and views between head and loss are taken out by normalize.py.
+The op computes the gradients chunk by chunk in forward. The logits are the largest tensor in training, and never exist
+as a whole. normalize.py removes slices and views between head and loss.
 """
 
 import torch
@@ -22,7 +21,7 @@ def _as_computed(logits):
     return logits
 
 
-# Where the code upcasts: never, right after the head, or right before the loss.
+# Where the code upcasts: never, after the head, or before the loss.
 _ROUNDINGS = {
     "": (_as_computed, _as_computed),
     "_upcast_logits": (torch.Tensor.float, _as_computed),
@@ -31,12 +30,12 @@ _ROUNDINGS = {
 
 
 def profit(match: Match) -> str | None:
-    """Where the logits are needed anyway, the fused op would compute the head a second time.
+    """Reject matches whose logits have other users: the fused op would compute the head a second time.
 
     H100, torch 2.11.0, triton 3.6.0, bf16, 2026-11-25, forward and backward of 8192 tokens: hidden 4096, vocabulary
-    128256 takes 35.9 ms and 501 MiB beside the gradients, 38.5 ms and 2004 MiB as Inductor compiles it; hidden 1024,
+    128256 takes 35.9 ms and 501 MiB beside the gradients, 38.5 ms and 2004 MiB compiled by Inductor; hidden 1024,
     vocabulary 151936 11.9 ms and 594 MiB, 12.8 ms and 2374 MiB (ops_nvidia_h100_80gb_hbm3.csv). H200, 2026-11-26, a
-    step of 4 layers, returned whole, with all patterns, without this one, and with this one alone: Llama-3.2-1B,
+    step of 4 layers, output returned whole, with all patterns, without this one, and with this one alone: Llama-3.2-1B,
     4 x 2048 tokens, 45.9 ms and 2.65 GiB, 47.3 ms and 8.00 GiB, 50.4 ms and 3.61 GiB, of Inductor's 52.4 ms and 8.63
     GiB; Qwen3-0.6B, 8 x 1024, 21.5 and 1.80, 24.0 and 8.05, 24.4 and 2.44, of 26.2 and 8.67 (profit_nvidia_h200.csv).
     """
@@ -55,7 +54,7 @@ def profit(match: Match) -> str | None:
 
 
 def saved_bytes(match: Match) -> int | None:
-    """The logits in the dtype of the head, which backward would need."""
+    """Return the bytes of the logits in the dtype of the head, which backward would need."""
     x, vocab = match["x"], match["weight"].shape[0]
     bytes_ = x.numel() // x.shape[-1] * vocab * x.dtype.itemsize
     return bytes_ if isinstance(bytes_, int) else None
@@ -99,7 +98,7 @@ def _pattern(rounding: str, has_softcap: bool, is_negative: bool = False) -> Pat
         reduction: str,
         label_smoothing: float,
     ):
-        """Log-probabilities, as they are gathered from a log_softmax."""
+        """Log-probabilities, gathered from a log_softmax."""
         return -search(x, weight, bias, target, class_weight, scale, ignore_index, reduction, label_smoothing)
 
     def search_softcap(

@@ -1,10 +1,10 @@
-"""MLP without a gate: an activation and the projection back down. The activation is cheap, and need not be kept.
+"""MLP without a gate: an activation, which is cheap to recompute and need not be saved, and the down projection.
 
 Formula  h = act(x), y = h @ weight.T + bias; act is GELU (tanh, erf or sigmoid), SiLU or the square of ReLU
 Shapes   x (..., I), weight (D, I), bias (D,) or none; y (..., D)
 Sources  GPT-2, GPT-J and Phi (GELU written out or not), CLIP (x * sigmoid(1.702 x)), Primer and Nemotron (ReLU squared)
 
-ReLU alone is not here: its backward needs no more than its result, so to keep its input instead would save nothing.
+ReLU alone has no pattern: its backward needs only its result, so saving its input instead would save nothing.
 """
 
 from collections.abc import Callable
@@ -33,12 +33,12 @@ def squared_relu(x, weight, bias: torch.Tensor | None):
 
 
 def profit(match: Match) -> str | Annotate:
-    """As for the gate of a gated MLP (gated_mlp.py has the measurement): one pass over x, which is read anyway."""
+    """Mark the activation for recompute (measured in gated_mlp.py): one pass over x, which backward reads anyway."""
     return recomputed_input(match, "the activation is cheap to compute again in backward")
 
 
 def saved_bytes(match: Match) -> int | None:
-    """The result of the activation, which is as large as x; a frozen weight needs none for its gradient."""
+    """Return the bytes of the activation, which is as large as x. A frozen weight does not need it."""
     return bytes_of(match["x"]) if match["weight"].requires_grad else 0
 
 

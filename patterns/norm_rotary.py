@@ -1,11 +1,11 @@
 """RMSNorm of each head of q and of k, then rotary position embedding, in one pass over both.
 
-Formula  q' = rotary(rms_norm(q, q_weight)), and the same of k
+Formula  q' = rotary(rms_norm(q, q_weight)), and the same for k
 Shapes   q and k (..., D), a head's channels last; q_weight and k_weight (D,); cos and sin broadcast to q and k
-Sources  Qwen 3 (norms tokens before heads, then transposes), Gemma 3 (transposes first, and norms as Gemma does),
-         torchtitan (transposes after it all)
+Sources  Qwen 3 (normalizes tokens before heads, then transposes), Gemma 3 (transposes first, and has Gemma's norm),
+         torchtitan (transposes last)
 
-Halves with full tables only, of q and k together; what is spelled otherwise is a norm and a rotation.
+Only halves with full tables, for q and k together; any other form is matched as a norm and a rotation.
 """
 
 from collections.abc import Callable
@@ -21,7 +21,7 @@ from liger_compile.patterns.profit import kept_bytes
 
 
 def check(match: Match) -> str | None:
-    """The weights have to be one number a channel, and the tables one for each channel, in pairs."""
+    """Require weights with one number per channel, and tables with one number per channel, in pairs."""
     channels = match["q"].shape[-1:]
     for name in ("q_weight", "k_weight"):
         if match[name].shape != channels:
@@ -33,15 +33,15 @@ def check(match: Match) -> str | None:
 
 
 def profit(match: Match) -> str | None:
-    """Otherwise the norms and the rotation are replaced, each by itself.
+    """Decide between this op and separate replacements of the norms and the rotation.
 
-    What the op saves is the norms' way to memory and back. Without a kernel there is none, for Inductor fuses the
-    references as it fuses what stands there; and a norm that is read elsewhere has to go to memory anyway.
+    The op saves a write and a read of the norms. Without a kernel it saves nothing, because Inductor fuses the
+    references as it fuses the original code. A norm with other users must be written to memory anyway.
 
     H100, torch 2.11.0, triton 3.6.0, bf16, 2026-11-26, forward and backward: 8 x 1024 tokens, 16 + 8 heads of 128:
-    0.097 ms with the kernel, 0.226 ms as Inductor compiles it; 2 x 4096 tokens, 32 + 8 heads: 0.160 ms and 0.371 ms
+    0.097 ms with the kernel, 0.226 ms compiled by Inductor; 2 x 4096 tokens, 32 + 8 heads: 0.160 ms and 0.371 ms
     (ops_nvidia_h100_80gb_hbm3.csv). A step of Qwen3-0.6B with 4 layers, 8 x 1024 tokens: 24.1 ms and 1.69 GiB, 23.9
-    ms and 1.87 GiB if it is not run again in backward, 24.5 ms and 1.88 GiB without it (profit_nvidia_h100.csv,
+    ms and 1.87 GiB if it is not recomputed in backward, 24.5 ms and 1.88 GiB without it (profit_nvidia_h100.csv,
     2026-11-25); on an H200 21.5 ms and 1.80 GiB, 22.6 ms and 1.99 GiB without it (profit_nvidia_h200.csv).
     """
     captured = [match[name] for name in match.captures]
@@ -55,13 +55,13 @@ def profit(match: Match) -> str | None:
 
 
 def saved_bytes(match: Match) -> int | None:
-    """q and k as attention reads them, which it would keep."""
+    """Return the bytes of q and k as attention reads them, which attention would save."""
     sizes = [kept_bytes(output) for output in match.outputs]
     return None if None in sizes else sum(sizes)
 
 
 def _transposed(x):
-    """(..., tokens, heads, D) -> (..., heads, tokens, D)"""
+    """(..., tokens, heads, D) -> (..., heads, tokens, D)."""
     return x.transpose(-3, -2)
 
 

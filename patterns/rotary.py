@@ -1,18 +1,17 @@
-"""Rotary position embedding: pairs of channels of each head, turned by an angle that grows with the position.
+"""Rotary position embedding: pairs of channels of each head, rotated by an angle that grows with the position.
 
 Formula  (a, b) -> (a * cos - b * sin, b * cos + a * sin)
 Shapes   x (..., D), a head's channels last; cos and sin broadcast to x[..., :R], or to half of that; R <= D
-Sources  Su et al. 2021, "RoFormer". Which channels make a pair, and how the table is laid out:
+Sources  Su et al. 2021, "RoFormer". The sources differ in the pairs of channels and in the layout of the table:
          half           channel i with i + R/2, full tables       Llama, GPT-NeoX and most others
          interleaved    channel 2i with 2i + 1, full tables       GPT-J, Cohere, GLM-4
          half_tables    as half, tables for half of the channels  GPT-OSS
-         interleaved_tables  as interleaved, tables likewise
+         interleaved_tables  as interleaved, tables for half of the channels
          to_half        reads interleaved, writes halves          DeepSeek-V3
          complex        as interleaved, one complex table         Meta's Llama, torchtitan
 
-q and k turn by the same tables in one op where both are there. Each layout is one function; what differs
-beside it is where the code rounds, whether some channels pass unturned, and whether there are one or two
-tensors.
+If both q and k are present, one op rotates both by the same tables. Each layout is one function. Its variants differ in
+where the code rounds, in whether some channels pass through, and in whether there are one or two tensors.
 """
 
 from collections.abc import Callable
@@ -54,7 +53,7 @@ def complex_(x, freqs):
     return torch.view_as_real(pairs * freqs).flatten(-2).to(x.dtype)
 
 
-# How functional.rotary calls each layout.
+# Arguments of functional.rotary for each layout.
 LAYOUTS = {
     half: {"layout": "half"},
     interleaved: {"layout": "interleaved"},
@@ -65,7 +64,7 @@ LAYOUTS = {
 
 
 def check(match: Match) -> str | None:
-    """The tables have to give every pair its angle, and to be no parameters."""
+    """Require tables that need no gradient."""
     for name in ("cos", "sin", "freqs"):
         if name in match.captures and match[name].requires_grad:
             return f"{name} requires a gradient, which the op does not make"
@@ -73,7 +72,7 @@ def check(match: Match) -> str | None:
 
 
 def _check_width(is_half: bool, is_partial: bool) -> Callable[[Match], str | None]:
-    """Tables that broadcast along the channels are no tables of angles."""
+    """Require one angle for each pair: tables that broadcast along the channels are not tables of angles."""
 
     def check_width(match: Match) -> str | None:
         cos, sin, channels = match["cos"].shape[-1], match["sin"].shape[-1], match["q"].shape[-1]
@@ -86,7 +85,7 @@ def _check_width(is_half: bool, is_partial: bool) -> Callable[[Match], str | Non
 
 
 def check_complex(match: Match) -> str | None:
-    """As _check_width, of one table for pairs."""
+    """Require one angle for each pair, for one complex table."""
     angles, channels = match["freqs"].shape[-1], match["q"].shape[-1]
     if 2 * angles != channels:
         return f"freqs has {angles} angles, which is not one for each pair of {channels} channels"
@@ -94,12 +93,12 @@ def check_complex(match: Match) -> str | None:
 
 
 def _keeping_dtype(rotation: Callable) -> Callable:
-    """Computes in float32 and rounds to the dtype of x."""
+    """Compute in float32 and round to the dtype of x."""
     return lambda x, cos, sin: rotation(x.float(), cos.float(), sin.float()).to(x.dtype)
 
 
 def _partial(rotation: Callable) -> Callable:
-    """Turns the first channels, as many as the tables have, and passes the rest."""
+    """Rotate the first channels, as many as the tables have, and pass the others through."""
 
     def partial(x, cos, sin):
         width = cos.shape[-1]
@@ -116,7 +115,7 @@ def _pattern(layout: Callable, keeps_dtype: bool, is_partial: bool, is_pair: boo
         return rotation(q, cos, sin)
 
     def search_pair(q, k, cos, sin):
-        turned = rotation(k, cos, sin)  # the op gives both in one dtype
+        turned = rotation(k, cos, sin)  # the op returns both in one dtype
         return rotation(q, cos, sin), turned.to(q.dtype) if keeps_dtype else turned
 
     def replace(q, cos, sin, k=None):

@@ -284,8 +284,8 @@ def test_the_note_says_when_it_runs():
     for mask in (ones().tril(), changed(ones().tril())):
         fast(*inputs(), mask)
     special, general = liger_compile.reports()
-    assert "runs in calls where l_mask_ is causal" in special.notes[0]
-    assert "runs in calls with other masks" in general.notes[0]
+    assert "specialized for l_mask_ that is causal" in special.notes[0]
+    assert "used by calls with other masks" in general.notes[0]
     assert "made elsewhere" in general.notes[1]
 
 

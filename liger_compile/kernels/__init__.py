@@ -1,9 +1,9 @@
-"""Triton kernels, one op a file: forward, backward, and the launchers that the ops call.
+"""Triton kernels, one op per file: forward, backward, and the launchers that the ops call.
 
-Only Triton is written here, and only here. Tensors come in as the ops' bodies have them, every check is behind them.
-Kernels accumulate in float32, reach rows by 64-bit offsets, and need no size to be a power of two. Launchers choose
-block sizes by a function of dtype and shape alone, wait for nothing, and use no atomic operation: the same numbers come
-out every time, and a CUDA graph may capture them.
+All Triton code is in this package, and this package contains only Triton code. Launchers receive the tensors of the op
+bodies, after all checks. Kernels accumulate in float32, address rows by 64-bit offsets, and do not require sizes that
+are powers of two. Launchers choose block sizes from dtype and shape alone, do not synchronize, and use no atomic
+operations. The results are therefore deterministic, and a CUDA graph can capture the kernels.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from torch.library import wrap_triton
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.runtime.jit import JITFunction
 
-INTERPRETED_MULTIPROCESSORS = 2  # so that a program has several rows to go through
+INTERPRETED_MULTIPROCESSORS = 2  # so that a program processes several rows
 
 
 class launch:
-    """A kernel, to be launched as `launch(kernel)[grid](...)`: no kernel is launched in another way.
+    """A launcher: `launch(kernel)[grid](...)`. All kernels are launched this way.
 
-    Traced, it is wrapped, so that AOTAutograd sees it, and the compiler chooses the device. Run right away, it runs on
-    the device of its first tensor, whichever is current: Triton itself would take the current one.
+    During tracing, the kernel is wrapped, so that AOTAutograd records it, and the compiler chooses the device. Outside
+    of tracing, it runs on the device of its first tensor; Triton itself would use the current device.
 
-    A kernel with an argument OVERLAPS begins with `begin`. On Hopper and later GPUs its programs may start while the
-    kernel before it ends, and wait there for its results (programmatic dependent launch): what the launch costs is
-    hidden behind that kernel. Compilers make ordinary launches of what they trace.
+    A kernel with an argument OVERLAPS begins with `begin`. On Hopper and later GPUs, its programs may start while the
+    previous kernel ends, and wait there for its results (programmatic dependent launch). The previous kernel then hides
+    the launch overhead. Compilers use ordinary launches for traced kernels.
     """
 
     def __init__(self, kernel: Any) -> None:
@@ -43,7 +43,7 @@ class launch:
         return functools.partial(self._run, grid)
 
     def _run(self, grid: Any, *args: Any, **kwargs: Any) -> None:
-        # Interpreted, there is nothing to wrap, and torch 2.11 refuses to.
+        # An interpreted kernel cannot be wrapped: torch 2.11 raises an error.
         is_traced = isinstance(self.kernel, JITFunction) and is_wrap_triton_enabled()
         device = None if is_traced else device_of(args)
         if "OVERLAPS" in self.kernel.arg_names:
@@ -57,13 +57,13 @@ class launch:
 
 
 def device_of(args: Iterable[Any]) -> int | None:
-    """The index of the GPU that the first tensor among these is on; None for a tensor on a CPU."""
+    """Return the index of the GPU of the first tensor in `args`, or None if that tensor is on a CPU."""
     tensor = next(arg for arg in args if isinstance(arg, Tensor))
     return tensor.get_device() if tensor.is_cuda else None
 
 
 def current(device: int | None) -> contextlib.AbstractContextManager[Any]:
-    """While `device` is the current one. Nothing is done where it is already, which costs less than a microsecond."""
+    """Return a context in which `device` is current. If it is already current, this costs less than a microsecond."""
     if device is None or device == torch.cuda.current_device():
         return _NOTHING
     return torch.cuda.device(device)
@@ -79,22 +79,25 @@ def _launches_early(device: int) -> bool:
 
 @triton.jit
 def begin(OVERLAPS: tl.constexpr):
-    """Before a program reads or writes anything: the kernel before may still run."""
+    """Call this before a program reads or writes memory: the previous kernel may still be running."""
     if OVERLAPS:
-        gdc_launch_dependents()  # as soon as all programs are here, for the next kernel waits in its turn
+        gdc_launch_dependents()  # once all programs have started; the next kernel waits in turn
         gdc_wait()
 
 
 @triton.jit
 def begin_alone(OVERLAPS: tl.constexpr):
-    """As `begin`, in short kernels: the next one's programs, which may fill the GPU and are as many as it has places,
-    would find some taken by this one, and wait."""
+    """`begin` for short kernels, which do not let the next kernel start early.
+
+    The programs of the next kernel may fill the GPU exactly. If this kernel occupied some of their places, they would
+    wait.
+    """
     if OVERLAPS:
         gdc_wait()
 
 
 def num_multiprocessors(device: torch.device) -> int:
-    """How many programs of a grid run side by side, at least."""
+    """Return the minimum number of programs of a grid that run concurrently."""
     if device.type != "cuda":
         return INTERPRETED_MULTIPROCESSORS
     return torch.cuda.get_device_properties(device).multi_processor_count

@@ -2,17 +2,18 @@
 
     table[i] += sum of dy over the tokens whose index is i        summed in float32, rounded once
 
-Only rows that tokens point to are read and written: at most 8 bytes an element of dy in half precision, beside dy. The
-tokens are sorted, so that those of a row follow each other, a *run*, in the order that they have in the batch. The
-first of a run sums it up to the next multiple of CHUNK, so that a run as long as the batch is not one program's; where
-a run goes on beyond that, each chunk of it puts its part into a buffer, and a second kernel adds the parts.
+The kernels read and write only rows that tokens refer to: in addition to dy, at most 8 bytes per element of dy in half
+precision. Sorting makes the tokens of a row contiguous, a *run*, in the order of the batch. The program of the first
+token of a run sums the run up to the next multiple of CHUNK, so that a run as long as the batch is not left to one
+program. Where a run continues beyond that, each of its chunks stores a partial sum in a buffer, and a second kernel
+adds the partial sums.
 
     at       0   1   2   3 | 4   5   6   7 | 8         CHUNK = 4
     row      7   7   9   9   9   9   9   9   9
     kernel 1 sums 0-1 into the table; 2-3, 4-7 and 8 as parts.     kernel 2 sums the parts into the table.
 """
 
-# What Triton's decorator makes of a kernel, a type checker does not see.
+# A type checker does not see the type that Triton's decorator gives a kernel.
 # pyright: reportGeneralTypeIssues=false, reportArgumentType=false, reportCallIssue=false
 
 from __future__ import annotations
@@ -25,16 +26,19 @@ from torch import Tensor
 from . import launch
 
 CHUNK = 16
-MOST_COLUMNS = 1024  # of a program
+MOST_COLUMNS = 1024  # per program
 PARTS_AT_ONCE = 8
 
 
 def add_rows(table: Tensor, dy: Tensor, indices: Tensor, padding_idx: int) -> None:
-    """table (rows, D) and dy (N, D), contiguous, of any two floating dtypes; indices (N). No row padding_idx."""
+    """Add to table (rows, D) the rows dy (N, D) of indices (N), except padding_idx.
+
+    table and dy are contiguous, and each has any floating dtype.
+    """
     num_tokens, width = dy.shape
     if not dy.numel():
         return
-    rows, order = torch.sort(indices.to(torch.int32), stable=True)  # half the passes that 64 bits take
+    rows, order = torch.sort(indices.to(torch.int32), stable=True)  # half as many passes as for 64 bits
     num_chunks = triton.cdiv(num_tokens, CHUNK)
     parts = dy.new_empty((2, num_chunks, width), dtype=torch.float32)
     columns = min(triton.next_power_of_2(width), MOST_COLUMNS)
@@ -48,10 +52,10 @@ def add_rows(table: Tensor, dy: Tensor, indices: Tensor, padding_idx: int) -> No
 @triton.jit
 def _add_runs_kernel(
     dy_ptr,
-    order_ptr,  # the token that each of the sorted rows stands for
+    order_ptr,  # the token of each sorted row
     table_ptr,
     rows_ptr,  # sorted
-    parts_ptr,  # (2, chunks, width): of a run that began before the chunk, and of one that goes on behind it
+    parts_ptr,  # (2, chunks, width): parts of a run that began before the chunk, and of a run that continues after it
     num_tokens,
     num_chunks,
     width,
@@ -132,5 +136,5 @@ def _has_gradient(row, num_rows, padding_idx):
 
 @triton.jit
 def _add(at, total, mask):
-    """In the table's dtype, rounded once."""
+    """Add total in float32 and store it in the table's dtype, rounded once."""
     tl.store(at, (tl.load(at, mask).to(tl.float32) + total).to(at.dtype.element_ty), mask)

@@ -1,7 +1,7 @@
-"""Sizes of tiles for Inductor's kernels of flex_attention, which are no kernels of ours.
+"""Tile sizes for Inductor's flex_attention kernels, which are not ours.
 
-Inductor takes them from head size and device. Where others were measured to be faster, they are in TILES, for half
-precision, by compute capability and by head size, padded to a power of two as it is in the kernels.
+Inductor chooses tiles by head size and device. TILES lists tiles that were measured to be faster, for half precision,
+by compute capability and by head size. The head size is padded to a power of two, as in the kernels.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from collections.abc import Mapping
 
 TILES: Mapping[tuple[tuple[int, int], int], Mapping[str, int]] = {
     # Forward and backward, 2 x 4096 tokens, 8 heads of 4 groups: capped 3.22 instead of 4.20 ms, within 1024 tokens
-    # 1.29 instead of 1.83 ms. At 64 and 128, no tile that was tried is faster than Inductor's (one H100, torch 2.11.0,
-    # triton 3.6.0, bfloat16, 2026-11-26: bench/results/flex_tiles_nvidia_h100_80gb_hbm3.csv).
+    # 1.29 instead of 1.83 ms. At 64 and 128, none of the tested tiles is faster than Inductor's (one H100, torch
+    # 2.11.0, triton 3.6.0, bfloat16, 2026-11-26: bench/results/flex_tiles_nvidia_h100_80gb_hbm3.csv).
     ((9, 0), 256): {
         "fwd_BLOCK_M": 128,
         "fwd_BLOCK_N": 64,
@@ -28,5 +28,5 @@ TILES: Mapping[tuple[tuple[int, int], int], Mapping[str, int]] = {
 
 
 def tiles(capability: tuple[int, int], head_size: int) -> Mapping[str, int]:
-    """Those to be used instead of Inductor's, as flex_attention's kernel options; none where its own are kept."""
+    """Return tiles that replace Inductor's, as kernel options of flex_attention; empty to keep Inductor's."""
     return TILES.get((capability, 1 << (head_size - 1).bit_length()), {})

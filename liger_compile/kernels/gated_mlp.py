@@ -1,7 +1,7 @@
-"""The gated product and its gradients: the kernels of ops/gated_mlp.py.
+"""The gate of a gated MLP and its gradients: the kernels of ops/gated_mlp.py.
 
-Every element is for itself, so that a program takes a tile of a few rows by at most 1024 columns. Forward moves 6
-bytes an element in half precision, backward 10, and 12 if it also writes h for the gradient of the down projection.
+The elements are independent, so a program processes a tile of a few rows by at most 1024 columns. In half precision,
+forward moves 6 bytes per element and backward 10, or 12 if it also writes h for the gradient of the down projection.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ class Config(NamedTuple):
 
 
 def config(width: int) -> Config:
-    """The tile of a program, for rows of `width` elements."""
+    """Return the tile of a program, for rows of `width` elements."""
     columns = min(1024, triton.next_power_of_2(width))
     return Config(rows=2048 // columns, columns=columns, num_warps=4)
 
 
 def forward(gate: Tensor, up: Tensor, activation: str) -> Tensor:
-    """h, in the dtype that gate and up promote to."""
+    """Return h, in the dtype that gate and up promote to."""
     h = gate.new_empty(gate.shape, dtype=torch.promote_types(gate.dtype, up.dtype))
     gate, up = rows_of(gate), rows_of(up)
     num_rows, width = gate.shape
@@ -60,9 +60,9 @@ def backward(
     h: Tensor | None,
     activation: str,
 ) -> None:
-    """Writes into those of dgate, dup and h that are given, all contiguous. h may be dh.
+    """Write into the given outputs among dgate, dup and h, all contiguous. h may be dh.
 
-    A dgate of twice the width is packed, and has dup in its second half.
+    If dgate has twice the width, it is packed, and its second half receives dup.
     """
     dh, gate, up = rows_of(dh), rows_of(gate), rows_of(up)
     num_rows, width = gate.shape
@@ -114,7 +114,7 @@ def _backward_kernel(
     dh_ptr,  # (N, I), as are gate, up, dup and h
     gate_ptr,
     up_ptr,
-    dgate_ptr,  # (N, I), or (N, 2I) if packed; it, dup and h may be None
+    dgate_ptr,  # (N, I), or (N, 2I) if packed; dgate, dup and h may be None
     dup_ptr,
     h_ptr,
     num_rows,
@@ -142,7 +142,7 @@ def _backward_kernel(
     if dup_ptr is not None:
         tl.store(dup_ptr + rows * WIDTH + columns, dh * act, mask)
     if h_ptr is not None:
-        tl.debug_barrier()  # h may take the place of dh, which every thread has to have read
+        tl.debug_barrier()  # h may overwrite dh, so every thread must have read dh before
         tl.store(h_ptr + rows * WIDTH + columns, act * up, mask)
 
 
@@ -157,16 +157,16 @@ def _tile(num_rows, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constex
 
 @triton.jit
 def _activate(gate, ACTIVATION: tl.constexpr):
-    """The activation of gate, which is a share of it, and its derivative."""
+    """Return the activation of gate, which is gate * share, and its derivative."""
     if ACTIVATION == "gelu":
         share = 0.5 + 0.5 * tl.erf(gate * 0.7071067811865476)
         slope = 0.3989422804014327 * tl.exp(-0.5 * gate * gate)
     elif ACTIVATION == "gelu_tanh":
-        # (1 + tanh(u)) / 2 is sigmoid(2u), which overflows nowhere and cancels nothing.
+        # (1 + tanh(u)) / 2 is sigmoid(2u), which has no overflow and no cancellation.
         square = gate * gate
         scores = 1.5957691216057308 * gate * (1.0 + 0.044715 * square)
         share = tl.sigmoid(scores)
-        # sigmoid(-x) is 1 - sigmoid(x) with all its digits.
+        # sigmoid(-x) is 1 - sigmoid(x) at full precision.
         slope = share * tl.sigmoid(-scores) * (1.5957691216057308 * (1.0 + 0.134145 * square))
     else:
         tl.static_assert(ACTIVATION == "silu")

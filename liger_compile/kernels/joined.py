@@ -1,6 +1,6 @@
-"""Rows copied beside others: what ops/joined.py puts next to the gradients of q and k."""
+"""Copies rows into the packed matrix of ops/joined.py, beside the gradients of q and k."""
 
-# What Triton's decorator makes of a kernel, a type checker does not see.
+# A type checker does not see the type that Triton's decorator gives a kernel.
 # pyright: reportGeneralTypeIssues=false
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ ROWS, COLUMNS = 4, 512
 
 
 def copy(x: Tensor, out: Tensor) -> None:
-    """Writes x (N, K) into out (N, K). Columns lie side by side in both, rows anywhere."""
+    """Copy x (N, K) into out (N, K). Columns are contiguous in both; rows may have any stride."""
     num_rows, width = x.shape
     launch(_copy_kernel)[(triton.cdiv(num_rows, ROWS), triton.cdiv(width, COLUMNS))](
         x, out, num_rows, width, x.stride(0), out.stride(0), ROWS=ROWS, COLUMNS=COLUMNS, num_warps=4

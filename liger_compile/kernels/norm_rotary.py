@@ -1,14 +1,15 @@
 """RMSNorm of every head of q and of k, then rotary position embedding: the kernels of ops/norm_rotary.py.
 
-A head's channels stay in registers, its two halves as tiles of their own: the channel that a channel is paired with is
-at hand in the same thread. Forward moves 4 bytes an element in half precision, backward 6. Programs, tiles and inputs
-are as in rotary.py: the heads of some tokens follow each other, and tables and weights stay in registers.
+The channels of a head stay in registers, with its two halves as separate tiles: both channels of a pair are then in the
+same thread. In half precision, forward moves 4 bytes per element and backward 6. Programs, tiles and inputs are as in
+rotary.py: a program processes the heads of some tokens in sequence, and keeps tables and weights in registers.
 
-Backward is one pass for the gradients of q, k and both weights. Each program writes what its heads add to the gradient
-of their weight in float32; a second kernel adds that up in a fixed order, so that the result is deterministic.
+Backward computes the gradients of q, k and both weights in one pass. Each program writes the contribution of its heads
+to the gradient of their weight, in float32. A second kernel adds the contributions in a fixed order, so that the result
+is deterministic.
 """
 
-# What Triton's decorator makes of a kernel, a type checker does not see.
+# A type checker does not see the type that Triton's decorator gives a kernel.
 # pyright: reportArgumentType=false, reportGeneralTypeIssues=false, reportOperatorIssue=false
 # pyright: reportAssignmentType=false, reportAttributeAccessIssue=false
 
@@ -27,22 +28,22 @@ from .rotary import by_axis, empty_like, row_mask, side_by_side, strides_of
 
 
 class Config(NamedTuple):
-    tokens: int  # of a program
+    tokens: int  # per program
     heads: int
     ahead: int  # heads that are read before the first is written
-    pairs: int  # half of a head's channels, to the next power of two
+    pairs: int  # half of a head's channels, rounded up to a power of two
     num_warps: int
 
 
-# Of forward and of backward, which needs twice the registers, and has a row of sums for each program.
-VECTOR_BYTES = (16, 8)  # that a thread reads at once
+# For (forward, backward). Backward needs twice the registers, and has a row of sums for each program.
+VECTOR_BYTES = (16, 8)  # per read of a thread
 HEADS, AHEAD = (4, 8), (4, 4)
-# The tile of the kernel that adds up the gradients of the weights: few programs, which wait for memory.
+# The tile of the kernel that sums the gradients of the weights: few programs, which wait for memory.
 SUM_ROWS, SUM_COLUMNS, SUM_WARPS = 2048, 4, 16
 
 
 def config(width: int, itemsize: int, is_backward: bool) -> Config:
-    """The tile of a program, for heads of `width` channels."""
+    """Return the tile of a program, for heads of `width` channels."""
     pairs = triton.next_power_of_2(width // 2)
     num_warps = max(4, pairs // 256)
     tokens = max(1, 32 * num_warps * VECTOR_BYTES[is_backward] // itemsize // pairs)
@@ -62,9 +63,10 @@ def forward(
     normed_dtypes: Sequence[torch.dtype],
     heads_axis: int,
 ) -> tuple[Tensor, Tensor]:
-    """(q', k'). heads_axis is that of the heads, 1 or 2, of the four axes that each has or would have in front.
+    """Return (q', k'). heads_axis is the axis of the heads, 1 or 2, after padding with leading axes to four.
 
-    The tables are the same along it; q and k have as many sequences and tokens. normed_dtypes are those of their norms.
+    The tables are constant along that axis. q and k have equally many sequences and tokens. normed_dtypes are the
+    dtypes of their norms.
     """
     q, k, cos, sin = (side_by_side(x) for x in (q, k, cos, sin))
     q_out, k_out = (
@@ -126,10 +128,10 @@ def backward(
     heads_axis: int,
     into: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of q, of k, and (2, D), those of the weights, from those of q' and k'.
+    """Return the gradients of q, of k, and of the weights (2, D), from the gradients of q' and k'.
 
-    The first two are written into `into` if it is given. Empty where not needed, as is that of a weight where
-    dweight_dtype is None; otherwise zero from an absent gradient.
+    The first two are written into `into` if it is given. They are empty where not needed. The gradients of the weights
+    are empty if dweight_dtype is None; otherwise the row for an absent incoming gradient is zero.
     """
     q, k, cos, sin = (side_by_side(x) for x in (q, k, cos, sin))
     dq, dk = (None if dy is None else side_by_side(dy) for dy in (dq, dk))
@@ -207,13 +209,13 @@ def backward(
 
 
 def _sizes(x: Tensor, heads_axis: int) -> tuple[int, int, int]:
-    """Sequences, tokens and heads."""
+    """Return the numbers of sequences, tokens and heads."""
     return by_axis((1,) * (4 - x.dim()) + tuple(x.shape), heads_axis)
 
 
 @triton.jit
 def _forward_kernel(
-    q_ptr,  # (B, T, heads, D) in any order of memory, channels side by side; as are k, q_out and k_out
+    q_ptr,  # (B, T, heads, D) in any order of memory, channels contiguous; as are k, q_out and k_out
     k_ptr,
     q_weight_ptr,  # (D) or None, as is k_weight
     k_weight_ptr,
@@ -244,7 +246,7 @@ def _forward_kernel(
     EPS: tl.constexpr,
     OFFSET: tl.constexpr,
     ROUNDS_FIRST: tl.constexpr,  # before the weight, to the dtype of q or k
-    ROUNDS_Q: tl.constexpr,  # after it, to the dtype of q; another dtype of the norm is float32
+    ROUNDS_Q: tl.constexpr,  # after the weight, to the dtype of q; if False, the norm is in float32
     ROUNDS_K: tl.constexpr,
     TOKENS: tl.constexpr,
     HEADS: tl.constexpr,
@@ -316,7 +318,7 @@ def _forward_kernel(
 
 @triton.jit
 def _normalize_and_rotate(
-    x_at,  # where the first head of every token begins
+    x_at,  # the addresses of the first head of every token
     out_at,
     x_head_stride,
     out_head_stride,
@@ -371,7 +373,7 @@ def _normalize_and_rotate(
 
 @triton.jit
 def _tokens(tile, num_tokens, TOKENS: tl.constexpr):
-    """The sequence of a tile and its tokens, as 64-bit integers."""
+    """Return the sequence of a tile and its tokens, as 64-bit integers."""
     num_tiles = tl.cdiv(num_tokens, TOKENS)
     tokens = (tile % num_tiles) * TOKENS + tl.arange(0, TOKENS)[:, None]
     return (tile // num_tiles).to(tl.int64), tokens.to(tl.int64)
@@ -379,7 +381,7 @@ def _tokens(tile, num_tokens, TOKENS: tl.constexpr):
 
 @triton.jit
 def _mask(is_row, WIDTH: tl.constexpr, PAIRS: tl.constexpr):
-    """Which pairs of a tile exist."""
+    """Return a mask of the pairs of a tile that exist."""
     mask = is_row
     if 2 * PAIRS != WIDTH:
         mask = is_row & (tl.arange(0, PAIRS)[None, :] < WIDTH // 2)
@@ -388,7 +390,7 @@ def _mask(is_row, WIDTH: tl.constexpr, PAIRS: tl.constexpr):
 
 @triton.jit
 def _read(at, is_row, WIDTH: tl.constexpr, PAIRS: tl.constexpr):
-    """The two halves of each row, which begin there; 0 beyond them, for they are summed."""
+    """Return the two halves of each row at these addresses; 0 outside the row, because the values are summed."""
     pair = tl.arange(0, PAIRS)[None, :]
     mask = _mask(is_row, WIDTH, PAIRS)
     return tl.load(at + pair, mask, other=0.0), tl.load(at + WIDTH // 2 + pair, mask, other=0.0)
@@ -410,8 +412,10 @@ def _write(at, a, b, is_row, WIDTH: tl.constexpr, PAIRS: tl.constexpr):
 
 @triton.jit
 def _gain(weight_ptr, tokens, WIDTH: tl.constexpr, OFFSET: tl.constexpr, PAIRS: tl.constexpr):
-    """What the two halves of each row are multiplied by. Read by the tile: a row of them would have to be moved between
-    threads."""
+    """Return the factors of the two halves of each row.
+
+    They are loaded for the whole tile: a single row of factors would have to be moved between threads.
+    """
     if weight_ptr is None:
         gain_a = tl.full([1, 1], 1.0, tl.float32)
         gain_b = gain_a
@@ -423,8 +427,8 @@ def _gain(weight_ptr, tokens, WIDTH: tl.constexpr, OFFSET: tl.constexpr, PAIRS: 
 
 @triton.jit
 def _backward_kernel(
-    dq_ptr,  # (B, T, heads, D) in any order of memory, channels side by side, or None; as are dk, grad_q and grad_k,
-    dk_ptr,  # and without None q and k. dq and dk are the gradients of what forward made of q and k
+    dq_ptr,  # (B, T, heads, D) in any order of memory, channels contiguous, or None; as are dk, grad_q and grad_k,
+    dk_ptr,  # and, but never None, q and k. dq and dk are the gradients of the results of forward
     q_ptr,
     k_ptr,
     q_weight_ptr,  # (D) or None, as is k_weight
@@ -433,7 +437,7 @@ def _backward_kernel(
     sin_ptr,
     grad_q_ptr,
     grad_k_ptr,
-    sums_ptr,  # (P, D) in float32, for P programs: what each adds to the gradient of its weight; or None
+    sums_ptr,  # (P, D) in float32, for P programs: the contribution of each to the gradient of its weight; or None
     num_tokens,
     num_q_heads,
     num_k_heads,
@@ -541,7 +545,7 @@ def _backward_kernel(
 
 @triton.jit
 def _backward_of_heads(
-    dy_at,  # where the first head of every token begins
+    dy_at,  # the addresses of the first head of every token
     x_at,
     dx_at,  # or None
     dy_head_stride,

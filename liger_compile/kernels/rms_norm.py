@@ -1,14 +1,14 @@
 """RMSNorm, alone and after a residual addition: the kernels of ops/rms_norm.py and ops/add_rms_norm.py.
 
-A row stays in registers between its two passes, so that forward moves 4 bytes an element in half precision (8 with
-the residual) and backward 6 (8). Wide rows have a program each; of narrow ones, such as the heads of a query norm,
-a program takes several. A width that is no power of two is covered by a power of two and a smaller one.
+A row stays in registers between its two passes. In half precision, forward therefore moves 4 bytes per element (8 with
+the residual) and backward 6 (8). A wide row has its own program. For narrow rows, such as the heads of a query norm, a
+program processes several rows. A width that is not a power of two is covered by a power of two and a smaller one.
 
-Backward is one pass for both gradients. Its programs are a fixed number, walk over the rows, and each keep a sum of
-dweight in float32; a second kernel adds up the sums in a fixed order, so that the result is deterministic.
+Backward computes both gradients in one pass. A fixed number of programs loops over the rows, and each program keeps a
+sum of dweight in float32. A second kernel adds the sums in a fixed order, so that the result is deterministic.
 """
 
-# What Triton's decorator makes of a kernel, a type checker does not see.
+# A type checker does not see the type that Triton's decorator gives a kernel.
 # pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false, reportPossiblyUnboundVariable=false
 
 from __future__ import annotations
@@ -23,24 +23,24 @@ from torch import Tensor
 
 from . import begin, begin_alone, launch, num_multiprocessors
 
-SUM_PROGRAMS, SUM_COLUMNS = 256, 16  # the tile of the kernel that adds up dweight
+SUM_PROGRAMS, SUM_COLUMNS = 256, 16  # the tile of the kernel that sums dweight
 
 
 class Config(NamedTuple):
     rows: int  # of a tile
-    main: int  # its columns, a power of two,
-    tail: int  # and another power of two of them, or none
+    main: int  # columns of the main part, a power of two
+    tail: int  # columns of the second part, a power of two or 0
     num_warps: int
-    programs: int  # of backward, on each multiprocessor
-    num_stages: int  # of its loop: the tiles in flight, and the one that is computed
+    programs: int  # of backward, per multiprocessor
+    num_stages: int  # of backward's loop: tiles in flight, including the one in use
 
 
 def config(width: int, itemsize: int) -> Config:
-    """The launch for rows of `width` elements, the widest of them of `itemsize` bytes."""
+    """Return the launch for rows of `width` elements; the widest element type has `itemsize` bytes."""
     whole = triton.next_power_of_2(width)
     main, tail = whole // 2, triton.next_power_of_2(width - whole // 2)
-    # A tail pays where it is less than what it saves, and wide enough to be read 16 bytes at a time by every thread
-    # that reads main so: of two layouts, one would have to be converted.
+    # A tail pays off if it is smaller than its saving, and so wide that every thread can read it 16 bytes at a time, as
+    # it reads main. With two layouts, one would have to be converted.
     if main + tail < whole and tail >= max(512, main // 4):
         num_warps = tail // 256
     else:
@@ -52,13 +52,13 @@ def config(width: int, itemsize: int) -> Config:
         main,
         tail,
         num_warps,
-        programs=max(1, min(4, 12288 // tile)),  # backward takes about 6 registers an element, of 65536
+        programs=max(1, min(4, 12288 // tile)),  # backward takes about 6 registers per element, of 65536
         num_stages=min(3, 1 + 2**15 // (tile * itemsize)),  # at most 96 KiB of dy, x and ds in shared memory
     )
 
 
 def rows_of(x: Tensor) -> Tensor:
-    """x as (N, D) with the elements of a row side by side: a view if the rows are evenly spaced, else a copy."""
+    """Return x as (N, D) with contiguous row elements: a view if the rows are evenly spaced, else a copy."""
     x = x.reshape(-1, x.shape[-1])
     return x if x.stride(1) == 1 else x.contiguous()
 
@@ -66,7 +66,7 @@ def rows_of(x: Tensor) -> Tensor:
 def forward(
     x: Tensor, residual: Tensor | None, weight: Tensor | None, eps: float, offset: float, casting: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(y, s, rstd), where s is the sum x + residual, and x itself if there is no residual."""
+    """Return (y, s, rstd), where s is the sum x + residual, or x itself if there is no residual."""
     shape = x.shape
     s = x if residual is None else x.new_empty(shape, dtype=torch.promote_types(x.dtype, residual.dtype))
     y_dtype = s.dtype if weight is None or casting != "llama" else torch.promote_types(s.dtype, weight.dtype)
@@ -108,7 +108,7 @@ def backward(
     needs_dx: bool,
     needs_dweight: bool,
 ) -> tuple[Tensor, Tensor]:
-    """(dx, dweight), empty where not needed. ds, if given, is added to dx; x is then the sum s."""
+    """Return (dx, dweight), each empty where not needed. ds, if given, is added to dx; x is then the sum s."""
     dx = x.new_empty(x.shape if needs_dx else 0)
     ds = ds if needs_dx else None
     dweight = _launch_backward(
@@ -128,8 +128,10 @@ def backward_joined(
     needs_dweight: bool,
     y_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dx, dweight, y), the last two empty where not needed: of the sum of one to three dys, with ds added to dx, and y
-    again."""
+    """Return (dx, dweight, y), the last two empty where not needed.
+
+    The gradients are for the sum of one to three dys. ds is added to dx. y is recomputed.
+    """
     dx = x.new_empty(x.shape)
     y = x.new_empty(0) if y_dtype is None else x.new_empty(x.shape, dtype=y_dtype)
     rounds_first = casting == "llama"
@@ -151,7 +153,7 @@ def _launch_backward(
     rounds_first: bool,
     needs_dweight: bool,
 ) -> Tensor:
-    """Writes dx and y, and returns dweight or an empty tensor."""
+    """Write dx and y, and return dweight or an empty tensor."""
     x, dys = rows_of(x), [rows_of(dy) for dy in dys]
     ds = None if ds is None else rows_of(ds)
     num_rows, width = x.shape
@@ -192,7 +194,7 @@ def _launch_backward(
 
 
 def sum_of_programs(sums: Tensor, dtype: torch.dtype) -> Tensor:
-    """The sum of (P, D) over P, in a fixed order."""
+    """Return the sum of (P, D) over P, in a fixed order."""
     num_programs, width = sums.shape
     total = sums.new_empty(width, dtype=dtype)
     launch(_sum_kernel)[(triton.cdiv(width, SUM_COLUMNS),)](
@@ -209,7 +211,7 @@ def sum_of_programs(sums: Tensor, dtype: torch.dtype) -> Tensor:
 
 @triton.jit
 def _forward_kernel(
-    x_ptr,  # (N, D), as are residual, y and s; residual and s None if there is none
+    x_ptr,  # (N, D), as are residual, y and s; residual and s are None if there is no residual
     residual_ptr,
     weight_ptr,  # (D) or None
     y_ptr,
@@ -254,7 +256,7 @@ def _forward_kernel(
 
 @triton.jit
 def _read(x_ptr, residual_ptr, s_ptr, rows, columns, mask, x_stride, residual_stride, WIDTH: tl.constexpr):
-    """A tile of s, which is written if it is a sum."""
+    """Return a tile of s; if s is a sum, also store it."""
     s = tl.load(x_ptr + rows * x_stride + columns, mask, other=0.0).to(tl.float32)
     if residual_ptr is not None:
         s += tl.load(residual_ptr + rows * residual_stride + columns, mask, other=0.0).to(tl.float32)
@@ -284,7 +286,7 @@ def _weighted(
 @triton.jit
 def _backward_kernel(
     dy_ptr,  # (N, D), as are ds, x, dx and y; ds, dx and y may be None
-    second_ptr,  # what is added to dy, or None
+    second_ptr,  # added to dy, as is third; or None
     third_ptr,
     ds_ptr,
     x_ptr,
@@ -292,7 +294,7 @@ def _backward_kernel(
     rstd_ptr,  # (N)
     dx_ptr,
     y_ptr,
-    sums_ptr,  # (P, D) in float32, for P programs: what each adds to dweight; or None
+    sums_ptr,  # (P, D) in float32, for P programs: the contribution of each to dweight; or None
     num_rows,
     dy_stride,
     second_stride,
@@ -384,8 +386,10 @@ def _write_y(
 
 @triton.jit
 def _gain(weight_ptr, columns, WIDTH: tl.constexpr, OFFSET: tl.constexpr):
-    """What the elements of a tile are multiplied by. Read by the tile: a row of them would have to be moved between
-    threads."""
+    """Return the factors of the elements of a tile.
+
+    They are loaded for the whole tile: a single row of factors would have to be moved between threads.
+    """
     if weight_ptr is None:
         gain = tl.full(columns.shape, 1.0, tl.float32)
     else:

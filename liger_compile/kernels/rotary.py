@@ -1,15 +1,15 @@
 """Rotary position embedding: the kernel of ops/rotary.py, for both directions.
 
-q and k go in one launch. A program takes some heads of q or of k for some tokens, and reads and writes every channel
-once: 4 bytes an element in half precision. Inputs have any strides, such as those of slices of one projection; results
-have their order of dimensions, without gaps.
+One launch processes q and k. A program processes some heads of q or of k for some tokens, and reads and writes every
+channel once: 4 bytes per element in half precision. Inputs may have any strides, such as slices of one projection have.
+Results have the order of dimensions of their inputs, without gaps.
 
-A tile is one head of some tokens, as many as give each thread of the program twice 16 bytes of either half. The heads
-of a program follow each other in the same threads, which keep the tables of their tokens in registers; `ahead` of them
-are read before the first is written, so that the memory always has something to do.
+A tile is one head of some tokens. The number of tokens gives each thread of the program two reads of 16 bytes from
+either half. The same threads process the heads of a program in sequence, and keep the tables of their tokens in
+registers. They read `ahead` heads before they write the first, which keeps the memory busy.
 """
 
-# What Triton's decorator makes of a kernel, a type checker does not see.
+# A type checker does not see the type that Triton's decorator gives a kernel.
 # pyright: reportGeneralTypeIssues=false, reportArgumentType=false, reportAssignmentType=false
 # pyright: reportAttributeAccessIssue=false
 
@@ -28,23 +28,23 @@ from . import begin, launch
 
 
 class Config(NamedTuple):
-    tokens: int  # of a program
+    tokens: int  # per program
     heads: int
-    ahead: int  # heads that are read before the first is written, of which one is as large as the tile
-    pairs: int  # half of the rotated channels, to the next power of two
-    rest: int  # the other channels, to the next power of two; at least 1
+    ahead: int  # heads, each as large as the tile, that are read before the first is written
+    pairs: int  # half of the rotated channels, rounded up to a power of two
+    rest: int  # the other channels, rounded up to a power of two; at least 1
     num_warps: int
 
 
-# Of these tiles, the best or within 1.5% of it at each shape of bench.rotary_tiles (H100, torch 2.11.0, triton 3.6.0,
-# bfloat16, 2026-11-25: bench/results/rotary_tiles_nvidia_h100_80gb_hbm3.csv).
-VECTOR_BYTES, VECTORS = 16, 2  # that a thread reads at once, and how many of them
+# This is the best tile, or within 1.5% of the best, at each shape of bench.rotary_tiles (H100, torch 2.11.0,
+# triton 3.6.0, bfloat16, 2026-11-25: bench/results/rotary_tiles_nvidia_h100_80gb_hbm3.csv).
+VECTOR_BYTES, VECTORS = 16, 2  # bytes of one read of a thread, and the number of such reads at a time
 NUM_WARPS, HEADS, MOST_AHEAD = 4, 2, 2
 PAIRS_AHEAD, REST_AT_ONCE = 4096, 4096
 
 
 def config(channels: int, width: int, itemsize: int) -> Config:
-    """The tile of a program, for heads of `channels` channels of which `width` are rotated."""
+    """Return the tile of a program, for heads of `channels` channels of which `width` are rotated."""
     pairs = triton.next_power_of_2(width // 2)
     rest = triton.next_power_of_2(max(1, channels - width))
     most_pairs = 32 * NUM_WARPS * VECTORS * VECTOR_BYTES // itemsize
@@ -54,7 +54,7 @@ def config(channels: int, width: int, itemsize: int) -> Config:
 
 
 class Heads(NamedTuple):
-    """Some heads to rotate: a tensor, the result, and what the axes are."""
+    """Heads to rotate: a tensor, the result, and the axis of the heads."""
 
     x: Tensor
     rotated: Tensor
@@ -78,10 +78,10 @@ def rotate(
     transpose: bool,
     into: Sequence[Tensor | None] = (None, None),
 ) -> list[Tensor | None]:
-    """Each tensor rotated, in its dtype, and written into that of `into` if there is one; None for None.
+    """Return each tensor rotated, in its dtype, and written into the tensor in `into` if there is one; None for None.
 
-    Of the four axes that a tensor has or would have in front (batch, heads or tokens, tokens or heads, channels),
-    heads_axis is that of the heads, along which the tables are the same: 1 or 2.
+    A tensor is treated as having four axes (batch, heads or tokens, tokens or heads, channels), with leading axes added
+    where needed. heads_axis is the axis of the heads, 1 or 2. The tables are constant along it.
     """
     given = []
     results: list[Tensor | None] = []
@@ -102,12 +102,12 @@ def rotate(
 
 
 def side_by_side(x: Tensor) -> Tensor:
-    """x with the channels of a head side by side."""
+    """Return x with the channels of a head contiguous in memory."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def empty_like(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """With the order of dimensions of x and no gaps, channels side by side also where x overlaps itself."""
+    """Return an empty tensor in x's dimension order, without gaps, channels contiguous even if x overlaps itself."""
     return side_by_side(torch.empty_like(x, dtype=dtype))
 
 
@@ -116,7 +116,7 @@ def by_axis(values: Sequence[int], heads_axis: int) -> tuple[int, int, int]:
 
 
 def strides_of(x: Tensor, heads_axis: int) -> tuple[int, int, int]:
-    """Those of batch, tokens and heads, 0 along axes of one element: tables are broadcast along them."""
+    """Return the strides of batch, tokens and heads; 0 along axes of size one, along which tables are broadcast."""
     strides = [
         0 if statically_known_true(size == 1) else stride
         for size, stride in zip(x.shape, x.stride(), strict=True)
@@ -176,7 +176,7 @@ def _launch(
 
 @triton.jit
 def _rotary_kernel(
-    q_ptr,  # (B, T, heads, D) in any order of memory, channels side by side; as q_out, k, k_out, of which k may be None
+    q_ptr,  # (B, T, heads, D) in any order of memory, channels contiguous; as are q_out, k, k_out; k, k_out may be None
     q_out_ptr,
     k_ptr,
     k_out_ptr,
@@ -203,12 +203,12 @@ def _rotary_kernel(
     sin_batch_stride,
     sin_token_stride,
     sin_channel_stride,
-    WIDTH: tl.constexpr,  # R, of CHANNELS
+    WIDTH: tl.constexpr,  # R, out of CHANNELS
     CHANNELS: tl.constexpr,
     READS_INTERLEAVED: tl.constexpr,
     WRITES_INTERLEAVED: tl.constexpr,
     HALF_TABLES: tl.constexpr,
-    TRANSPOSE: tl.constexpr,  # takes what was written to what was read
+    TRANSPOSE: tl.constexpr,  # maps the written layout back to the read layout
     TOKENS: tl.constexpr,
     HEADS: tl.constexpr,
     AHEAD: tl.constexpr,
@@ -242,7 +242,7 @@ def _rotary_kernel(
     cos_a, cos_b = cos_a.to(tl.float32), cos_b.to(tl.float32)
     sin_a, sin_b = sin_a.to(tl.float32), sin_b.to(tl.float32)
     if TRANSPOSE:
-        # a' cos_a + b' sin_b and b' cos_b - a' sin_a: the same, of tables that trade places.
+        # a' cos_a + b' sin_b and b' cos_b - a' sin_a: the same formula, with the sin tables exchanged and negated.
         sin_a, sin_b = -sin_b, -sin_a
         reads: tl.constexpr = WRITES_INTERLEAVED
         writes: tl.constexpr = READS_INTERLEAVED
@@ -301,7 +301,7 @@ def _rotary_kernel(
 
 @triton.jit
 def _rotate_heads(
-    x_at,  # where the first head of every token begins
+    x_at,  # the addresses of the first head of every token
     y_at,
     x_head_stride,
     y_head_stride,
@@ -345,20 +345,20 @@ def _rotate_heads(
 
 @triton.jit
 def row_mask(tokens, num_tokens, is_head):
-    """is_head and tokens < num_tokens; the interpreter makes an integer of a number and a tile."""
+    """Return the mask is_head and tokens < num_tokens, without `&`, which in the interpreter gives integers here."""
     return tokens < tl.where(is_head, num_tokens, 0)
 
 
 @triton.jit
 def _read(
-    at,  # (tokens, 1): where the rows begin
+    at,  # (tokens, 1): the addresses of the rows
     channel_stride,
     is_row,
     WIDTH: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     PAIRS: tl.constexpr,
 ):
-    """(a, b) of every pair; of those that are none, anything."""
+    """Return (a, b) of every pair; the values of pairs that do not exist are arbitrary."""
     half: tl.constexpr = WIDTH // 2
     if INTERLEAVED:
         channel = tl.arange(0, 2 * PAIRS)[None, :]
@@ -387,7 +387,7 @@ def _write(at, a, b, is_row, WIDTH: tl.constexpr, INTERLEAVED: tl.constexpr, PAI
 
 @triton.jit
 def _is_channel(is_row, channel, END: tl.constexpr, TILE_END: tl.constexpr):
-    """Which elements of a tile exist; without a look at the channels if all of them do."""
+    """Return a mask of the elements of a tile that exist; channels are not compared if all of them exist."""
     if END == TILE_END:
         mask = is_row
     else:

@@ -1,13 +1,12 @@
-"""A gradient times a number that is on the device, or one for each row, which in training is nearly always exactly 1.
+"""A gradient times a number on the device, or one number per row, which in training is nearly always exactly 1.
 
     out = gradient * factor     in float32, rounded once;  gradient, out of one dtype and shape, factor () or (rows)
 
-In place where out is gradient: then nothing else is read where factor is 1. Otherwise
-4 bytes an element in half precision, 8 in single. Compare `ops/linear_cross_entropy.py`, which makes gradients in
-forward.
+The op is in place if out is gradient: where the factor is 1, it then reads nothing else. Otherwise it moves 4 bytes per
+element in half precision, 8 in single. See `ops/linear_cross_entropy.py`, which computes gradients in forward.
 """
 
-# Triton's own: a launch takes num_warps.
+# A type checker does not recognize Triton's launch argument num_warps.
 # pyright: reportCallIssue=false
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ def _scale_kernel(gradient_ptr, out_ptr, factor_ptr, numel, IN_PLACE: tl.constex
 def _scale_rows_kernel(
     gradient_ptr, out_ptr, factor_ptr, rows, width, IN_PLACE: tl.constexpr, BLOCK: tl.constexpr
 ):
-    # From a 64-bit start, the row is a 64-bit number.
+    # With a 64-bit start, the row is a 64-bit number.
     for row in range(tl.program_id(0).to(tl.int64), rows, tl.num_programs(0)):
         factor = tl.load(factor_ptr + row).to(tl.float32)
         if not IN_PLACE or factor != 1.0:
@@ -50,7 +49,7 @@ def _scale_rows_kernel(
 
 
 def scale(gradient: Tensor, factor: Tensor, out: Tensor) -> Tensor:
-    """out, which is gradient or as large. Both are contiguous."""
+    """Write gradient * factor () into out, which may be gradient, and return out. Both are contiguous."""
     numel = gradient.numel()
     if numel:
         programs = PROGRAMS_PER_MULTIPROCESSOR * num_multiprocessors(gradient.device)
@@ -62,7 +61,7 @@ def scale(gradient: Tensor, factor: Tensor, out: Tensor) -> Tensor:
 
 
 def scale_rows(gradient: Tensor, factor: Tensor, out: Tensor) -> Tensor:
-    """out (R, ...), which is gradient or as large; factor (R). All are contiguous."""
+    """Write gradient * factor (R) into out (R, ...), which may be gradient, and return out. All are contiguous."""
     if gradient.numel():
         rows, width = gradient.shape[0], gradient[0].numel()
         programs = PROGRAMS_PER_MULTIPROCESSOR * num_multiprocessors(gradient.device)

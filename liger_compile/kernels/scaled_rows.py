@@ -1,13 +1,13 @@
-"""float32 rows, rounded to float16 with a power of two for each row: the kernel of ops/scaled_rows.py.
+"""float32 rows, rounded to float16 with one power of two per row: the kernel of ops/scaled_rows.py.
 
     total = values + rows * scales     or values alone
     scales = 2^floor(log2(max |total|)) / 2^14      rows = total / scales
 
-A program takes a row and goes through it twice, for its largest number and to write it; the second time it comes out
-of the cache. Bytes an element: 6, or 8 with the sum. Infinite numbers leave a row at the scale 1, NaN changes no scale.
+A program reads a row twice: once for its largest number, and once, from the cache, to write the row. Bytes per element:
+6, or 8 with the sum. A row with infinite numbers has the scale 1. NaN does not change a scale.
 """
 
-# Triton's own: a launch takes num_warps.
+# A type checker does not recognize Triton's launch argument num_warps.
 # pyright: reportCallIssue=false, reportAttributeAccessIssue=false, reportOperatorIssue=false
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def _store_kernel(
     ADDS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    # From a 64-bit start, the row is a 64-bit number.
+    # With a 64-bit start, the row is a 64-bit number.
     for row in range(tl.program_id(0).to(tl.int64), num_rows, tl.num_programs(0)):
         before = 1.0
         if ADDS:
@@ -51,11 +51,11 @@ def _store_kernel(
         for start in range(0, width, COLUMNS):
             columns = start + tl.arange(0, COLUMNS)
             total = _total(values_ptr, rows_ptr, row * width + columns, columns < width, before, ADDS)
-            highs = tl.maximum(highs, tl.abs(total))  # of a number and NaN, the number
+            highs = tl.maximum(highs, tl.abs(total))  # the maximum of a number and NaN is the number
         high = tl.max(highs, 0)
         bits = high.to(tl.int32, bitcast=True) & 0x7F800000
         scale = tl.where(high < float("inf"), bits.to(tl.float32, bitcast=True) / TOP, 1.0)
-        inverse = 1.0 / scale  # exact, as is what is multiplied by it
+        inverse = 1.0 / scale  # exact, as is a multiplication by it
         for start in range(0, width, COLUMNS):
             columns = start + tl.arange(0, COLUMNS)
             mask = columns < width

@@ -1,25 +1,25 @@
 """The loss of rows of logits and its gradient: the kernel of both cross-entropy ops.
 
-What is computed is in ops/softmax_loss.py; here is how. A program takes a row, reads it once for the maximum and the
-sum of exponentials, and again to write the gradient, which may be over the logits:
+ops/softmax_loss.py has the formulas; this file has the algorithm. A program processes a row. It reads the row once for
+the maximum and the sum of exponentials, and again to write the gradient, which may overwrite the logits:
 
     row_max = max(z)    sum = sum(exp(z - row_max))    log_sum = log(sum)    d = softcap's derivative, or 1
     dlogits = (exp(z - row_max) * through_p - share * w - [column == target] * onehot) * d
 
     logits (N, V), target (N), class_weight (V) or None, upstream (N) -> losses (N), dlogits (N, V)
 
-Dtypes: logits bfloat16, float16 or float32; everything between them and the rounded gradient is in float32.
+Dtypes: logits bfloat16, float16 or float32; all values between the logits and the rounded gradient are in float32.
 
-Bytes: so few programs run at a time that their rows stay in the L2 cache from the first pass to the second (ROWS_IN_L2
-a multiprocessor; longer rows are read twice). The device's memory is then read and written once: 4 bytes a logit in
-half precision with the gradient, 2 without. Within a pass no thread waits for another: each has a maximum and a sum of
-its own, and they meet at the end of the row.
+Bytes: so few programs run concurrently that their rows stay in the L2 cache from the first pass to the second
+(ROWS_IN_L2 per multiprocessor; longer rows are read twice). The device's memory is then read and written once: 4 bytes
+per logit in half precision with the gradient, 2 without. Within a pass no thread waits for another: each thread has its
+own maximum and sum, which are combined at the end of the row.
 
-A row whose target is ignored is not read. A row whose target is no class is NaN, and nothing is read by that target;
-`assert_classes` is for the callers that have it stop the program, as eager code's kernel does.
+A row whose target is ignored is not read. A row whose target is no class gets NaN, and the target is not used as an
+index. `assert_classes` is for callers that want such a target to stop the program, as eager code's kernel does.
 """
 
-# Triton's own: what may be None in a kernel is known when it is compiled, and a launch takes num_warps.
+# A type checker does not see which kernel arguments are None at compile time, nor the launch argument num_warps.
 # pyright: reportOptionalOperand=false, reportOperatorIssue=false, reportCallIssue=false
 
 from __future__ import annotations
@@ -33,12 +33,13 @@ from torch import Tensor
 
 from . import launch, num_multiprocessors
 
-# The quickest of these, in place, at 32000, 128256 and 151936 classes, or nearly (one H100, torch 2.11.0, triton 3.6.0,
-# bfloat16, 2026-11-25): 1.10, 1.20 and 1.30 times a copy, against 1.27, 1.31 and 1.43 with 256 KiB, 32 and 2.
-ROWS_IN_L2 = 200 * 2**10  # of rows on a multiprocessor: 27 MB on an H100, whose L2 has two halves of 25
+# The fastest or nearly fastest tested values, in place, at 32000, 128256 and 151936 classes (one H100, torch 2.11.0,
+# triton 3.6.0, bfloat16, 2026-11-25): 1.10, 1.20 and 1.30 times a copy, against 1.27, 1.31 and 1.43 with 256 KiB, 32
+# and 2.
+ROWS_IN_L2 = 200 * 2**10  # of rows per multiprocessor: 27 MB on an H100, whose L2 has two halves of 25
 WARPS_PER_MULTIPROCESSOR = 48
 MOST_PROGRAMS, MOST_WARPS = 32, 32
-VECTOR_BYTES = 16  # what a thread reads at a time
+VECTOR_BYTES = 16  # that a thread reads at a time
 VECTORS_PER_THREAD, VECTORS_OF_LONG_ROWS = 2, 4
 TARGETS = 1024  # that a program checks
 
@@ -47,14 +48,17 @@ Terms = tuple[Tensor | None, int, float, float, float | None, float]
 
 
 class Config(NamedTuple):
-    programs: int  # that a multiprocessor works on
+    programs: int  # per multiprocessor
     num_warps: int
     lanes: int  # vectors that a program reads at a time: a power of two
     vector: int  # elements
 
 
 def config(classes: int, itemsize: int, is_lean: bool) -> Config:
-    """`is_lean`: both passes, and neither smoothing nor tanh in float32, which take registers for each element."""
+    """Return the launch configuration.
+
+    `is_lean` means: both passes, and neither smoothing nor tanh in float32, which take registers for each element.
+    """
     programs = max(1, min(MOST_PROGRAMS, ROWS_IN_L2 // (classes * itemsize)))
     num_warps = min(MOST_WARPS, 2 ** ((WARPS_PER_MULTIPROCESSOR // programs).bit_length() - 1))
     vector = VECTOR_BYTES // itemsize
@@ -65,18 +69,18 @@ def config(classes: int, itemsize: int, is_lean: bool) -> Config:
 
 @triton.jit
 def _exp(x, IS_HALF: tl.constexpr):
-    """For half precision without results below 2^-126: to have those takes three instructions more for each number."""
+    """Return exp(x); for half precision without results below 2^-126, which would take three more instructions."""
     return tl.exp2(x * 1.4426950408889634) if IS_HALF else tl.exp(x)
 
 
 @triton.jit
 def _tanh(x):
-    """tanh and its derivative, each without cancellation: 1 - tanh^2 would have no digits left near the bound."""
+    """Return tanh and its derivative, without cancellation: near the bound, 1 - tanh^2 would have no correct digits."""
     size = tl.abs(x)
     small = tl.exp(-2.0 * size)
     inverse = 1.0 / (1.0 + small)
     far = tl.where(x < 0, -1.0, 1.0) * (1.0 - small) * inverse
-    u = x * x  # Taylor's series, to x^11
+    u = x * x  # Taylor series up to x^11
     near = -0.05396825396825397 + u * (0.021869488536155203 + u * -0.008863235529902197)
     near = x + x * u * (-0.3333333333333333 + u * (0.13333333333333333 + u * near))
     tanh = tl.where(size < 0.35, near, far)
@@ -85,7 +89,9 @@ def _tanh(x):
 
 @triton.jit
 def _tanh_in_half_precision(x):
-    """The same to about 1e-6 of 1, more digits than x has, in few instructions: rsqrt(y)^2 is 1 / y in two.
+    """Return tanh and its derivative to about 1e-6 of 1, with few instructions.
+
+    That is more digits than x has. rsqrt(y)^2 computes 1 / y in two instructions.
 
     Both passes in place over 1024 x 256000 logits with a softcap took 0.53 ms instead of 0.79, and 0.49 without (one
     H100, torch 2.11.0, triton 3.6.0, bfloat16, 2026-11-26).
@@ -123,8 +129,8 @@ def _softmax_loss_kernel(  # noqa: C901 - constexpr branches: a compiled kernel 
     mass_ptr,  # (), the sum of class_weight, where it is needed
     upstream_ptr,  # (rows), or () with a stride of 0
     upstream_stride,
-    losses_ptr,  # (rows); None: row_max and log_sum are given
-    row_max_ptr,  # (rows); None with losses: nobody needs them
+    losses_ptr,  # (rows); None: row_max and log_sum are inputs
+    row_max_ptr,  # (rows); may be None if losses are written and it is not needed
     log_sum_ptr,
     rows,
     classes,
@@ -145,7 +151,7 @@ def _softmax_loss_kernel(  # noqa: C901 - constexpr branches: a compiled kernel 
 ):
     IS_HALF: tl.constexpr = logits_ptr.dtype.element_ty != tl.float32
     lanes = tl.arange(0, LANES)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
-    # From a 64-bit start, the row is a 64-bit number.
+    # With a 64-bit start, the row is a 64-bit number.
     for row in range(tl.program_id(0).to(tl.int64), rows, tl.num_programs(0)):
         logits_row = logits_ptr + row * logits_stride
         target = tl.load(target_ptr + row)
@@ -175,7 +181,7 @@ def _softmax_loss_kernel(  # noqa: C901 - constexpr branches: a compiled kernel 
                 z_label = _scores(
                     tl.load(logits_row + label), inner_scale, softcap, HAS_SCALE, HAS_SOFTCAP, IS_HALF
                 )[0]
-                # Smoothing sums z: from somewhere near all of them, for they may be large beside their differences.
+                # Smoothing sums z relative to a nearby origin, because z may be large compared with its differences.
                 origin = tl.where(tl.abs(z_label) < float("inf"), z_label, 0.0)
                 highs = tl.full([LANES], float("-inf"), tl.float32)
                 sums = tl.zeros([LANES], tl.float32)
@@ -190,7 +196,7 @@ def _softmax_loss_kernel(  # noqa: C901 - constexpr branches: a compiled kernel 
                     z = _scores(logits, inner_scale, softcap, HAS_SCALE, HAS_SOFTCAP, IS_HALF)[0]
                     z = tl.where(columns < classes, z, float("-inf"))
                     new_highs = tl.maximum(highs, tl.max(z, 1))
-                    # All of a vector may be -inf: 0 is as good a reference for that, and -inf would make NaN.
+                    # A whole vector may be -inf. The reference is then 0, because -inf would give NaN.
                     reference = tl.where(new_highs == float("-inf"), 0.0, new_highs)
                     sums = sums * _exp(highs - reference, IS_HALF) + tl.sum(
                         _exp(z - reference[:, None], IS_HALF), 1
@@ -208,7 +214,7 @@ def _softmax_loss_kernel(  # noqa: C901 - constexpr branches: a compiled kernel 
                 total = tl.sum(sums * _exp(highs - reference, IS_HALF), 0)
                 log_sum = tl.log(total)
                 inverse_sum = 1.0 / total
-                # Not log_sum + row_max first: where logits are large, that would lose log_sum.
+                # Not log_sum + row_max first: for large logits, that would lose the digits of log_sum.
                 loss = (1.0 - label_smoothing) * (log_sum - (z_label - row_max))
                 if HAS_Z_LOSS:
                     lse = row_max + log_sum
@@ -226,7 +232,7 @@ def _softmax_loss_kernel(  # noqa: C901 - constexpr branches: a compiled kernel 
                     tl.store(log_sum_ptr + row, log_sum)
 
             if dlogits_ptr is not None:
-                # A row's numbers carry logit_scale, so that no element has to.
+                # The factors of the row include logit_scale, so that no element is multiplied by it.
                 upstream = tl.load(upstream_ptr + row * upstream_stride).to(tl.float32) * logit_scale
                 onehot = weight * upstream * (1.0 - label_smoothing)
                 through_p = onehot
@@ -262,7 +268,7 @@ def _softmax_loss_kernel(  # noqa: C901 - constexpr branches: a compiled kernel 
                     )
 
 
-# Assertions are compiled in debug mode alone. A kernel of its own: in that mode all sums of integers are checked too.
+# Assertions are compiled in debug mode only. A separate kernel, because that mode also checks all integer sums.
 @triton.jit(do_not_specialize=["rows", "classes", "ignore_index"], debug=True)
 def _assert_classes_kernel(target_ptr, rows, classes, ignore_index, BLOCK: tl.constexpr):
     offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -273,7 +279,7 @@ def _assert_classes_kernel(target_ptr, rows, classes, ignore_index, BLOCK: tl.co
 
 
 def assert_classes(target: Tensor, classes: int, ignore_index: int) -> None:
-    """Stops the device with an assertion if a target (N) is neither a class nor ignored. Nothing waits for it."""
+    """Stop the device by an assertion if a target (N) is neither a class nor ignored. Does not synchronize."""
     rows = target.numel()
     if rows:
         launch(_assert_classes_kernel)[(triton.cdiv(rows, TARGETS),)](
@@ -282,9 +288,11 @@ def assert_classes(target: Tensor, classes: int, ignore_index: int) -> None:
 
 
 def losses(logits: Tensor, target: Tensor, terms: Terms, upstream: Tensor | None) -> Tensor:
-    """The rows' losses (N). With upstream, (N), the logits become the gradient of (losses * upstream).sum() to them.
+    """Return the losses (N) of the rows, and write the gradient over the logits if upstream is given.
 
-    The logits are a buffer of the caller's, and what lies between its rows, up to their stride, is padding.
+    The gradient is that of (losses * upstream).sum() with respect to the logits, for upstream (N).
+
+    The caller provides the logits as a buffer. The space between its rows, up to their stride, is padding.
     """
     losses = logits.new_empty(logits.shape[:1], dtype=torch.float32)
     dlogits = None if upstream is None else logits
@@ -293,7 +301,7 @@ def losses(logits: Tensor, target: Tensor, terms: Terms, upstream: Tensor | None
 
 
 def losses_and_statistics(logits: Tensor, target: Tensor, terms: Terms) -> tuple[Tensor, Tensor, Tensor]:
-    """The rows' losses, row_max and log_sum, (N) each; the two are 0 where the target is ignored."""
+    """Return the losses, row_max and log_sum (N) of the rows; the latter two are 0 where the target is ignored."""
     logits = _with_dense_rows(logits)
     losses, row_max, log_sum = (logits.new_empty(logits.shape[:1], dtype=torch.float32) for _ in range(3))
     _launch(logits, target, terms, None, None, losses, row_max, log_sum, logits.shape[1])
@@ -303,7 +311,7 @@ def losses_and_statistics(logits: Tensor, target: Tensor, terms: Terms) -> tuple
 def gradient(
     logits: Tensor, target: Tensor, terms: Terms, upstream: Tensor, row_max: Tensor, log_sum: Tensor
 ) -> Tensor:
-    """The gradient of (losses * upstream).sum() to the logits, (N, V) and contiguous."""
+    """Return the gradient of (losses * upstream).sum() with respect to the logits, (N, V) and contiguous."""
     logits = _with_dense_rows(logits)
     dlogits = torch.empty_like(logits, memory_format=torch.contiguous_format)
     _launch(logits, target, terms, upstream, dlogits, None, row_max, log_sum, logits.shape[1])
@@ -335,7 +343,7 @@ def _launch(
     is_long_tanh = softcap is not None and logits.dtype == torch.float32
     is_lean = not (is_in_one_pass or label_smoothing or is_long_tanh)
     programs, num_warps, lanes, vector = config(classes, logits.element_size(), is_lean)
-    if is_in_one_pass:  # which the cache has nothing to keep for
+    if is_in_one_pass:  # one pass reuses nothing from the cache
         programs *= 2
     grid = (min(rows, programs * num_multiprocessors(logits.device)),)
     launch(_softmax_loss_kernel)[grid](

@@ -1,12 +1,12 @@
 """Residual addition and the RMSNorm of the sum.
 
-    s = x + residual        rounded to the dtype that the two promote to
-    y = rms_norm(s)         of the rounded sum, as a model that adds and then norms computes it; see rms_norm.py
+    s = x + residual        rounded to the dtype that x and residual promote to
+    y = rms_norm(s)         of the rounded sum, as in a model that adds and then normalizes; see rms_norm.py
 
     x, residual (..., D), weight (D) or None -> y (..., D), s (..., D), rstd (...)
 
-Dtypes as in rms_norm.py, with s for x. Saved for backward: s, weight, rstd. Backward adds the gradient that comes
-in through s to the one through y before it rounds, and makes one gradient for x and residual together.
+Dtypes are those of rms_norm.py, with s in place of x. Saved for backward: s, weight, rstd. Backward adds the gradient
+through s to the gradient through y before it rounds, and computes one gradient for both x and residual.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def add_rms_norm_backward(
     needs_dsum: bool,
     needs_dweight: bool,
 ) -> tuple[Tensor, Tensor]:
-    """(gradient of the sum, dweight), empty where not needed."""
+    """Return (gradient of the sum, dweight), each empty where not needed."""
     if is_normed_by_kernel(s, dy, ds, weight, numbers=(offset,)):
         from ..kernels import rms_norm as kernels
 

@@ -1,11 +1,11 @@
-"""A vocabulary of any size in parts that matrix products are fast for.
+"""Splits a vocabulary of any size into parts for which matmuls are fast.
 
-On a GPU a product of which an extent is no multiple of a few elements may run several times slower, also where all
-rows are aligned. In parts, the largest multiple of ALIGNED classes and the rest, which is thin, are products of their
-own: views of logits, weight and dweight, whose rows stay where they are, so nothing is copied and nothing is padded.
-Of dx, the second is added to the first as it was rounded.
+On a GPU, a matmul with an extent that is not a multiple of a few elements may run several times slower, even where all
+rows are aligned. The parts are the largest multiple of ALIGNED classes and the thin remainder. Each part has its own
+matmul. The operands are views of logits, weight and dweight, so nothing is copied and nothing is padded. The part of dx
+from the remainder is added to the rounded part of dx from the aligned classes.
 
-bench/vocabulary.py measures both. Until there are figures of it, ALIGNED is None: in one.
+bench/vocabulary.py measures both. Until it has figures, ALIGNED is None: the vocabulary is one part.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ ALIGNED: int | None = None
 
 
 def class_parts(classes: int, device: torch.device) -> list[slice]:
-    """Slices of the classes, none of them empty."""
+    """Return slices of the classes; no slice is empty."""
     if ALIGNED is None or device.type == "cpu" or not classes % ALIGNED or classes < ALIGNED:
         return [slice(0, classes)]
     aligned = classes - classes % ALIGNED

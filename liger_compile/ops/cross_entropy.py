@@ -1,14 +1,15 @@
-"""Cross-entropy of logits that are there, keeping nothing but the logits and two numbers a row.
+"""Cross-entropy of materialized logits that saves only the logits and two numbers per row.
 
-    loss = reduce(losses of softmax_loss.py)       "none": each token's; "sum"; "mean": sum(loss) / sum(w[t])
+    loss = reduce(losses of softmax_loss.py)       "none": one loss per token; "sum"; "mean": sum(loss) / sum(w[t])
 
     logits (N, V), target (N), class_weight (V) or None -> loss () or (N), row_max (N), log_sum (N)
 
 Dtypes: logits in any floating dtype, target in int64; the loss and the statistics in float32 (float64 for float64
-logits), dlogits in the dtype of the logits. Saved for backward: logits, target, row_max, log_sum. The statistics are
-two because exp(z - row_max - log_sum) is exact to the last bits where exp(z - lse) loses as many as |lse| has.
+logits), dlogits in the dtype of the logits. Saved for backward: logits, target, row_max, log_sum. There are two
+statistics because exp(z - row_max - log_sum) is exact to the last bits, while exp(z - lse) loses as many bits as |lse|
+has.
 
-Neither pass makes an N x V temporary in float32: the references go through the rows in blocks.
+Neither pass allocates an N x V temporary in float32: the references process the rows in blocks.
 """
 
 from __future__ import annotations

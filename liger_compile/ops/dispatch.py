@@ -1,7 +1,7 @@
-"""Whether an op runs its Triton kernel or its reference.
+"""Decides whether an op runs its Triton kernel or its reference.
 
-Kernels are for NVIDIA GPUs from compute capability 8.0 on, and for what half and single precision holds. Everything
-else, and every machine without Triton, has the reference.
+The kernels support NVIDIA GPUs of compute capability 8.0 and later, and half and single precision. All other inputs,
+and all machines without Triton, use the reference.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from torch.nn import Parameter
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
-INTERPRET = False  # set by tests, under TRITON_INTERPRET=1: kernels take tensors on a CPU
+INTERPRET = False  # tests set it under TRITON_INTERPRET=1: kernels then accept CPU tensors
 
 
 def has_kernel(*tensors: Tensor | None) -> bool:
-    """Whether a kernel takes all of these tensors, which are on one device. None are left out."""
+    """Return whether a kernel accepts all of these tensors, which are on one device. None values are ignored."""
     given = [tensor for tensor in tensors if tensor is not None]
     return all(tensor.dtype in DTYPES and _runs_on(tensor) for tensor in given)
 
@@ -27,7 +27,7 @@ def has_kernel(*tensors: Tensor | None) -> bool:
 def _runs_on(tensor: Tensor) -> bool:
     if tensor.device.type == "cuda":
         return _has_triton() and _is_supported(tensor.device)
-    # The interpreter reads memory, which the tensors that a tracer makes have none of.
+    # The interpreter reads memory. The tensors that a tracer creates have no memory.
     return INTERPRET and type(tensor) in (Tensor, Parameter)
 
 

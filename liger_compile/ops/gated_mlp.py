@@ -1,20 +1,20 @@
-"""The gate of a gated MLP, alone and together with the down projection that follows it.
+"""The gate of a gated MLP, alone or with the down projection that follows it.
 
     h = act(gate) * up              gated_activation: h
-    y = h @ weight^T + bias         gated_mlp: y, keeping no h
+    y = h @ weight^T + bias         gated_mlp: y; h is not saved
 
     gate, up (..., I), or gate (..., 2I) packed with the gate in its first half and up None
     weight (O, I), bias (O) or None -> h (..., I), y (..., O)
 
 `activation` is "silu" (SwiGLU), "gelu" (exact) or "gelu_tanh" (GeGLU).
 
-Dtypes: act and the product in float32 (float64 for float64), rounded once, to the dtype that gate and up promote to;
-that must be the dtype of weight and bias. Saved for backward: gate, up, weight. Backward computes h again, for it
-costs less than to keep it: of gate, up and h an eager MLP saves all three.
+Dtypes: act and the multiplication by up in float32 (float64 for float64), rounded once to the dtype that gate and up
+promote to. weight and bias must have that dtype. Saved for backward: gate, up, weight. Backward recomputes h, which
+costs less than saving it; an eager MLP saves gate, up and h.
 
     dh = dy @ weight,  dgate = dh * up * act'(gate),  dup = dh * act(gate),  dweight = dy^T @ h,  dbias = sum(dy)
 
-dh is rounded to its dtype, as the matrix product leaves it. A packed gate gets one packed gradient.
+dh is rounded to its dtype, as the matmul returns it. A packed gate gets one packed gradient.
 
 Source: Shazeer, GLU Variants Improve Transformer, 2020 (arXiv 2002.05202).
 """
@@ -34,7 +34,7 @@ from .registration import opaque_op, traceable_op
 
 
 def split_packed(gate: Tensor, up: Tensor | None) -> tuple[Tensor, Tensor]:
-    """(gate, up), as views of the packed gate if up is None."""
+    """Return (gate, up), as views of the packed gate if up is None."""
     if up is not None:
         return gate, up
     half = gate.shape[-1] // 2
@@ -48,7 +48,7 @@ def act(gate: Tensor, activation: str) -> Tensor:
 
 
 def activate(gate: Tensor, up: Tensor, activation: str) -> Tensor:
-    """The reference: h."""
+    """Return h, by the reference."""
     dtype = torch.promote_types(gate.dtype, up.dtype)
     wide = accumulation_dtype(dtype)
     return (act(gate.to(wide), activation) * up.to(wide)).to(dtype)
@@ -69,7 +69,7 @@ def up_gradient(dh: Tensor, gate: Tensor, up: Tensor, activation: str) -> Tensor
 
 
 def is_gated_by_kernel(gate: Tensor, *others: Tensor | None) -> bool:
-    """Whether the kernels take it. They are compiled for one width."""
+    """Return whether the kernels accept the inputs. The kernels are compiled for a fixed width."""
     width = gate.shape[-1]
     return has_kernel(gate, *others) and isinstance(width, int) and width > 0
 
@@ -87,7 +87,7 @@ def gated_activation(gate: Tensor, up: Tensor | None, activation: str) -> Tensor
 def gated_activation_backward(
     dh: Tensor, gate: Tensor, up: Tensor | None, activation: str, needs_dgate: bool, needs_dup: bool
 ) -> tuple[Tensor, Tensor]:
-    """(dgate, dup), empty where not needed; dup is empty as well if dgate is packed."""
+    """Return (dgate, dup), each empty where not needed; dup is also empty if dgate is packed."""
     gate_half, up_half = split_packed(gate, up)
     if is_gated_by_kernel(gate, up, dh):
         from ..kernels import gated_mlp as kernels
@@ -165,12 +165,12 @@ def gated_mlp_backward(
     needs_dweight: bool,
     needs_dbias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(dgate, dup, dweight, dbias), empty where not needed; dup is empty as well if dgate is packed."""
+    """Return (dgate, dup, dweight, dbias), each empty where not needed; dup is also empty if dgate is packed."""
     needs = needs_dgate, needs_dup, needs_dweight, needs_dbias
     dgate, dup, dweight, dbias = _empty_gradients(gate, up, weight, *needs)
     dy = _rows(dy)
     gate_half, up_half = (_rows(x) for x in split_packed(gate, up))
-    # One N x I buffer: first dh, and then, as dh is used up, h.
+    # One N x I buffer: it first contains dh; h then overwrites the parts of dh that have been used.
     h = dy @ weight if needs_dgate or needs_dup else dy.new_empty(gate_half.shape)
     if is_gated_by_kernel(gate, up, dy):
         from ..kernels import gated_mlp as kernels

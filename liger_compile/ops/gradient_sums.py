@@ -1,13 +1,13 @@
-"""Gradients that are sums of products, made chunk by chunk: how they are kept on the way, and what they end as.
+"""Gradients that are sums of matmuls, accumulated chunk by chunk: the accumulation format and the final format.
 
-    sum.add(rows, a, b, is_first)     these rows are a @ b, or have a @ b added to them; times a scale
-    sum.finish()                      what is in `matrix` then is the sum
+    sum.add(rows, a, b, is_first)     sets these rows to a @ b, or adds a @ b to them; times a scale
+    sum.finish()                      afterwards `matrix` contains the sum
 
-    Plain        in the dtype of the products
-    ScaledRows   float16 with a power of two for each row (scaled_rows.py), so that no product is too large for it
-    Wide         in float32, and in the end one of the two
+    Plain        in the dtype of the operands
+    ScaledRows   float16 with a power of two for each row (scaled_rows.py), so that no matmul result is too large
+    Wide         accumulated in float32, then stored as one of the other two
 
-ScaledRows has its products in float32, of as many rows at a time as `memory` bytes hold.
+ScaledRows computes its matmuls in float32, in blocks of as many rows as fit in `memory` bytes.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 from . import scaled_rows
 from .blocks import split_rows
 
-BLOCK_BYTES = 8 * 2**20  # of a product, and of an operand in float32, on a CPU
+BLOCK_BYTES = 8 * 2**20  # of a matmul result, and of an operand in float32, on a CPU
 
 
 class Plain:
@@ -33,7 +33,7 @@ class Plain:
         self.matrix.copy_(total)
 
     def finish(self) -> None:
-        """Nothing is left to do."""
+        """Do nothing: the sum is complete."""
 
 
 class ScaledRows:
@@ -49,7 +49,7 @@ class ScaledRows:
         scaled_rows.store(total, self.matrix, self.scales)
 
     def finish(self) -> None:
-        """Nothing is left to do."""
+        """Do nothing: the sum is complete."""
 
 
 class Wide:
@@ -62,13 +62,13 @@ class Wide:
         if total.is_cuda:
             torch.addmm(total, a, b, out_dtype=total.dtype, beta=beta, alpha=self.scale, out=total)
             return
-        # Some rows at a time, for the product in the dtype of a is large.
+        # In blocks of rows, because the matmul result in the dtype of a is large.
         for block in split_rows(total.shape[0], max(BLOCK_BYTES // (a.element_size() * total.shape[1]), 1)):
             product = self._product(a[block], b)
             total[block] = product.to(total.dtype) if is_first else total[block] + product
 
     def _product(self, a: Tensor, b: Tensor) -> Tensor:
-        if a.dtype == torch.float16:  # which may be too small for it
+        if a.dtype == torch.float16:  # whose range may be too small for the result
             return wide_product(a, b) * self.scale
         return torch.addmm(a.new_zeros(()), a, b, beta=0, alpha=self.scale)
 
@@ -80,10 +80,10 @@ GradientSum = Plain | ScaledRows | Wide
 
 
 def wide_product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b of half precision, in float32."""
+    """Return a @ b in float32, for operands in half precision."""
     if a.is_cuda:
         return torch.mm(a, b, out_dtype=torch.float32)
-    # PyTorch has that for CUDA alone. Some of b at a time: it may be the head.
+    # PyTorch has out_dtype for CUDA only. Blocks of b, because b may be the weight of the head.
     total = torch.zeros(a.shape[0], b.shape[1])
     for block in split_rows(b.shape[0], max(BLOCK_BYTES // (4 * b.shape[1]), 1)):
         total.addmm_(a[:, block].float(), b[block].float())

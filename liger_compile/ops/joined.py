@@ -1,11 +1,11 @@
-"""The backward of rotary and of norm_rotary whose results lie side by side, with another matrix beside them.
+"""The backwards of rotary and norm_rotary with a packed output, in which another matrix is placed beside their results.
 
-    joined (N, K) = [grad of q | grad of k | rest],   a row for each of B * T tokens, all heads of it side by side
+    packed (N, K) = [grad of q | grad of k | rest],   one row for each of B * T tokens, all its heads side by side
 
     dq, dk (B, T, heads, D), or (B, heads, T, D) if heads_axis is 1; rest (N, R) or None; the others as in the two ops
 
-So one product with the weights of three projections, one under the other, gives the gradient of what they all read.
-`backward_passes/` puts these ops there. Dtypes and sources are those of the two ops.
+One matmul of the packed matrix with the stacked weights of three projections gives the gradient of their shared input.
+`backward_passes/` inserts these ops. Dtypes and sources are those of the two ops.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def _join(gradients: Sequence[Tensor], rest: Tensor | None, heads_axis: int) -> 
 def _room(
     dq: Tensor, dk: Tensor, rest: Tensor | None, heads_axis: int, dtype: torch.dtype
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """An empty matrix for what is joined, with `rest` in it, and the parts of dq's and dk's shapes."""
+    """Return an empty packed matrix with `rest` copied into it, and its views with the shapes of dq and dk."""
     batch, num_tokens = _tokens_first(dq, heads_axis).shape[:2]
     shapes = [_tokens_first(x, heads_axis).shape[2:] for x in (dq, dk)]
     widths = [shape.numel() for shape in shapes]
@@ -71,7 +71,7 @@ def rotary_backward_joined(
     q_dtype: torch.dtype,
     k_dtype: torch.dtype,
 ) -> Tensor:
-    """As rotary_backward, where q, k and rest have one dtype."""
+    """Return the packed result of rotary_backward, where q, k and rest have one dtype."""
     dtypes = q_dtype, k_dtype
     if heads_axis_of_kernel((dq, dk), cos, sin, dtypes) != heads_axis or not _has_kernel(rest):
         return _join(rotate_each((dq, dk), dtypes, cos, sin, layout, half_tables, True), rest, heads_axis)
@@ -100,7 +100,7 @@ def norm_rotary_backward_joined(
     needs_dk: bool,
     needs_dweights: bool,
 ) -> tuple[Tensor, Tensor]:
-    """As norm_rotary_backward, where q and k need gradients and have the dtype of rest: (joined, dweights)."""
+    """Return (packed, dweights) of norm_rotary_backward, where q and k need gradients and have the dtype of rest."""
     inputs = dq, dk, q, k, q_weight, k_weight, cos, sin, eps, offset, needs_dq, needs_dk
     by_kernel = heads_axis_if_by_kernel((q, k, dq, dk), (q_weight, k_weight), cos, sin, (eps, offset))
     if by_kernel != heads_axis or not _has_kernel(rest):

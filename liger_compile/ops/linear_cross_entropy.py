@@ -1,36 +1,40 @@
-"""The last linear layer and its cross-entropy, without the logits.
+"""The last linear layer and its cross-entropy, without materialized logits.
 
     logits = x @ weight^T + bias            rounded to the dtype of x, as F.linear rounds them
-    loss = reduce(losses of softmax_loss.py)       "none": each token's; "sum"; "mean": sum(loss) / sum(w[t])
+    loss = reduce(losses of softmax_loss.py)       "none": one loss per token; "sum"; "mean": sum(loss) / sum(w[t])
 
     x (N, H), weight (V, H), target (N), bias (V) or None, class_weight (V) or None
-    -> loss () or (N), dx (N, H), dweight (V, H), dbias (V), and what backward multiplies their rows by besides the
-       incoming gradient: token_scales (N) dx's, class_scales (V) dweight's; what is not needed is empty
+    -> loss () or (N), dx (N, H), dweight (V, H), dbias (V), and the factors that backward applies to rows in addition
+       to the incoming gradient: token_scales (N) for dx, class_scales (V) for dweight; unneeded outputs are empty
 
-Tokens go through in chunks: logits of a chunk, their loss, the gradient of that in place, and two products with it,
-the chunk's rows of dx and its share of dweight. No more than a chunk of logits ever exists. For "mean" and "sum" the
-gradients are therefore made in forward, as for an incoming gradient of 1, and saved; backward only scales them. For
-"none" every token has an incoming gradient of its own, so backward computes the logits again.
+The op processes the tokens in chunks. For each chunk it computes the logits, their loss, the gradient of the loss in
+place of the logits, and two matmuls with that gradient: the rows of dx for the chunk, and the contribution to dweight.
+At most one chunk of logits exists at a time. For "mean" and "sum", forward therefore computes the gradients for an
+incoming gradient of 1 and saves them; backward only scales them. For "none", every token has its own incoming gradient,
+so backward recomputes the logits.
 
-Where an incoming gradient is infinite or NaN, so are the gradients of a token that counts, and those of weight and bias
-if any does; an ignored token's are 0, as in eager code, which multiplies before. token_scales are 0 for those.
+If an incoming gradient is infinite or NaN, the gradients of counted tokens are not finite. The gradients of weight and
+bias are not finite either, if any token is counted. The gradients of ignored tokens are 0, as in eager code, which
+multiplies earlier. Ignored tokens have token_scales of 0.
 
-A chunk has `memory` bytes of logits, by default CHUNK_BYTES on a CPU and DEVICE_CHUNK_BYTES elsewhere, and LEAST_ROWS
-at the least; by default on a CPU, where dweight is made, ROWS_A_BYTE for each byte of an element and half as many as x
-has columns.
-dweight is summed over chunks in the dtype of weight; in float32 if that is a half precision and there are more than
-ACCUMULATE_WIDE_ABOVE chunks. Where it takes less memory than that float32 sum would, chunks are longer instead.
+A chunk has `memory` bytes of logits. The default is CHUNK_BYTES on a CPU and DEVICE_CHUNK_BYTES elsewhere. A chunk has
+at least LEAST_ROWS rows. With the default memory on a CPU, if dweight is needed, a chunk also has at least ROWS_A_BYTE
+rows for each byte of an element, and at least half as many rows as x has columns.
+dweight is summed over chunks in the dtype of weight. If weight has a half precision and there are more than
+ACCUMULATE_WIDE_ABOVE chunks, it is summed in float32. Where longer chunks take less memory than that float32 sum, the
+chunks are longer instead.
 
-Dtypes: x, weight and bias in one dtype; the loss and everything between logits and their gradient in float32 (float64
-for float64). 1 / sum(w[t]) of a "mean":
-- The reference on a CPU puts it into the products as their alpha: the gradient of the logits is rounded as
-  p - onehot, in which the 1 is exact, and divided before the result is rounded.
-- On other devices it is divided before, as eager code does, rather than wait for the number or have a pass over
-  dweight for it.
-- float16 has no numbers for that: before the incoming gradient, a GradScaler's, brings it back, what is small would be
-  lost and what is large infinite. The gradient of the logits is rounded as a power of two times p - onehot, as large as
-  float16 allows for the class weights at hand, and products of it are kept as scaled rows (scaled_rows.py), which have
-  been float32 before. token_scales and class_scales undo that. It costs a pass over dweight for each chunk.
+Dtypes: x, weight and bias have one dtype. The loss and all values between the logits and their gradient are in float32
+(float64 for float64). The factor 1 / sum(w[t]) of a "mean" is applied as follows:
+- The reference on a CPU passes it as the alpha of the matmuls. The gradient of the logits is then rounded as
+  p - onehot, in which the 1 is exact, and the matmul divides before it rounds its result.
+- On other devices the gradient of the logits is divided, as in eager code. This avoids a wait for the number and a pass
+  over dweight.
+- float16 has too small a range. Until the incoming gradient of a GradScaler restores the size, small values would
+  be lost and large values would be infinite. The gradient of the logits is rounded as a power of two times p - onehot,
+  as large as float16 allows for the given class weights. Its matmul results are computed in float32 and stored as
+  scaled rows (scaled_rows.py). token_scales and class_scales undo the scaling. This costs a pass over dweight for each
+  chunk.
 
 Source: Hsu et al., Liger Kernel, 2024 (arXiv 2410.10989), for gradients in forward. The algorithm is our own.
 """
@@ -53,22 +57,23 @@ from .scale import by_rows, scale_into
 from .scaled_rows import power_of_two
 from .softmax_loss import SoftmaxLoss, reduce
 
-# A chunk of logits is small beside any model, and long enough for its products to run at full speed: on a CPU, and
-# on a GPU, where 2048 rows of 128256 or 151936 logits are. Of 1664 rows, the products took 1.09 times as long there
-# (H100, torch 2.11.0, hidden size 1024, bfloat16, 2026-11-25): too few tiles for its multiprocessors.
+# A chunk of logits is small relative to any model, and long enough that its matmuls run at full speed, on a CPU and on
+# a GPU. 2048 rows of 128256 or 151936 logits are long enough on a GPU. With 1664 rows, the matmuls took 1.09 times as
+# long there (H100, torch 2.11.0, hidden size 1024, bfloat16, 2026-11-25): too few tiles for its multiprocessors.
 CHUNK_BYTES = 8 * 2**20
 DEVICE_CHUNK_BYTES = 600 * 2**20
 LEAST_ROWS = 128
-# dweight is read and written for every chunk, which a CPU's memory makes slow. With 128, 256 and 512 rows of logits in
+# dweight is read and written for every chunk, which is slow in a CPU's memory. With 128, 256 and 512 rows of logits in
 # float32, a loss with its gradients took 1.24, 1.09, 1.10 of Inductor's time at 2048 x 512 x 32000; 1.23, 1.06, 1.09 at
-# 2048 x 256 x 32000; 1.24, 1.10, 1.04 at 2048 x 1024 x 50257; in bfloat16 1.14, 1.10, 1.03 at the first (two cores,
-# torch 2.13.0, 2026-11-26: bench/results/loss_chunks_cpu.csv). Half of x's columns in rows are half of dweight.
+# 2048 x 256 x 32000; 1.24, 1.10, 1.04 at 2048 x 1024 x 50257; in bfloat16 1.14, 1.10, 1.03 at the first size (two
+# cores, torch 2.13.0, 2026-11-26: bench/results/loss_chunks_cpu.csv). Logits of H / 2 rows have half the size of
+# dweight.
 ROWS_A_BYTE = 64
-ROW_TILE = 128  # rows that a GPU's matrix product has in one tile
-PITCH = 64  # elements that a row of logits is padded to a multiple of, so that all rows are aligned
+ROW_TILE = 128  # rows in one tile of a GPU matmul
+PITCH = 64  # a row of logits is padded to a multiple of this many elements, so that all rows are aligned
 ACCUMULATE_WIDE_ABOVE = 16
-LARGEST_HALF = 2.0**15  # to which gradients of logits are scaled in float16: half of what it holds
-PRODUCT_SHARE = 8  # of a chunk's memory, one part in so many is for products in float32, where there are any
+LARGEST_HALF = 2.0**15  # to which gradients of logits are scaled in float16: half of its range
+PRODUCT_SHARE = 8  # a chunk's memory divided by this is for matmul results in float32, if any
 
 
 def _chunks(x: Tensor, weight: Tensor, needs_dweight: bool, memory: int) -> list[slice]:
@@ -88,7 +93,7 @@ def _chunk_rows(x: Tensor, weight: Tensor, needs_dweight: bool, memory: int = 0)
         rows -= rows % ROW_TILE
     elif needs_dweight and not memory:
         rows = max(rows, ROWS_A_BYTE * x.element_size(), x.shape[1] // 2)
-    # Chunks so long that dweight needs no float32 sum, where they are smaller than that sum would be.
+    # Lengthen chunks until dweight needs no float32 sum, if the chunks stay smaller than that sum.
     few = -(-x.shape[0] // ACCUMULATE_WIDE_ABOVE)
     return max(rows, few) if needs_dweight and x.element_size() == 2 and few <= 2 * x.shape[1] else rows
 
@@ -98,8 +103,11 @@ def _budget(x: Tensor, memory: int) -> int:
 
 
 class Gradients(NamedTuple):
-    """dx (N, H) and dweight (V, H) in the dtype of x, dbias (V) in float32 or wider; and, where float16 needs them,
-    token_scales (N) and class_scales (V), by which their rows are to be multiplied. Empty where not needed."""
+    """The gradients that forward computes, and the factors that their rows need. Each is empty where not needed.
+
+    dx (N, H) and dweight (V, H) have the dtype of x, dbias (V) is in float32 or wider. float16 needs token_scales (N)
+    and class_scales (V): the rows of dx and dweight are to be multiplied by them.
+    """
 
     dx: Tensor
     dweight: Tensor
@@ -124,7 +132,7 @@ def _empty_gradients(x: Tensor, weight: Tensor, needs: tuple[bool, bool, bool]) 
 def _sums(
     x: Tensor, made: Gradients, chunks: int, scale: float, memory: int
 ) -> tuple[GradientSum, GradientSum]:
-    """How dx and dweight are added up."""
+    """Return the accumulators of dx and dweight."""
     dx, dweight, _, token_scales, class_scales = made
     dx_sum, dweight_sum = Plain(dx, scale), Plain(dweight, scale)
     if x.dtype == torch.float16:
@@ -140,10 +148,12 @@ def _sums(
 def _made_for(
     head: SoftmaxLoss, x: Tensor, weight: Tensor, bias: Tensor | None, divisor: Tensor, counted: Tensor
 ) -> tuple[Tensor, float, Tensor | None]:
-    """1 / divisor, in three: what the losses' gradients are multiplied by, what their products are, and what is left
-    for the scales and dbias, if anything.
+    """Return 1 / divisor, split into three factors.
 
-    Where there is nothing to divide by, F.cross_entropy has gradients of NaN, and of 0 for tokens that are ignored.
+    The first multiplies the gradients of the losses, the second the matmul results. The third is None, or multiplies
+    the scales and dbias.
+
+    If the divisor is 0, F.cross_entropy has gradients of NaN, and of 0 for ignored tokens.
     """
     if x.dtype == torch.float16:
         largest_logit = _largest_logit(x, weight, bias) if head.z_loss else None
@@ -156,7 +166,7 @@ def _made_for(
 
 
 def _largest_logit(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """A bound of |logits|, by the lengths of what is multiplied. ()"""
+    """Return an upper bound of |logits| (), from the norms of the rows of x and weight."""
     if not x.numel():
         return x.new_zeros((), dtype=torch.float32)
     lengths = [torch.linalg.vector_norm(each, dim=1, dtype=torch.float32).amax() for each in (x, weight)]
@@ -165,7 +175,7 @@ def _largest_logit(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _undo(made: Gradients, counted: Tensor, rest: Tensor | None) -> None:
-    """Changes the scales, and dbias, so that what backward is told to multiply is the gradient."""
+    """Change the scales, and dbias, so that backward computes the gradients by multiplying with the scales."""
     if rest is not None:
         for each in (made.dbias, made.token_scales, made.class_scales):
             each.mul_(rest)
@@ -184,7 +194,7 @@ def losses_and_gradients(
     needs: tuple[bool, bool, bool],
     memory: int,
 ) -> tuple[Tensor, Gradients]:
-    """The tokens' losses, and scale times the gradients of (losses * upstream).sum()."""
+    """Return the losses of the tokens, and scale times the gradients of (losses * upstream).sum()."""
     needs_dx, needs_dweight, _ = needs
     chunks = _chunks(x, weight, needs_dweight, memory)
     on_chunk = _kernel_on_chunk if has_kernel(x, weight, bias, head.class_weight) else _reference_on_chunk
@@ -192,7 +202,7 @@ def losses_and_gradients(
     made = _empty_gradients(x, weight, needs)
     made.token_scales.fill_(1)
     dx_sum, dweight_sum = _sums(x, made, len(chunks), scale, memory)
-    # Of many short blocks on a CPU, whose sums would lose more than eager code's one sum does.
+    # On a CPU, dbias_sum adds up many short blocks, which would lose more precision than the single sum of eager code.
     dbias_sum = torch.zeros_like(
         made.dbias, dtype=torch.float64 if x.device.type == "cpu" else made.dbias.dtype
     )
@@ -200,12 +210,12 @@ def losses_and_gradients(
         logits, losses[chunk] = on_chunk(
             head, x[chunk], weight, bias, target[chunk], upstream[chunk], scale, any(needs), dbias_sum
         )
-        for part in class_parts(weight.shape[0], x.device):  # logits have become their gradient
+        for part in class_parts(weight.shape[0], x.device):  # logits now contains the gradient of the logits
             if needs_dx:
                 dx_sum.add(chunk, logits[:, part], weight[part], is_first=not part.start)
             if needs_dweight:
                 dweight_sum.add(part, logits[:, part].t(), x[chunk], is_first=i == 0)
-        del logits  # before the next chunk's
+        del logits  # before the logits of the next chunk are allocated
     if chunks and needs_dweight:
         dweight_sum.finish()
     elif not chunks:
@@ -225,11 +235,11 @@ def _reference_on_chunk(
     needs_gradient: bool,
     dbias_sum: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """The logits, which have become their gradient where it is needed, and the losses. Adds to dbias_sum, if any."""
+    """Return the logits, overwritten by their gradient if needed, and the losses. Add to dbias_sum, if any."""
     logits = F.linear(x, weight, bias)
     losses = upstream.new_empty(x.shape[:1])
     blocks = row_blocks(*logits.shape)
-    # One buffer for all blocks: to get and return as much memory for each takes as long as to compute in it.
+    # One buffer for all blocks: allocating and freeing memory for each block takes as long as computing in it.
     buffer = losses.new_empty((max((len(losses[rows]) for rows in blocks), default=0), weight.shape[0]))
     for rows in blocks:
         z = head.scores(logits[rows])
@@ -255,7 +265,10 @@ def _kernel_on_chunk(
     needs_gradient: bool,
     dbias_sum: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """As the reference. All chunks' logits take the same memory: each is freed before the next is made."""
+    """Do the same as the reference.
+
+    The logits of all chunks use the same memory, because each is freed before the next is allocated.
+    """
     from ..kernels import softmax_loss as kernels
 
     classes = weight.shape[0]
@@ -289,7 +302,7 @@ def linear_cross_entropy(
     needs_dbias: bool,
     memory: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(loss, dx, dweight, dbias, token_scales, class_scales)"""
+    """Return (loss, dx, dweight, dbias, token_scales, class_scales)."""
     head = SoftmaxLoss(class_weight, ignore_index, label_smoothing, logit_scale, softcap, z_loss)
     head.check(target, weight.shape[0], has_kernel(x, weight, bias, class_weight))
     token_weight = head.token_weight(target, accumulation_dtype(x.dtype))
@@ -353,7 +366,7 @@ def linear_cross_entropy_backward(
     needs_dbias: bool,
     memory: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dx, dweight, dbias) for reduction "none", empty where not needed."""
+    """Return (dx, dweight, dbias) for reduction "none", each empty where not needed."""
     head = SoftmaxLoss(class_weight, ignore_index, label_smoothing, logit_scale, softcap, z_loss)
     needs = needs_dx, needs_dweight, needs_dbias
     _, made = losses_and_gradients(head, x, weight, bias, target, dlosses, 1.0, needs, memory)
@@ -417,7 +430,7 @@ def _backward(ctx: Any, dloss: Tensor | None, *others: None) -> tuple[Tensor | N
 
 
 def _check_made(made: list[bool], needs: tuple[bool, ...]) -> None:
-    if torch.is_grad_enabled():  # create_graph=True: these gradients know nothing of x and weight any more
+    if torch.is_grad_enabled():  # create_graph=True: autograd has no path from these to x and weight
         raise second_derivative_error("linear_cross_entropy")
     for name, was_made, needed in zip(("dx", "dweight", "dbias"), made, needs, strict=True):
         if needed and not was_made:
@@ -428,15 +441,18 @@ def _check_made(made: list[bool], needs: tuple[bool, ...]) -> None:
 
 
 def _scaled(dloss: Tensor, made: Gradients, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients made in forward, times dloss: in float32, for a half precision would round dloss."""
+    """Return the gradients from forward times dloss, in float32, because a half precision would round dloss."""
     dx_factor, dweight_factor, dbias_factor = _factors(dloss, made)
     dx, dweight = _times(made.dx, dx_factor), _times(made.dweight, dweight_factor)
     return dx, dweight, (made.dbias * dbias_factor).to(dtype)
 
 
 def _factors(dloss: Tensor, made: Gradients) -> tuple[Tensor, Tensor, Tensor]:
-    """What dx's rows, dweight's, and dbias are multiplied by. No incoming gradient reaches a token that is ignored;
-    one that is infinite makes the others NaN in eager code: inf - inf, in the gradient of log_softmax."""
+    """Return the factors of the rows of dx, the rows of dweight, and dbias.
+
+    The incoming gradient does not reach ignored tokens. In eager code an infinite incoming gradient makes the gradients
+    of the other tokens NaN: inf - inf, in the gradient of log_softmax.
+    """
     counted = made.token_scales != 0
     dloss = torch.where(dloss.isfinite(), dloss, float("nan"))
     of_any = torch.where(counted.any(), dloss, 0.0)
@@ -452,10 +468,10 @@ def _times(gradient: Tensor, factor: Tensor) -> Tensor:
     if gradient.dim() < 2:  # not needed
         return gradient
     if type(factor) is Tensor:
-        # In place if this was the last backward: dweight is too large to have it twice for no reason.
+        # In place if this is the last backward: dweight is too large for an unnecessary second copy.
         return scale_into(gradient, factor, torch.empty_like(gradient) if graph_is_retained() else gradient)
-    # Traced. On a GPU backward_passes/ has it done in place, where nothing is read for a factor of 1; on a CPU Inductor
-    # makes one kernel of it and what follows.
+    # Traced. On a GPU, backward_passes/ turns the scaling into an in-place write, which is skipped for a factor of 1.
+    # On a CPU, Inductor fuses the scaling with its users into one kernel.
     if gradient.is_cuda:
         return torch.ops.liger_compile.scale.default(gradient, factor)
     return (gradient.to(factor.dtype) * by_rows(factor)).to(gradient.dtype)

@@ -1,20 +1,21 @@
 """RMSNorm over each head of q and of k, then rotary position embedding: ops/rms_norm.py and ops/rotary.py in one pass.
 
-    n  = rms_norm(x, weight)       over the channels of a head, rounded as casting says
+    n  = rms_norm(x, weight)       over the channels of a head, rounded as `casting` specifies
     x' = rotary(n, cos, sin)       of all channels, layout "half"
 
     q (..., D), k (..., D), q_weight and k_weight (D) or None, cos and sin (..., D) -> q', k'
 
-Dtypes: as the two ops one after the other have them. n is rounded to x.dtype, under "llama" with a weight to the dtype
-that x and weight promote to; x' is rounded once, to the dtype that n and cos promote to. Saved for backward: q and k,
-which the projections give, the weights and the tables. Statistics are taken again: backward reads all of a head anyway.
+Dtypes: as for the two ops in sequence. n is rounded to x.dtype; under "llama" with a weight, to the dtype that x and
+weight promote to. x' is rounded once, to the dtype that n and cos promote to. Saved for backward: q and k, which are
+the outputs of the projections, the weights and the tables. Backward recomputes the statistics, because it reads the
+whole head anyway.
 
-Backward turns the gradient back, as rotary's does, and goes on as rms_norm's does, in float32 (float64) throughout; it
-is rounded once, at the end. cos and sin get no gradient. On a GPU results have the order of dimensions in memory that
-x has.
+Backward applies the transposed rotation, as in rotary, and then the gradient of rms_norm, all in float32 (float64). It
+rounds once, at the end. cos and sin get no gradient. On a GPU, results have the same order of dimensions in memory as
+x.
 
 Sources: Dehghani et al., Scaling Vision Transformers to 22 Billion Parameters, 2023 (arXiv 2302.05442), for the norm of
-q and k; those of the two ops.
+q and k; the sources of the two ops.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ def normed_dtype(x: Tensor, weight: Tensor | None, casting: str) -> torch.dtype:
 def normalize_and_rotate(
     x: Tensor, weight: Tensor | None, cos: Tensor, sin: Tensor, eps: float, offset: float, casting: str
 ) -> Tensor:
-    """The reference, for one tensor."""
+    """Return the normalized and rotated tensor, by the reference for one tensor."""
     normed, _ = normalize(x, weight, eps, offset, casting)
     dtype = torch.promote_types(normed.dtype, cos.dtype)
     return rotate(normed, cos, sin, "half", half_tables=False, dtype=dtype, transpose=False)
@@ -56,7 +57,7 @@ def gradients(
     needs_dx: bool,
     needs_dweight: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The reference of backward, for one tensor: dx, empty where not needed, and dweight, zero where not."""
+    """Return (dx, dweight) for one tensor, by the reference; dx is empty and dweight is zero where not needed."""
     dx, dweight = x.new_empty(0), x.new_zeros(x.shape[-1])
     if dy is None:
         return dx, dweight
@@ -73,9 +74,10 @@ def gradients(
 def heads_axis_if_by_kernel(
     tensors: tuple[Tensor, ...], weights: tuple[Tensor | None, ...], cos: Tensor, sin: Tensor, numbers: tuple
 ) -> int | None:
-    """Which of four axes is that of the heads, as in rotary, or None where the kernels do not take it.
+    """Return the axis of the heads among four axes, as in rotary, or None if the kernels do not accept the inputs.
 
-    Theirs is one grid over the tokens of q and of k. They are compiled for the numbers, which may not be symbolic.
+    The kernels use one grid over the tokens of q and of k. They are compiled for the numbers, which may not be
+    symbolic.
     """
     heads_axis = heads_axis_of_kernel(tensors, cos, sin, ())
     if heads_axis is None or not has_kernel(*weights):
@@ -102,7 +104,7 @@ def norm_rotary(
     offset: float,
     casting: str,
 ) -> tuple[Tensor, Tensor]:
-    """(q', k')"""
+    """Return (q', k')."""
     heads_axis = heads_axis_if_by_kernel((q, k), (q_weight, k_weight), cos, sin, (eps, offset))
     if heads_axis is None:
         q = normalize_and_rotate(q, q_weight, cos, sin, eps, offset, casting)
@@ -115,7 +117,7 @@ def norm_rotary(
 
 
 def dweights_dtype(q_weight: Tensor | None, k_weight: Tensor | None, needed: bool) -> torch.dtype | None:
-    """That of the gradients of both weights, or None where there are none."""
+    """Return the dtype of the gradients of both weights, or None if there are no such gradients."""
     weights = [weight for weight in (q_weight, k_weight) if weight is not None]
     return torch.promote_types(weights[0].dtype, weights[-1].dtype) if needed and weights else None
 
@@ -136,10 +138,11 @@ def norm_rotary_backward(
     needs_dk: bool,
     needs_dweights: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of q, of k and of the weights, from those of q' and k'.
+    """Return the gradients of q, of k and of the weights, from the gradients of q' and k'.
 
-    The first two are empty where not needed or from None. The third is (2, D), of q_weight and of k_weight in the dtype
-    that they promote to; zero from None, and empty as a whole where not needed.
+    The first two are empty where not needed, and where the incoming gradient is None. The third is (2, D), for q_weight
+    and k_weight, in the dtype that the two promote to. Its rows are zero where the incoming gradient is None; the whole
+    tensor is empty if it is not needed.
     """
     dtype = dweights_dtype(q_weight, k_weight, needs_dweights)
     incoming = tuple(dy for dy in (dq, dk) if dy is not None)

@@ -1,17 +1,18 @@
-"""RMSNorm as a model has it before a sublayer, for a compiler: rms_norm.py, with a backward for what is around it.
+"""RMSNorm before a sublayer, as nodes that are inlined late, with a backward that can include the ops around the norm.
 
     rstd = statistics(x)                     x (..., D) -> rstd (..., 1)
     y = rms_norm(x, weight), given rstd      weight (D) or None -> y (..., D)
-    dx, dweight = its backward of dy
-    dx, dweight, y = the same of sum(dys), with ds added to dx, and y again
+    dx, dweight = the backward of rms_norm for dy
+    dx, dweight, y = the same for sum(dys), with ds added to dx, and y recomputed
 
-All stay one node each until AOTAutograd's graphs are whole. Then a compiler gets the reference in their place, which it
-fuses with what is around it as well as a kernel would be; but of a backward, backward_passes/ first makes the last,
-where it can. x is a residual stream then, whose gradient ds comes past the norm, dys are the gradients by the linear
-layers that read y, and y is computed again for the gradients of their weights.
+Each op remains one node until the AOTAutograd graphs are complete. The compiler then receives the reference in its
+place, and fuses the reference with its neighbors as well as a kernel would. In backward, backward_passes/ first forms
+the last of the four where it can. There x is a residual stream, and ds is the gradient that bypasses the norm. dys are
+the gradients from the linear layers that read y. y is recomputed for the gradients of their weights.
 
-Dtypes and casting as in rms_norm.py. Saved for backward: x, rstd and weight. dys are summed in float32 and not rounded
-in between; they may be narrower than x, as under autocast, where the linear layers read y in a half precision.
+Dtypes and casting as in rms_norm.py. Saved for backward: x, rstd and weight. dys are summed in float32 without
+intermediate rounding. They may be narrower than x, as under autocast, where the linear layers read y in a half
+precision.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from .precision import accumulation_dtype
 from .registration import whole_op
 from .rms_norm import input_gradient, inverse_root, is_normed_by_kernel, scaled, weight_gradient
 
-MOST_SUMMED = 3  # gradients that the kernel takes
+MOST_SUMMED = 3  # gradients that the kernel accepts
 
 
 @whole_op
@@ -65,7 +66,7 @@ def pre_norm_backward(
     casting: str,
     needs_dweight: bool,
 ) -> tuple[Tensor, Tensor]:
-    """(dx, dweight), the latter empty where not needed. casting says which y is meant."""
+    """Return (dx, dweight), dweight empty where not needed. `casting` specifies the corresponding y."""
     return _backward_of(dy, None, x, rstd, weight, offset, needs_dweight)
 
 
@@ -81,7 +82,7 @@ def pre_norm_backward_joined(
     needs_dweight: bool,
     y_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dx, dweight, y), the last two empty where not needed, y in a dtype that it is rounded to after the formula."""
+    """Return (dx, dweight, y), the last two empty where not needed. The formula's y is finally rounded to y_dtype."""
     if len(dys) <= MOST_SUMMED and is_normed_by_kernel(x, weight, ds, *dys, numbers=(offset,)):
         from ..kernels import rms_norm as kernels
 
@@ -95,7 +96,7 @@ def pre_norm_backward_joined(
 
 
 def _setup_statistics(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.mark_non_differentiable(output)  # pre_norm's backward is that of the whole
+    ctx.mark_non_differentiable(output)  # pre_norm has the complete backward
 
 
 def _no_backward(ctx: Any, drstd: Tensor | None) -> tuple[None, None]:

@@ -1,8 +1,8 @@
-"""Which dtype the ops compute in, and that nothing around them changes it.
+"""The dtype that the ops compute in, and its protection from autocast.
 
-Every op takes the dtypes that it is given, computes in `accumulation_dtype` of them, and rounds where its
-docstring says. An ambient autocast must not touch that: the rewriter has already read autocast's casts off
-the graph and put them in front of the op.
+Every op takes the given dtypes, computes in their `accumulation_dtype`, and rounds where its docstring specifies. An
+ambient autocast must not change this: the rewriter has already read the casts of autocast from the graph and inserted
+them before the op.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from torch import Tensor
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float64 for float64, so that double precision stays double; float32 for everything narrower."""
+    """Return float64 for float64, so that double precision stays double, and float32 for everything narrower."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def outside_autocast(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """Runs `fn` with autocast disabled on the device of its first tensor argument."""
+    """Wrap `fn` to run with autocast disabled on the device of its first tensor argument."""
 
     @functools.wraps(fn)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
@@ -32,6 +32,6 @@ def outside_autocast(fn: Callable[..., Any]) -> Callable[..., Any]:
         with torch.autocast(device, enabled=False):
             return fn(*args, **kwargs)
 
-    # torch.library reads the schema off the signature, and would look the names in it up in this module.
+    # torch.library reads the schema from the signature, and would resolve the names in it in this module.
     wrapper.__signature__ = inspect.signature(fn, eval_str=True)  # type: ignore[attr-defined]
     return wrapper

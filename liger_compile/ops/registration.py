@@ -1,7 +1,7 @@
-"""The kinds of op, and what they have in common: no autocast, first derivatives only, and no mutation but for one kind.
+"""The kinds of op: all run without autocast, with first derivatives only; only a `mutating_op` mutates arguments.
 
-An op is named after its function, in the namespace `liger_compile`. Until `register_autograd` gives it a
-backward, differentiating it is an error: so it stays for the ops that are the backward of another.
+An op is named after its function, in the namespace `liger_compile`. Differentiating an op raises an error until
+`register_autograd` gives it a backward. For the ops that are the backward of another op, this error remains.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from .precision import outside_autocast
 
 
 def traceable_op(fn: Callable[..., Any]) -> CustomOpDef:
-    """An op that is one node to Dynamo and that AOTAutograd traces through, so that Inductor fuses its body.
+    """Register an op that is one node in Dynamo and that AOTAutograd traces through, so that Inductor fuses its body.
 
     The body is its own fake implementation: it must consist of PyTorch operators and wrapped Triton kernels.
     """
-    # triton_op works without Triton, but where Triton is not installed it logs a warning for every op.
+    # triton_op works without Triton, but then it logs a warning for every op.
     log = logging.getLogger("torch._library.triton")
     disabled, log.disabled = log.disabled, True
     try:
@@ -38,25 +38,25 @@ def traceable_op(fn: Callable[..., Any]) -> CustomOpDef:
 
 
 def opaque_op(fn: Callable[..., Any]) -> CustomOpDef:
-    """An op that stays one call down to the generated code, so that its body may loop. It needs a fake."""
+    """Register an op that remains one call in the generated code, so that its body may loop. It needs a fake."""
     body = _without_views(_launching_directly(outside_autocast(fn)))
     op = torch.library.custom_op(f"liger_compile::{fn.__name__}", body, mutates_args=())
     return _first_derivative_only(op, fn.__name__)
 
 
-BODIES: dict[Any, Callable[..., Any]] = {}  # of the ops that are kept whole
+BODIES: dict[Any, Callable[..., Any]] = {}  # of the ops that are inlined late
 
 _keeps_whole = False
 
 
 @contextlib.contextmanager
 def keeping_backwards_whole() -> Iterator[None]:
-    """While graphs are traced for `backward_passes/`, which sees a `backward_op` as one node and traces it later."""
+    """Call the opaque variants of `backward_op`s, while graphs are traced for `backward_passes/`."""
     global _keeps_whole
     before, _keeps_whole = (
         _keeps_whole,
         True,
-    )  # no context variable: autograd may call from a thread of its own
+    )  # not a context variable: autograd may call from its own thread
     try:
         yield
     finally:
@@ -64,7 +64,7 @@ def keeping_backwards_whole() -> Iterator[None]:
 
 
 def whole_op(fn: Callable[..., Any]) -> CustomOpDef:
-    """An opaque op with the body of a traceable one, which is its own fake. `backward_passes/` inlines it late."""
+    """Register an opaque op with a traceable body, which is also its fake. `backward_passes/` inlines the op late."""
     op = opaque_op(fn)
     op.register_fake(fn)
     BODIES[op._opoverload] = outside_autocast(fn)
@@ -72,7 +72,7 @@ def whole_op(fn: Callable[..., Any]) -> CustomOpDef:
 
 
 class backward_op:
-    """A traceable op, and a second one of the same arguments, NAME_whole, that is called `keeping_backwards_whole`."""
+    """A traceable op, and its opaque variant NAME_whole, which is called under `keeping_backwards_whole`."""
 
     def __init__(self, fn: Callable[..., Any]) -> None:
         @functools.wraps(fn)
@@ -88,8 +88,11 @@ class backward_op:
 
 
 def mutating_op(*arguments: str) -> Callable[[Callable[..., Any]], CustomOpDef]:
-    """An opaque op that writes into these arguments and returns None. For graphs of backward that are whole already:
-    PyTorch differentiates no such op, and our patterns put none into a model."""
+    """Register an opaque op that writes into these arguments and returns None.
+
+    It is for complete graphs of backward: PyTorch does not differentiate such an op, and our patterns insert none into
+    a model.
+    """
 
     def register(fn: Callable[..., Any]) -> CustomOpDef:
         body = _launching_directly(outside_autocast(fn))
@@ -99,7 +102,7 @@ def mutating_op(*arguments: str) -> Callable[[Callable[..., Any]], CustomOpDef]:
 
 
 def _without_views(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """Its results are no views to autograd, however they were made, so that they may be written in place."""
+    """Wrap `fn` so that autograd treats its results as non-views, which may then be written in place."""
 
     @functools.wraps(fn)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
@@ -110,7 +113,7 @@ def _without_views(fn: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _launching_directly(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """Nothing traces the body of an opaque op, so its kernels need not pass through the dispatcher."""
+    """Wrap `fn` to launch its kernels without the dispatcher: nothing traces the body of an opaque op."""
 
     @functools.wraps(fn)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
@@ -136,5 +139,5 @@ def _first_derivative_only(op: CustomOpDef, name: str) -> CustomOpDef:
 
 
 def graph_is_retained() -> bool:
-    """Whether the backward that is running may be run again, so that what was saved for it must stay as it is."""
+    """Return whether the current backward may run again, in which case its saved tensors must not change."""
     return torch._C._autograd._get_current_graph_task_keep_graph()  # pyright: ignore[reportAttributeAccessIssue]

@@ -1,16 +1,16 @@
 """RMSNorm over the last dimension.
 
     rstd = 1 / sqrt(mean(x^2) + eps)
-    casting "llama":  y = weight * (x * rstd).to(x.dtype)             rounded twice, as Hugging Face's LlamaRMSNorm
-    casting "gemma":  y = (x * rstd * (offset + weight)).to(x.dtype)  rounded once, as GemmaRMSNorm and F.rms_norm
+    casting "llama":  y = weight * (x * rstd).to(x.dtype)             rounded twice, as in Hugging Face's LlamaRMSNorm
+    casting "gemma":  y = (x * rstd * (offset + weight)).to(x.dtype)  rounded once, as in GemmaRMSNorm and F.rms_norm
 
     x (..., D), weight (D) or None -> y (..., D), rstd (...)
 
-Dtypes: x and weight in any floating dtypes; statistics and products in float32 (float64 for float64 x); y in
+Dtypes: x and weight in any floating dtypes; statistics and multiplications in float32 (float64 for float64 x); y in
 x.dtype, under "llama" in the dtype that x and weight promote to. Saved for backward: x, weight, rstd.
 
 With n = x * rstd and g = dy * (offset + weight):  dx = rstd * (g - n * mean(g * n)),  dweight = sum(dy * n).
-That is the derivative of the formula without its roundings; it is rounded once, at the end.
+This is the derivative of the formula without its rounding steps. The result is rounded once, at the end.
 
 Source: Zhang and Sennrich, Root Mean Square Layer Normalization, 2019 (arXiv 1910.07467).
 """
@@ -28,12 +28,12 @@ from .registration import traceable_op
 
 
 def inverse_root(x: Tensor, eps: float) -> Tensor:
-    """The reference: rstd (..., 1)."""
+    """Return rstd (..., 1), by the reference."""
     return torch.rsqrt(x.to(accumulation_dtype(x.dtype)).square().mean(-1, keepdim=True) + eps)
 
 
 def scaled(x: Tensor, rstd: Tensor, weight: Tensor | None, offset: float, casting: str) -> Tensor:
-    """The reference: y of x and rstd (..., 1)."""
+    """Return y for x and rstd (..., 1), by the reference."""
     wide = accumulation_dtype(x.dtype)
     y = x.to(wide) * rstd
     if weight is not None and casting == "gemma":
@@ -45,13 +45,13 @@ def scaled(x: Tensor, rstd: Tensor, weight: Tensor | None, offset: float, castin
 def normalize(
     x: Tensor, weight: Tensor | None, eps: float, offset: float, casting: str
 ) -> tuple[Tensor, Tensor]:
-    """The reference: (y, rstd)."""
+    """Return (y, rstd), by the reference."""
     rstd = inverse_root(x, eps)
     return scaled(x, rstd, weight, offset, casting), rstd.squeeze(-1)
 
 
 def input_gradient(dy: Tensor, x: Tensor, weight: Tensor | None, rstd: Tensor, offset: float) -> Tensor:
-    """dx, in the dtype it is computed in."""
+    """Return dx in the accumulation dtype."""
     wide = accumulation_dtype(dy.dtype)
     rstd = rstd.unsqueeze(-1)
     normed = x.to(wide) * rstd
@@ -60,7 +60,7 @@ def input_gradient(dy: Tensor, x: Tensor, weight: Tensor | None, rstd: Tensor, o
 
 
 def weight_gradient(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> Tensor:
-    """dweight, in the dtype of weight."""
+    """Return dweight in the dtype of weight."""
     wide = accumulation_dtype(dy.dtype)
     dweight = dy.to(wide) * (x.to(wide) * rstd.unsqueeze(-1))
     if dweight.dim() > 1:
@@ -72,7 +72,7 @@ MAX_WIDTH = 16384  # of the kernels, which hold a row in registers
 
 
 def is_normed_by_kernel(x: Tensor, *others: Tensor | None, numbers: tuple[Any, ...]) -> bool:
-    """Whether the kernels take it. They are compiled for one width and for the numbers: none of it may be symbolic."""
+    """Return whether the kernels accept the inputs. The width and the numbers are constants: none may be symbolic."""
     width = x.shape[-1]
     return (
         has_kernel(x, *others)
@@ -104,7 +104,7 @@ def rms_norm_backward(
     needs_dx: bool,
     needs_dweight: bool,
 ) -> tuple[Tensor, Tensor]:
-    """(dx, dweight), empty where not needed."""
+    """Return (dx, dweight), each empty where not needed."""
     if is_normed_by_kernel(x, dy, weight, numbers=(offset,)):
         from ..kernels import rms_norm as kernels
 

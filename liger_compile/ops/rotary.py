@@ -1,6 +1,6 @@
 """Rotary position embedding of the first R channels of a head; the other channels pass through.
 
-A rotation takes pairs of channels (a, b) and a cosine and a sine for each of the two:
+A rotation takes pairs of channels (a, b), and one cosine and one sine for each channel of the pair:
 
     a' = a * cos_a - b * sin_a
     b' = b * cos_b + a * sin_b
@@ -12,13 +12,13 @@ A rotation takes pairs of channels (a, b) and a cosine and a sine for each of th
 
     q (..., D), k (..., D) or None, cos and sin (..., R), or (..., R/2) if half_tables -> q', k'
 
-cos and sin broadcast against q and k. Full tables are laid out as the result is, and may be any numbers: the two
-halves need not be the same. Half tables hold one cosine and one sine for each pair.
+cos and sin broadcast against q and k. Full tables have the layout of the result and may contain any numbers: their two
+halves may differ. Half tables contain one cosine and one sine for each pair.
 
-Dtypes: computed in float32 (float64 if any operand is), rounded once, to out_dtype, or else to the dtype that x and
-cos promote to. Saved for backward: cos and sin. Backward is the transpose, a rotation by the opposite angle if the
-tables are those of a rotation. cos and sin get no gradient. On a GPU results have the order of dimensions in memory
-that x has, so that what comes from a projection goes to attention without a copy.
+Dtypes: computed in float32 (float64 if any operand is float64) and rounded once, to out_dtype, or by default to the
+dtype that x and cos promote to. Saved for backward: cos and sin. Backward is the transpose, which is a rotation by the
+opposite angle if the tables describe a rotation. cos and sin get no gradient. On a GPU, results have the same order of
+dimensions in memory as x, so that the output of a projection reaches attention without a copy.
 
 Source: Su et al., RoFormer: Enhanced Transformer with Rotary Position Embedding, 2021 (arXiv 2104.09864).
 """
@@ -35,7 +35,7 @@ from .dispatch import DTYPES, has_kernel
 from .precision import accumulation_dtype
 from .registration import backward_op, traceable_op
 
-# Whether pairs are interleaved: (as they are read, as they are written).
+# Whether pairs are interleaved: (when read, when written).
 LAYOUTS = {"half": (False, False), "interleaved": (True, True), "interleaved_to_half": (True, False)}
 
 MAX_CHANNELS = 4096  # of a head for the kernel, which holds them in registers
@@ -55,7 +55,7 @@ def join_pairs(a: Tensor, b: Tensor, interleaved: bool) -> Tensor:
 def rotate(
     x: Tensor, cos: Tensor, sin: Tensor, layout: str, half_tables: bool, dtype: torch.dtype, transpose: bool
 ) -> Tensor:
-    """The reference, for one tensor. `transpose` takes the gradient of the result to that of x."""
+    """Return rotated x, by the reference. `transpose` maps the gradient of the result to the gradient of x."""
     reads, writes = LAYOUTS[layout]
     width = 2 * cos.shape[-1] if half_tables else cos.shape[-1]
     wide = accumulation_dtype(torch.promote_types(x.dtype, cos.dtype))
@@ -76,10 +76,10 @@ def rotate(
 def heads_axis_of_kernel(
     tensors: tuple[Tensor, ...], cos: Tensor, sin: Tensor, dtypes: tuple[torch.dtype, ...]
 ) -> int | None:
-    """Which of four axes the kernel is to take for that of the heads, or None if it does not take the inputs.
+    """Return the axis of the heads among four axes, or None if the kernel does not accept the inputs.
 
-    Heads come before the tokens (axis 1) or after them (axis 2), and the tables are the same for all of them. Inputs of
-    fewer axes count as having some of one element in front.
+    The heads come before the tokens (axis 1) or after them (axis 2), and all heads share the tables. Inputs with fewer
+    axes are treated as if they had leading axes of size one.
     """
     if not has_kernel(*tensors, cos, sin) or not all(dtype in DTYPES for dtype in dtypes):
         return None
@@ -101,7 +101,7 @@ def rotate_each(
     half_tables: bool,
     transpose: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Each of two tensors rotated, empty for None."""
+    """Rotate each of two tensors; the result for None is empty."""
     given = tuple(x for x in tensors if x is not None)
     heads_axis = heads_axis_of_kernel(given, cos, sin, dtypes)
     if heads_axis is None:
@@ -129,7 +129,7 @@ def rotary(
     half_tables: bool,
     out_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor]:
-    """(q', k'), k' empty if k is None."""
+    """Return (q', k'); k' is empty if k is None."""
     q_dtype = out_dtype or torch.promote_types(q.dtype, cos.dtype)
     k_dtype = q_dtype if k is None else out_dtype or torch.promote_types(k.dtype, cos.dtype)
     return rotate_each((q, k), (q_dtype, k_dtype), cos, sin, layout, half_tables, transpose=False)
@@ -146,7 +146,7 @@ def rotary_backward(
     q_dtype: torch.dtype,
     k_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """The gradients of q and k from those of q' and k', empty where those are None."""
+    """Return the gradients of q and k from those of q' and k'; each is empty where the latter is None."""
     return rotate_each((dq, dk), (q_dtype, k_dtype), cos, sin, layout, half_tables, transpose=True)
 
 

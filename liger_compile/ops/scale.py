@@ -1,9 +1,9 @@
-"""A gradient that forward has made, times the incoming gradient, which in training is nearly always exactly 1.
+"""A gradient computed in forward, times the incoming gradient, which in training is nearly always exactly 1.
 
     gradient (R, ...), factor () or one for each row, (R) -> gradient * factor, in factor's dtype, rounded once
 
-As ops of their own, so that a compiler does not have gradients of a gigabyte read and written for a factor of 1: with
-`scale_in_place`, on a GPU, nothing is read then but the factor. `backward_passes/` puts it where it may stand.
+These are separate ops so that a compiler does not read and write gradients of a gigabyte for a factor of 1. On a GPU,
+`scale_in_place` with a factor of 1 reads only the factor. `backward_passes/` inserts it where it is allowed.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from .registration import mutating_op, opaque_op
 
 
 def scale_into(gradient: Tensor, factor: Tensor, out: Tensor) -> Tensor:
-    """out = gradient * factor, where out may be gradient."""
+    """Compute out = gradient * factor, where out may be gradient."""
     if has_kernel(gradient, factor) and gradient.is_contiguous() and out.is_contiguous():
         from ..kernels import scale as kernels
 
@@ -27,7 +27,7 @@ def scale_into(gradient: Tensor, factor: Tensor, out: Tensor) -> Tensor:
 
 
 def by_rows(factor: Tensor) -> Tensor:
-    """The factor, so that it multiplies the rows of a matrix."""
+    """Return the factor in a shape that multiplies the rows of a matrix."""
     return factor.unsqueeze(-1) if factor.dim() else factor
 
 

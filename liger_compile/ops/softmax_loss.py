@@ -1,4 +1,4 @@
-"""The softmax cross-entropy of a block of logits and its gradient: what both cross-entropy ops are made of.
+"""The softmax cross-entropy of a block of logits and its gradient, shared by both cross-entropy ops.
 
     z    = softcap * tanh(logit_scale * logits / softcap)         without softcap: logit_scale * logits
     logp = log_softmax(z)                                         = (z - row_max) - log_sum
@@ -6,8 +6,8 @@
 
     logits (C, V), t target (C), w class weights (V) or 1, e label_smoothing, lse = row_max + log_sum
 
-A token whose target is ignore_index has loss 0 and gradient 0. Everything here is in float32 (float64 for float64
-logits), from the logits as they were rounded. The logits' rows are few enough that a wide copy of them is no matter.
+A token whose target is ignore_index has loss 0 and gradient 0. All computation is in float32 (float64 for float64
+logits), from the rounded logits. A block has few enough rows that a wide copy of it is cheap.
 
 Sources: torch.nn.functional.cross_entropy; Szegedy et al. 2015 (label smoothing, arXiv 1512.00567);
 Chowdhery et al. 2022 (z-loss, arXiv 2204.02311); Gemma Team 2024 (softcap, arXiv 2408.00118).
@@ -45,7 +45,7 @@ class SoftmaxLoss:
         )
 
     def scores(self, logits: Tensor) -> Tensor:
-        """z, in the accumulation dtype; `logits` themselves where that changes nothing."""
+        """Return z in the accumulation dtype; `logits` themselves if z equals them."""
         z = logits.to(accumulation_dtype(logits.dtype))
         if self.logit_scale != 1.0:
             z = z * self.logit_scale
@@ -54,15 +54,18 @@ class SoftmaxLoss:
         return z
 
     def slope(self, logits: Tensor) -> Tensor | float:
-        """dz / dlogits. From a tanh of its own: z / softcap has lost what is left of 1 - tanh^2 near the bound."""
+        """Return dz / dlogits, from a new tanh: near the bound, z / softcap has lost the remainder 1 - tanh^2."""
         if self.softcap is None:
             return self.logit_scale
         scaled = logits.to(accumulation_dtype(logits.dtype)) * self.logit_scale
         return (1 - torch.tanh(scaled / self.softcap).square()) * self.logit_scale
 
     def check(self, target: Tensor, classes: int, by_kernel: bool) -> None:
-        """Does what F.cross_entropy does with a target that is no class: raises on a CPU, and elsewhere asserts on the
-        device, for nothing waits for it. Without a kernel of ours, `gather` does."""
+        """Reject a target that is no class, as F.cross_entropy does.
+
+        On a CPU this raises an IndexError. On other devices an assertion on the device fails, because nothing waits for
+        the device. Without a kernel of ours, `gather` has that assertion.
+        """
         if target.device.type == "cpu":
             wrong = target[(target != self.ignore_index) & ((target < 0) | (target >= classes))]
             if wrong.numel():
@@ -76,13 +79,13 @@ class SoftmaxLoss:
         return target != self.ignore_index
 
     def index(self, target: Tensor) -> Tensor:
-        """The targets, with a class that exists for those that are ignored. (C, 1)"""
+        """Return the targets (C, 1), with a valid class for ignored targets."""
         return target.masked_fill(target == self.ignore_index, 0).unsqueeze(-1)
 
     def token_weight(self, target: Tensor, dtype: torch.dtype) -> Tensor:
-        """w[t], 0 where the target is ignored. Its sum is what reduction="mean" divides by. (C)
+        """Return w[t] (C), 0 where the target is ignored. reduction="mean" divides by its sum.
 
-        Something or other where a target is no class, which `check` has seen.
+        Where a target is no class, the value is arbitrary; `check` reports such a target.
         """
         if self.class_weight is None:
             return self.counted(target).to(dtype)
@@ -91,7 +94,7 @@ class SoftmaxLoss:
         return weight.masked_fill(~self.counted(target), 0)
 
     def largest_gradient(self, like: Tensor, classes: int, largest_logit: Tensor | None) -> Tensor:
-        """A bound of |d loss / d logits| of a token, a () tensor of like's dtype. A z-loss takes one of |logits|."""
+        """Return an upper bound () of |d loss / d logits| of a token, in like's dtype; a z-loss needs largest_logit."""
         weights = like.new_ones(1) if self.class_weight is None else self.class_weight.to(like.dtype).abs()
         through_p = weights.amax() * (1 - self.label_smoothing)
         if largest_logit is not None:
@@ -101,18 +104,18 @@ class SoftmaxLoss:
         return (through_p + spread) * abs(self.logit_scale)
 
     def statistics(self, z: Tensor, logp: Tensor) -> tuple[Tensor, Tensor]:
-        """(row_max, log_sum); where z is largest, logp is -log_sum. (C)"""
+        """Return (row_max, log_sum) (C). Where z is largest, logp is -log_sum."""
         return z.amax(-1), -logp.amax(-1)
 
     def lse(self, z: Tensor, logp: Tensor) -> Tensor | None:
-        """row_max + log_sum, for a z-loss; None without one, which needs no pass over z for it. (C)"""
+        """Return row_max + log_sum (C) for a z-loss; without a z-loss return None, which saves a pass over z."""
         if not self.z_loss:
             return None
         row_max, log_sum = self.statistics(z, logp)
         return row_max + log_sum
 
     def losses(self, logp: Tensor, lse: Tensor | None, target: Tensor) -> Tensor:
-        """The loss of each token. (C)"""
+        """Return the loss of each token (C)."""
         index, weight = self.index(target), self.token_weight(target, logp.dtype)
         loss = -logp.gather(-1, index).squeeze(-1) * (1 - self.label_smoothing)
         if lse is not None:
@@ -121,13 +124,13 @@ class SoftmaxLoss:
         if self.label_smoothing:
             smooth = logp if self.class_weight is None else logp * self.class_weight.to(logp.dtype)
             loss = loss - smooth.sum(-1) * (self.label_smoothing / logp.shape[-1])
-        # A fill and not a product: an ignored token may have logits of which the loss is not finite.
+        # A fill, not a multiplication: the logits of an ignored token may have a loss that is not finite.
         return loss.masked_fill(~self.counted(target), 0)
 
     def gradient_(
         self, logp: Tensor, logits: Tensor, lse: Tensor | None, target: Tensor, upstream: Tensor
     ) -> Tensor:
-        """The gradient of (losses * upstream).sum() to the logits. Overwrites logp."""
+        """Return the gradient of (losses * upstream).sum() with respect to the logits. Overwrites logp."""
         classes = logp.shape[-1]
         upstream = upstream.masked_fill(~self.counted(target), 0)
         weight = self.token_weight(target, logp.dtype) * upstream
@@ -140,9 +143,7 @@ class SoftmaxLoss:
             mass = classes if self.class_weight is None else self.class_weight.to(logp.dtype).sum()
             through_p = through_p + spread * mass
         grad = logp.exp_()
-        if (
-            grad.device.type != "cpu" or not (through_p == 1).all()
-        ):  # a pass over all of it less, where all are
+        if grad.device.type != "cpu" or not (through_p == 1).all():  # saves a pass over grad where all are 1
             grad.mul_(through_p.unsqueeze(-1))
         if self.label_smoothing and self.class_weight is None:
             grad.sub_(spread.unsqueeze(-1))
@@ -154,7 +155,7 @@ class SoftmaxLoss:
 
 
 def reduce(losses: Tensor, weight: Tensor, reduction: str) -> Tensor:
-    """ "mean" divides by the sum of the tokens' weights: NaN if every token is ignored, as F.cross_entropy."""
+    """Return the reduced loss; "mean" divides by the sum of the weights: NaN if that is 0, as in F.cross_entropy."""
     if reduction == "none":
         return losses
     return losses.sum() / weight.sum() if reduction == "mean" else losses.sum()

@@ -1,6 +1,7 @@
-"""What the functions of liger_compile.functional refuse, each in a sentence: what was expected, what came, what to do.
+"""Argument checks for liger_compile.functional. Each message states the expectation, the given value and the remedy.
 
-Sizes and numbers may be symbolic. They are compared only as far as they are known, for a comparison would add a guard.
+Sizes and numbers may be symbolic. Only statically known comparisons are made, because any other comparison would add a
+guard.
 """
 
 from __future__ import annotations
@@ -153,8 +154,8 @@ def check_loss(
         raise TypeError(
             f"{name}: expected class indices in int64 as target, got {target.dtype}; cast them with .long()"
         )
-    is_flat = 1 in (target.dim(), rows.dim() - 1)  # then only their number counts
-    # Not by Size.numel(), which makes a plain number of a symbolic one, and a guard.
+    is_flat = 1 in (target.dim(), rows.dim() - 1)  # then only the number of targets matters
+    # Not by Size.numel(), which converts a symbolic number to a plain one and adds a guard.
     is_flat = is_flat and not differ((math.prod(target.shape),), (math.prod(rows.shape[:-1]),))
     if not is_flat and differ(target.shape, rows.shape[:-1]):
         raise ValueError(
@@ -197,14 +198,14 @@ def check_vector(name: str, label: str, vector: Tensor | None, length: int) -> N
 
 
 def differ(left: Any, right: Any) -> bool:
-    """Whether two shapes are known to differ."""
+    """Return whether two shapes are known to differ."""
     if len(left) != len(right):
         return True
     return any(statically_known_true(a != b) for a, b in zip(left, right, strict=True))
 
 
 def _enlarges(shape: Any, other: Any) -> bool:
-    """Whether broadcasting against `shape` is known to change `other`, or to be impossible."""
+    """Return whether broadcasting against `shape` is known to change the shape `other`, or to be impossible."""
     if len(shape) > len(other):
         return True
     pairs = zip(reversed(shape), reversed(other), strict=False)

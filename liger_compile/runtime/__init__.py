@@ -1,1 +1,1 @@
-"""What lives while training runs, outside of compiled graphs."""
+"""State that exists during training, outside of compiled graphs."""

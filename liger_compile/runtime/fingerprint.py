@@ -1,12 +1,15 @@
-"""Whether the values of a tensor have changed, whoever wrote them: the version that autograd counts does not move for
-optimizers with fused=True, for `.data`, NumPy or a raw pointer.
+"""Detects changes of a tensor's values by any writer.
 
-The fingerprint of a tensor holds, for each row, the sum of its bits, and one element in a column that moves from row to
-row. Computing it reads the tensor once; nothing waits for a GPU until two fingerprints are compared on the host.
+Autograd's version counter does not change for optimizers with fused=True, or for writes through `.data`, NumPy or a raw
+pointer.
 
-It sees every write that changes one element, some rows, or all. It does not see a write that leaves the sum of each
-row's bits as it was, and the elements that it holds: two elements of one row exchanged, say. Tensors of at most one
-dimension are held whole.
+The fingerprint of a tensor contains, for each row, the sum of its bits and one element, whose column moves from row to
+row. Computing a fingerprint reads the tensor once. Nothing waits for a GPU until two fingerprints are compared on the
+host.
+
+It detects every write that changes one element, some rows, or all elements. It does not detect a write that preserves
+the sums of all rows and the sampled elements, such as an exchange of two elements of one row. For tensors of at most
+one dimension it contains all elements.
 """
 
 from __future__ import annotations
@@ -17,22 +20,22 @@ import torch
 from torch import Tensor
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-_WIDE = 8  # bytes of an int64: the fewer words, the faster their sum
+_WIDE = 8  # bytes of an int64: fewer words sum faster
 
 
 class Fingerprint(NamedTuple):
-    """Of a tensor of shape [..., rows, columns]; one of at most one dimension is a single column."""
+    """Fingerprint of a tensor of shape [..., rows, columns]. A tensor of at most one dimension is a single column."""
 
     sums: Tensor  # int64 [..., rows]
-    sample: Tensor  # integers of the width of the elements, about one for each row
+    sample: Tensor  # integers as wide as the elements, about one for each row
 
     def is_same(self, other: Fingerprint) -> Tensor:
-        """bool [], on the device of the tensors."""
+        """Return whether the fingerprints are equal, as bool [] on the device of the tensors."""
         return (self.sums == other.sums).all() & (self.sample == other.sample).all()
 
 
 def has_fingerprint(tensor: Tensor) -> bool:
-    """Whether the elements of a tensor are bits in plain memory that can be read."""
+    """Return whether the elements of a tensor are readable bits in plain memory."""
     plain: Any = Tensor
     is_plain = type(tensor).__torch_dispatch__ is plain.__torch_dispatch__  # pyright: ignore[reportAttributeAccessIssue]
     return is_plain and tensor.layout is torch.strided and not tensor.is_quantized and not tensor.is_meta
@@ -40,13 +43,13 @@ def has_fingerprint(tensor: Tensor) -> bool:
 
 @torch.no_grad()
 def fingerprint(tensor: Tensor) -> Fingerprint:
-    """The fingerprint of a tensor for which has_fingerprint() holds."""
+    """Return the fingerprint of a tensor for which has_fingerprint() is true."""
     bits = _bits(tensor.detach())
     return Fingerprint(_widened(bits).sum(-1, dtype=torch.int64), _sample(bits))
 
 
 def _bits(tensor: Tensor) -> Tensor:
-    """The elements as integers: a view, with at least two dimensions."""
+    """Return the elements as integers: a view with at least two dimensions."""
     if tensor.is_complex():
         tensor = torch.view_as_real(tensor.resolve_conj())
     bits = tensor.resolve_neg().view(_INTEGERS[tensor.element_size()])
@@ -54,7 +57,7 @@ def _bits(tensor: Tensor) -> Tensor:
 
 
 def _widened(bits: Tensor) -> Tensor:
-    """The same memory as int64, where rows consist of whole words."""
+    """Return the same memory as int64, if rows consist of whole words."""
     words = _WIDE // bits.element_size()
     starts = (bits.storage_offset(), bits.size(-1), *bits.stride()[:-1])
     fits = bits.stride(-1) == 1 and all(each % words == 0 for each in starts)
@@ -62,7 +65,7 @@ def _widened(bits: Tensor) -> Tensor:
 
 
 def _sample(bits: Tensor) -> Tensor:
-    """A copy of elements whose column moves by one from row to row."""
+    """Return a copy of one element per row; its column moves by one from row to row."""
     if bits.is_contiguous():
         return bits.view(-1)[:: bits.size(-1) + 1].clone()
     return bits.diagonal(dim1=-2, dim2=-1).clone()

@@ -1,8 +1,8 @@
-"""LazyTensor: a tensor that is computed when somebody reads it, and costs next to nothing as long as nobody does.
+"""LazyTensor: a tensor that is computed on first read, and costs almost nothing until then.
 
-It knows its shape, strides, dtype and device, takes part in autograd, and is a torch.Tensor to everybody: it computes
-its values on the first operation that needs them, once. Casts, detach() and aliases of it stay lazy. From then on it
-has memory like any other tensor, which it shares with its aliases and views.
+A LazyTensor has a shape, strides, dtype and device, takes part in autograd, and behaves as a torch.Tensor. The first
+operation that needs its values computes them, once. Casts, detach() and aliases of a LazyTensor stay lazy. After the
+computation it has memory like any other tensor, and shares the memory with its aliases and views.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from liger_compile.runtime.optimizer_steps import keep_before_steps
 from liger_compile.runtime.promise import CHANGED_UNSEEN, FREED, Promise, Recipe, Values, is_freed
 from liger_compile.runtime.sharding import keep_before_sharding
 
-# What stays lazy: the same memory, and a copy of it in another dtype.
+# Operations that stay lazy: aliases of the same memory, and a copy in another dtype.
 _ALIASES = (torch.ops.aten.detach.default, torch.ops.aten.alias.default)
 _COPY = torch.ops.aten._to_copy.default
 
@@ -32,11 +32,12 @@ _DATA: Any = torch._C.TensorBase.data  # pyright: ignore[reportAttributeAccessIs
 
 
 def lazy(recipe: Recipe, like: Tensor, *inputs: Any) -> Tensor:
-    """A tensor with the shape, strides, dtype and device of `like`, which may be on the meta device, whose values and
-    gradients are those of recipe(*inputs), with the inputs as they are now.
+    """Return a tensor whose values and gradients are those of recipe(*inputs), with the current inputs.
 
-    It is computed at once where the inputs could change and nothing would tell: while a CUDA graph is recorded, whose
-    replays write into them, and of tensor subclasses.
+    The tensor has the shape, strides, dtype and device of `like`, which may be on the meta device.
+
+    The tensor is computed at once where changes of the inputs would not be detected: while a CUDA graph is captured,
+    whose replays write into the inputs, and for tensor subclasses.
     """
     tensors = [each for each in inputs if isinstance(each, Tensor)]
     if _is_recorded(tensors) or not all(map(has_fingerprint, tensors)):
@@ -53,7 +54,7 @@ def _is_recorded(tensors: Sequence[Tensor]) -> bool:
 
 
 class _Deferred(torch.autograd.Function):
-    """Connects a LazyTensor to what it is computed from."""
+    """Connects a LazyTensor to its inputs in autograd."""
 
     @staticmethod
     def forward(ctx: Any, promise: Promise, like: Tensor, device: torch.device, *inputs: Any) -> LazyTensor:
@@ -65,7 +66,7 @@ class _Deferred(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """With create_graph=True differentiable once more."""
+        """Return the gradients of the inputs; with create_graph=True, they are differentiable."""
         inputs, wanted = list(ctx.inputs), []
         again = torch.is_grad_enabled()
         for i, saved in zip(ctx.positions, ctx.saved_tensors, strict=True):
@@ -85,21 +86,19 @@ class _Deferred(torch.autograd.Function):
 
 
 class _Absent:
-    """Hides an attribute that a class would inherit."""
+    """Hides an inherited attribute of a class."""
 
     def __get__(self, _: object, owner: type) -> Any:
         raise AttributeError(f"{owner.__name__} has no such attribute")
 
 
 class LazyTensor(Tensor):
-    """Made by lazy(). `dense()` is the same tensor with its values in memory."""
+    """The tensor that lazy() returns. `dense()` is the same tensor with its values in memory."""
 
     _promised: Values | None  # until dense() is called
-    _dense_alias: (
-        Tensor | None
-    )  # from then on; a plain tensor with the metadata of this one, in the same memory
+    _dense_alias: Tensor | None  # after dense(): a plain tensor with the same metadata and memory
 
-    # Everything arrives at __torch_dispatch__, below autograd; results are plain tensors.
+    # All operations arrive at __torch_dispatch__, below autograd. Their results are plain tensors.
     __torch_function__ = torch._C._disabled_torch_function_impl  # pyright: ignore
 
     @staticmethod
@@ -107,25 +106,25 @@ class LazyTensor(Tensor):
         made = torch.Tensor._make_wrapper_subclass(  # pyright: ignore[reportAttributeAccessIssue]
             cls, like.shape, strides=like.stride(), dtype=like.dtype, device=device
         )
-        torch._C._set_throw_on_mutable_data_ptr(made)  # in C++; a null pointer would not tell
+        torch._C._set_throw_on_mutable_data_ptr(made)  # in C++, where a null pointer would give no error
         made._promised, made._dense_alias = values, None
         return made
 
     def dense(self) -> Tensor:
-        """The values, without a gradient, as a plain tensor; the same one each time.
+        """Return the values as a plain tensor without a gradient; the same tensor on each call.
 
         Raises:
-            RuntimeError: they had not been read before something changed that they are computed from.
+            RuntimeError: one of the inputs changed before the values were first read.
         """
         if (values := self._promised) is not None:
             with values.lock, torch.inference_mode(False):
-                if self._promised is not None:  # still, now that no other thread is at it
+                if self._promised is not None:  # check again under the lock
                     self._put(values().detach())
         assert self._dense_alias is not None
         return self._dense_alias
 
     def _put(self, dense: Tensor) -> None:
-        """Takes over the memory and the metadata of a plain tensor; autograd, hooks and the version stay."""
+        """Take over the memory and the metadata of a plain tensor. Autograd, hooks and the version are preserved."""
         _DATA.__set__(self, dense)
         self._promised, self._dense_alias = None, dense
 
@@ -133,7 +132,7 @@ class LazyTensor(Tensor):
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func in _ALIASES and (values := args[0]._promised) is not None:
-            # An alias of a tensor with a version has one as well, in inference mode too.
+            # An alias of a tensor with a version also has a version, even in inference mode.
             with torch.inference_mode(args[0].is_inference()):
                 return LazyTensor(_like(args[0]), args[0].device, values)
         if func is _COPY and kwargs.keys() == {"dtype"} and (values := args[0]._promised) is not None:
@@ -145,9 +144,9 @@ class LazyTensor(Tensor):
         dense_args, dense_kwargs = tree_map_only(LazyTensor, LazyTensor.dense, (args, kwargs))
         result = func(*dense_args, **dense_kwargs)
         if func._schema.is_mutable:
-            for each in lazies.values():  # it may have another shape or storage now
+            for each in lazies.values():  # its shape or storage may have changed
                 _DATA.__set__(each, each.dense())
-        # Operations in place give back what they wrote into.
+        # In-place operations return the tensor that they wrote into.
         return tree_map_only(Tensor, lambda each: lazies.get(id(each), each), result)
 
     # Another compiled function takes the values as its input.
@@ -163,7 +162,7 @@ class LazyTensor(Tensor):
     def __tensor_unflatten__(inner_tensors, meta, outer_size, outer_stride):
         return inner_tensors["_dense"]
 
-    # What torch does not dispatch, because it reads memory.
+    # These functions read memory and do not go through torch's dispatcher.
 
     def _leaf(self) -> Tensor:
         return self.dense().detach().requires_grad_(self.requires_grad)
@@ -178,7 +177,10 @@ class LazyTensor(Tensor):
         self._put(plain.detach())
 
     def __repr__(self, *, tensor_contents=None) -> str:
-        """The values as torch prints them; where they cannot be computed, why. Never raises: a debugger calls it."""
+        """Return the values as torch prints them, or the error if they cannot be computed.
+
+        Never raises, because a debugger calls it.
+        """
         try:
             values = repr(self.dense()).removesuffix(")")
         except Exception as error:
@@ -198,7 +200,7 @@ class LazyTensor(Tensor):
     def __dlpack__(self, *args, **kwargs):
         return self._leaf().__dlpack__(*args, **kwargs)
 
-    __dlpack_c_exchange_api__ = _Absent()  # whose readers call __dlpack__ then
+    __dlpack_c_exchange_api__ = _Absent()  # readers then fall back to __dlpack__
 
     def data_ptr(self) -> int:
         return self.dense().data_ptr()
@@ -216,7 +218,7 @@ class LazyTensor(Tensor):
         return self.view_as(self).as_subclass(cls)
 
     def __deepcopy__(self, memo):
-        if self.requires_grad:  # as of any tensor that is no leaf: torch has the words for it
+        if self.requires_grad:  # torch raises its error for any tensor that is not a leaf
             return super().__deepcopy__(memo)
         return copy.deepcopy(self.dense(), memo)
 
@@ -225,12 +227,12 @@ def _like(tensor: Tensor) -> Tensor:
     return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
 
 
-# By type: the queues of torch.multiprocessing.
+# Reductions by type: used by the queues of torch.multiprocessing.
 ForkingPickler.register(LazyTensor, lambda tensor: reduce_tensor(tensor.view_as(tensor)))
 
 
 def _with_memory(to_dlpack: Callable[..., Any]) -> Callable[..., Any]:
-    """A function that reads pointers, to be called with tensors that have some."""
+    """Wrap a function that reads pointers, so that lazy arguments have memory before the call."""
 
     @functools.wraps(to_dlpack)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
@@ -242,6 +244,6 @@ def _with_memory(to_dlpack: Callable[..., Any]) -> Callable[..., Any]:
     return wrapped
 
 
-# The one function of torch's that asks neither the class nor the dispatcher before it reads a tensor's memory.
+# The only function in torch that reads a tensor's memory without asking the class or the dispatcher.
 _dlpack: Any = torch.utils.dlpack
 _dlpack.to_dlpack = torch.to_dlpack = _with_memory(_dlpack.to_dlpack)

@@ -1,5 +1,8 @@
-"""Optimizers change what promises would be computed from. Before a step, those that wait for their values keep what the
-optimizer is about to change: what they would be computed from later is another weight."""
+"""Preserves the inputs of promises before an optimizer step changes them.
+
+Before a step, pending promises keep the tensors that the optimizer is about to change. Otherwise their values would
+later be computed from different weights.
+"""
 
 from __future__ import annotations
 
@@ -15,22 +18,22 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 from liger_compile.runtime.promise import Promise, storage_of
 
-# Not a WeakSet: its callbacks are Python functions, which Dynamo compiles where a promise ends within a compiled call.
+# Not a WeakSet: its callbacks are Python functions, and Dynamo compiles them if a promise ends within a compiled call.
 _waiting: list[weakref.ref[Promise]] = []
 _lock = threading.Lock()
-_running = threading.local()  # storages: what the step of this thread changes, where it calls a closure
+_running = threading.local()  # storages: what this thread's current step changes, if the step calls a closure
 
 
 def waiting() -> list[Promise]:
-    """Those that keep what steps change, and are still alive."""
+    """Return the live promises that preserve their inputs before steps."""
     with _lock:
         return [promise for reference in _waiting if (promise := reference()) is not None]
 
 
 def keep_before_steps(promise: Promise) -> None:
-    """As long as it lives."""
+    """Preserve the promise's inputs before each step, for as long as the promise lives."""
     watch_steps()
-    if changing := getattr(_running, "storages", None):  # the closure of a step makes it
+    if changing := getattr(_running, "storages", None):  # the closure of a step creates the promise
         promise.keep(changing & promise.storages(), {})
     with _lock:
         _waiting[:] = [reference for reference in _waiting if reference() is not None]
@@ -39,14 +42,14 @@ def keep_before_steps(promise: Promise) -> None:
 
 @functools.cache
 def watch_steps() -> None:
-    """From now on steps of optimizers are noticed: call it before a step begins whose closure makes promises."""
+    """Register the optimizer step hooks. Call this before a step whose closure creates promises."""
     # Once, and never removed: Dynamo guards on the hooks when it compiles a step.
     register_optimizer_step_pre_hook(_before_step)
     register_optimizer_step_post_hook(_after_step)
 
 
 def _before_step(optimizer: Any, args: Any, kwargs: Any) -> None:
-    if torch.compiler.is_compiling():  # the fingerprints will tell
+    if torch.compiler.is_compiling():  # fingerprints detect the change instead
         return
     if any(map(callable, (*args[1:], *kwargs.values()))):
         _running.storages = {storage_of(each) for each in _trained(optimizer)} - {None}
@@ -66,7 +69,7 @@ def _after_step(optimizer: Any, args: Any, kwargs: Any) -> None:
 
 
 def _trained(optimizer: Any) -> Iterator[Tensor]:
-    """What a step changes: not what is frozen."""
+    """Yield the tensors that a step changes, without frozen ones."""
     for group in getattr(optimizer, "param_groups", ()):
         for each in group.get("params", ()):
             if isinstance(each, Tensor) and (each.requires_grad or each.grad is not None):

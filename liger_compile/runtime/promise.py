@@ -1,12 +1,13 @@
-"""Values that are computed when somebody wants them, from inputs as they are now: those, or an error, whatever has
-happened to the inputs in between.
+"""Late computation of values from the inputs at the time of the promise.
 
-    Recipe   how to compute a tensor of others
-    Promise  recipe(*inputs), for inputs that others may write into before it is computed
-    Values   the memory of tensors that are computed late, and the copies that were taken of it
+The result is these values or an error, whatever happens to the inputs in between.
 
-What is about to change an input and can be seen (`optimizer_steps.py`, `sharding.py`) asks for it to be kept. What
-cannot be seen is noticed when the values are wanted, by the input's version and by its fingerprint.
+    Recipe   computes a tensor from other values
+    Promise  recipe(*inputs), for inputs that others may write into before the computation
+    Values   the memory of tensors that are computed late, and the pending copies of these tensors
+
+Detectable writers (`optimizer_steps.py`, `sharding.py`) call keep() before they change an input. Other changes are
+detected when the values are needed, by the input's version and by its fingerprint.
 """
 
 from __future__ import annotations
@@ -28,13 +29,13 @@ _CAST = torch.ops.aten._to_copy.default
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to compute a tensor of others.
+    """A computation of a tensor from other values.
 
     Args:
-        function: of plain tensors and numbers; gives one tensor.
-        name: what the tensor is to the user, for messages: "logits".
-        advice: what to do where it cannot be computed any more, a sentence.
-        autocast: (device type, dtype) of the autocast that it runs under; None for none.
+        function: takes plain tensors and numbers; returns one tensor.
+        name: the user's name for the tensor, for messages: "logits".
+        advice: the remedy if the tensor can no longer be computed, a sentence.
+        autocast: (device type, dtype) of the autocast to run under; None for none.
     """
 
     function: Callable[..., Tensor]
@@ -43,7 +44,7 @@ class Recipe:
     autocast: tuple[str, torch.dtype] | None = None
 
     def __call__(self, *inputs: Any) -> Tensor:
-        """The tensor."""
+        """Return the tensor."""
         with contextlib.ExitStack() as stack:
             if self.autocast:
                 stack.enter_context(torch.autocast(self.autocast[0], dtype=self.autocast[1]))
@@ -53,7 +54,7 @@ class Recipe:
             return self.function(*inputs)
 
     def refusal(self, wanted: str, shape: Sequence[int], what: str) -> RuntimeError:
-        """The error where an input of this shape is not what it was: "values", or "gradients" of them, are wanted."""
+        """Return the error for a changed input of this shape; `wanted` is "values" or "gradients"."""
         subject = f"the {self.name}" if wanted == "values" else f"the {wanted} of the {self.name}"
         return RuntimeError(
             f"{subject} cannot be computed any more: a tensor of shape {tuple(shape)} that they depend on {what} "
@@ -70,7 +71,7 @@ FREED = "was freed (as sharding frees gathered weights)"
 
 
 def storage_of(tensor: Tensor) -> int | None:
-    """What tensors that share their memory have in common while they live; None where there is no memory."""
+    """Return an identifier that live tensors with the same memory share, or None if there is no memory."""
     try:
         return tensor.untyped_storage()._cdata
     except (RuntimeError, NotImplementedError):
@@ -78,23 +79,23 @@ def storage_of(tensor: Tensor) -> int | None:
 
 
 def is_freed(tensor: Tensor) -> bool:
-    """Whether its storage has become too small for it."""
+    """Return whether the storage has become too small for the tensor."""
     steps = ((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     end = (tensor.storage_offset() + sum(steps) + 1) * tensor.element_size()
     return tensor.numel() > 0 and tensor.untyped_storage().nbytes() < end
 
 
 class _Input:
-    """A tensor that others may write into, and what it was."""
+    """A tensor that others may write into, and its original state."""
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor.detach()
         self.fingerprint = fingerprint(self.tensor)
         self._version = _version(self.tensor)
-        self._lost: str | None = None  # what happened before there was a copy
+        self._lost: str | None = None  # the change, if one happened before a copy existed
 
     def what_happened(self) -> str | None:
-        """Where it shows without a look at the values."""
+        """Return the change, if it is detectable without reading the values."""
         if self._lost:
             return self._lost
         if is_freed(self.tensor):
@@ -102,11 +103,11 @@ class _Input:
         return None if _version(self.tensor) == self._version else CHANGED_IN_PLACE
 
     def is_same(self) -> Tensor:
-        """bool []: whether the values are what they were."""
+        """Return whether the values are unchanged, as bool []."""
         return self.fingerprint.is_same(fingerprint(self.tensor))
 
     def keep(self, copies: dict[Any, Tensor]) -> None:
-        """Puts a copy in its place, one of `copies` if it is there."""
+        """Replace the tensor by a copy, taken from `copies` if present."""
         self._lost = self.what_happened()
         if self._lost is None:
             mine = self.tensor
@@ -125,8 +126,8 @@ class Promise:
     """The values of recipe(*inputs), with the inputs as they are now.
 
     Args:
-        recipe: what computes them.
-        num_bytes: of the values.
+        recipe: the computation.
+        num_bytes: size of the values.
         inputs: tensors that have fingerprints, and other values.
     """
 
@@ -136,11 +137,11 @@ class Promise:
         self._inputs = [_Input(each) if isinstance(each, Tensor) else each for each in inputs]
         self._stream = _stream(self._tensors())
         self._values: Tensor | None = None
-        # The shape of each input, and bool []: whether it was what it had been when the values were computed.
+        # The shape of each input, and whether its values were unchanged when the result was computed, as bool [].
         self._doubts: list[tuple[torch.Size, Tensor]] = []
 
     def __call__(self) -> Tensor:
-        """The values, without a gradient, the same tensor each time.
+        """Return the values without a gradient; the same tensor on each call.
 
         Raises:
             RuntimeError: an input had changed.
@@ -158,13 +159,14 @@ class Promise:
             return values
 
     def keep(self, storages: Container[int | None], copies: dict[Any, Tensor]) -> None:
-        """Makes the values independent of the inputs in these storages, which are about to change: by copies of these
-        inputs, or by computing the values, whichever is smaller. Nothing waits for a GPU. Where there is no memory left
-        for that, the change will be noticed.
+        """Make the values independent of the inputs in these storages, which are about to change.
+
+        This copies these inputs or computes the values, whichever needs less memory. Nothing waits for a GPU. If there
+        is not enough memory for either, the change is detected later.
 
         Args:
-            storages: as storage_of() gives them.
-            copies: those that there are already; new ones are added.
+            storages: as storage_of() returns them.
+            copies: existing copies; new copies are added.
         """
         with self.lock, _on(self._stream), contextlib.suppress(torch.OutOfMemoryError):
             endangered = [each for each in self._tensors() if storage_of(each.tensor) in storages]
@@ -176,11 +178,11 @@ class Promise:
                     each.keep(copies)
 
     def storages(self) -> set[int | None]:
-        """Those that the values are yet to be computed from, as storage_of() gives them."""
+        """Return the storages that the values are still to be computed from, as storage_of() returns them."""
         return {storage_of(each.tensor) for each in self._tensors()}
 
     def fingerprints(self) -> list[Fingerprint | None]:
-        """Of the inputs, as they were; None for what is no tensor."""
+        """Return the original fingerprints of the inputs; None for inputs that are not tensors."""
         return [each.fingerprint if isinstance(each, _Input) else None for each in self._inputs]
 
     def _tensors(self) -> list[_Input]:
@@ -200,8 +202,8 @@ class Promise:
 class Values:
     """The memory of tensors that are computed late and are aliases of one another.
 
-    Copies in another dtype are made when it is: nobody can write into it before, and a copy must not see what is
-    written afterwards.
+    Pending copies in another dtype are created together with the memory. Nobody can write into the memory before that,
+    and a copy must not include later writes.
     """
 
     def __init__(self, source: Promise | Values, dtype: torch.dtype | None = None) -> None:
@@ -209,10 +211,10 @@ class Values:
         self._source: Promise | Values | None = source
         self._dtype = dtype  # of a copy
         self._made: Tensor | None = None
-        self._copies: list[weakref.ref[Values]] = []  # those that may not have been made
+        self._copies: list[weakref.ref[Values]] = []  # copies that may still be pending
 
     def __call__(self) -> Tensor:
-        """A plain tensor, the same one each time.
+        """Return a plain tensor; the same tensor on each call.
 
         Raises:
             RuntimeError: the values cannot be computed any more.
@@ -226,7 +228,7 @@ class Values:
             return self._made
 
     def copy(self, dtype: torch.dtype) -> Values:
-        """The values in another dtype, in memory of their own."""
+        """Return the values in another dtype, in separate memory."""
         with self.lock:
             copy = Values(self, dtype)
             if self._made is None:
@@ -245,15 +247,17 @@ class Values:
 
 
 def _stream(inputs: Sequence[_Input]) -> torch.cuda.Stream | None:
-    """What the inputs are computed on."""
+    """Return the stream on which the inputs are computed."""
     devices = [each.tensor.device for each in inputs if each.tensor.is_cuda]
     return torch.cuda.current_stream(devices[0]) if devices else None
 
 
 @contextlib.contextmanager
 def _on(stream: torch.cuda.Stream | None) -> Iterator[None]:
-    """What is launched in it runs on a stream, and the current stream waits for it: code that synchronizes with the
-    forward pass expects the values to be there."""
+    """Launch the block's work on `stream`, and make the current stream wait for it.
+
+    Code that synchronizes with the forward pass expects the values to be complete.
+    """
     if stream is None or stream == (current := torch.cuda.current_stream(stream.device)):
         yield
         return

@@ -1,7 +1,7 @@
-"""Weights that FSDP2 gathers for a forward or a backward, and frees afterwards: their memory may be empty, or hold the
-next step's weights, when a promise is asked for its values.
+"""Preserves weights that FSDP2 gathers for a forward or a backward, and frees afterwards.
 
-Gathering them again is no way out: a collective that only some ranks call never returns.
+When a promise is evaluated, the memory of such a weight may be empty, or contain the weights of the next step.
+Gathering them again is not possible: a collective that only some ranks call never returns.
 """
 
 from __future__ import annotations
@@ -17,8 +17,11 @@ from liger_compile.runtime.promise import Promise, storage_of
 
 
 def keep_before_sharding(promise: Promise, inputs: Sequence[Tensor]) -> None:
-    """Keeps those inputs of a promise that FSDP2 has gathered: now, what it frees at the end of this forward; the rest
-    when backward begins, if the promise has not been computed by then and somebody still holds it."""
+    """Keep those inputs of a promise that FSDP2 has gathered.
+
+    Inputs that FSDP2 frees at the end of this forward are kept now. The others are kept when backward begins, if the
+    promise has not been computed by then and is still alive.
+    """
     soon_freed = dict(_gathered_weights())
     gathered = {storage for each in inputs if (storage := storage_of(each)) in soon_freed}
     backwards = [each.grad_fn for each in inputs if each.grad_fn is not None]
@@ -35,9 +38,8 @@ def keep_before_sharding(promise: Promise, inputs: Sequence[Tensor]) -> None:
 
 
 def _gathered_weights() -> Iterator[tuple[int | None, bool]]:
-    """The storage of each weight that FSDP2 has gathered by now, and whether it is freed after forward, not only after
-    backward."""
-    # Private; from torch 2.11 to 2.13 the same, but for the groups.
+    """Yield the storage of each weight that FSDP2 has gathered, and whether forward already frees it."""
+    # Private API; the same in torch 2.11 to 2.13, except for the groups.
     composable = sys.modules.get("torch.distributed._composable_state")
     states = list(composable._module_state_mapping.values()) if composable else ()
     groups = (group for reference in states for group in _groups(reference()) if group.is_unsharded)
@@ -49,5 +51,5 @@ def _gathered_weights() -> Iterator[tuple[int | None, bool]]:
 def _groups(state: Any) -> Sequence[Any]:
     if hasattr(state, "_fsdp_param_groups"):
         return state._fsdp_param_groups
-    group = getattr(state, "_fsdp_param_group", None)  # torch 2.11: one at most
+    group = getattr(state, "_fsdp_param_group", None)  # torch 2.11: at most one
     return [] if group is None else [group]

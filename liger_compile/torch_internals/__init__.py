@@ -1,1 +1,1 @@
-"""What needs private parts of torch, and knows nothing of graphs, terms or patterns."""
+"""Code that needs private parts of torch, and does not depend on graphs, terms or patterns."""
