@@ -6,7 +6,7 @@ and are causal themselves. So a second graph has what an input is expected to be
 prove the mask as they prove any other, and each call looks at its real input to choose between the two, as Hugging
 Face's eager code does. What is checked is what was put in, so either graph computes what the captured one does.
 
-In: a Dynamo GraphModule as it came. Out: a copy of it that is specialised, and the callable that chooses.
+In: a Dynamo GraphModule as it came. Out: a copy of it that is specialized, and the callable that chooses.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class Variant(NamedTuple):
 
 
 def as_part(gm: GraphModule, variant: Variant) -> GraphModule:
-    """`gm`, marked as a part of a graph that was specialised as a whole."""
+    """`gm`, marked as a part of a graph that was specialized as a whole."""
     gm.meta[_PART_OF] = variant
     return gm
 
@@ -86,8 +86,8 @@ def specialized(expected: Mapping[str, Expected]) -> Variant:
     name = WITHOUT if set(expected.values()) == {ONES} else CAUSAL
     return Variant(
         name,
-        f"specialized for {_said(expected)} (checked on every call, {syncs}); other calls use the {GENERAL} graph, which "
-        "is compiled when a call first needs it and then has its own report",
+        f"specialized for {_said(expected)} (checked on every call, {syncs}); other calls use the {GENERAL} graph, "
+        "which is compiled when a call first needs it and then has its own report",
     )
 
 
@@ -96,7 +96,7 @@ def general(expected: Mapping[str, Expected]) -> Variant:
     name, _ = specialized(expected)
     others = "padding" if name == WITHOUT else "other masks"
     return Variant(
-        GENERAL, f"generic: used by calls with {others}; calls with {_said(expected)} use the graph {name}"
+        GENERAL, f"generic: used by calls with {others}; calls with {_said(expected)} use the graph {name!r}"
     )
 
 

@@ -298,7 +298,9 @@ def test_reports_say_which_graph_is_whose():
     assert without.name == general.name
     assert f"graph {without.name} (without padding), " in str(without)
     assert f"graph {general.name} (generic), " in str(general)
-    assert "specialized for l_padding_ of all ones (checked on every call, one device sync)" in without.notes[0]
+    assert (
+        "specialized for l_padding_ of all ones (checked on every call, one device sync)" in without.notes[0]
+    )
     assert "used by calls with padding" in general.notes[0]
     assert without.to_dict()["variant"] == "without padding"
 
