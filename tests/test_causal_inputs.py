@@ -263,7 +263,7 @@ def test_with_padding_beside_it():
             assert_as_in_eager(fast, both, *inputs(), mask, padding)
     assert found() == BOTH
     note = liger_compile.reports()[0].notes[0]
-    assert "l_padding_ is all ones and l_mask_ is causal" in note and "up to 2 scalars" in note
+    assert "l_padding_ of all ones and l_mask_ that is causal" in note and "up to 2 device syncs" in note
 
 
 @pytest.mark.parametrize("how", ["dynamic=True", "automatic"])
