@@ -51,9 +51,7 @@ def attention(
     enable_gqa: bool = False,
 ) -> Term | None:
     """Returns the term of a scaled_dot_product_attention call, or None if the arguments are not supported."""
-    is_one = (
-        key.shape[1:2] == value.shape[1:2] == (1,)
-    )  # one key/value head for all queries broadcasts, as one group
+    is_one = key.shape[1:2] == value.shape[1:2] == (1,)  # one head for all queries broadcasts as one group
     if key.shape[1:2] != query.shape[1:2] and not (enable_gqa or is_one):
         return None
     if not isinstance(is_causal, bool):
@@ -216,9 +214,7 @@ class _Scores:
         masks = (
             mask
             if mask.dtype is torch.bool
-            else space.intern(
-                "mul", (mask,), (factor, 1), mask.dtype, mask.shape
-            )  # does not merge its numbers
+            else space.intern("mul", (mask,), (factor, 1), mask.dtype, mask.shape)  # keeps its numbers apart
             for mask in self.masks
         )
         scaled = replace(self, masks=tuple(masks), fill=self.fill * abs(factor.value))

@@ -46,9 +46,7 @@ class Terms:
         self.of: dict[Node, Value] = {}
         self.nodes: dict[Term, list[Node]] = {}  # in graph order
         self.written: dict[Term, Node] = {}  # value after the last in-place write -> its node
-        self.passes_through: set[Node] = (
-            set()
-        )  # nodes whose value is that of a node that they are computed from
+        self.passes_through: set[Node] = set()  # nodes that only restore the value of an ancestor
         self.mutations = mutations
         self.regions = regions or Regions(graph)
         self._later: dict[tuple[Node, int], Value] = {}  # (node, number of writes) -> the value after them
@@ -233,9 +231,7 @@ def _brought_in(space: Space, term: Term) -> Term | None:
     made: dict[Term, Term] = {}
     for part in parts:
         is_named = part.op == "leaf" and isinstance(part.consts[0], str)
-        consts = (
-            (*part.consts, "outside") if is_named else part.consts
-        )  # nodes of this graph may have the same names
+        consts = (*part.consts, "outside") if is_named else part.consts  # nodes here may have the same names
         args = tuple(made[arg] for arg in part.args)
         made[part] = space.intern(part.op, args, consts, part.dtype, part.shape)
     return made[term]
