@@ -10,15 +10,7 @@ import torch
 from liger_compile.terms.formula import Formula
 from liger_compile.terms.term import Term
 
-_MOVES = (
-    "view",
-    "expand",
-    "permute",
-    "slice",
-    "cat",
-    "rotate_half",
-    "rotate_pairs",
-)  # ops without rounding
+_MOVES = ("view", "expand", "permute", "slice", "cat", "rotate_half", "rotate_pairs")  # ops without rounding
 WHOLE = 50  # the depth of a formula that shows everything
 MOST = 200  # most values compared; patterns have fewer
 
