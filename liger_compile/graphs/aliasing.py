@@ -1,8 +1,8 @@
-"""Finds which values of a graph share memory, and when it is written: Dynamo's graphs are not functional.
+"""Finds which values of a graph share memory, and when that memory is written: Dynamo's graphs are not functional.
 
-Storages come from the fake tensors, where views share one. effects.py lists the arguments that a call writes into. The
-version counter of a fake tensor is final and counts most writes. A storage with a nonzero version and no writer found
-here therefore counts as written everywhere.
+Storages come from the fake tensors: a tensor and its views share one. effects.py lists the arguments that a call writes
+into. The version counter of a fake tensor is final and counts most writes. A storage with a nonzero version and no
+writer found here therefore counts as written everywhere.
 """
 
 from __future__ import annotations

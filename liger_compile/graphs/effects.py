@@ -296,7 +296,7 @@ def _of_method(name: str) -> Writes:
 
 @functools.cache
 def _dispatched() -> frozenset[str]:
-    """Returns the operators that torch dispatches on tensors; excludes TorchScript's list operators (aten::sort.Tensor)."""
+    """Returns the operators that torch dispatches on tensors; excludes TorchScript's for lists (aten::sort.Tensor)."""
     return frozenset(torch._C._dispatch_get_all_op_names())
 
 

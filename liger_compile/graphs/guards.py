@@ -1,6 +1,6 @@
 """Prevents new guards on sizes.
 
-Dynamo has traced a graph for all sizes that its guards admit. A question that needs one more guard is not asked,
+Dynamo has traced a graph for all sizes that its guards admit. This project asks no question that needs one more guard,
 because the graph would be recompiled for the sizes that the guard excludes.
 """
 
@@ -56,7 +56,7 @@ def no_guards(of: Any) -> Iterator[None]:
 def sizes_of_one_may_be_guarded(of: Any) -> Iterator[None]:
     """Allows guards that decide whether a size is 1, within `no_guards`.
 
-    For broadcasting and strides, torch checks of every size whether it is 1 or less than 2. If a replacement makes a
+    For broadcasting and strides, torch checks whether every size is 1, or less than 2. If a replacement makes a
     tensor that is smaller than its inputs, one guard decides whether a size of it is 1.
     """
     shape_env = getattr(getattr(of, "fake_mode", of), "shape_env", None)

@@ -234,7 +234,7 @@ class _Scores:
         return replace(self.plus(condition), fill=max(self.fill, fill))
 
     def joined(self, space: Space) -> Term | None:
-        """Returns the conjunction of all masks, which shows what every mask shows; None if there is no mask."""
+        """Returns one mask for all masks, which hides the scores that any of them hides; None if there is no mask."""
         if len(self.masks) <= 1:
             return next(iter(self.masks), None)
         shape = normalize.broadcast(mask.shape for mask in self.masks)

@@ -185,8 +185,7 @@ class Terms:
         """Returns the nearest term that has a node and from which steps alone compute `term`, and the steps.
 
         If no such term has a node, returns the last term reached. Terms keep a cast outside a slice, a view or a
-        negation; the graph may have the cast inside. So the search also tries the cast inside, before the slice, view
-        or negation.
+        negation, but the graph may have the cast inside. So the search also tries the cast inside.
         """
         steps: list[Step] = []
         while self._recordable(term) is None:

@@ -1,4 +1,4 @@
-"""Compares a graph's term with a pattern's term that does not unify with it: what agrees, and every difference.
+"""Compares a graph's term with a pattern's term that does not unify with it: the agreement, and every difference.
 
 unify.py decides whether some bindings make two terms equal; this file finds the reasons why none do. The comparison
 never backtracks. It pairs each operand with the most similar one, records a disagreement as a Difference, and continues

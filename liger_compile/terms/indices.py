@@ -55,7 +55,7 @@ _BUT_FOR_PADDING = {"causal": "is causal", "all": "hides nothing", "window": "is
 
 @dataclass(frozen=True)
 class Meaning:
-    """The keys, of S, that a mask shows to each of T queries.
+    """The meaning of a mask: which of S keys each of T queries may attend to.
 
     Args:
         kind: "causal" query i sees exactly the keys j <= i, and T is S; "window" it sees the last `window` of these;

@@ -17,14 +17,14 @@ import torch
 from liger_compile.terms.exact import holds, is_whole, stored
 from liger_compile.terms.term import Size
 
-# A mask that adds this shows a key only if the score is as large. finfo.min of float32 and bfloat16 is below it.
+# A mask that adds this reveals a key only if the score is as large. finfo.min of float32 and bfloat16 is below it.
 HIDES = -1e30
 
 _NAMES = {-1: "key", -2: "query", -3: "head", -4: "batch"}
 
 
 class UnreadError(Exception):
-    """Raised with a sentence that names what could not be read."""
+    """Raised with a sentence that names the part that could not be read."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def plain(scalar) -> float:
 
 
 def scaled(a: Linear, b: Linear) -> Linear:
-    """Returns a * b, of which one is constant."""
+    """Returns a * b; one of them must be constant."""
     if a.parts and b.parts:
         raise UnreadError("it multiplies positions")
     form, by = (b, a.constant) if b.parts else (a, b.constant)
@@ -122,7 +122,7 @@ def added(scalar: Any, dtype: torch.dtype | None) -> Linear:
 
 
 def multiplied(scalar: Any, dtype: torch.dtype | None) -> Linear:
-    """Returns a factor in `dtype` that does not round to 0 or infinity, so that it preserves 0 and what hides."""
+    """Returns a factor in `dtype` that rounds to neither 0 nor infinity, so that zeros and hidden values stay so."""
     number = plain(scalar)
     value = stored(dtype, number)
     if number and not (value and math.isfinite(value)):

@@ -1,7 +1,7 @@
 """Formats a Difference as a sentence for the author of a model: terms as formulas, with the standard names.
 
-The sentence states what was found and what is expected, from the terms that differ. Terms record neither the name of a
-computation nor the reason why it is not the expected one; the table FACTS at the end of this file adds both.
+The sentence states the found and the expected computation, from the terms that differ. Terms record neither the name of
+a computation nor the reason why it is not the expected one; the table FACTS at the end of this file adds both.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def telling(differences: Sequence[Difference], formula: Formula) -> Sequence[Dif
 
 
 def sentence(differences: Sequence[Difference], formula: Formula) -> str:
-    """Returns the text of what differs, with the facts."""
+    """Returns the text of the differences, with their facts."""
     facts = [(_general(each, formula), _fact(each, formula)) for each in differences]
     return _joined([f"{general}: {fact}" if fact else general for general, fact in facts])
 

@@ -243,7 +243,7 @@ class Unifier:
         constants: tuple[Scalar, Scalar],
         env: Bindings,
     ) -> Iterator[list[Goal]]:
-        """Yields goals for the remaining operands: bound captures take their own, each other one a share."""
+        """Yields goals for the remaining operands: bound captures take their own, each unbound one a share."""
         (expected, constant), unbound = constants, []
         for var, power in captures:
             bound = env.get(var.consts[0])
@@ -352,7 +352,7 @@ def without(
 
 
 def _partitions(operands: list[Operand], captures: list[Operand], may_join: bool) -> Iterator[list]:
-    """Yields every way to give each capture one operand, and all that remain then to one capture."""
+    """Yields every way to give each capture one operand, and the remaining operands to one capture."""
     if not captures and operands:
         return
     for chosen in itertools.permutations(range(len(operands)), len(captures)):
