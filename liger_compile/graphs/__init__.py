@@ -1,1 +1,1 @@
-"""Facts about a captured graph: what shares memory, what is written and when, in which modes each node runs."""
+"""Facts about a captured graph: aliases, in-place writes and their order, and the modes of each node."""

@@ -1,8 +1,8 @@
-"""Which values of a graph share memory, and when that memory is written: Dynamo's graphs are not functional.
+"""Finds which values of a graph share memory, and when that memory is written: Dynamo's graphs are not functional.
 
-Storages come from the fake tensors, so aliases come free: views share one. What a call writes into is in effects.py.
-The version counter of a fake tensor is final and counts most writes, so a storage that has a version, and no writer
-that was found here, is held to be written everywhere.
+Storages come from the fake tensors: a tensor and its views share one. effects.py lists the arguments that a call writes
+into. The version counter of a fake tensor is final and counts most writes. A storage with a nonzero version and no
+writer found here therefore counts as written everywhere.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from torch.utils._pytree import tree_leaves
 
 from liger_compile.graphs.effects import calls_bodies, effect_of, written_arguments
 
-# Calls of a graph that hand their last positional arguments to its placeholders.
+# Higher-order ops that pass their last positional arguments to the placeholders of their subgraph.
 BODIES = ("tag_activation_checkpoint", "invoke_subgraph")
 
 
 def tensors_of(node: Node) -> list[torch.Tensor]:
-    """The fake tensors that a node stands for."""
+    """Returns the fake tensors in the value of a node."""
     leaves = tree_leaves(node.meta.get("example_value"))
     return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
 
 
 def storage_of(tensor: torch.Tensor) -> int | None:
-    """An identity that a tensor shares with its views; None where there is no storage (sparse)."""
+    """Returns an identity that a tensor shares with its views; None if it has no storage (sparse)."""
     try:
         return tensor.untyped_storage()._cdata
     except (NotImplementedError, RuntimeError):
@@ -36,12 +36,12 @@ def storage_of(tensor: torch.Tensor) -> int | None:
 
 
 def storages_of(node: Node) -> set[int | None]:
-    """The storages of the tensors that a node stands for."""
+    """Returns the storages of the tensors in the value of a node."""
     return {storage_of(tensor) for tensor in tensors_of(node)}
 
 
 def graph_of(node: Node) -> GraphModule | None:
-    """The graph that a node names: a get_attr, or the target of a call_module."""
+    """Returns the graph that a get_attr or a call_module refers to; None if it is no graph."""
     if node.op not in ("get_attr", "call_module"):
         return None
     found: Any = node.graph.owning_module
@@ -51,14 +51,14 @@ def graph_of(node: Node) -> GraphModule | None:
 
 
 class Mutations:
-    """When each storage of a graph is written. Positions are indices into the graph's nodes."""
+    """The in-place writes into each storage of a graph. Positions are indices into the graph's nodes."""
 
     def __init__(self, graph: Graph) -> None:
         self.position: dict[Node, int] = {}
         self.nodes = list(graph.nodes)
         self._memory: dict[Node, frozenset[int | None]] = {}
         self._writes: dict[int | None, list[int]] = {}  # positions, in order
-        self._bodies: dict[GraphModule, Mutations] = {}  # many calls may be of one
+        self._bodies: dict[GraphModule, Mutations] = {}  # many calls may share one subgraph
         self._everywhere: set[int | None] = set()
         versions: set[int | None] = set()
         for position, node in enumerate(self.nodes):
@@ -70,7 +70,7 @@ class Mutations:
         self._everywhere.update(versions - set(self._writes))
 
     def _memory_of(self, node: Node) -> frozenset[int | None]:
-        """Storages; of a tensor without one (sparse, or wrapped by torch.func), those of what it is made from too."""
+        """Returns a node's storages; for tensors without one (sparse, or wrapped by torch.func) also its inputs'."""
         found = storages_of(node)
         if None in found:
             found.update(*(self._memory[arg] for arg in node.all_input_nodes))
@@ -79,14 +79,14 @@ class Mutations:
     def _written_by(self, node: Node) -> set[int | None]:
         written = list(written_arguments(node))
         if effect_of(node).moves_memory:
-            # The fake tensor is as it is in the end: what shared its memory before is found among its neighbors.
+            # The fake tensor shows the final state; its earlier aliases are among its neighbors.
             near = {each for arg in written for each in (arg, *arg.users, *arg.all_input_nodes)}
             self._everywhere.update(*(storages_of(each) for each in near))
         storages = set().union(*(self.memory(arg) for arg in written))
         return storages | (self._written_in_bodies(node) if _has_bodies(node) else set())
 
     def _written_in_bodies(self, call: Node) -> set[int | None]:
-        """What the graphs that are called write, of the memory outside."""
+        """Returns the outer storages that the called subgraphs write."""
         written: set[int | None] = set()
         for named in (call, *call.all_input_nodes):
             body = graph_of(named)
@@ -107,30 +107,33 @@ class Mutations:
         return written
 
     def memory(self, node: Node) -> frozenset[int | None]:
-        """Identities of the memory of a node's tensors; values that may share memory have one in common."""
+        """Returns identities of the memory of a node's tensors; values that may alias have one in common."""
         return self._memory[node] if node in self._memory else frozenset(storages_of(node))
 
     def is_clean(self, node: Node) -> bool:
-        """True if nothing ever writes into what the node stands for."""
+        """Returns whether no node ever writes into the value of `node`."""
         return all(s not in self._writes and s not in self._everywhere for s in self.memory(node))
 
     def is_known(self, node: Node) -> bool:
-        """True if all writes into what the node stands for are nodes of the graph that were recognised."""
+        """Returns whether all writes into the value of `node` are nodes of the graph that were recognized."""
         return not self.memory(node) & self._everywhere
 
     def epoch(self, node: Node, position: int) -> int | None:
-        """How many writes what `node` stands for has seen before `position`; None if that is not known."""
+        """Returns the number of writes into the value of `node` before `position`; None if that is not known."""
         if not self.is_known(node):
             return None
         return sum(bisect_left(writes, position) for writes in self._writes_into(node))
 
     def last_write(self, node: Node) -> Node | None:
-        """What writes last into what `node` stands for."""
+        """Returns the last node that writes into the value of `node`, or None."""
         last = max((writes[-1] for writes in self._writes_into(node)), default=None)
         return None if last is None else self.nodes[last]
 
     def write_between(self, node: Node, first: int, last: int) -> int | None:
-        """The position of a write into what `node` stands for, after `first` and before `last`."""
+        """Returns the position of a write into the value of `node` after `first` and before `last`, or None.
+
+        Returns `first` if the writes are not known.
+        """
         if not self.is_known(node):
             return first
         for writes in self._writes_into(node):
@@ -140,7 +143,7 @@ class Mutations:
         return None
 
     def is_as_made(self, node: Node) -> bool:
-        """True if nothing writes into what the node stands for once it is there."""
+        """Returns whether no node writes into the value of `node` after its creation."""
         return self.write_between(node, self.position[node], len(self.nodes)) is None
 
     def _writes_into(self, node: Node) -> Iterator[list[int]]:
@@ -148,7 +151,7 @@ class Mutations:
 
 
 def handed_to(call: Node, count: int) -> tuple[Any, ...] | None:
-    """What a call of a graph hands to its `count` placeholders, in their order; None where that is not known."""
+    """Returns the arguments for the `count` placeholders of the called graph, in order; None if not known."""
     is_known = call.op == "call_module" or getattr(call.target, "__name__", "") in BODIES
     if not is_known or (call.op == "call_module" and len(call.args) != count) or len(call.args) < count:
         return None
@@ -160,5 +163,5 @@ def _has_bodies(node: Node) -> bool:
 
 
 def version_of(tensor: torch.Tensor) -> int:
-    """How often it was written, as autograd counts; tensors of inference mode have no such counter."""
+    """Returns autograd's count of writes into a tensor; 0 for inference tensors, which have no counter."""
     return 0 if tensor.is_inference() else tensor._version

@@ -1,8 +1,8 @@
-"""Which arguments a call writes into: a table of torch's operators, functions and methods, for a closed world.
+"""Finds the arguments that a call writes into: a closed-world table of torch's operators, functions and methods.
 
-A call is known to write nothing, is known to write into certain arguments, or is taken to write into every tensor that
-it is handed. What is known comes from the schemas of operators, from the functions and methods that torch lists as
-overridable, and from the entries below, for what neither of the two says.
+A call is known to write nothing, is known to write into certain arguments, or is assumed to write into every tensor
+argument. The known effects come from the schemas of operators, from the functions and methods that torch lists as
+overridable, and from the entries below for the rest.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from torch.overrides import get_testing_overrides
 
 @dataclass(frozen=True)
 class Writes:
-    """What a call writes into.
+    """The arguments that a call writes into.
 
     Args:
-        positions: positional arguments.
-        names: keyword arguments.
-        when: position and name of a parameter; nothing is written where that is absent or false.
-        everything: every tensor among the arguments, nested ones and keywords included.
-        moves_memory: afterwards the argument has another shape, other strides or another storage (`resize_`, `set_`).
+        positions: indices of positional arguments.
+        names: names of keyword arguments.
+        when: position and name of a parameter; if it is absent or false, the call writes nothing.
+        everything: every tensor among the arguments, including nested ones and keywords.
+        moves_memory: the call changes the shape, strides or storage of the argument (`resize_`, `set_`).
     """
 
     positions: frozenset[int] = frozenset()
@@ -43,7 +43,7 @@ class Writes:
 
     @property
     def is_nothing(self) -> bool:
-        """Whether a call without `out` writes nothing, whatever else it is handed."""
+        """Whether a call without `out` writes nothing, regardless of its other arguments."""
         return not self.everything and not self.positions
 
 
@@ -56,7 +56,7 @@ NOTHING = Writes()
 OUT = _into("out")
 EVERYTHING = Writes(everything=True)
 
-# Operators of Python, as functions and as methods.
+# Python's in-place operators, as functions and as methods.
 _IN_PLACE = frozenset(
     f"i{name}"
     for name in (
@@ -75,7 +75,7 @@ _IN_PLACE = frozenset(
     )
 ) | {"itruediv", "ixor", "idiv", "setitem", "delitem"}
 
-# Statistics that are updated although the schemas of these operators do not say so.
+# Statistics that these operators update although their schemas declare no write.
 _RUNNING = _into(3, 4, "running_mean", "running_var")
 _UNSAID: Mapping[str, Writes] = {
     "batch_norm": _into(3, 4, "running_mean", "running_var", when=(5, "training")),
@@ -89,7 +89,7 @@ _UNSAID: Mapping[str, Writes] = {
     ),
 }
 
-# Python functions of torch.nn.functional that write without a parameter called `inplace`.
+# Python functions of torch.nn.functional that write without a parameter named `inplace`.
 _FUNCTIONS: Mapping[Callable[..., Any], Writes] = {
     F.batch_norm: _into(1, 2, "running_mean", "running_var", when=(5, "training")),
     F.instance_norm: _into(1, 2, "running_mean", "running_var"),
@@ -100,7 +100,7 @@ _FUNCTIONS: Mapping[Callable[..., Any], Writes] = {
 # Functions of torch that write nothing, and that torch does not list as overridable.
 _PURE_IN_TORCH = frozenset(
     (
-        # torch.func's transforms and forward-mode differentiation: a tensor in, the same memory or a new tensor out
+        # torch.func transforms and forward-mode differentiation: from a tensor, an alias of it or a new tensor
         *("_add_batch_dim", "_remove_batch_dim", "_unwrap_batched", "_wrap_for_grad", "_unwrap_for_grad"),
         *("_autograd_grad", "_set_tensor_requires_grad", "_make_dual", "_unpack_dual", "_get_data_attr"),
         # checks, conversions
@@ -127,12 +127,12 @@ _PURE_IN_TORCH = frozenset(
     )
 )
 _PURE_METHODS = frozenset(("new", "new_tensor", "as_subclass", "unsafe_chunk", "unsafe_split"))
-# Methods that write, of those that torch lists as overridable; names that end in an underscore do not stand here.
+# Methods that write although torch lists them as overridable; names with a trailing underscore are not repeated.
 _IMPURE_METHODS = frozenset(("__setstate__", "backward", "module_load"))
 _PURE_MODULES = ("_operator", "builtins", "einops", "math")
 _IMPURE_IN_THESE = frozenset(("setattr", "delattr", "exec", "eval", "call", "methodcaller"))
 
-# Higher-order operators that call graphs and otherwise write nothing. What the graphs write counts.
+# Higher-order ops that call subgraphs and otherwise write nothing. The writes of the subgraphs count.
 _CALLS_BODIES = frozenset(
     (
         *(
@@ -162,19 +162,19 @@ _FUNCTIONAL = frozenset(
 
 
 def is_in_place(name: str) -> bool:
-    """Whether an operator of this name writes into its first argument: x.mul_(y), x *= y, x[i] = y."""
+    """Returns whether an operator of this name writes into its first argument: x.mul_(y), x *= y, x[i] = y."""
     bare = name.removeprefix("__").removesuffix("__") if name.startswith("__") else name
     return bare in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
 
 
 def calls_bodies(node: Node) -> bool:
-    """Whether a node is a call of graphs, by an operator that by itself writes nothing."""
+    """Returns whether a node calls subgraphs, by a higher-order op that itself writes nothing."""
     is_higher = isinstance(node.target, torch._ops.HigherOrderOperator)
     return is_higher and getattr(node.target, "__name__", "") in _CALLS_BODIES
 
 
 def written_arguments(node: Node) -> Iterator[Node]:
-    """The nodes that a call writes into; of a call that calls graphs, those that it writes into by itself."""
+    """Yields the nodes that a call writes into; for a call of subgraphs, only those that it writes itself."""
     effect = effect_of(node)
     if effect.everything:
         yield from node.all_input_nodes
@@ -188,7 +188,7 @@ def written_arguments(node: Node) -> Iterator[Node]:
 
 
 def effect_of(node: Node) -> Writes:
-    """What the call at a node writes into; EVERYTHING where that is not known."""
+    """Returns what the call at a node writes into; EVERYTHING if that is not known."""
     if node.op == "call_function":
         return _of_function(node.target)
     if node.op == "call_method":
@@ -197,13 +197,13 @@ def effect_of(node: Node) -> Writes:
 
 
 def _given(node: Node, position: int, name: str) -> bool:
-    """Whether an argument is there and true, or is known at run time only."""
+    """Returns whether an argument is present and true, or known at run time only."""
     value = node.args[position] if len(node.args) > position else node.kwargs.get(name)
     return isinstance(value, Node) or bool(value)
 
 
 def _nodes(value: Any) -> list[Node]:
-    """The nodes in an argument, nested ones too."""
+    """Returns the nodes in an argument, including nested ones."""
     found: list[Node] = []
     map_arg(value, lambda node: found.append(node))
     return found
@@ -232,14 +232,14 @@ def _of_function(target: Any) -> Writes:
 
 
 def _of_python(module: str, name: str) -> Writes:
-    """Of an operator or a builtin of Python."""
+    """Returns the effect of a Python operator or builtin."""
     if name in _IMPURE_IN_THESE:
         return EVERYTHING
     return _into(0) if module == "_operator" and name in _IN_PLACE else NOTHING
 
 
 def _is_method(target: Any, name: str) -> bool:
-    """Whether a function is a method of tensors: torch.Tensor.add_."""
+    """Returns whether a function is a method of tensors: torch.Tensor.add_."""
     return (
         bool(name)
         and inspect.getattr_static(torch.Tensor, name, None) is not None
@@ -248,7 +248,7 @@ def _is_method(target: Any, name: str) -> bool:
 
 
 def _of_torch(target: Any, name: str) -> Writes:
-    """Of a function in torch that is no operator object: torch.mul, F.silu."""
+    """Returns the effect of a torch function that is no operator object: torch.mul, F.silu."""
     if target in _FUNCTIONS:
         return _FUNCTIONS[target]
     if isinstance(target, BuiltinFunctionType) and (overloads := _overloads(name)):
@@ -263,7 +263,7 @@ def _of_torch(target: Any, name: str) -> Writes:
 
 
 def _of_flag(function: Callable[..., Any]) -> Writes:
-    """Of a Python function that writes its first argument if `inplace` says so, and `out` if there is one."""
+    """Returns the effect of a Python function: it writes its first argument if `inplace` is set, and `out` if given."""
     try:
         parameters = list(inspect.signature(function).parameters)
     except (TypeError, ValueError):
@@ -274,14 +274,14 @@ def _of_flag(function: Callable[..., Any]) -> Writes:
 
 
 def _is_listed(target: Any) -> bool:
-    """Whether torch lists a function or a method as overridable. Collectives, which write, are listed too."""
+    """Returns whether torch lists a function or method as overridable; excludes collectives, which write."""
     module = getattr(target, "__module__", None) or "torch"
     return target in get_testing_overrides() and not module.startswith("torch.distributed")
 
 
 @functools.cache
 def _of_method(name: str) -> Writes:
-    """Of a method of tensors, by its name."""
+    """Returns the effect of a method of tensors, by its name."""
     if overloads := _overloads(name):
         return _of_overloads(overloads)
     if is_in_place(name):
@@ -296,12 +296,12 @@ def _of_method(name: str) -> Writes:
 
 @functools.cache
 def _dispatched() -> frozenset[str]:
-    """The operators that torch dispatches on tensors; TorchScript's on lists, such as aten::sort.Tensor, are none."""
+    """Returns the operators that torch dispatches on tensors; excludes TorchScript's for lists (aten::sort.Tensor)."""
     return frozenset(torch._C._dispatch_get_all_op_names())
 
 
 def _overloads(name: str) -> tuple[torch._ops.OpOverload, ...]:
-    """aten's operators of a name."""
+    """Returns aten's operators of a name."""
     packet = getattr(torch.ops.aten, name, None) if name.isidentifier() else None
     if not isinstance(packet, torch._ops.OpOverloadPacket):
         return ()
@@ -313,7 +313,7 @@ def _of_packet(packet: torch._ops.OpOverloadPacket) -> tuple[torch._ops.OpOverlo
 
 
 def _of_overloads(overloads: Iterable[torch._ops.OpOverload]) -> Writes:
-    """What any of these operators writes into."""
+    """Returns the arguments that any of these operators writes into."""
     overloads = tuple(overloads)
     if (name := overloads[0]._schema.name.removeprefix("aten::")) in _UNSAID:
         return _UNSAID[name]
@@ -331,8 +331,10 @@ def _of_overloads(overloads: Iterable[torch._ops.OpOverload]) -> Writes:
 
 
 def _of_module(node: Node) -> Writes:
-    """Of a module that is called as a whole: torch's own write nothing that they are handed, unless told to. Of a graph
-    what it calls counts."""
+    """Returns the effect of a call_module: torch's own modules write no argument unless `inplace` is set.
+
+    For a graph, the calls in it count.
+    """
     owner: Any = node.graph.owning_module
     try:
         module = owner.get_submodule(str(node.target))

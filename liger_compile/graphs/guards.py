@@ -1,5 +1,7 @@
-"""No guards of ours on sizes. Dynamo has traced a graph for all sizes that its guards let through; a question that only
-one more guard would answer is one that we do not ask, for the graph would be compiled again for the sizes it excludes.
+"""Prevents new guards on sizes.
+
+Dynamo has traced a graph for all sizes that its guards admit. This project asks no question that needs one more guard,
+because the graph would be recompiled for the sizes that the guard excludes.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import sympy
 
 _log = logging.getLogger("torch.fx.experimental.symbolic_shapes")
 
-# The comparisons that say whether a size is 1, by the number on their right.
+# The comparisons that decide whether a size is 1, by their right-hand side.
 _RELATIONS_WITH_ONE: Mapping[Any, tuple[Any, ...]] = {
     1: (sympy.Eq, sympy.Ne, sympy.Le, sympy.Gt),
     2: (sympy.Lt, sympy.Ge),
@@ -21,15 +23,17 @@ _RELATIONS_WITH_ONE: Mapping[Any, tuple[Any, ...]] = {
 
 
 class GuardError(RuntimeError):
-    """What was asked of symbolic sizes is not known of all of them."""
+    """Raised if a fact about symbolic sizes is not known for all of them."""
 
 
 @contextlib.contextmanager
 def no_guards(of: Any) -> Iterator[None]:
-    """While it lasts, a question about symbolic sizes that is not decided yet raises GuardError. `of`: a fake tensor, a
-    fake mode, or anything else, of which no sizes are symbolic.
+    """Makes a question about symbolic sizes that is not decided yet raise GuardError.
 
-    A number that is no size, such as an eps, may become a constant: operators of torch take those in no other way.
+    A number that is no size, such as an eps, may become a constant: torch's operators accept it in no other way.
+
+    Args:
+        of: a fake tensor, a fake mode, or anything else, which has no symbolic sizes.
     """
     shape_env = getattr(getattr(of, "fake_mode", of), "shape_env", None)
     if shape_env is None:
@@ -40,7 +44,7 @@ def no_guards(of: Any) -> Iterator[None]:
         if any(symbol.is_integer for symbol in expr.free_symbols):
             raise GuardError(f"it depends on sizes, by {expr}, that are known at run time only")
 
-    disabled, _log.disabled = _log.disabled, True  # it logs what is raised there
+    disabled, _log.disabled = _log.disabled, True  # it logs the errors that are raised there
     try:
         with _before_a_guard(shape_env, refuse):
             yield
@@ -50,8 +54,10 @@ def no_guards(of: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def sizes_of_one_may_be_guarded(of: Any) -> Iterator[None]:
-    """Within `no_guards`: torch asks of every size whether it is 1 or less than 2, for broadcasting and for strides.
-    Where a replacement makes a tensor that is smaller than its inputs, one guard says whether a size of it is 1.
+    """Allows guards that decide whether a size is 1, within `no_guards`.
+
+    For broadcasting and strides, torch checks whether every size is 1, or less than 2. If a replacement makes a
+    tensor that is smaller than its inputs, one guard decides whether a size of it is 1.
     """
     shape_env = getattr(getattr(of, "fake_mode", of), "shape_env", None)
     refuse = shape_env and vars(shape_env).get("_check_frozen")
@@ -69,7 +75,7 @@ def sizes_of_one_may_be_guarded(of: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _before_a_guard(shape_env: Any, called: Callable[[Any, Any], None]) -> Iterator[None]:
-    """A shape environment calls `called` before it takes a guard; other places set it too, one within another."""
+    """Makes a shape environment call `called` before it adds a guard, and then restores the outer callback."""
     before = vars(shape_env).get("_check_frozen")
     shape_env._check_frozen = called
     try:

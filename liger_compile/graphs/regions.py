@@ -1,8 +1,8 @@
-"""Which modes each node of a graph runs in: gradients, autocast, inference mode, transforms of torch.func, and others.
+"""The modes that each node of a graph runs in: gradients, autocast, inference mode, torch.func transforms, and others.
 
 Dynamo's graphs switch modes by calls that take no tensors, such as torch._C._set_grad_enabled(False). `Regions` reads
-all of them. Nodes with equal regions run in the same modes, whatever is switched in between. A call that may switch
-something unknown begins a region that is equal to no other.
+all of them. Nodes with equal regions run in the same modes, regardless of the switches in between. A call that may
+switch an unknown mode begins a region that is equal to no other.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ class Region:
     Args:
         grad_mode: as torch.is_grad_enabled().
         inference_mode: as torch.is_inference_mode_enabled().
-        autocast: (device type, dtype) of each device that autocast is on for.
-        transforms: those of torch.func that are around the node, outermost first: name, and where each begins.
-        settings: (name, value) of what else calls in the graph have set.
-        kernels: (name, value) of what they have set that chooses between kernels, and changes no meaning.
+        autocast: (device type, dtype) of each device with autocast enabled.
+        transforms: (name, position of the start) of the torch.func transforms around the node, outermost first.
+        settings: (name, value) of the other settings that calls in the graph change.
+        kernels: (name, value) of settings that only choose between kernels and change no meaning.
         stream: the stream that the function chose for the node; None for the current one.
-        unknown: name and position of the last call that may have switched something unknown.
+        unknown: name and position of the last call that may have switched an unknown mode.
     """
 
     grad_mode: bool
@@ -49,21 +49,21 @@ class Region:
 
     @property
     def has_gradients(self) -> bool:
-        """Whether operations are recorded for backward."""
+        """Whether autograd records operations for backward."""
         return self.grad_mode and not self.inference_mode
 
     @property
     def meaning(self) -> Region:
-        """The region without what only chooses between kernels."""
+        """The region without the settings that only choose between kernels."""
         return replace(self, kernels=())
 
     def autocast_on(self, device: str) -> tuple[str, torch.dtype] | None:
-        """(device type, dtype) of the autocast on a type of device; None for none."""
+        """Returns (device type, dtype) of autocast on a device type; None if it is disabled."""
         return next((each for each in self.autocast if each[0] == device), None)
 
     @contextlib.contextmanager
     def entered(self) -> Iterator[None]:
-        """Gradients and autocast as in this region, for what runs while a graph is rewritten."""
+        """Enters the grad mode and autocast of this region, for code that runs while a graph is rewritten."""
         with contextlib.ExitStack() as stack:
             stack.enter_context(torch.set_grad_enabled(self.has_gradients))
             for device in _devices_with_autocast():
@@ -74,14 +74,14 @@ class Region:
 
 
 def around() -> Region:
-    """The modes around the code that is compiled: Dynamo restores them before it calls a backend."""
+    """Returns the modes around the compiled code: Dynamo restores them before it calls a backend."""
     on = [device for device in _devices_with_autocast() if torch.is_autocast_enabled(device)]
     autocast = tuple((device, torch.get_autocast_dtype(device)) for device in on)
     return Region(torch.is_grad_enabled(), torch.is_inference_mode_enabled(), autocast)
 
 
 def without_modes() -> contextlib.AbstractContextManager[None]:
-    """Neither gradients nor autocast, whatever is around: for functions that are run for the shapes they give."""
+    """Returns a context without gradients and autocast, for functions that run only for their output shapes."""
     return Region(grad_mode=False, inference_mode=False).entered()
 
 
@@ -96,12 +96,10 @@ class Regions:
     """The region of every node of a graph."""
 
     def __init__(self, graph: Graph, calls: Sequence[Region] = ()) -> None:
-        """`calls`: where the graph is a body, the regions of its calls."""
+        """Reads the switches. `calls`: for a subgraph, the regions of its calls."""
         self.of: dict[Node, Region] = {}
-        self._switches: list[tuple[int, Node, Region]] = []  # position, call, and the region after it
-        self.why_uncertain: str | None = (
-            None  # why it is not known in which modes the graph runs, in a sentence
-        )
+        self._switches: list[tuple[int, Node, Region]] = []  # position, call, and the region after the call
+        self.why_uncertain: str | None = None  # a sentence, if the modes of the graph are not known
         entered: dict[Node, Region] = {}
         region = calls[0] if calls else around()
         if len({_modes(each) for each in calls}) > 1:
@@ -117,7 +115,7 @@ class Regions:
         self.differ_in_gradients = len(modes) > 1
 
     def change_between(self, first: int, last: int) -> tuple[int, Node] | None:
-        """The first call, after one position and before another, with which the region changes; and its position."""
+        """Returns position and node of the first call between two positions that changes the region, or None."""
         before = next((after for at, _, after in reversed(self._switches) if at <= first), None)
         for at, switch, after in self._switches:
             if first < at < last and after.meaning != (before or self.of[switch]).meaning:
@@ -126,7 +124,7 @@ class Regions:
 
 
 def _modes(region: Region) -> Any:
-    """What must be equal for all calls of a body."""
+    """Returns the modes that must be equal for all calls of a subgraph."""
     transforms = tuple(name for name, _ in region.transforms)
     return region.grad_mode, region.inference_mode, region.autocast, transforms
 
@@ -136,7 +134,7 @@ def _stream_of(node: Node) -> Any:
     return custom.get("stream") if isinstance(custom, Mapping) else None
 
 
-# Switches: calls that change how what follows runs.
+# Switches: calls that change the modes of the nodes that follow.
 
 _HARMLESS = frozenset(
     (
@@ -155,19 +153,19 @@ _DEFAULTS = {"set_inplace_requires_grad_allowed": False, "_set_fwd_grad_enabled"
 
 
 def is_switch(node: Node) -> bool:
-    """Whether a node is a call that takes and gives no tensor, and that may do something else than to compute."""
+    """Returns whether a node is a call without tensor inputs and outputs that may have side effects."""
     if node.op not in ("call_function", "call_method") or _name(node) in _HARMLESS:
         return False
     if any(_holds_tensor(each.meta.get("example_value")) for each in (node, *node.all_input_nodes)):
         return False
     namespace = getattr(node.target, "namespace", None) or getattr(node.target, "_qualified_op_name", "")
     if namespace and not namespace.startswith("aten"):
-        return True  # an operator that somebody defined: its schema speaks of tensors alone
+        return True  # a custom operator: its schema declares effects on tensors only
     return not effect_of(node).is_nothing
 
 
 def _holds_tensor(value: Any) -> bool:
-    """Looks no further than the first: a split has as many parts as there are nodes that read one."""
+    """Returns whether a value has a tensor; stops at the first, since a split has as many parts as users."""
     return any(isinstance(leaf, torch.Tensor) for leaf in tree_iter(value))
 
 
@@ -176,7 +174,7 @@ def _name(node: Node) -> str:
 
 
 def _after(switch: Node, region: Region, position: int, entered: Mapping[Node, Region]) -> Region:
-    """The region after a switch. `entered`: the region before each of the switches so far."""
+    """Returns the region after a switch. `entered`: the region before each earlier switch."""
     effect = _effect(_name(switch))
     if effect is None:
         return replace(region, unknown=(_name(switch), position))
@@ -209,7 +207,7 @@ def _exit_autocast(switch: Node, region: Region, _: int, entered: Mapping[Node, 
 
 
 def _begun(switch: Node, region: Region, entered: Mapping[Node, Region]) -> Region:
-    """The region before the call that a switch is handed, and ends."""
+    """Returns the region before the call that a switch receives as its argument and ends."""
     return next((entered[each] for each in switch.all_input_nodes if each in entered), region)
 
 
@@ -239,19 +237,19 @@ def _pop(_: Node, region: Region, position: int, __: Any) -> Region:
 
 
 def _with_setting(region: Region, name: str, value: Any) -> Region:
-    """The region with a setting; None takes it out."""
+    """Returns the region with a setting; None removes the setting."""
     slot = "kernels" if any(choice in name for choice in _KERNEL_CHOICES) else "settings"
     values = {**dict(getattr(region, slot)), name: value}
     return replace(region, **{slot: tuple(sorted((k, v) for k, v in values.items() if v is not None))})
 
 
 def _resolved(value: Any) -> str:
-    """Arguments in words, so that two calls can be compared: nodes are what they call."""
+    """Returns arguments as text, so that two calls can be compared; a node is shown as the call that it makes."""
     return repr(map_arg(value, lambda node: (_name(node), _resolved(node.args))))
 
 
 _Effect = Callable[[Node, Region, int, Mapping[Node, Region]], Region]
-# By a part of the name; the first that fits. Torch's names for the same differ between devices and versions.
+# By a part of the name; the first match applies. Torch's names for one switch differ between devices and versions.
 _EFFECTS: Mapping[str, _Effect] = {
     "_set_grad_enabled": _set_grad_mode,
     "_enter_inference_mode": _enter_inference_mode,
@@ -281,7 +279,7 @@ def _effect(name: str) -> _Effect | None:
 
 
 def in_words(switch: Node) -> str:
-    """What a switch does."""
+    """Returns a description of a switch."""
     name = _name(switch)
     if name == "_set_grad_enabled":
         return f"gradients are switched {'on' if switch.args[0] else 'off'}"

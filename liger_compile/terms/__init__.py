@@ -1,1 +1,1 @@
-"""The term language: what the nodes of a graph compute, so that equal mathematics is one object."""
+"""The term language: one object for each mathematical value that the nodes of a graph compute."""

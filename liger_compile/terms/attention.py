@@ -1,10 +1,10 @@
-"""The term of attention, attention(mask, q, k, v), whose mask is what the mask means.
+"""The canonical term of attention, attention(mask, q, k, v), where `mask` is the meaning of the mask.
 
-a mask that is proven causal, or to hide nothing      -> causal_mask, no_mask: whatever it was made of
-keys and values repeated for the heads of a group     -> as they were before; attention knows groups by itself
-softmax(q @ k.T * scale + mask) @ v                   -> the term that scaled_dot_product_attention has
+a mask proven causal, or proven to hide nothing        -> causal_mask, no_mask, however it was computed
+key/value heads repeated for the query heads           -> the heads before the repeat; attention supports groups
+softmax(q @ k.T * scale + mask) @ v                    -> the term of scaled_dot_product_attention
 
-What is attention and has no such term is named in a note, with the reason.
+A note records each attention that keeps its mask or stays written out, and the reason.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from liger_compile.terms.term import ConstVar, Scalar, Size, Space, Term
 HEADS = -3
 STAYS = "stays written out"
 SYMBOLIC = "its scores are multiplied by numbers that are known at run time only, as dynamic=True makes them"
-DEPTH = 8  # sums, products and choices between a product of queries and keys and its softmax
+DEPTH = 8  # most adds, muls, tanhs and wheres between the matmul of q and k and its softmax
 
 
 @dataclass(frozen=True)
 class Note:
-    """What attention does, and why: keeps its mask, or stays written out; and what its mask means, if that is why."""
+    """Records that an attention keeps its mask or stays written out, why, and the mask's meaning if that is why."""
 
     what: str
     reason: str
@@ -50,8 +50,8 @@ def attention(
     scale: Any = None,
     enable_gqa: bool = False,
 ) -> Term | None:
-    """The table's function of scaled_dot_product_attention."""
-    is_one = key.shape[1:2] == value.shape[1:2] == (1,)  # head for all queries: broadcast, which is one group
+    """Returns the term of a scaled_dot_product_attention call, or None if the arguments are not supported."""
+    is_one = key.shape[1:2] == value.shape[1:2] == (1,)  # one head for all queries broadcasts as one group
     if key.shape[1:2] != query.shape[1:2] and not (enable_gqa or is_one):
         return None
     if not isinstance(is_causal, bool):
@@ -59,7 +59,7 @@ def attention(
     dropout_p = const_of(dropout_p)
     if type(dropout_p) is float and dropout_p:
         dropout_p = Draw(dropout_p)
-    # As autocast does:
+    # Autocast casts the operands without a node in the graph.
     q, k, v = (normalize.cast(call.space, each, call.dtype) for each in (query, key, value))
     mask = call.space.none if attn_mask is None else attn_mask
     consts = (is_causal, dropout_p, const_of(scale))
@@ -76,11 +76,11 @@ def _attention(
     consts: tuple[Any, ...],
     shape: tuple[Size, ...],
 ) -> Term | None:
-    """The term; what attention does `otherwise`, where no pattern can know its mask, is noted with the reason."""
+    """Returns the term of attention, or None; notes `otherwise` with the reason if no pattern can match the term."""
     if {len(q.shape), len(k.shape), len(v.shape)} != {4}:
         return None
     if k.shape[:2] != v.shape[:2] or k.shape[:1] != q.shape[:1] or shape != (*q.shape[:-1], v.shape[-1]):
-        return None  # a mask with a larger batch, of whose rows each sees other keys, is among these
+        return None  # also excludes a mask with a larger batch, whose rows see different keys
     if not all(isinstance(each.shape[dim], int) for each in (q, k, v) for dim in (1, 3)):
         if mask is space.none:
             return None
@@ -102,7 +102,7 @@ def _attention(
 
 
 def _canonical(space: Space, mask: Term, meaning: Meaning) -> Term:
-    """One term for all masks of one meaning; the sizes are those of the queries and keys beside it."""
+    """Returns one term for all masks of one meaning; q and k of the attention term determine its sizes."""
     names = {"causal": "causal_mask", "all": "no_mask", "window": "window_mask"}
     if meaning.kind not in names:
         return mask
@@ -116,7 +116,7 @@ def _noted(space: Space, term: Term, what: str, reason: str, meaning: Meaning | 
 
 
 def _ungrouped(space: Space, term: Term, dim: int) -> Term | None:
-    """x, if term is x with each slice along `dim` repeated, as repeat_interleave does; None if it is not."""
+    """Returns x if term is x with each slice along `dim` repeated, as by repeat_interleave; otherwise None."""
     if not term.may_be_passed or normalize.is_coarse_cast(term):
         return None
     if term.op == "cast":
@@ -143,11 +143,11 @@ def _ungrouped(space: Space, term: Term, dim: int) -> Term | None:
 
 
 def written_out(space: Space, term: Term) -> Term | None:
-    """softmax(q @ k.T * scale + mask) @ v -> attention(mask, q, k, v)
+    """Rewrites softmax(q @ k.T * scale + mask) @ v -> attention(mask, q, k, v).
 
-    What is rounded between the two products is no part of the term: scaled_dot_product_attention keeps scores and
-    weights in float32 on the way, or as exact as code that writes them to memory has them. What q, k and v are
-    rounded to is. Bare terms have no dtypes, by which masks are read, so the bare form comes from the exact one.
+    The term omits the rounding between the two matmuls: scaled_dot_product_attention keeps scores and weights in
+    float32, or as exact as in code that writes them to memory. The term keeps the rounding of q, k and v. Reading a
+    mask requires dtypes, which uncast terms lack, so the uncast term is derived from the exact one.
     """
     weights, dropout_p = _undropped(_uncast(term.args[0]))
     whole = weights.args[0] if weights.op == "slice" else weights
@@ -166,11 +166,11 @@ def written_out(space: Space, term: Term) -> Term | None:
 
 
 class _LeftError(Exception):
-    """Why attention that is written out has no term, in a sentence."""
+    """Raised with a sentence that explains why attention that is written out has no term."""
 
 
 def _of_scores(space: Space, scores: _Scores, dropout_p: float, product: Term) -> Term | None:
-    """The term of softmax(scores) @ v, which is `product`."""
+    """Returns the attention term of `product`, which is softmax(scores) @ v, or None."""
     dtype, v = product.dtype, product.args[1]
     q = _exactly(space, scores.q, dtype)
     k = _exactly(space, normalize.permute(space, scores.k, -1, -2), dtype)
@@ -188,19 +188,20 @@ def _of_scores(space: Space, scores: _Scores, dropout_p: float, product: Term) -
 
 @dataclass(frozen=True)
 class _Scores:
-    """factor * (q @ k) + masks, or cap * tanh(factor * (q @ k)) + masks: what a softmax is taken of. A boolean mask
-    lets through where it is true, and what it hides is `fill` at most.
+    """The input of a softmax: factor * (q @ k) + masks, or cap * tanh(factor * (q @ k)) + masks.
+
+    A boolean mask hides the scores where it is False. A hidden score is at most `fill`.
     """
 
     q: Term
-    k: Term  # keys are its columns
+    k: Term  # each column is a key
     factor: Scalar | Term = ONE
     masks: tuple[Term, ...] = ()
     cap: Scalar | None = None
     fill: float = -math.inf
 
     def times(self, space: Space, factor: Scalar | Term, dtype: torch.dtype | None) -> _Scores | None:
-        """The scores times a number or a symbol, computed in `dtype`."""
+        """Returns the scores times a number or a symbol, computed in `dtype`; None if the result has no such form."""
         if isinstance(factor, Term):
             is_first = self.factor == ONE and not self.masks and self.cap is None
             return replace(self, factor=factor) if is_first else None
@@ -213,7 +214,7 @@ class _Scores:
         masks = (
             mask
             if mask.dtype is torch.bool
-            else space.intern("mul", (mask,), (factor, 1), mask.dtype, mask.shape)  # whose numbers stay apart
+            else space.intern("mul", (mask,), (factor, 1), mask.dtype, mask.shape)  # keeps its numbers apart
             for mask in self.masks
         )
         scaled = replace(self, masks=tuple(masks), fill=self.fill * abs(factor.value))
@@ -233,7 +234,7 @@ class _Scores:
         return replace(self.plus(condition), fill=max(self.fill, fill))
 
     def joined(self, space: Space) -> Term | None:
-        """All masks in one, None if there is none; what is seen is what all of them let through."""
+        """Returns one mask for all masks, which hides the scores that any of them hides; None if there is no mask."""
         if len(self.masks) <= 1:
             return next(iter(self.masks), None)
         shape = normalize.broadcast(mask.shape for mask in self.masks)
@@ -243,7 +244,7 @@ class _Scores:
 
     @property
     def scale(self) -> Any:
-        """As it stands in the constants of attention: with a cap, scores are cap * tanh(scale / cap * (q @ k))."""
+        """The scale constant of attention: with a cap, the scores are cap * tanh(scale / cap * (q @ k))."""
         if isinstance(self.factor, Term):
             return self.factor
         return _constant(self.factor if self.cap is None else self.factor * self.cap)
@@ -259,7 +260,7 @@ def _constant(scalar: Scalar) -> Any:
 
 
 def _scores(space: Space, term: Term, depth: int = DEPTH) -> _Scores | None:
-    """The scores that `term` computes; None if it computes something else."""
+    """Returns the scores that `term` computes, or None if it computes something else."""
     if not depth:
         return None
     term = _uncast(term)
@@ -306,7 +307,7 @@ def _scaled(space: Space, term: Term, depth: int) -> _Scores | None:
 
 
 def _number(term: Term) -> Scalar | None:
-    """The number that a term is, also as a tensor of it alone."""
+    """Returns the number that a term is, directly or as a zero-dimensional tensor; otherwise None."""
     if term.op == "number":
         return term.consts[0]
     if term.op != "full" or term.shape:
@@ -315,7 +316,7 @@ def _number(term: Term) -> Scalar | None:
 
 
 def _filled(space: Space, term: Term, depth: int) -> _Scores | None:
-    """where(condition, scores, -inf), or the other way round"""
+    """Returns the scores of where(condition, scores, -inf), or of the reverse order; otherwise None."""
     condition, chosen, other = term.args
     for product, fill, hides in ((chosen, other, False), (other, chosen, True)):
         number = _number(fill)
@@ -330,13 +331,13 @@ def _filled(space: Space, term: Term, depth: int) -> _Scores | None:
 
 
 def _check_fill(number: float) -> None:
-    """Raises unless scores as high as `number` are hidden."""
+    """Raises _LeftError unless scores of at most `number` are hidden."""
     if not number <= HIDES:
         raise _LeftError(f"it sets what it hides to {number:g}, and not to -inf or the dtype's lowest")
 
 
 def _undropped(term: Term) -> tuple[Term, float]:
-    """The term without the dropout of it, and how probable that is."""
+    """Returns the term without its dropout, and the probability of the dropout."""
     return (_uncast(term.args[0]), term.consts[0]) if term.op == "dropout" else (term, 0.0)
 
 
@@ -347,12 +348,12 @@ def _uncast(term: Term) -> Term:
 
 
 def _is_floating(term: Term) -> bool:
-    """Of a dtype that is computed in: what is rounded to eight bits has been rounded on purpose."""
+    """Returns whether code computes in the dtype of a term; rounding to eight bits is deliberate."""
     return term.dtype is None or (term.dtype.is_floating_point and term.dtype.itemsize > 1)
 
 
 def _exactly(space: Space, term: Term, dtype: torch.dtype | None) -> Term | None:
-    """The numbers of `term` in `dtype`, if nothing has to be rounded for that."""
+    """Returns `term` in `dtype` if that rounds no value; otherwise None."""
     while term.op == "cast" and normalize.widens(term.args[0].dtype, term.dtype):
         term = term.args[0]
     return normalize.cast(space, term, dtype) if normalize.widens(term.dtype, dtype) else None
@@ -363,12 +364,12 @@ def _name(dtype: torch.dtype | None) -> str:
 
 
 def notes_in(space: Space, terms: Iterable[Any]) -> list[Note]:
-    """What is noted of the attention among these terms."""
+    """Returns the notes on the attention among these terms, one for each distinct term."""
     found = dict.fromkeys(term for term in terms if isinstance(term, Term))
     return [space.found_out["note", term] for term in found if ("note", term) in space.found_out]
 
 
 def sentences(notes: Iterable[Note]) -> Iterator[str]:
-    """One for each different note."""
+    """Yields one sentence for each distinct note."""
     for (what, reason), times in Counter((note.what, note.reason) for note in notes).items():
         yield f"attention {what} {times}x: {reason}"

@@ -1,8 +1,8 @@
-"""FX node -> Term, for a whole graph (Terms) and for a pattern's search function (trace).
+"""Maps FX nodes to terms, for a whole graph (Terms) and for the search function of a pattern (trace).
 
-In: a graph as Dynamo captured it (functions, methods, builtins and OpOverloads mixed), every node with
-meta["example_value"]; or a search function, run on fake tensors. Out: the term of every node, and the way
-back. What an operator means is operators.py's business.
+Input: a graph that Dynamo captured (functions, methods, builtins and OpOverloads mixed), with meta["example_value"] on
+every node; or a search function, run on fake tensors. Output: the term of every node, and the nodes of every term.
+operators.py defines the term of each operator.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from liger_compile.terms.scalars import is_integer
 from liger_compile.terms.term import ConstVar, Scalar, Space, Term, sizes_of
 
 Step = Callable[[Any], Any]
-ROUND_TRIP = 8  # nodes on the way of a value to another form and back
+ROUND_TRIP = 8  # most nodes between a value and a node that restores it
 
 
 class Terms:
-    """The terms of one graph: `of[node]`, and back again: `nodes[term]`, `derive(term)`."""
+    """The terms of one graph: `of` maps nodes to terms; `nodes` and `derive` map terms to nodes."""
 
     def __init__(
         self,
@@ -41,17 +41,15 @@ class Terms:
         calls: Sequence[Sequence[Value]] = (),
         regions: Regions | None = None,
     ) -> None:
-        """`calls`: where the graph is a body, what each call of it hands to its placeholders (`arguments`)."""
+        """Builds all terms. `calls`: for a subgraph, what each call passes to its placeholders (`arguments`)."""
         self.space = identities.new_space()
         self.of: dict[Node, Value] = {}
         self.nodes: dict[Term, list[Node]] = {}  # in graph order
-        self.written: dict[Term, Node] = {}  # what a node stands for once it has seen all writes
-        self.passes_through: set[Node] = set()  # nodes that only give back a value that they come from
+        self.written: dict[Term, Node] = {}  # value after the last in-place write -> its node
+        self.passes_through: set[Node] = set()  # nodes that only restore the value of an ancestor
         self.mutations = mutations
         self.regions = regions or Regions(graph)
-        self._later: dict[
-            tuple[Node, int], Value
-        ] = {}  # what a node stands for once it has seen so many writes
+        self._later: dict[tuple[Node, int], Value] = {}  # (node, number of writes) -> the value after them
         self._recordables: dict[Term, Node | None] = {}
         self._of_positions: dict[Term, bool] = {}
         self.space.shape_env = _shape_env(graph)
@@ -75,8 +73,11 @@ class Terms:
             self.nodes.setdefault(value, []).append(node)
 
     def _seen(self, node: Node, reader: Node) -> Value:
-        """The value of `node` in the modes of `reader`. What is made of it under no_grad, in inference mode or under a
-        transform of torch.func has the numbers of the same made elsewhere, and another gradient: another value."""
+        """Returns the value of `node` in the modes of `reader`.
+
+        A result under no_grad, in inference mode or under a torch.func transform has the same numbers as elsewhere, but
+        another gradient. It is therefore another value.
+        """
         value, region = self._read(node, reader), self.regions.of[reader]
         example = node.meta.get("example_value")
         if not isinstance(value, Term) or not isinstance(example, torch.Tensor):
@@ -89,7 +90,7 @@ class Terms:
         return value
 
     def _read(self, node: Node, reader: Node) -> Value:
-        """The value of `node` at the time of `reader`: another one once somebody has written into it."""
+        """Returns the value of `node` when `reader` runs; an earlier in-place write makes it another value."""
         example = node.meta.get("example_value")
         if isinstance(example, (int, torch.SymInt, torch.Size, torch.dtype, torch.device)):
             return example
@@ -111,12 +112,12 @@ class Terms:
         return self.of[node]
 
     def arguments(self, call: Node, body: Graph) -> tuple[Value, ...]:
-        """What a call hands to the placeholders of its body: its last positional arguments."""
+        """Returns what a call passes to the placeholders of its subgraph: its last positional arguments."""
         handed = handed_to(call, len(body.find_nodes(op="placeholder"))) or ()
         return tuple(self._read(arg, call) if isinstance(arg, Node) else arg for arg in handed)
 
     def _handed_in(self, placeholder: Node) -> Term | None:
-        """The term that all callers hand in, if it is made of positions and flags alone, as masks are."""
+        """Returns the term that all callers pass if it consists of positions and flags only, as masks do."""
         values = self._from_outside.get(placeholder, ())
         handed = dict.fromkeys(value if isinstance(value, Term) else None for value in values)
         terms = {None if term is None else _brought_in(self.space, term) for term in handed}
@@ -128,7 +129,7 @@ class Terms:
         return term if is_like else None
 
     def is_of_positions(self, term: Term) -> bool:
-        """Whether a term is computed from positions and flags alone, as masks are."""
+        """Returns whether a term is computed from positions and flags only, as masks are."""
         waiting = [term]
         while waiting:
             part = waiting[-1]
@@ -142,7 +143,7 @@ class Terms:
         return self._of_positions[term]
 
     def _comes_from(self, node: Node, value: Term) -> bool:
-        """Whether `node` has this value because it is computed from another that has it, there and back again."""
+        """Returns whether `node` only restores its value: a node that it is computed from has the same value."""
         seen, queue = {node}, [node]
         while queue and len(seen) < ROUND_TRIP:
             for arg in itertools.islice(queue.pop(0).all_input_nodes, ROUND_TRIP):
@@ -154,26 +155,26 @@ class Terms:
         return False
 
     def forget(self, node: Node) -> None:
-        """For a node that is taken out of the graph."""
+        """Removes a node that is erased from the graph."""
         value = self.of.pop(node)
         if isinstance(value, Term):
             self.nodes[value].remove(node)
             self._recordables.pop(value, None)
 
     def derive(self, term: Term) -> tuple[Node, tuple[Step, ...]] | None:
-        """A node that has the value of `term` once the steps are taken; None if there is none."""
+        """Returns a node and the steps that compute `term` from it, or None if there is no such node."""
         base, steps = self._base(term)
         node = self._recordable(base)
         return None if node is None else (node, steps)
 
     def written_by(self, term: Term) -> Node | None:
-        """The last write into the node that `term` is derived from, where that is not what the node was at first."""
+        """Returns the last write into the node of `term`, if the node has that value only after its writes."""
         base, _ = self._base(term)
         is_written = base in self.written and not self.nodes.get(base)
         return self.mutations.last_write(self.written[base]) if is_written else None
 
     def _recordable(self, term: Term) -> Node | None:
-        """A node that has the value of a term. What inference mode made cannot be kept for backward."""
+        """Returns a node with the value of `term`; inference tensors, which backward cannot save, come last."""
         if term not in self._recordables:
             nodes = self.nodes.get(term, ())
             recordable = (node for node in nodes if not self.regions.of[node].inference_mode)
@@ -181,10 +182,10 @@ class Terms:
         return self._recordables[term]
 
     def _base(self, term: Term) -> tuple[Term, tuple[Step, ...]]:
-        """The nearest term that a node has and `term` is made of by steps alone; the last one on the way, if none has.
+        """Returns the nearest term that has a node and from which steps alone compute `term`, and the steps.
 
-        A slice, a view or the negative of a cast is looked for before it is cast: terms have the cast outside, where no
-        node may have it.
+        If no such term has a node, returns the last term reached. Terms keep a cast outside a slice, a view or a
+        negation, but the graph may have the cast inside. So the search also tries the cast inside.
         """
         steps: list[Step] = []
         while self._recordable(term) is None:
@@ -200,7 +201,7 @@ class Terms:
         return term, tuple(reversed(steps))
 
     def _before_moving(self, term: Term) -> tuple[Term, tuple[Step, ...]] | None:
-        """The cast that a node has, and the steps from there; None if there is none."""
+        """Returns a cast that has a node, and the moves and signs that follow it; None if there is none."""
         steps: list[Step] = []
         while term.op == "cast":
             (inner,) = term.args
@@ -216,13 +217,13 @@ class Terms:
 
 
 def _may_be_in_mask(term: Term) -> bool:
-    """Whether it is a position, a flag, or an operation that masks are made with."""
+    """Returns whether a term is a position, a flag, or an operation that masks use."""
     is_float = term.dtype is not None and term.dtype.is_floating_point
     return not is_float if term.op == "leaf" else term.op in OPERATIONS
 
 
 def _brought_in(space: Space, term: Term) -> Term | None:
-    """A term of the graph around, as a term of this one; None if it is not what masks are made of."""
+    """Returns a term of the outer graph as a term of this one; None if masks do not consist of such terms."""
     parts = term.parts()
     if not all(map(_may_be_in_mask, parts)):
         return None
@@ -241,7 +242,7 @@ def _shape_env(graph: Graph) -> Any:
 
 
 def _step(term: Term) -> Step | None:
-    """How to compute a term that is one cheap operation on its argument."""
+    """Returns a function that computes a term from its argument, if that is one cheap operation."""
     if term.op == "cast":
         return operator.methodcaller("to", term.dtype)
     if term.op == "detached":
@@ -257,7 +258,7 @@ def _step(term: Term) -> Step | None:
         return lambda tensor: tensor * value
     if term.op == "slice":
         dim, start, stop, step = term.consts
-        before_end = stop - term.args[0].shape[dim]  # a plain number also where the size is symbolic
+        before_end = stop - term.args[0].shape[dim]  # may be a plain number although the size is symbolic
         if not isinstance(start, int) or not (isinstance(stop, int) or before_end.is_Integer):
             return None
         bound = stop if isinstance(stop, int) else int(before_end) or None
@@ -280,7 +281,7 @@ def _as_it_is(value: Any) -> Any:
 
 
 def _moves_device(node: Node) -> bool:
-    """A copy to another device has the value of its argument, but cannot stand in for it."""
+    """Returns whether a node copies to another device: equal in value, but no replacement for its argument."""
     example = node.meta.get("example_value")
     if not isinstance(example, torch.Tensor):
         return False
@@ -293,7 +294,7 @@ class _Recorder(TorchFunctionMode):
         super().__init__()
         self.space = space
         self.values: dict[int, Value] = {}
-        self.alive: list[Any] = []  # ids are only unique among living objects
+        self.alive: list[Any] = []  # keeps objects alive: ids are unique among live objects only
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -321,9 +322,12 @@ class _Recorder(TorchFunctionMode):
 
 
 def trace(search: Callable[..., Any], captures: Mapping[str, Any]) -> tuple[Term, ...]:
-    """The terms that search returns, for captures that are fake tensors, example numbers, or None.
+    """Returns the terms of the outputs of a pattern's search function.
 
-    A tensor capture becomes a `var` term, a float a Scalar with a power, an int or str a ConstVar.
+    Args:
+        search: the function, which is called once.
+        captures: name -> a fake tensor, an example number or string, or None. A tensor becomes a `var` term, a float a
+            Scalar with a power, an int or str a ConstVar.
     """
     space = identities.new_space()
     recorder = _Recorder(space)

@@ -1,7 +1,7 @@
-"""What a table function is given: the call, and its arguments as terms, numbers and constants.
+"""The inputs of a table function: the call, and its arguments as terms, numbers and constants.
 
-While a pattern's search is traced, its number captures are NumberVar, IntVar and StrVar: numbers and strings
-to torch, and names to the terms.
+While a search function is traced, its number and string captures are NumberVar, IntVar and StrVar: torch sees numbers
+and strings, terms see names.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ Value = Any  # a Term, a tuple of Values, or a constant
 
 
 class Call:
-    """What a table function needs of the call beside its arguments."""
+    """The properties of a call that a table function needs besides the arguments."""
 
     def __init__(self, space: Space, out: Any) -> None:
         self.space, self.out = space, out
@@ -32,7 +32,7 @@ class Call:
 
 
 def scalar_of(value: Any) -> Scalar | None:
-    """A number as terms have it; None for anything else, and for an integer that no float is."""
+    """Returns a number as a Scalar; None for other values, and for integers beyond the exact range of floats."""
     if isinstance(value, NumberVar):
         return value.scalar
     if isinstance(value, IntVar):
@@ -45,7 +45,11 @@ def scalar_of(value: Any) -> Scalar | None:
 
 
 def term_of(call: Call, value: Any) -> Term:
-    """An operand: a tensor's term, or a number. Raises TypeError for anything else."""
+    """Returns the term of an operand: a tensor's term, a number or a symbolic size.
+
+    Raises:
+        TypeError: the value is something else.
+    """
     if isinstance(value, Term):
         return value
     if isinstance(value, torch.SymInt):
@@ -57,7 +61,11 @@ def term_of(call: Call, value: Any) -> Term:
 
 
 def const_of(value: Any) -> Any:
-    """A constant as it stands in `consts`."""
+    """Returns a constant in the form that `consts` holds.
+
+    Raises:
+        ValueError: the value is a number capture that was multiplied.
+    """
     if isinstance(value, (IntVar, StrVar)):
         return value.var
     if isinstance(value, NumberVar):
@@ -73,12 +81,12 @@ def negative(dim: int, rank: int) -> int:
 
 
 def flat(args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """x.view(2, 3) and x.view((2, 3))"""
+    """Returns the sizes of x.view(2, 3) and of x.view((2, 3)) as one tuple."""
     return tuple(args[0]) if len(args) == 1 and isinstance(args[0], (tuple, list, torch.Size)) else args
 
 
 class NumberVar(float):
-    """A float capture of a pattern, while its search is traced: remembers what was multiplied into it."""
+    """A float capture while a search function is traced; records the factors that multiply it."""
 
     scalar: Scalar
 
@@ -112,7 +120,7 @@ class NumberVar(float):
 
 
 class Draw(float):
-    """The probability of a dropout, equal to itself alone: two calls of one dropout drop different values."""
+    """A dropout probability that equals only itself: two calls of one dropout drop different values."""
 
     __hash__ = object.__hash__
 
@@ -121,22 +129,25 @@ class Draw(float):
 
 
 class IntVar(int):
-    """An int capture of a pattern, while its search is traced."""
+    """An int capture while a search function is traced."""
 
     var: ConstVar
 
 
 class StrVar(str):
-    """A str capture of a pattern, while its search is traced."""
+    """A str capture while a search function is traced."""
 
     var: ConstVar
 
 
 def opaque(space: Space, example: Any, name: str, *, is_made: bool = False) -> Value:
-    """A value that is known by its name only. Plain constants are themselves; what holds symbolic numbers, which cannot
-    be looked up in a dictionary without a guard, holds their terms.
+    """Returns a value that is identified by its name only.
 
-    `is_made`: it is no input, but made in the graph.
+    Tensors and symbolic numbers become leaf terms; a dictionary lookup of a symbolic number would add a guard. Plain
+    constants stay as they are.
+
+    Args:
+        is_made: whether the graph computes the value, so that it is not an input.
     """
     consts = (name, MADE_HERE) if is_made else (name,)
     if isinstance(example, torch.Tensor):

@@ -1,8 +1,8 @@
-"""How far a graph's term is from a pattern's, where the two do not unify: what agrees, and each thing that differs.
+"""Compares a graph's term with a pattern's term that does not unify with it: the agreement, and every difference.
 
-unify.py says whether two terms are one under some bindings; this says why they are not. It never backtracks: an operand
-is given to the one that it is most like, and what does not agree is written down as a Difference and passed over, so
-that what lies behind it is compared as well. All terms are bare; how they are rounded is roundings.py's business.
+unify.py decides whether some bindings make two terms equal; this file finds the reasons why none do. The comparison
+never backtracks. It pairs each operand with the most similar one, records a disagreement as a Difference, and continues
+behind it. All terms are uncast; roundings.py compares the rounding.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from liger_compile.terms.scalars import is_bindable
 from liger_compile.terms.term import ConstVar, Scalar, Term, close
 from liger_compile.terms.unify import Operand, operands_of, without
 
-# What finding an op says about a place. Any graph is full of these; of all others there are few.
+# The score of an op that is found where it is expected. These ops are common in any graph; all others are rare.
 WEIGHTS = {**dict.fromkeys(("mul", "add", "view", "slice", "cat", "permute", "expand"), 0.25), "linear": 0.5}
-POWER = 0.5  # and a power other than 1: a root
-STEP = 0.25  # what an operation in between takes off
-DEEP = 3  # how many operations may stand between two that belong together
-WIDE = 8  # and how many values are looked at there
-NEAR = 64  # of how many values the ops are looked at first
+POWER = 0.5  # the score of a power other than 1: a root
+STEP = 0.25  # the penalty for an operation in between
+DEEP = 3  # most operations between two that belong together
+WIDE = 8  # most values compared at each of these depths
+NEAR = 64  # number of values whose ops bound a score
 
-# Ops that stand where another of their row would: what one of them says about a place, the other half says.
+# An op that is found where another op of its row is expected scores half.
 _ROTATIONS = frozenset(("rotate_half", "rotate_pairs", "cat", "roll"))
 ALIKE = (
     frozenset(("silu", "gelu", "relu", "sigmoid", "tanh", "softplus", "mish", "elu", "leaky_relu", "hardswish",
@@ -36,7 +36,7 @@ ALIKE = (
     frozenset(("softmax", "log_softmax")),
 )  # fmt: skip
 
-# What the constants of a term are called; those of a reduction are all dims.
+# The names of a term's constants; all constants of a reduction are dims.
 CONSTANTS: Mapping[str, tuple[str, ...]] = {
     "gelu": ("approximate",),
     "softmax": ("dim",),
@@ -52,17 +52,17 @@ REDUCTIONS = ("mean", "sum")
 
 @dataclass(frozen=True)
 class Difference:
-    """One thing that a graph's term has otherwise than a pattern's.
+    """One difference between a graph's term and a pattern's.
 
     Args:
-        kind: "op" another operation, "between" one more operation around what is wanted, "constant" another constant
-            of an operation, "number" another number, "power" another power of a factor, "missing" an operand that is
-            not there, "extra" one too many, "capture" another value than a capture has elsewhere, "rest" several
-            factors where a capture is expected.
-        want, have: the terms. `have` is the whole sum or product where something is missing in it.
-        around: what the graph has around `have`.
-        expected, found: the constant, the power, the number, the factors, or what a capture is bound to.
-        name: of the constant.
+        kind: "op" another operation, "between" an additional operation around the expected one, "constant" another
+            constant of an operation, "number" another number, "power" another power of a factor, "missing" an absent
+            operand, "extra" an additional operand, "capture" another value than the capture has elsewhere, "rest"
+            several factors where one capture is expected.
+        want, have: the pattern's term and the graph's. If an operand is missing, `have` is the whole sum or product.
+        around: the graph's term around `have`.
+        expected, found: the constants, powers, numbers, factors, or values of a capture.
+        name: the name of the constant.
     """
 
     kind: str
@@ -76,14 +76,14 @@ class Difference:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What came of a comparison; while it lasts, of what has been compared so far.
+    """The result of a comparison, or the partial result while it runs.
 
     Args:
-        score: the sum of the weights of what agrees.
-        bindings: capture -> the term that it is bound to.
+        score: the sum of the weights of the parts that agree.
+        bindings: capture -> the term bound to it.
         differences: in the order of the comparison, from the outside in.
-        anchors: the terms that agree and are telling.
-        scales: capture -> the number that it has taken in of a product.
+        anchors: the distinctive terms that agree.
+        scales: capture -> the number of a product that is part of its value.
     """
 
     score: float
@@ -92,7 +92,7 @@ class Comparison:
     anchors: tuple[Term, ...] = ()
     scales: Mapping[str, Scalar] = field(default_factory=dict)
 
-    # Not by dataclasses.replace, which takes most of the time of a comparison.
+    # These methods avoid dataclasses.replace, which takes most of the time of a comparison.
 
     def plus(self, score: float, *anchors: Term) -> Comparison:
         if not score and not anchors:
@@ -116,13 +116,13 @@ class Comparison:
 
 
 class Comparer:
-    """Compares terms of patterns with a graph's.
+    """Compares terms of patterns with a graph's terms.
 
     Args:
-        name: what an opaque term is called: the operator that made it.
-        inside: what a term is made of, also of an opaque one.
+        name: returns the name of a term; for an opaque term, the operator that computes it.
+        inside: returns the terms that a term is computed from, also for an opaque term.
         has_sizes: False for a pattern that was traced with other sizes, which are then not compared.
-        takes_rest: whether a capture in a product takes all factors that are left; otherwise these are a difference.
+        takes_rest: whether a capture in a product takes all remaining factors; otherwise these are a difference.
     """
 
     def __init__(
@@ -138,7 +138,7 @@ class Comparer:
         self._near: dict[Term, frozenset[str]] = {}
 
     def compare(self, want: Term, have: Term) -> Comparison | None:
-        """None where `have` lacks one of the tensors that `want` is made of: it is less, and not nearly the same."""
+        """Returns the comparison, or None if `have` lacks a tensor of `want`: then it is no near miss."""
         found = self._compare(want, have, Comparison(0.0, {}), have)
         if any(each.kind == "missing" and self._is_given(each.want) for each in found.differences):
             return None
@@ -146,13 +146,14 @@ class Comparer:
 
     @staticmethod
     def _is_given(want: Term) -> bool:
-        """A capture, or a part of one."""
+        """Returns whether a term is a capture, or a slice or view of one."""
         return want.op == "var" or (want.op in ("slice", "view") and want.args[0].op == "var")
 
     def may_score(self, want: Term, have: Term, spoken_for: Container[Term]) -> float:
-        """A bound for the score of a comparison, by the ops that `have` is made of: cheap, and most stop here.
+        """Returns an upper bound for the score of a comparison, from the ops near `have`.
 
-        What is `spoken_for` counts for nothing, unless `have` is.
+        The bound is cheap and rules out most comparisons. Terms in `spoken_for` do not count, unless `have` is one of
+        them.
         """
         near = self._ops_near(have, () if have in spoken_for else spoken_for)
         missing = 0.0
@@ -162,7 +163,7 @@ class Comparer:
         return self.weight(want) - missing
 
     def _weights_by_op(self, want: Term) -> Mapping[str, float]:
-        """What each op adds to the weight of a pattern's term, as often as it is in it."""
+        """Returns the weight that each op adds to a pattern's term, over all its occurrences."""
         if want not in self._by_op:
             total = Counter({want.op: _own_weight(want.op)})
             for arg in want.args:
@@ -182,7 +183,7 @@ class Comparer:
         return self._near[have]
 
     def weight(self, want: Term) -> float:
-        """What agreeing with all of a pattern's term scores."""
+        """Returns the score of full agreement with a pattern's term."""
         if want not in self._weights:
             inner = [operand for operand in operands_of(want, "mul")[1] if operand[0].op != "var"]
             powers = POWER * sum(power != 1 for _, power in inner) if want.op == "mul" else 0.0
@@ -215,7 +216,7 @@ class Comparer:
         return found
 
     def _behind(self, want: Term, have: Term, so_far: Comparison, around: Term) -> Iterator[Comparison]:
-        """`want` in what `have` is made of, with something standing in between."""
+        """Yields a comparison of `want` with a term below `have`, with the operations in between as a difference."""
         level = [have] if self.weight(want) > WEIGHTS["add"] else []
         for _ in range(DEEP):
             level = list(itertools.islice((inner for term in level for inner in self.inside(term)), WIDE))
@@ -228,7 +229,7 @@ class Comparer:
                         return
 
     def _crossed(self, want: Term, have: Term, so_far: Comparison, around: Term) -> Iterator[Comparison]:
-        """A sum where a product is wanted, and the other way round, of the same operands."""
+        """Yields the comparison of a product with a sum, or of a sum with a product, operand by operand."""
         if {want.op, have.op} == {"mul", "add"} and len(want.args) == len(have.args):
             difference = Difference("op", want, have, around)
             yield self._given(want, have, operands_of(have, have.op)[1], so_far.but(difference), around)
@@ -239,7 +240,7 @@ class Comparer:
             return so_far.bound(want, have)
         is_part = bound.op in ("view", "slice") and _source(bound) is _source(
             have
-        )  # another view of one tensor
+        )  # another view of the same tensor
         return (
             so_far
             if bound is have or is_part
@@ -276,7 +277,7 @@ class Comparer:
             inner = [*sources]
         for expected, other in zip(want.args, inner, strict=False):
             found = self._compare(expected, other, found, have)
-        return found.differing(different.differences)  # of another operation's arguments nothing is expected
+        return found.differing(different.differences)  # ignores the arguments of the other op
 
     # Products and sums
 
@@ -296,7 +297,7 @@ class Comparer:
     def _given(
         self, want: Term, have: Term, operands: Sequence[Operand], so_far: Comparison, around: Term
     ) -> Comparison:
-        """Each operand that is wanted gets the one that is most like it: inner terms first, then captures."""
+        """Pairs each operand of the pattern with the most similar one: inner terms first, then captures."""
         wanted, left, found = operands_of(want, want.op)[1], [*operands], so_far
         outside = have if len(operands) > 1 or want.op == have.op else around
         inner = sorted((each for each in wanted if each[0].op != "var"), key=self._worth)
@@ -304,7 +305,7 @@ class Comparer:
         for position, (term, power) in enumerate(inner):
             ways = [(operand, self._compare(term, operand[0], found, outside)) for operand in left]
             ways = [way for way in ways if way[1].score > found.score or not self.weight(term)] or [
-                # Nothing is like it: if one operand is left for each that is wanted, that one stands in its place.
+                # No operand is similar. If exactly one is left for each that is wanted, take the first.
                 way for way in ways if len(left) == len(inner) - position + len(captures)
             ][:1]  # fmt: skip
             if not ways:
@@ -331,7 +332,7 @@ class Comparer:
     def _bound(
         var: Term, power: float, want: Term, have: Term, left: list[Operand], found: Comparison, around: Term
     ) -> Comparison:
-        """Binds a capture that is bound nowhere yet to one of the operands that are left, and removes that one."""
+        """Binds an unbound capture to one of the operands in `left`, and removes that operand."""
         if not left:
             return found.but(Difference("missing", var, have, around, power))
         other = next((operand for operand in left if operand[1] == power), left[0])
@@ -350,7 +351,7 @@ class Comparer:
         so_far: Comparison,
         around: Term,
     ) -> Comparison:
-        """What the captures have of the operands that are left, and whether the numbers agree."""
+        """Assigns the operands in `left` to the captures, and compares the numbers."""
         expected = operands_of(want, want.op)[0]
         constant, found, unbound = operands_of(have, want.op)[0], so_far, []
         for var, power in captures:
@@ -374,7 +375,7 @@ class Comparer:
                 found = found.but(Difference("missing", var, have, around, power))
         for var, power in unbound:
             found = self._bound(var, power, want, have, left, found, around)
-        if unbound and want.op == "mul":  # the last takes in what is left
+        if unbound and want.op == "mul":  # the last capture takes the remaining factors
             last, power = unbound[-1]
             if left and not self.takes_rest and last.consts[0] in found.bindings:
                 factors = ((found.bindings[last.consts[0]], power), *left)
@@ -403,7 +404,7 @@ def _own_weight(op: str) -> float:
 
 
 def _source(term: Term) -> Term:
-    """What a part is a part of: below slices, views and signs."""
+    """Returns the term below slices, views and products with a number."""
     while term.may_be_passed and (
         term.op in ("slice", "view") or (term.consts[1:] == (1,) and term.op == "mul")
     ):

@@ -1,8 +1,8 @@
-"""Which numbers a dtype holds exactly: what a proof about positions and flags can rely on.
+"""The numbers that a dtype represents exactly, on which proofs about positions and flags rely.
 
-Positions are whole numbers. Arithmetic on them is exact as long as no result leaves the range in which a dtype holds
-every whole number: outside of it integers wrap around and floating-point numbers are rounded, from 2048 in float16 and
-from 256 in bfloat16.
+Positions are whole numbers. Arithmetic on them is exact while every result stays in the range in which the dtype
+represents every whole number. Outside it, integers wrap around and floating-point numbers are rounded, from 2048 in
+float16 and from 256 in bfloat16.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ import torch
 
 from liger_compile.terms.term import Term
 
-# No mask has more queries or keys: it would have 2**44 entries. Sizes that are symbolic and unbounded are held to be no
+# No mask has more queries or keys: it would have 2**44 entries. A symbolic size without a bound is assumed to be no
 # larger where an integer dtype of 32 bits or more could wrap around.
 MOST_TOKENS = 2**22
-EXACT = 2**53  # the numbers of terms are Python's floats, which count up to here
+EXACT = 2**53  # terms store numbers as Python floats, which represent every integer up to here
 WIDE_INTEGERS = (torch.int32, torch.int64)
 
 
 @functools.cache
 def whole_numbers(dtype: torch.dtype) -> tuple[int, int]:
-    """The first and the last of a range of whole numbers that a dtype holds without a gap; none for complex numbers."""
+    """Returns the first and last of the whole numbers that a dtype represents without a gap; none for complex."""
     if dtype is torch.bool:
         return 0, 1
     if dtype.is_complex:
@@ -42,14 +42,14 @@ def is_whole(number: float) -> bool:
 
 @functools.cache
 def stored(dtype: torch.dtype | None, number: float) -> float:
-    """A number as a tensor of a floating-point dtype has it, also infinite; as it is for other dtypes and for none."""
+    """Returns a number rounded to a floating-point dtype, possibly to infinity; unchanged for other dtypes and None."""
     if dtype is None or not dtype.is_floating_point or math.isnan(number):
         return number
     return torch.tensor(number, dtype=torch.float64).to(dtype).item()
 
 
 def holds(dtype: torch.dtype | None, number: float) -> bool:
-    """Whether a number is one of a dtype's, so that nothing rounds it or wraps it around."""
+    """Returns whether a dtype represents a number without rounding or wraparound."""
     if dtype is None or dtype.is_floating_point:
         return stored(dtype, number) == number
     first, last = whole_numbers(dtype)
@@ -57,13 +57,13 @@ def holds(dtype: torch.dtype | None, number: float) -> bool:
 
 
 def promoted(*operands: Any) -> torch.dtype | None:
-    """The dtype in which torch computes with these terms, numbers and symbolic sizes; None if a term has none."""
+    """Returns the dtype in which torch computes with terms, numbers and symbolic sizes; None if a term has none."""
     if any(isinstance(operand, Term) and operand.dtype is None for operand in operands):
         return None
     return torch.result_type(*map(_example, operands))
 
 
 def _example(operand: Any) -> Any:
-    if isinstance(operand, Term):  # a tensor without dimensions gives way to others
+    if isinstance(operand, Term):  # type promotion ranks zero-dimensional tensors lower
         return torch.empty((1,) * len(operand.shape), dtype=operand.dtype, device="meta")
     return 1 if isinstance(operand, torch.SymInt) else operand

@@ -1,4 +1,4 @@
-"""A term as a formula that a model's author can read."""
+"""Formats a term as a formula that the author of a model can read."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from typing import Any
 from liger_compile.terms.normalize import MINUS_ONE
 from liger_compile.terms.term import Scalar, Term
 
-DEPTH, WIDTH = 3, 8  # operations that a formula shows, one in the other, and arguments of each
-LENGTH = 200  # operations that a formula shows in all
-_HIDDEN = ("view", "expand", "permute", "cast")  # computes nothing
+DEPTH, WIDTH = 3, 8  # most nested operations in a formula, and most arguments of each
+LENGTH = 200  # most operations in a formula
+_HIDDEN = ("view", "expand", "permute", "cast")  # ops that compute nothing
 
 
 class Formula:
-    """Writes terms as formulas.
+    """Formats terms as formulas.
 
     Args:
-        name: what an operation, or an input of the graph, is called: "clamp", "x".
-        is_call: whether an opaque term is an operation, and no input.
-        captures: the names of terms that captures are bound to.
-        numbers: what number captures are bound to.
+        name: returns the name of an operation or of a graph input: "clamp", "x".
+        is_call: returns whether an opaque term is an operation, and not an input.
+        captures: term -> the name of the capture that is bound to it.
+        numbers: number capture -> its value.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class Formula:
         return f"{self.name(term)}({', '.join([*shown, *_not_shown(term)])})"
 
     def power(self, term: Term, power: float, depth: int = DEPTH) -> str:
-        """A factor under its power."""
+        """Returns the text of a factor with its power."""
         self._left = LENGTH
         return self._power(term, power, depth)
 
@@ -107,13 +107,13 @@ class Formula:
         return f"{self._text(x, depth)}[..., {', '.join([bounds, *[':'] * (-1 - dim)])}]"
 
     def _as_in_the_graph(self, x: Term, dim: int, at: Any) -> Any:
-        """A bound of a slice of a capture, whose size in the pattern's examples is another than in the graph."""
+        """Scales the bound of a capture's slice from the size in the pattern's examples to that in the graph."""
         example, size = x.shape[dim], self._size(x, dim)
         is_known = isinstance(at, int) and isinstance(example, int) and isinstance(size, int) and example
         return at * size // example if is_known else at
 
     def _size(self, x: Term, dim: int) -> Any:
-        """The size of what a capture is bound to, or of a term of the graph."""
+        """Returns the size of the term that a capture is bound to, or of a term of the graph."""
         bound = next(
             (term for term, name in self.captures.items() if x.op == "var" and x.consts[0] == name), x
         )
@@ -121,5 +121,5 @@ class Formula:
 
 
 def _not_shown(term: Term) -> list[str]:
-    """Stands for the arguments that are too many."""
+    """Returns an ellipsis if a term has more arguments than a formula shows."""
     return ["..."] if len(term.args) > WIDTH else []

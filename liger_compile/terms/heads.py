@@ -1,4 +1,4 @@
-"""Graph outputs that look like logits whose loss is computed in another graph, where nothing can fuse the two."""
+"""Finds graph outputs that look like logits and whose loss another graph computes, so that the two cannot be fused."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from torch.fx import Graph, Node
 from liger_compile.terms.build import Terms
 from liger_compile.terms.term import Term
 
-WIDER = 8  # where a graph embeds nothing, a head is so many times wider than the model; an MLP is not
+WIDER = 8  # without embeddings, a head is this many times wider than the hidden size; an MLP is not
 
 
 def notes_on_logits(graph: Graph, terms: Terms) -> Iterator[str]:
-    """A sentence for each such output."""
+    """Yields a sentence for each such output."""
     if any(isinstance(term, Term) and term.op == "cross_entropy" for term in terms.of.values()):
         return
     vocabularies = set(_vocabularies(graph))
@@ -32,12 +32,12 @@ def notes_on_logits(graph: Graph, terms: Terms) -> Iterator[str]:
 
 
 def _is_way(term: Term) -> bool:
-    """Whether logits may come past it; one of a row of so many that no logits have is where the row is taken to end."""
+    """Returns whether logits may pass through a term; a longer chain than any logits have ends the search."""
     return term.op in ("cast", "mul", "tanh", "view") and len(term.args) == 1 and term.may_be_passed
 
 
 def _is_head(linear: Term, vocabularies: set[int]) -> bool:
-    """Whether it gives a score to each token that the graph embeds; of a graph that embeds none, to very many."""
+    """Returns whether a linear layer scores the embedded vocabulary; without embeddings, whether it is very wide."""
     channels, width = linear.args[0].shape[-1], linear.shape[-1]
     if not isinstance(channels, int) or not isinstance(width, int):
         return False
@@ -45,7 +45,7 @@ def _is_head(linear: Term, vocabularies: set[int]) -> bool:
 
 
 def _vocabularies(graph: Graph) -> Iterator[int]:
-    """How many rows the tables have that the graph takes embeddings from."""
+    """Yields the number of rows of each table that the graph takes embeddings from."""
     for node in graph.nodes:
         if node.op == "call_function" and getattr(node.target, "__name__", "") == "embedding":
             table = node.args[1] if len(node.args) > 1 else node.kwargs.get("weight")

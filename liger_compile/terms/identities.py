@@ -1,8 +1,8 @@
-"""The identities that make two ways of computing the same thing one term: the tables at the end of this file.
+"""Identities that map equivalent computations to one term: the tables at the end of this file.
 
-A rule of MUL_RULES sees the factors of a product, as normalize.py has them, and a scalar; a rule of RULES sees a
-term. It gives the better form, or None. To teach a new identity, write its function, whose docstring is the identity,
-and add it to a table.
+A rule in MUL_RULES receives the factors of a product, in the form of normalize.py, and a scalar; a rule in RULES
+receives a term. A rule returns the canonical form, or None. To add an identity, write a function whose docstring states
+the identity, and add the function to a table.
 """
 
 from __future__ import annotations
@@ -33,22 +33,22 @@ from liger_compile.terms.normalize import (
 from liger_compile.terms.scalars import is_whole
 from liger_compile.terms.term import Scalar, Size, Space, Term, close
 
-NO_CLASS = -100  # what cross_entropy ignores where it ignores nothing
+NO_CLASS = -100  # the ignore_index of a cross_entropy that ignores nothing
 
 
 def new_space() -> Space:
-    """An empty space whose terms are normalised by the identities of this file."""
+    """Returns an empty space whose terms the identities of this file normalize."""
     return Space(make_bare, RULES, MUL_RULES)
 
 
 def _sigmoid_written_out(space, factors, scalar, dtype):
-    """1 / (1 + exp(-x)) -> sigmoid(x)"""
+    """Rewrites 1 / (1 + exp(-x)) -> sigmoid(x)."""
     for term, power in factors:
         is_shifted = term.op == "add" and term.consts[0].is_number(1, dtype) and len(term.args) == 1
         if power == -1 and is_shifted:
             (e,) = term.args
             exponent = e.args[0] if e.op == "exp" else term
-            inner = exponent.args[0] if exponent.op == "cast" else exponent  # a sign stands inside of a cast
+            inner = exponent.args[0] if exponent.op == "cast" else exponent  # a sign is inside a cast
             if inner.op == "mul" and inner.consts[0].is_number(-1, inner.dtype):
                 x = mul(space, ((exponent, 1),), MINUS_ONE, exponent.dtype, exponent.shape)
                 sigmoid = apply(space, "sigmoid", (x,), (), dtype, x.shape)
@@ -57,7 +57,7 @@ def _sigmoid_written_out(space, factors, scalar, dtype):
 
 
 def _silu(space, factors, scalar, dtype):
-    """x * sigmoid(x) -> silu(x)"""
+    """Rewrites x * sigmoid(x) -> silu(x)."""
     for term, power in factors:
         if term.op == "sigmoid" and power == 1 and (term.args[0], 1) in factors:
             x = term.args[0]
@@ -67,8 +67,10 @@ def _silu(space, factors, scalar, dtype):
 
 
 def _gelu(space, factors, scalar, dtype):
-    """0.5 * x * (1 + erf(x / sqrt(2))) -> gelu(x), and the tanh approximation likewise; with another number than 0.5
-    twice that number is left. Without a number it is no gelu, or 2 * gelu(x), half of which would be a product with 1.
+    """Rewrites 0.5 * x * (1 + erf(x / sqrt(2))) -> gelu(x), and the tanh approximation likewise.
+
+    Any other number than 0.5 leaves twice that number as a factor. A product without a number is not rewritten: as 2 *
+    gelu(x), half of it would be a product with 1, and the two numbers would stay.
     """
     for factor, times in factors.items() if abs(scalar.value) != 1 else ():
         term, _ = factor
@@ -92,7 +94,7 @@ def _gelu(space, factors, scalar, dtype):
 
 
 def _tanh_argument(space: Space, term: Term) -> Term | None:
-    """x, if term is sqrt(2 / pi) * (x + 0.044715 * x**3), in one of the ways to multiply that out."""
+    """Returns x if term is sqrt(2 / pi) * (x + 0.044715 * x**3), in one of its factored forms; otherwise None."""
     c, cubic = math.sqrt(2 / math.pi), 0.044715
     if term.op == "mul" and term.consts[0].is_number(c, term.dtype):
         inner = mul(space, zip(term.args, term.consts[1:], strict=True), ONE, term.dtype, term.shape)
@@ -112,7 +114,7 @@ def _tanh_argument(space: Space, term: Term) -> Term | None:
 
 
 def _addends(term: Term) -> tuple[tuple[Term, Term], ...]:
-    """Both orders of the two addends of a sum."""
+    """Returns both orders of the two addends of a sum; empty for other terms."""
     if term.op != "add" or term.consts[0] != ZERO or len(term.args) != 2:
         return ()
     first, second = term.args
@@ -120,13 +122,13 @@ def _addends(term: Term) -> tuple[tuple[Term, Term], ...]:
 
 
 def _is_power(term: Term, x: Term, power: float, scale: float) -> bool:
-    """True if term is scale * x ** power, in whatever order that is multiplied."""
+    """Returns whether term is scale * x ** power, in any order of multiplication."""
     number, times = _monomial(term, x)
     return times == power and close(number, scale, term.dtype)
 
 
 def _monomial(term: Term, x: Term, depth: int = 4) -> tuple[float, float]:
-    """The number and the power of x in a product of both alone, without roots and inverses; NaN if it is another."""
+    """Returns the number and the power of x in a product of both only, without roots and inverses; otherwise NaN."""
     if term is x:
         return 1.0, 1.0
     if term.op != "mul" or not depth or term.consts[0].powers or not all(map(is_whole, term.consts[1:])):
@@ -139,15 +141,15 @@ def _monomial(term: Term, x: Term, depth: int = 4) -> tuple[float, float]:
 
 
 def _times(term: Term, number: float) -> Term | None:
-    """x, if term is number * x for one factor x."""
+    """Returns x if term is number * x for one factor x; otherwise None."""
     is_product = term.op == "mul" and len(term.args) == 1 and term.consts[1] == 1
     return term.args[0] if is_product and term.consts[0].is_number(number, term.dtype) else None
 
 
 def _mean(space, factors, scalar, dtype):
-    """sum(x, dims) / n -> mean(x, dims), also under a root: sqrt(sum) / sqrt(n); with or without keepdim
+    """Rewrites sum(x, dims) / n -> mean(x, dims), also under a root: sqrt(sum) / sqrt(n); with or without keepdim.
 
-    Not in float16, where the sum may be too large and the mean is not.
+    Excludes float16, where the sum may overflow although the mean does not.
     """
     for (term, power), times in factors.items():
         total = term.args[0] if term.op == "view" else term
@@ -182,7 +184,7 @@ MUL_RULES = (_sigmoid_written_out, _silu, _gelu, _mean)
 
 
 def _rotate_half(space: Space, term: Term) -> Term | None:
-    """cat(-hi, lo) -> rotate_half(x); cat(hi, -lo), the opposite rotation -> -rotate_half(x)"""
+    """Rewrites cat(-hi, lo) -> rotate_half(x), and the opposite rotation cat(hi, -lo) -> -rotate_half(x)."""
     if len(term.args) != 2 or term.consts != (-1,):
         return None
     first, second = term.args
@@ -198,7 +200,7 @@ def _rotate_half(space: Space, term: Term) -> Term | None:
 
 
 def _rotate_pairs(space: Space, term: Term) -> Term | None:
-    """stack(-x[1::2], x[::2], -1) flattened -> rotate_pairs(x), the rotation of interleaved pairs"""
+    """Rewrites flattened stack(-x[1::2], x[::2], -1) -> rotate_pairs(x), the rotation of interleaved pairs."""
     pair = term.args[0]
     if pair.op != "cat" or pair.consts != (-1,) or len(pair.args) != 2 or pair.shape[-1] != 2:
         return None
@@ -211,7 +213,7 @@ def _rotate_pairs(space: Space, term: Term) -> Term | None:
 
 
 def _complex_of_pairs(space: Space, term: Term) -> Term | None:
-    """complex(x[..., ::2], x[..., 1::2]) -> view_as_complex of the pairs of x"""
+    """Rewrites complex(x[..., ::2], x[..., 1::2]) -> view_as_complex of the pairs of x."""
     x = _interleaved(space, *term.args)
     if x is None:
         return None
@@ -220,7 +222,7 @@ def _complex_of_pairs(space: Space, term: Term) -> Term | None:
 
 
 def _pairs_of_complex(space: Space, term: Term) -> Term | None:
-    """stack((z.real, z.imag), -1) -> view_as_real(z)"""
+    """Rewrites stack((z.real, z.imag), -1) -> view_as_real(z)."""
     if len(term.args) != 2 or term.consts != (-1,):
         return None
     real, imag = map(_unstacked, term.args)
@@ -230,7 +232,7 @@ def _pairs_of_complex(space: Space, term: Term) -> Term | None:
 
 
 def _interleaved(space: Space, even: Term, odd: Term) -> Term | None:
-    """x, if even and odd are x[..., ::2] and x[..., 1::2]."""
+    """Returns x if even and odd are x[..., ::2] and x[..., 1::2]; otherwise None."""
     if even.op == odd.op == "cast" and even.may_be_passed:
         x = _interleaved(space, even.args[0], odd.args[0])
         return None if x is None else cast(space, x, even.dtype)
@@ -241,12 +243,12 @@ def _interleaved(space: Space, even: Term, odd: Term) -> Term | None:
 
 
 def _same_source(a: Term, b: Term) -> bool:
-    """Two slices of the channels of one term."""
+    """Returns whether two terms are slices of the channels of one term."""
     return a.op == b.op == "slice" and a.args == b.args and a.consts[0] == b.consts[0] == -1
 
 
 def _unstacked(term: Term) -> Term | None:
-    """x, if term is x with a dimension of one added at the end."""
+    """Returns x if term is x with a dimension of size one added at the end; otherwise None."""
     if term.op == "view" and term.shape == (*term.args[0].shape, 1):
         return term.args[0]
     return None
@@ -257,7 +259,7 @@ def _negated(term: Term) -> Term | None:
 
 
 def _view_of_elementwise(space: Space, term: Term) -> Term | None:
-    """view(f(x)) -> f(view(x)) for what acts on each element of one tensor: -x, x**2, x + 1, relu(x)"""
+    """Rewrites view(f(x)) -> f(view(x)) for an elementwise f of one tensor: -x, x**2, x + 1, relu(x)."""
     inner = term.args[0]
     if inner.op not in ELEMENTWISE or len(inner.args) != 1 or inner.args[0].shape != inner.shape:
         return None
@@ -265,19 +267,19 @@ def _view_of_elementwise(space: Space, term: Term) -> Term | None:
 
 
 def _linear_of_rows(space: Space, term: Term) -> Term | None:
-    """view(linear(view(x, (n, h)), w), (..., o)) -> linear(x, w): flattening tokens changes no value"""
+    """Rewrites view(linear(view(x, (n, h)), w), (..., o)) -> linear(x, w): flattened tokens have equal values."""
     inner = term.args[0]
     if inner.op != "linear" or term.shape[-1:] != inner.shape[-1:]:
         return None
     rows = inner.args[0]
     x = view(space, rows, *term.shape[:-1], rows.shape[-1])
     if x.op == "view" or (rows.op != "view" and not _views(rows)):
-        return None  # the view was not there to flatten tokens
+        return None  # the view does not flatten tokens
     return apply(space, "linear", (x, *inner.args[1:]), (), inner.dtype, term.shape)
 
 
 def _product_of_batches(space: Space, term: Term) -> Term | None:
-    """view(x @ y, (b, h, t, s)) -> view(x, (b, h, t, d)) @ view(y, (b, h, d, s)): how batches are counted"""
+    """Rewrites view(x @ y, (b, h, t, s)) -> view(x, (b, h, t, d)) @ view(y, (b, h, d, s)): other batch dimensions."""
     inner = term.args[0]
     if inner.op != "matmul" or len(inner.shape) < 3 or term.shape[-2:] != inner.shape[-2:]:
         return None
@@ -294,7 +296,7 @@ def _product_of_batches(space: Space, term: Term) -> Term | None:
 
 
 def _softmax_of_batches(space: Space, term: Term) -> Term | None:
-    """view(softmax(x, -1), (b, h, t, s)) -> softmax(view(x, (b, h, t, s)), -1): how batches are counted"""
+    """Rewrites view(softmax(x, -1), (b, h, t, s)) -> softmax(view(x, (b, h, t, s)), -1): other batch dimensions."""
     inner = term.args[0]
     if inner.op != "softmax" or inner.consts != (-1,) or term.shape[-1:] != inner.shape[-1:]:
         return None
@@ -303,14 +305,14 @@ def _softmax_of_batches(space: Space, term: Term) -> Term | None:
 
 
 def _views(term: Term) -> bool:
-    """Whether an elementwise function was applied to a view."""
+    """Returns whether a term is elementwise functions of a view."""
     while term.op in ELEMENTWISE and len(term.args) == 1 and term.may_be_passed:
         term = term.args[0]
     return term.op == "view"
 
 
 def _slice_of_groups(space: Space, term: Term) -> Term | None:
-    """view(x, (..., n, h))[..., i:j, :] -> x[..., i * h : j * h]"""
+    """Rewrites view(x, (..., n, h))[..., i:j, :] -> x[..., i * h : j * h]."""
     grouped, (dim, start, stop, step) = term.args[0], term.consts
     x = _ungrouped(space, grouped, dim) if dim < -1 and step == 1 else None
     if x is None:
@@ -320,7 +322,7 @@ def _slice_of_groups(space: Space, term: Term) -> Term | None:
 
 
 def _slice_of_each_group(space: Space, term: Term) -> Term | None:
-    """view(x, (..., n, h))[..., i] -> x[..., i::h]"""
+    """Rewrites view(x, (..., n, h))[..., i] -> x[..., i::h]."""
     grouped, (dim, start, stop, step) = term.args[0], term.consts
     size = grouped.shape[-1]
     if dim != -1 or step != 1 or stop - start != 1 or not isinstance(size, int):
@@ -330,7 +332,7 @@ def _slice_of_each_group(space: Space, term: Term) -> Term | None:
 
 
 def _ungrouped(space: Space, grouped: Term, dim: int) -> Term | None:
-    """x, if `grouped` is a view of it that has its channels, or some of them, in groups from `dim` on."""
+    """Returns x if `grouped` is a view of x with all or some channels in groups from `dim` on; otherwise None."""
     if grouped.op != "view" or len(grouped.shape) < 2:
         return None
     channels, width = _product(grouped.shape[dim:]), grouped.args[0].shape[-1:]
@@ -340,7 +342,7 @@ def _ungrouped(space: Space, grouped: Term, dim: int) -> Term | None:
 
 
 def _cat_of_groups(space: Space, term: Term) -> Term | None:
-    """stack((a, b), -2) flattened -> cat((a, b), -1)"""
+    """Rewrites flattened stack((a, b), -2) -> cat((a, b), -1)."""
     joined = term.args[0]
     if joined.op != "cat" or joined.consts == (-1,):
         return None
@@ -353,7 +355,7 @@ def _cat_of_groups(space: Space, term: Term) -> Term | None:
 
 
 def _matmul_is_linear(space: Space, term: Term) -> Term | None:
-    """x @ w.T -> linear(x, w) for a matrix w, and x @ w -> linear(x, w.T)"""
+    """Rewrites x @ w.T -> linear(x, w) for a matrix w, and x @ w -> linear(x, w.T)."""
     x, w = term.args
     if len(w.shape) != 2 or len(x.shape) < 2:
         return None
@@ -361,7 +363,7 @@ def _matmul_is_linear(space: Space, term: Term) -> Term | None:
 
 
 def _linear_with_bias(space: Space, term: Term) -> Term | None:
-    """linear(x, w) + b -> linear(x, w, b) for a vector b"""
+    """Rewrites linear(x, w) + b -> linear(x, w, b) for a vector b."""
     if len(term.args) != 2 or term.consts[0] != ZERO:
         return None
     for product, bias in (term.args, term.args[::-1]):
@@ -371,7 +373,7 @@ def _linear_with_bias(space: Space, term: Term) -> Term | None:
 
 
 def _nll_of_log_softmax(space: Space, term: Term) -> Term | None:
-    """nll_loss(log_softmax(x), t) -> cross_entropy(x, t)"""
+    """Rewrites nll_loss(log_softmax(x), t) -> cross_entropy(x, t)."""
     scores, target, weight = term.args
     if scores.op == "view" and scores.shape[-1:] == scores.args[0].shape[-1:]:
         scores = scores.args[0]
@@ -382,7 +384,7 @@ def _nll_of_log_softmax(space: Space, term: Term) -> Term | None:
 
 
 def _gathered_log_softmax(space: Space, term: Term) -> Term | None:
-    """gather(log_softmax(x), t) -> -cross_entropy(x, t), token by token; an index is a class, so none is ignored"""
+    """Rewrites gather(log_softmax(x), t) -> -cross_entropy(x, t) per token; every index is a class."""
     scores, index = term.args
     if scores.op != "log_softmax" or scores.consts != term.consts or not _picks_one(term):
         return None
@@ -390,7 +392,7 @@ def _gathered_log_softmax(space: Space, term: Term) -> Term | None:
 
 
 def _logsumexp_less_gathered(space: Space, term: Term) -> Term | None:
-    """logsumexp(x) - gather(x, t) -> cross_entropy(x, t), token by token"""
+    """Rewrites logsumexp(x) - gather(x, t) -> cross_entropy(x, t) per token."""
     for total, picked in _addends(term):
         total, logits = _unviewed(total), _unviewed(_negated(picked) or total)
         is_loss = total.op == "logsumexp" and logits.op == "gather" and _picks_one(logits)
@@ -401,7 +403,7 @@ def _logsumexp_less_gathered(space: Space, term: Term) -> Term | None:
 
 
 def _picks_one(gathered: Term) -> bool:
-    """One class of each token, and not of some of them."""
+    """Returns whether a gather takes one class of every token, and not only of some tokens."""
     scores, index = gathered.args
     return gathered.consts == (-1,) and index.shape == (*scores.shape[:-1], 1)
 
@@ -418,10 +420,10 @@ def _unviewed(term: Term) -> Term:
 
 
 def _loss_over_tokens(space: Space, term: Term) -> Term | None:
-    """cross_entropy(view(x, (n, v)), view(t, n)) -> cross_entropy(x, t): tokens come in any leading shape"""
+    """Rewrites cross_entropy(view(x, (n, v)), view(t, n)) -> cross_entropy(x, t), with any leading dimensions."""
     logits, target, weight = term.args
     better = _over_tokens(space, logits)
-    is_flat = target.op == "view" and term.consts[1] != "none"  # a loss for each token has the target's shape
+    is_flat = target.op == "view" and term.consts[1] != "none"  # an unreduced loss has the target's shape
     if better is None and not is_flat:
         return None
     args = (better or logits, target.args[0] if is_flat else target, weight)
@@ -429,8 +431,9 @@ def _loss_over_tokens(space: Space, term: Term) -> Term | None:
 
 
 def _over_tokens(space: Space, term: Term) -> Term | None:
-    """The same logits in another leading shape, or of fewer tokens by a slice of the hidden states: without the
-    views and slices on the way from the head to the loss. None where there are none.
+    """Returns the logits without the views and slices between head and loss, or None if there are none.
+
+    The result may have other leading dimensions. Slices of tokens apply to the hidden states instead.
     """
     inner = term.args[0] if term.args else term
     if not term.may_be_passed:
@@ -444,7 +447,7 @@ def _over_tokens(space: Space, term: Term) -> Term | None:
         dim, *bounds = term.consts
         if dim != -1:
             sliced = _linear(space, inner, slice_(space, x, dim, *bounds), w, b)
-        else:  # part of the vocabulary
+        else:  # a slice of the vocabulary
             b = b if b is space.none else slice_(space, b, -1, *bounds)
             sliced = _linear(space, inner, x, slice_(space, w, -2, *bounds), b)
         return _over_tokens(space, sliced) or sliced
@@ -458,7 +461,7 @@ def _over_tokens(space: Space, term: Term) -> Term | None:
 
 
 def _scales(term: Term) -> bool:
-    """What scales, caps or upcasts logits."""
+    """Returns whether a term scales, caps or upcasts logits."""
     return term.op in ("mul", "tanh", "cast") and len(term.args) == 1
 
 
@@ -468,7 +471,7 @@ def _linear(space: Space, like: Term, x: Term, w: Term, b: Term) -> Term:
 
 
 def _rebuilt(space: Space, term: Term, arg: Term) -> Term:
-    """The elementwise `term` of one argument, of another argument."""
+    """Returns the elementwise operation of `term`, applied to `arg`."""
     if term.op == "cast":
         return cast(space, arg, term.dtype)
     if term.op == "mul":

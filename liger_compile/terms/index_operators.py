@@ -1,6 +1,6 @@
-"""The table's functions for positions and masks: tensors that are made of sizes alone, comparisons, choices.
+"""Table functions for positions and masks: tensors created from sizes alone, comparisons, `where`.
 
-Their terms are for indices.py to read. None of the floating-point identities knows these operations.
+indices.py reads their terms. No floating-point identity applies to these operations.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from liger_compile.terms.term import Size, Term, size_of
 
 
 def _made(call: Call, op: str, *consts: Any) -> Term | None:
-    """A tensor that is made of constants. Tensors of another device or shape are other terms."""
+    """Returns the term of a tensor created from constants; another device or shape makes another term."""
     if call.out.requires_grad:
         return None
     return call.space.intern(op, (), (*consts, *call.shape, call.out.device), call.dtype, call.shape)
 
 
 def _arange(call, *bounds, start=0, end=None, step=1, **options):
-    """arange(end), arange(start, end), arange(start, end, step); each bound may be a keyword instead."""
+    """Handles arange(end), arange(start, end) and arange(start, end, step); each bound may be a keyword instead."""
     if len(bounds) > 1 or (bounds and end is not None):
         start = bounds[0]
     if len(bounds) > 2:
@@ -36,7 +36,7 @@ def _arange(call, *bounds, start=0, end=None, step=1, **options):
 
 
 def _whole(bound: Any) -> Size | None:
-    """A bound of arange if it is a whole number: elements are then start + position * step in every dtype."""
+    """Returns a bound of arange if it is whole: then elements are start + position * step in every dtype."""
     if isinstance(bound, (NumberVar, IntVar)):
         return None
     if isinstance(bound, float):
@@ -68,12 +68,12 @@ def _operand(call: Call, value: Any) -> Term:
 
 def _compare(op: str, is_swapped: bool = False, is_negated: bool = False) -> Callable:
     def make(call, input, other):
-        if call.dtype is not torch.bool:  # in place, into numbers
+        if call.dtype is not torch.bool:  # in place, into a tensor of numbers
             return None
         common = promoted(input, other)
         if common is None:
             return None
-        # As torch does; a number stays one, and the reader of masks rounds it.
+        # Torch promotes the operands likewise. A number stays a number; indices.py rounds it.
         terms = tuple(normalize.cast(call.space, _operand(call, value), common) for value in (input, other))
         term = _boolean(call, op, *(terms[::-1] if is_swapped else terms))
         return _boolean(call, "not", term) if is_negated else term
@@ -96,7 +96,7 @@ def _boolean(call: Call, op: str, *terms: Term) -> Term:
 
 def _where(call, condition, input, other):
     if isinstance(input, Term) and input.dtype is torch.bool:
-        return None  # may be the method, whose condition comes second
+        return None  # may be the method, whose second argument is the condition
     return _chosen(call, condition, input, other)
 
 
@@ -142,7 +142,7 @@ def _diff(call, input, n=1, dim=-1, prepend=None, append=None):
 
 
 def element(call: Call, input: Term, indices: tuple[Any, ...]) -> Term | None:
-    """input[i, j, ...] with a tensor of positions for every dimension"""
+    """Returns the term of input[i, j, ...] with a tensor of positions for every dimension; otherwise None."""
     if len(indices) != len(input.shape):
         return None
     if not all(isinstance(i, Term) and i.dtype in (torch.int32, torch.int64) for i in indices):

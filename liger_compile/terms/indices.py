@@ -1,11 +1,11 @@
-"""What an attention mask means: its term, read as a relation between the positions of queries and keys.
+"""Derives the meaning of an attention mask: its term, read as a relation between positions of queries and keys.
 
-Every entry of a mask is a function of its coordinates, and the reader pushes symbolic coordinates down the term
-until only positions, sizes and constants are left: arange gives the coordinate, a view moves it, a comparison makes
-a linear inequality of it. So the relation holds for every size that the graph is valid for: nothing is evaluated,
-and no guard is added. What is not understood is named, and the mask then means nothing.
+Every entry of a mask is a function of its coordinates. The reader pushes symbolic coordinates down the term until only
+positions, sizes and constants are left: arange returns the coordinate, a view moves it, a comparison turns it into a
+linear inequality. The relation therefore holds for every size that the graph is valid for. The reader evaluates nothing
+and adds no guard. If a part of a mask is not understood, the reader names the part, and the meaning is unknown.
 
-Arithmetic is that of the dtype at hand (`_held`): a value is read only if no step to it was rounded or wrapped around.
+Arithmetic follows the dtype (`_held`): the reader accepts a value only if no step was rounded or wrapped around.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ from liger_compile.terms.linear import (
 from liger_compile.terms.term import MADE_HERE, ConstVar, Scalar, Size, Space, Term
 
 MAX_ALTERNATIVES = 16
-MAX_DEPTH = 80  # operations one upon another: transformers' masks have about 30
-MAX_READ = 4000  # terms and places that are read of one mask
+MAX_DEPTH = 80  # most nested operations: transformers' masks have about 30
+MAX_READ = 4000  # most terms and coordinates read of one mask
 
-# What masks are made of beside constants, sizes and named values: what the reader below reads.
+# The operations that masks consist of, and that the reader understands, besides constants, sizes and named values.
 _OF_NUMBERS = ("arange", "full", "number", "cast", "add", "mul", "abs", "cumsum", "diff", "index")
 _OF_TRUTHS = ("le", "lt", "eq", "not", "and", "or", "where", "tril", "triu")
 OPERATIONS = frozenset((*_OF_NUMBERS, *_OF_TRUTHS, "none", "expand", "view", "permute", "slice"))
@@ -55,13 +55,15 @@ _BUT_FOR_PADDING = {"causal": "is causal", "all": "hides nothing", "window": "is
 
 @dataclass(frozen=True)
 class Meaning:
-    """What a mask lets through: of S keys to each of T queries.
+    """The meaning of a mask: which of S keys each of T queries may attend to.
 
-    causal: just the keys j <= i to query i, and T is S; window: of these the last `window`; all: everything.
-    unknown: anything else, or what could not be read; `reason` is the sentence.
-    `padding` and `masks` name the values, if it is them alone that make it unknown. `padding` says of each key whether
-    it is there: were it all ones, the mask would be causal, or let everything through. `masks` have an entry for each
-    query and key, as masks themselves have: what they mean is not to be seen here.
+    Args:
+        kind: "causal" query i sees exactly the keys j <= i, and T is S; "window" it sees the last `window` of these;
+            "all" it sees every key; "unknown" any other mask, or one that could not be read.
+        reason: a sentence, for "unknown" and "window".
+        padding, masks: names of values, if these alone make the mask unknown. `padding` states for each key whether it
+            is present: if it were all ones, the mask would be causal or hide nothing. `masks` have an entry for each
+            query and key, as masks do; the graph does not show their meaning.
     """
 
     kind: Literal["causal", "window", "all", "unknown"]
@@ -72,7 +74,7 @@ class Meaning:
 
 
 def mask_meaning(space: Space, mask: Term, queries: Size, keys: Size) -> Meaning:
-    """What `mask` means, boolean or added to the scores, broadcast to (..., queries, keys)."""
+    """Returns the meaning of `mask`, boolean or added to the scores, broadcast to (..., queries, keys)."""
     key = ("mask", mask, queries, keys)
     if key not in space.found_out:
         try:
@@ -84,7 +86,7 @@ def mask_meaning(space: Space, mask: Term, queries: Size, keys: Size) -> Meaning
 
 
 def _but_for_inputs(space: Space, mask: Term, queries: Size, keys: Size, why: str) -> Meaning | None:
-    """What a mask means that is known but for padding, or for masks in it; None if it is not."""
+    """Returns the meaning of a mask that is known except for padding or for masks in it; otherwise None."""
     try:
         reader = _Reader(space, mask, queries, keys, but_for_inputs=True)
         kind = reader.meaning().kind
@@ -99,19 +101,19 @@ def _but_for_inputs(space: Space, mask: Term, queries: Size, keys: Size, why: st
     return Meaning("unknown", reason, padding=padding)
 
 
-_POSITION = tuple(Linear(0, frozenset(((dim, 1),))) for dim in (-2, -1))  # of a score: its query and key
+_POSITION = tuple(Linear(0, frozenset(((dim, 1),))) for dim in (-2, -1))  # the query and key of a score
 
-# Any of these, each of which is: all of these linear forms are <= 0.
+# A disjunction of conjunctions: at least one set in which all linear forms are <= 0.
 _Condition = frozenset[frozenset[Linear]]
 _TRUE: _Condition = frozenset((frozenset(),))
 _FALSE: _Condition = frozenset()
 
-_Cases = tuple[tuple[_Condition, Linear], ...]  # the value under each of the conditions, one of which holds
-_At = tuple[Linear, ...]  # where a term is read: its coordinates
+_Cases = tuple[tuple[_Condition, Linear], ...]  # the value under each condition; one of them holds
+_At = tuple[Linear, ...]  # the coordinates where a term is read
 
 
 class _Reader:
-    """Reads one mask; its coordinates range over the sizes of the scores that it is applied to."""
+    """Reads one mask; its coordinates range over the sizes of the scores that the mask applies to."""
 
     def __init__(
         self, space: Space, mask: Term, queries: Size, keys: Size, *, but_for_inputs: bool = False
@@ -122,23 +124,19 @@ class _Reader:
         self.space, self.mask, self.is_square = space, mask, queries == keys
         self.sizes = {dim: of_size(mask.shape[dim]) for dim in range(-len(mask.shape), 0)}
         self.sizes.update({-1: of_size(keys), -2: of_size(queries)})
-        self.of_queries: set[int | sympy.Expr] = {-2}  # coordinates that run along queries
+        self.of_queries: set[int | sympy.Expr] = {-2}  # coordinates along queries
         self.but_for_inputs = but_for_inputs
-        self.known: dict[
-            Any, Any
-        ] = {}  # what was read already, where: a mask may have one part in many places
+        self.known: dict[Any, Any] = {}  # results so far: a mask may contain one part many times
         self.depth = 0
-        self.padding: set[str] = set()  # the flags that were taken for ones
-        self.masks: set[str] = (
-            set()
-        )  # masks that were taken for true, or zeros: what is made of them is unknown
+        self.padding: set[str] = set()  # the flags that were assumed to be ones
+        self.masks: set[str] = set()  # masks assumed true or zero: their users stay unknown
 
     def meaning(self) -> Meaning:
         at = tuple(coordinate(dim) for dim in sorted(self.sizes))
         return self._classified(self._lets_through(self.mask, at))
 
     def _lets_through(self, mask: Term, at: _At) -> _Condition:
-        """Where a mask is true, or adds nothing to the scores; all else that it adds hides."""
+        """Returns where a mask is true, or adds zero to the scores; any other addend must hide."""
         if mask.dtype is torch.bool:
             return self.truth(mask, at)
         condition = _FALSE
@@ -170,9 +168,9 @@ class _Reader:
     # Inequalities
 
     def most(self, form: Linear, assumed: int | None = None) -> float:
-        """The largest that a form may be at all coordinates, whatever the sizes; infinite if that is not known.
+        """Returns an upper bound of a form over all coordinates and sizes; infinity if none is known.
 
-        `assumed` is the largest that a size may be of which nothing is known.
+        `assumed` is the upper bound of a symbolic size without a known bound.
         """
         most = Linear(form.constant)
         for part, coefficient in form.parts:
@@ -180,7 +178,7 @@ class _Reader:
                 most = most.plus(Linear(0, frozenset(((part, 1),))), coefficient)
             elif coefficient > 0:
                 most = most.plus(self.sizes[part].plus(Linear(-1)), coefficient)
-        bound = most.constant  # at sizes of one, or as large as they may be
+        bound = most.constant  # each size is one, or as large as it may be
         for size, coefficient in most.parts:
             if isinstance(size, int) or not (size.is_integer and size.is_positive):
                 return math.inf
@@ -194,11 +192,11 @@ class _Reader:
         return bound
 
     def holds(self, form: Linear) -> bool:
-        """Whether form <= 0 at all coordinates, whatever the sizes."""
+        """Returns whether form <= 0 is proven at all coordinates, for all sizes."""
         return self.most(form) <= 0
 
     def fails(self, form: Linear) -> bool:
-        """Whether form <= 0 at no coordinates, whatever the sizes."""
+        """Returns whether form <= 0 is proven false at all coordinates, for all sizes."""
         return self.holds(Linear(1).plus(form, -1))
 
     def implies(self, form: Linear, other: Linear) -> bool:
@@ -220,7 +218,7 @@ class _Reader:
         kept: list[frozenset[Linear]] = []
         for forms in alternatives:
             left = [form for form in forms if not self.holds(form)]
-            if any(self.fails(x.plus(y)) for x in left for y in left):  # y is x: one that fails alone
+            if any(self.fails(x.plus(y)) for x in left for y in left):  # y may be x: a form that fails alone
                 continue
             for form in list(left):
                 if any(self.implies(other, form) for other in left if other is not form):
@@ -234,13 +232,13 @@ class _Reader:
         return frozenset(kept)
 
     def _within(self, forms: frozenset[Linear], other: frozenset[Linear]) -> bool:
-        """Whether all of `forms` together imply all of `other`, one by one."""
+        """Returns whether `forms` imply `other`: each form of `other` follows from a single one of `forms`."""
         return all(any(self.implies(form, wanted) for form in forms) for wanted in other)
 
     # Terms
 
     def _once(self, read: Callable, term: Term, at: _At) -> Any:
-        """What `read` finds out about a term at these coordinates."""
+        """Returns the result of `read` for a term at these coordinates, computed once."""
         key = (read.__name__, term, at)
         if key not in self.known:
             if self.depth == MAX_DEPTH:
@@ -253,7 +251,7 @@ class _Reader:
         return self.known[key]
 
     def truth(self, term: Term, at: _At) -> _Condition:
-        """Where a boolean term is true."""
+        """Returns where a boolean term is true."""
         return self._once(self._truth, term, _broadcast(term, at))
 
     def _truth(self, term: Term, at: _At) -> _Condition:
@@ -268,7 +266,7 @@ class _Reader:
             return self.all_of(a, b) if term.op == "and" else self.any_of(a, b)
         if term.op == "mul" and term.consts[0] == Scalar(1.0) and all(p >= 1 for p in term.consts[1:]):
             return self._every(self.truth(factor, at) for factor in term.args)
-        if term.op == "add" and term.consts[0] == Scalar(0.0):  # of truths, one of which is enough
+        if term.op == "add" and term.consts[0] == Scalar(0.0):  # a sum of booleans is true if any of them is
             return self.not_(self._every(self.not_(self.truth(each, at)) for each in term.args))
         if term.op == "masks":
             return self._every(self._lets_through(mask, at) for mask in term.args)
@@ -288,7 +286,7 @@ class _Reader:
         return self.truth(*self._moved(term, at))
 
     def number(self, term: Term, at: _At) -> _Cases:
-        """The values of a term of numbers, or of a boolean one as numbers."""
+        """Returns the values of a numeric term, or of a boolean term as numbers."""
         if term.dtype is torch.bool:
             condition = self.truth(term, at)
             return self._cases(((condition, Linear(1)), (self.not_(condition), ZERO)))
@@ -331,7 +329,7 @@ class _Reader:
         return self.number(*self._moved(term, at))
 
     def _folded(self, term: Term, at: _At, of_number: Callable, combine: Callable) -> _Cases:
-        """A sum or a product: its number, and its operands one after the other."""
+        """Returns the values of a sum or product: its number, combined with one operand after the other."""
         cases = self._only(of_number(term.consts[0], term.dtype))
         for arg in term.args:
             operand = self._operand(arg, at, term.dtype, of_number)
@@ -339,11 +337,11 @@ class _Reader:
         return cases
 
     def _operand(self, term: Term, at: _At, dtype: torch.dtype | None, of_number: Callable) -> _Cases:
-        """The values of an operand of what is computed in `dtype`."""
+        """Returns the values of an operand of an operation in `dtype`."""
         return self._only(of_number(term.consts[0], dtype)) if term.op == "number" else self.number(term, at)
 
     def _is_assumed(self, term: Term, at: _At) -> bool:
-        """Whether this is padding or a mask in itself, and such things are to be taken for known."""
+        """Returns whether a term is itself padding or a mask and its values are to be assumed; records its name."""
         if not self.but_for_inputs or term.op != "leaf" or term.dtype is None:
             return False
         if at[-2:] == _POSITION:
@@ -359,7 +357,7 @@ class _Reader:
         return any(part in self.of_queries for part, _ in form.parts)
 
     def _moved(self, term: Term, at: _At) -> tuple[Term, _At]:
-        """The term whose elements `term` only moves, and where its element at `at` stands there."""
+        """Returns the source of a term that only moves elements, and the coordinates there of the element at `at`."""
         if term.op == "expand":
             return term.args[0], at
         if term.op == "view":
@@ -388,7 +386,7 @@ class _Reader:
         raise UnreadError(f"it depends on the values of {term.op}: {_elsewhere(term)}")
 
     def _summed(self, term: Term, at: _At) -> Linear:
-        """cumsum of what is the same number all along the dimension, wherever the sum is read"""
+        """Returns cumsum of a source that has the same value all along the dimension, wherever the sum is read."""
         (dim,), (source,) = term.consts, term.args
         along = max(self.sizes) + 1
         self.sizes[along] = of_size(source.shape[dim])
@@ -401,7 +399,7 @@ class _Reader:
         return scaled(at[dim].plus(Linear(1)), value)
 
     def _absolute(self, condition: _Condition, value: Linear) -> _Cases:
-        """|value|, where the condition holds"""
+        """Returns the cases of |value| under a condition."""
         if not value.parts:
             return ((condition, Linear(abs(value.constant))),)
         negated = ZERO.plus(value, -1)
@@ -412,7 +410,7 @@ class _Reader:
         )
 
     def _difference(self, term: Term, at: _At) -> _Cases:
-        """torch.diff along a dimension, of positions with one element before them or none"""
+        """Returns torch.diff of positions along a dimension, with one prepended element or none."""
         (source, before), (dim,) = term.args, term.consts
 
         def read(what: Term, where: Linear) -> Linear:
@@ -430,14 +428,14 @@ class _Reader:
         return self._cases(((is_first, first), (self.not_(is_first), step)))
 
     def _triangle(self, term: Term, at: _At) -> _Condition:
-        """Where tril or triu keep their argument."""
+        """Returns where tril or triu keep their argument."""
         ahead = at[-1].plus(at[-2], -1).plus(of_size(term.consts[0]), -1)
         form = ahead if term.op == "tril" else ZERO.plus(ahead, -1)
         return self._simplified((frozenset((form,)),))
 
     def _compared(self, op: str, a: Linear, b: Linear, dtype: torch.dtype | None) -> _Condition:
-        """Where `a` and `b`, whose dtype is `dtype` unless they are numbers, compare so."""
-        if not a.parts and not b.parts:  # also infinities
+        """Returns where comparison `op` of `a` and `b` holds; operands that are not numbers have `dtype`."""
+        if not a.parts and not b.parts:  # infinities included
             return _TRUE if numbers_compare(op, a.constant, b.constant, dtype) else _FALSE
         for form in (a, b):
             if not is_whole(form.constant) or not (form.parts or holds(dtype, form.constant)):
@@ -454,8 +452,11 @@ class _Reader:
         return self.not_(self._over(value, zero, lambda x, y: self._compared("eq", x, y, term.dtype)))
 
     def _held(self, term: Term, value: Linear) -> Linear:
-        """`value`, if the dtype of `term` holds it exactly: positions as long as they are whole numbers in its range,
-        and in floating point also flags, and what hides."""
+        """Returns `value` if the dtype of `term` represents it exactly; otherwise raises UnreadError.
+
+        Positions and integers must be whole numbers in the range of the dtype. A floating-point constant must be -1, 0,
+        1 or -inf, or hide; the result is then the stored value.
+        """
         dtype = term.dtype
         if dtype is None:
             return value
@@ -469,7 +470,7 @@ class _Reader:
                 return value
         elif value.constant in (-1, 0, 1, -math.inf):
             return value
-        elif hides(stored(dtype, value.constant)):  # and is not infinite: then it is not added to
+        elif hides(stored(dtype, value.constant)):  # hides() excludes finite values that are stored as -inf
             return Linear(stored(dtype, value.constant))
         raise UnreadError(f"it computes {value}{in_(dtype)}")
 
@@ -489,7 +490,7 @@ class _Reader:
         return cases[0][1]
 
     def _cases(self, cases: Iterable[tuple[_Condition, Linear]]) -> _Cases:
-        """Without those that cannot be, and one for each value."""
+        """Returns the cases without impossible ones, merged to one for each value."""
         joined: dict[Linear, _Condition] = {}
         for condition, value in cases:
             if condition != _FALSE:
@@ -520,7 +521,7 @@ class _Reader:
 
 
 def _elsewhere(term: Term) -> str:
-    """What a mask may be that no positions of this graph say."""
+    """Returns a description of a mask that the positions of this graph do not determine."""
     if term.op != "leaf" or MADE_HERE in term.consts:
         return "made in this graph, in a way that proofs about masks do not follow"
     if _is_floating(term):
@@ -533,7 +534,7 @@ def _is_floating(term: Term) -> bool:
 
 
 def _window_size(form: Linear) -> int | ConstVar | None:
-    """A window as a constant."""
+    """Returns the size of a window as a number or a capture; otherwise None."""
     if not form.parts:
         return int(form.constant)
     ((part, coefficient), *others) = form.parts
@@ -543,13 +544,13 @@ def _window_size(form: Linear) -> int | ConstVar | None:
 
 
 def _broadcast(term: Term, at: _At) -> _At:
-    """The coordinates of a term that is broadcast to a larger shape."""
+    """Returns the coordinates in a term that is broadcast to a larger shape."""
     own = at[len(at) - len(term.shape) :]
     return tuple(ZERO if size == 1 else form for size, form in zip(term.shape, own, strict=True))
 
 
 def _through_view(term: Term, at: _At) -> _At:
-    """Where an element of a view stands in what it views, if only dimensions of one come and go."""
+    """Returns the coordinates in the source of a view that only adds or removes dimensions of size one."""
     source = term.args[0]
     kept = [form for size, form in zip(term.shape, at, strict=True) if size != 1]
     if [size for size in term.shape if size != 1] != [size for size in source.shape if size != 1]:

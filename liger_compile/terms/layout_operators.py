@@ -1,4 +1,4 @@
-"""The table's functions for operators that only move elements: views, slices, joins."""
+"""Table functions for operators that only move elements: views, slices, concatenations."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def _t(call, input):
 
 
 def _bounded(index: Any, size: Any, default: Any) -> Any:
-    """A slice bound as Python reads it."""
+    """Returns a slice bound as Python resolves it."""
     if index is None:
         return default
     index = size_of(index)
@@ -96,13 +96,13 @@ def _select(call, input, dim, index):
 
 def _narrow(call, input, dim, start, length):
     dim = negative(dim, len(input.shape))
-    if isinstance(start, int) and start < 0:  # a slice would end at 0
+    if isinstance(start, int) and start < 0:  # slice(start, start + length) could end at 0
         start = start + input.shape[dim]
     return _narrowed(call, input, dim, slice(start, start + length))
 
 
 def _pieces(call, input, dim):
-    """The parts of a chunk or split, by their own sizes."""
+    """Returns the parts of a chunk or split, with the sizes of the call's outputs."""
     dim, start, parts = negative(dim, len(input.shape)), 0, []
     for part in call.out:
         stop = start + size_of(part.shape[dim])
@@ -116,7 +116,7 @@ def _chunk(call, input, chunks, dim=0):
 
 
 def halves(call: Call, term: Term, dim: int) -> tuple[Term, Term]:
-    """The two halves along a dimension."""
+    """Returns the two halves of a term along a dimension."""
     dim = negative(dim, len(term.shape))
     size = term.shape[dim]
     middle = size // 2
@@ -160,7 +160,7 @@ def _matrix_transposed(call, input):
     return _transpose(call, input, -1, -2) if len(input.shape) == 2 else None
 
 
-# Attributes that are views; aten's names of T and H are others.
+# Attributes that are views. aten has other names for T and H.
 _TRANSPOSED: Mapping[str, Callable[..., Any]] = {"mT": _matrices_transposed, "T": _matrix_transposed}
 
 

@@ -1,8 +1,8 @@
-"""Values of masks as linear forms of positions and sizes, and arithmetic on them as dtypes have it.
+"""Linear forms of positions and sizes, which represent the values of masks, and their arithmetic in dtypes.
 
-A form is exact, in real numbers. An operation gives one only if torch's gives the same in its dtype: nothing that it
-computes with is rounded away, and what hides stays out of reach. Whether a dtype holds the result is another question,
-which needs the ranges of positions: indices.py asks it of each term.
+A form is exact, in real numbers. An operation returns a form only if torch computes the same value in its dtype:
+rounding loses no operand, and values that hide stay out of the range of scores. Whether a dtype represents the result
+depends on the ranges of positions; indices.py checks that for each term.
 """
 
 from __future__ import annotations
@@ -17,21 +17,22 @@ import torch
 from liger_compile.terms.exact import holds, is_whole, stored
 from liger_compile.terms.term import Size
 
-# Scores would have to be as large for a mask that adds this to let anything through: finfo.min of float32 and bfloat16.
+# A mask that adds this reveals a key only if the score is as large. finfo.min of float32 and bfloat16 is below it.
 HIDES = -1e30
 
 _NAMES = {-1: "key", -2: "query", -3: "head", -4: "batch"}
 
 
 class UnreadError(Exception):
-    """What could not be read, in a sentence."""
+    """Raised with a sentence that names the part that could not be read."""
 
 
 @dataclass(frozen=True)
 class Linear:
-    """constant + sum(coefficient * part): a part is a coordinate, or a symbolic size.
+    """The form constant + sum(coefficient * part), in which each part is a coordinate or a symbolic size.
 
-    Coordinates of the mask go by their dimension (-1); those that run along a dimension of a part of it, by 0, 1, ...
+    A coordinate of the mask is named by its negative dimension, such as -1; a coordinate along a dimension of a part of
+    the mask is named 0, 1, ...
     """
 
     constant: float
@@ -54,7 +55,7 @@ ZERO = Linear(0)
 
 
 class Capture(sympy.Symbol):
-    """A number that a pattern's search takes: positive, as far as its mask means anything."""
+    """A number capture of a pattern; positive, since the mask has no meaning otherwise."""
 
 
 def of_number(scalar: Any) -> Linear:
@@ -78,14 +79,14 @@ def of_size(size: Size) -> Linear:
 
 
 def plain(scalar) -> float:
-    """A constant of a term as a number; a pattern's own number captures are none."""
+    """Returns a constant of a term as a float; raises UnreadError for a number capture of a pattern."""
     if scalar.powers:
         raise UnreadError(f"it depends on the number {scalar.powers[0][0]}")
     return scalar.value
 
 
 def scaled(a: Linear, b: Linear) -> Linear:
-    """a * b, one of which is constant."""
+    """Returns a * b; one of them must be constant."""
     if a.parts and b.parts:
         raise UnreadError("it multiplies positions")
     form, by = (b, a.constant) if b.parts else (a, b.constant)
@@ -106,12 +107,12 @@ def in_(dtype: torch.dtype | None) -> str:
 
 
 def hides(number: float) -> bool:
-    """Whether it is finite, and lower than any score."""
+    """Returns whether a number is finite, and lower than any score."""
     return math.isfinite(number) and number <= HIDES
 
 
 def added(scalar: Any, dtype: torch.dtype | None) -> Linear:
-    """A number that is added in `dtype`, if that holds it, or rounds it to what hides as well."""
+    """Returns a number to be added in `dtype`, if the dtype represents it or rounds it to a number that hides."""
     number = of_number(scalar)
     if number.parts or not is_rounding(dtype) or holds(dtype, number.constant):
         return number
@@ -121,7 +122,7 @@ def added(scalar: Any, dtype: torch.dtype | None) -> Linear:
 
 
 def multiplied(scalar: Any, dtype: torch.dtype | None) -> Linear:
-    """A number that multiplies in `dtype`, if no rounding makes it 0 or infinite: then it keeps 0 and what hides."""
+    """Returns a factor in `dtype` that rounds to neither 0 nor infinity, so that zeros and hidden values stay so."""
     number = plain(scalar)
     value = stored(dtype, number)
     if number and not (value and math.isfinite(value)):
@@ -130,7 +131,7 @@ def multiplied(scalar: Any, dtype: torch.dtype | None) -> Linear:
 
 
 def add(dtype: torch.dtype | None, a: Linear, b: Linear) -> Linear:
-    """a + b; with what hides, it is what hides: from the sum of two large numbers nothing else can be told."""
+    """Returns a + b; if one hides, the sum must hide: any other sum of large numbers is unreliable."""
     result = a.plus(b)
     if is_rounding(dtype):
         if any(hides(each.constant) for each in (a, b)) and not result.constant <= HIDES:
@@ -141,7 +142,7 @@ def add(dtype: torch.dtype | None, a: Linear, b: Linear) -> Linear:
 
 
 def multiply(dtype: torch.dtype | None, a: Linear, b: Linear) -> Linear:
-    """a * b; 0, or what hides, where one of them hides: a fill that is scaled back into reach is not read."""
+    """Returns a * b; if one hides, the product must hide or be 0. A fill scaled back into reach is not read."""
     result = scaled(a, b)
     is_hidden = any(hides(each.constant) for each in (a, b))
     if is_rounding(dtype) and is_hidden and not (result.constant <= HIDES or result == ZERO):
@@ -154,7 +155,7 @@ def is_rounding(dtype: torch.dtype | None) -> bool:
 
 
 def numbers_compare(op: str, a: float, b: float, dtype: torch.dtype | None) -> bool:
-    """Whether two numbers compare so, however those that are no values of `dtype` are rounded."""
+    """Returns whether two numbers compare so, if rounding them to `dtype` does not change the result."""
     if max(a, b) <= HIDES and (a, b) != (-math.inf, -math.inf):
         raise UnreadError(f"it compares {a:g} with {b:g}, which may be rounded")
     exact, inexact = (

@@ -1,20 +1,20 @@
-"""Spellings -> one: the constructors that build.py calls, and the identities they apply.
+"""Constructors that build.py calls: they map equivalent spellings to one term, and apply the identities.
 
     x*x, x.square(), x**2                  -> mul{x: 2}
     a/b, 1/sqrt(v), v.rsqrt(), v**-0.5     -> powers of a factor in a product
     x.sum(d) / n                           -> mean(x, d)
     unsqueeze, [None], view, reshape, ...  -> view(x, shape)
-    x * sigmoid(x), cat(-hi, lo), ...      -> silu(x), rotate_half(x): the tables at the end of this file
+    x * sigmoid(x), cat(-hi, lo), ...      -> silu(x), rotate_half(x): the tables at the end of identities.py
 
-Products and sums are multisets: products flat within one dtype, sums not (a residual stream is one long sum).
-Algebra is recorded, not performed, for the value of x may be what rounding leaves of it:
+Products and sums are multisets. Products are flat within one dtype; sums are not, because a residual stream is one long
+sum. Terms record algebra instead of performing it, because a value may depend on how x is rounded:
 
-    (x + c) - c, x + c1 + c2               stay two sums; whole numbers alone are added up
-    (x * a) * (1 / a), x * 1e-8 * 1e8      stay two products: scalars.py says which numbers make one
-    x * y / y, sqrt(x) * sqrt(x), x * 0    stay powers of their own, and a product with 0
+    (x + c) - c, x + c1 + c2               stay two sums; only whole numbers are added up
+    (x * a) * (1 / a), x * 1e-8 * 1e8      stay two products: scalars.py decides which numbers merge
+    x * y / y, sqrt(x) * sqrt(x), x * 0    stay separate powers, and a product with 0
 
-A cast is never moved across anything that rounds. It does move out of what only moves elements (view, slice, cat,
-neg), where it commutes exactly.
+A cast never moves across an operation that rounds. It moves out of operations that only move elements (view, slice,
+cat, neg), where it commutes exactly.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ from liger_compile.terms.scalars import (
 )
 from liger_compile.terms.term import Scalar, Size, Space, Term, broadcast
 
-MOST_FACTORS, MOST_POWER = 8, 64  # of a product that may stand in another as its factors
+MOST_FACTORS, MOST_POWER = 8, 64  # limits of a product that is flattened into another
 
 ZERO, ONE, MINUS_ONE = Scalar(0.0), Scalar(1.0), Scalar(-1.0)
 
-# The factors of a product, and how often it has each: x**3 is x three times, 1 / x / x is x**-1 twice. Powers meet
-# where the factor is the same, so only positive whole ones do.
+# The factors of a product, and how often each occurs: x**3 is x three times, 1 / x / x is x**-1 twice. Only equal
+# factors are counted together, so only positive whole powers merge.
 Factor = tuple[Term, float]
 Factors = Mapping[Factor, int]
 
@@ -68,7 +68,7 @@ def apply(
     dtype: torch.dtype | None,
     shape: tuple[Size, ...],
 ) -> Term:
-    """Any operation without a constructor of its own; the rules for `op` may turn it into another."""
+    """Returns the term of an operation without its own constructor; the rules for `op` may rewrite it."""
     term = space.intern(op, args, consts, dtype, shape)
     if term not in space.better:
         rules = space.rules.get(op, ())
@@ -80,30 +80,32 @@ def apply(
 
 
 def cast(space: Space, term: Term, dtype: torch.dtype | None) -> Term:
-    """term in `dtype`; no cast where it has that dtype, and none through a wider one and back."""
+    """Returns term in `dtype`, without a cast to its own dtype or a detour through a wider one."""
     if dtype is None or term.dtype is None or term.dtype == dtype:
         return term
     if term.op == "cast" and widens(term.args[0].dtype, term.dtype):
         return cast(space, term.args[0], dtype)
     if term.op in ("rotate_half", "rotate_pairs") and term.may_be_passed:
-        # Here it moves in, so that what is turned is one value.
+        # This cast moves inward, so that the rotated tensor is one value.
         return space.intern(term.op, (cast(space, term.args[0], dtype),), (), dtype, term.shape)
     return space.intern("cast", (term,), (dtype,), dtype, term.shape)
 
 
 def widens(narrow: torch.dtype | None, wide: torch.dtype | None) -> bool:
-    """Every value of `narrow` is a value of `wide`."""
+    """Returns whether every value of `narrow` is a value of `wide`."""
     if narrow is None or wide is None or not (narrow.is_floating_point and wide.is_floating_point):
         return False
     try:
         return torch.promote_types(narrow, wide) == wide
-    except RuntimeError:  # dtypes of eight bits are not promoted
+    except RuntimeError:  # torch does not promote eight-bit dtypes
         return narrow == wide
 
 
 def is_coarse_cast(term: Term) -> bool:
-    """A cast to eight bits or back: the gradients of copies are rounded as coarsely, before they are summed and not
-    after, so it does not move across what makes copies."""
+    """Returns whether a term is a cast to or from eight bits, which does not move across copies.
+
+    The gradients of copies are rounded as coarsely, before they are summed and not after.
+    """
     return term.op == "cast" and any(
         dtype is not None and dtype.is_floating_point and dtype.itemsize == 1
         for dtype in (term.dtype, term.args[0].dtype)
@@ -117,9 +119,9 @@ def mul(
     dtype: torch.dtype | None,
     shape: tuple[Size, ...],
 ) -> Term:
-    """scalar * prod(term ** power), computed in `dtype`."""
+    """Returns scalar * prod(term ** power), computed in `dtype`."""
     scalar, given = _given(space, factors, scalar, dtype)
-    # Before as well as after: what is broadcast may be a product.
+    # Before flattening as well as after: the operand of a broadcast may be a product.
     scalar, product = _flat(_without_broadcasts(space, given, shape), scalar, dtype)
     product = _without_broadcasts(space, product, shape)
     changed = True
@@ -147,7 +149,7 @@ def mul(
 def _given(
     space: Space, factors: Iterable[tuple[Term, float]], scalar: Scalar, dtype: torch.dtype | None
 ) -> tuple[Scalar, dict[Factor, int]]:
-    """The factors in `dtype`, with the numbers and signs among them taken into the scalar."""
+    """Returns the factors in `dtype`, with the numbers and signs among them moved into the scalar."""
     given: dict[Factor, int] = {}
     for term, power in factors:
         term = cast(space, term, dtype)
@@ -163,7 +165,7 @@ def _given(
 
 
 def _flat(given: Factors, scalar: Scalar, dtype: torch.dtype | None) -> tuple[Scalar, dict[Factor, int]]:
-    """The factors with those of the products among them in their place, and all numbers that make one in the scalar."""
+    """Returns the factors with nested products flattened, and all numbers that merge in the scalar."""
     product: dict[Factor, int] = {}
     operands = [*_operands(given)]
     for term, power in sorted(operands, key=lambda operand: (operand[0].serial, operand[1])):
@@ -184,7 +186,7 @@ def _join(product: dict[Factor, int], term: Term, power: float) -> None:
 
 
 def _operands(product: Factors) -> Iterator[tuple[Term, float]]:
-    """Terms and powers, as they stand in a term."""
+    """Yields the terms and powers in the form that a term stores."""
     for (term, power), times in product.items():
         if power == 1:
             yield term, times
@@ -193,10 +195,10 @@ def _operands(product: Factors) -> Iterator[tuple[Term, float]]:
 
 
 def _opened(term: Term, power: float, dtype: torch.dtype | None, is_alone: bool) -> Scalar | None:
-    """The number of a product that may stand in another as its factors, under `power`; None where it stays a factor.
+    """Returns the number of a product that may be flattened under `power`; None if the product stays a factor.
 
-    (a * b) ** power = a ** power * b ** power; not so for sqrt(x * x), which is abs(x). A long product, or one of high
-    powers, stays a factor: each of a chain of products would be as long as the chain.
+    (a * b) ** power is a ** power * b ** power, but sqrt(x * x) is abs(x). A long product, or one with high powers,
+    stays a factor: otherwise each product in a chain would be as long as the chain.
     """
     if term.op != "mul" or term.dtype != dtype:
         return None
@@ -214,14 +216,14 @@ def _opened(term: Term, power: float, dtype: torch.dtype | None, is_alone: bool)
 
 
 def _raises(inner: float, outer: float) -> bool:
-    """Whether (x ** inner) ** outer is x ** (inner * outer) for every x, and no power vanishes."""
+    """Returns whether (x ** inner) ** outer is x ** (inner * outer) for every x, and no power vanishes."""
     if outer == -1:
         return inner > 0 or inner % 1 != 0
     return outer == 1 or (is_whole(inner) and is_whole(outer))
 
 
 def _raised(scalar: Scalar, power: float, dtype: torch.dtype | None) -> Scalar | None:
-    """scalar ** power; None where that is no number like others, as 1 / 0 is not."""
+    """Returns scalar ** power, or None if the result is not a normal number, as for 1 / 0."""
     if power == 1:
         return scalar
     raised = scalar**power
@@ -229,17 +231,17 @@ def _raised(scalar: Scalar, power: float, dtype: torch.dtype | None) -> Scalar |
 
 
 def is_negative(term: Term) -> bool:
-    """-x"""
+    """Returns whether a term is -x."""
     return term.op == "mul" and term.consts == (MINUS_ONE, 1)
 
 
 def _is_passed_cast(term: Term) -> bool:
-    """Whether what only moves elements, or signs, moves inward past this cast."""
+    """Returns whether moves of elements, and signs, move inward past this cast."""
     return term.op == "cast" and term.may_be_passed
 
 
 def _keeps_sign(term: Term) -> bool:
-    """A cast of -x that is the negative of the cast: between dtypes that have signs and no wrapping around."""
+    """Returns whether a cast of -x is the negated cast of x: both dtypes are signed and do not wrap around."""
     if not _is_passed_cast(term):
         return False
     dtypes = (dtype for dtype in (term.dtype, term.args[0].dtype) if dtype is not None)
@@ -253,7 +255,7 @@ def add(
     dtype: torch.dtype | None,
     shape: tuple[Size, ...],
 ) -> Term:
-    """constant + sum(terms), computed in `dtype`."""
+    """Returns constant + sum(terms), computed in `dtype`."""
     addends: list[Term] = []
     for term in terms:
         term = cast(space, term, dtype)
@@ -267,7 +269,7 @@ def add(
             addends.extend(term.args)
     if not addends:
         return space.number(constant)
-    if not constant.value:  # that it is not -0.0 says nothing
+    if not constant.value:  # the sign of a zero addend does not matter
         constant = ZERO
     if constant == ZERO and len(addends) == 1 and addends[0].shape == shape:
         return addends[0]
@@ -277,7 +279,10 @@ def add(
 
 
 def _summed(a: Scalar, b: Scalar, dtype: torch.dtype | None, is_alone: bool) -> Scalar | None:
-    """One constant for two, b of which may stand in a sum; None where they stay two: a sum rounds off what is small."""
+    """Returns one constant for two, of which b may be part of a sum; None if they stay two.
+
+    A floating-point sum rounds off small addends.
+    """
     if not a.value and is_alone:
         return b
     if not b.value:
@@ -288,7 +293,7 @@ def _summed(a: Scalar, b: Scalar, dtype: torch.dtype | None, is_alone: bool) -> 
 
 
 def _without_broadcasts(space: Space, product: Factors, shape: tuple[Size, ...]) -> dict[Factor, int]:
-    """A product of more than one factor without the broadcasting that it does anyway."""
+    """Returns the factors without the broadcasts that a product of several factors does implicitly."""
     terms = _unbroadcast_all(space, [term for term, _ in product], shape)
     stripped: dict[Factor, int] = {}
     for term, ((_, power), times) in zip(terms, product.items(), strict=True):
@@ -297,7 +302,7 @@ def _without_broadcasts(space: Space, product: Factors, shape: tuple[Size, ...])
 
 
 def _unbroadcast_all(space: Space, terms: list[Term], shape: tuple[Size, ...]) -> list[Term]:
-    """Operands without the expand and the leading ones that broadcasting supplies anyway."""
+    """Returns operands without the expands and leading ones that implicit broadcasting supplies."""
     stripped = [_unbroadcast(space, term) for term in terms]
     return stripped if broadcast(term.shape for term in stripped) == shape else terms
 
@@ -324,11 +329,11 @@ def _find_unbroadcast(space: Space, term: Term) -> Term:
     return _unbroadcast(space, inner) if term.op == "expand" or adds_ones else term
 
 
-# Layout: what only moves elements
+# Layout: operations that only move elements
 
 
 def view(space: Space, term: Term, *size: Size, shape: tuple[Size, ...] = ()) -> Term:
-    """The elements of term in the shape `size`; also unsqueeze, squeeze, reshape, flatten and [None]."""
+    """Returns the elements of term in the shape `size`; also for unsqueeze, squeeze, reshape, flatten and [None]."""
     if term.op == "view":
         term = term.args[0]
     if term.shape == size or term.op == "number":
@@ -341,7 +346,7 @@ def view(space: Space, term: Term, *size: Size, shape: tuple[Size, ...] = ()) ->
 
 
 def expand(space: Space, term: Term, *size: Size, shape: tuple[Size, ...] = ()) -> Term:
-    """term broadcast to the shape `size`."""
+    """Returns term broadcast to the shape `size`."""
     if term.op == "expand":
         term = term.args[0]
     if term.shape == size:
@@ -352,7 +357,7 @@ def expand(space: Space, term: Term, *size: Size, shape: tuple[Size, ...] = ()) 
 
 
 def permute(space: Space, term: Term, *dims: int, shape: tuple[Size, ...] = ()) -> Term:
-    """Dimension -i of the result is dims[-i] of term; only the trailing dims that move are given."""
+    """Returns term with its dimension dims[-i] as dimension -i; `dims` needs only the trailing ones that move."""
     rank = len(term.shape)
     full = [*range(-rank, -len(dims)), *dims]
     if term.op == "permute":
@@ -372,7 +377,7 @@ def permute(space: Space, term: Term, *dims: int, shape: tuple[Size, ...] = ()) 
 def slice_(
     space: Space, term: Term, dim: int, start: Size, stop: Size, step: int, shape: tuple[Size, ...] = ()
 ) -> Term:
-    """term[start:stop:step] along `dim` (negative), bounds within the dimension."""
+    """Returns term[start:stop:step] along `dim` (negative); the bounds are within the dimension."""
     size = term.shape[dim]
     if start == 0 and stop == size and step == 1:
         return term
@@ -395,7 +400,7 @@ def slice_(
 
 
 def _parts_of_cat(space: Space, term: Term) -> Mapping[tuple[Size, Size], Term]:
-    """(start, stop) -> the part that stands there."""
+    """Returns (start, stop) -> the part of a cat at these positions."""
     key = "parts", term
     if key not in space.found_out:
         (dim,), start, found = term.consts, 0, {}
@@ -408,7 +413,7 @@ def _parts_of_cat(space: Space, term: Term) -> Mapping[tuple[Size, Size], Term]:
 
 
 def cat(space: Space, *args: Any, shape: tuple[Size, ...] = ()) -> Term:
-    """The parts (all but the last argument) joined along `dim` (the last, negative)."""
+    """Returns the parts (all but the last argument) concatenated along `dim` (the last, negative)."""
     dim: int = args[-1]
     parts = [part for part in args[:-1] if len(part.shape) >= -dim and part.shape[dim] != 0]
     if len(parts) == 1:

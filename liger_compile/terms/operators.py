@@ -1,8 +1,8 @@
-"""The table of operators: how each of torch's operators, however it is called, becomes a term.
+"""The operator table: the term of each of torch's operators, however it is called.
 
-`call` is the door: it finds the operator's one name, binds the arguments by the signature of the table's
-function, and falls back to an opaque leaf for what the table does not know. A new operator is a function
-here; a new identity between operators belongs in identities.py.
+`call` is the entry point. It finds the canonical name of the operator, binds the arguments by the signature of the
+table function, and falls back to an opaque leaf for calls that the table does not cover. To add an operator, add a
+function here; an identity between operators belongs in identities.py.
 """
 
 from __future__ import annotations
@@ -24,20 +24,18 @@ from liger_compile.terms.term import ConstVar, Scalar, Space, Term
 
 
 def call(space: Space, target: Any, args: Any, kwargs: Any, out: Any, name: str) -> Value:
-    """The value of target(*args, **kwargs), whose result is `out`; opaque if the table does not know it."""
+    """Returns the value of target(*args, **kwargs), whose result is `out`; opaque if the table does not cover it."""
     name_in_torch = _name(target)
     operator = _canonical(name_in_torch)
     make = TABLE.get(operator) or _elementwise(target, operator)
     if make is None or not isinstance(out, (torch.Tensor, tuple, list)) or kwargs.get("out") is not None:
         return opaque(space, out, name, is_made=True)
     if is_in_place(name_in_torch) and any(_is_wider(arg, out) for arg in args):
-        return opaque(
-            space, out, name, is_made=True
-        )  # computed in the wider dtype, and rounded when it is written
+        return opaque(space, out, name, is_made=True)  # computed in the wider dtype, and rounded by the write
     try:
         value = make(Call(space, out), *args, **kwargs)
     except (TypeError, AttributeError, IndexError, ValueError):
-        # Called in a way that the table does not know: with other arguments, or none of them a tensor.
+        # The call does not fit the table function: it has other arguments, or no tensor among them.
         value = None
     return opaque(space, out, name, is_made=True) if value is None else value
 
@@ -73,7 +71,7 @@ _ALIASES = {
 
 
 def _name(target: Any) -> str:
-    """What torch calls an operator, however it was called; nothing for what is not torch's own."""
+    """Returns torch's name for an operator, however it is called; empty for functions that are not torch's own."""
     if isinstance(target, torch._ops.OpOverload):
         name = target._schema.name.removeprefix("aten::") if target.namespace == "aten" else ""
     elif isinstance(
@@ -91,14 +89,14 @@ def _name(target: Any) -> str:
 
 
 def _canonical(name: str) -> str:
-    """The table's name: x.mul_(y) has the value of x * y; that x changes is decide.py's business."""
+    """Returns the table's name: x.mul_(y) has the value of x * y, and decide.py handles the in-place write."""
     if name.endswith("_") and not name.endswith("__"):
         name = name[:-1]
     return _ALIASES.get(name, name)
 
 
 def _is_wider(arg: Value, out: Any) -> bool:
-    """Whether an operand does not fit into the dtype of the result; a number, also one in a tensor, takes it."""
+    """Returns whether an operand does not fit the result's dtype; numbers and zero-dimensional tensors always fit."""
     if not isinstance(arg, Term) or not isinstance(out, torch.Tensor) or not arg.shape or arg.dtype is None:
         return False
     return torch.promote_types(arg.dtype, out.dtype) != out.dtype
@@ -106,13 +104,13 @@ def _is_wider(arg: Value, out: Any) -> bool:
 
 @functools.cache
 def _elementwise(target: Any, name: str) -> Callable[..., Any] | None:
-    """Any other operator that acts on each element and is the same every time: a term of its own, without algebra."""
+    """Returns a table function for any other deterministic elementwise operator: its own term, without algebra."""
     packet = getattr(torch.ops.aten, name, None) if name and not name.startswith("_") else None
     tags = [getattr(packet, overload).tags for overload in packet.overloads()] if packet else []
     is_random = any(torch.Tag.nondeterministic_seeded in each for each in tags)
     if is_random or not any(torch.Tag.pointwise in each for each in tags):
         return None
-    # Torch's name for it, and not aten's: functions of one name may differ in what their arguments mean.
+    # The name includes the module: functions of one name may differ in the meaning of their arguments.
     op = f"{getattr(target, '__module__', None) or type(target).__name__}.{name}"
 
     def make(call, *args, **kwargs):
@@ -130,10 +128,10 @@ def _elementwise(target: Any, name: str) -> Callable[..., Any] | None:
     return make
 
 
-_ARGUMENT = "a tensor"  # stands among the constants where the call has a tensor
+_ARGUMENT = "a tensor"  # marks a tensor argument among the constants
 
 
-# Each function takes a Call and the arguments as torch's documentation names them.
+# Each function takes a Call, and the arguments by their names in torch's documentation.
 
 
 def _mul(call, input, other):
@@ -212,7 +210,7 @@ def _unary(op: str):
 
 
 def _reinterpreted(op: str):
-    """The same numbers seen as others: nothing is cast."""
+    """Returns a table function that reinterprets the same numbers without a cast."""
     return lambda call, input: normalize.apply(call.space, op, (input,), (), call.dtype, call.shape)
 
 
@@ -264,7 +262,7 @@ def _reduced(call: Call, op: str, input: Term, dim: Any, dtype: torch.dtype) -> 
 
 
 def _norm(call, input, p: Any = "fro", dim=None, keepdim=False, dtype=None):
-    """In float32 at least, as torch adds up the squares, which float16 has no room for."""
+    """Returns the L2 norm, with the squares summed in at least float32, as in torch; float16 would overflow."""
     if p not in (2, 2.0, "fro"):
         return None
     wide = torch.promote_types(call.dtype, torch.float32)
@@ -279,7 +277,7 @@ def _vector_norm(call, x, ord=2, dim=None, keepdim=False, *, dtype=None):
 
 
 def _normalized(call, input, p=2.0, dim=1, eps=1e-12, out=None):
-    """x / max(norm(x), eps), as torch writes it out, and with the roundings of `_norm`."""
+    """Returns x / max(norm(x), eps), torch's own formula, with the rounding of `_norm`."""
     if p not in (2, 2.0) or not isinstance(dim, int) or call.dtype != input.dtype:
         return None
     space, dim = call.space, negative(dim, len(input.shape))
@@ -318,7 +316,7 @@ def _gather(call, input, dim, index, *, sparse_grad=False):
 
 
 def _take_along_dim(call, input, indices, dim=None):
-    """gather, which does not broadcast, where there is nothing to broadcast."""
+    """Returns a gather if nothing is broadcast, since gather does not broadcast; otherwise None."""
     if dim is None or len(indices.shape) != len(input.shape):
         return None
     dim = negative(dim, len(input.shape))
@@ -330,14 +328,14 @@ def _take_along_dim(call, input, indices, dim=None):
 
 
 def _rms_norm(call, input, normalized_shape, weight=None, eps=None):
-    """Written out as its formula, in float32 at least, as torch computes it."""
+    """Returns the formula of rms_norm in at least float32, as torch computes it."""
     space, shape, dims = call.space, call.shape, tuple(range(-len(normalized_shape), 0))
     wide = torch.promote_types(call.dtype, torch.float32)
     x = normalize.cast(space, input, wide)
     square = normalize.mul(space, ((x, 2),), normalize.ONE, wide, shape)
     rows = shape[: len(shape) - len(dims)] + (1,) * len(dims)
     mean = normalize.apply(space, "mean", (square,), dims, wide, rows)
-    # torch takes the machine epsilon of the dtype that it computes in where eps is not given
+    # Without eps, torch uses the machine epsilon of the dtype that it computes in.
     constant = scalar_of(torch.finfo(wide).eps if eps is None else eps)
     if constant is None:
         return None
@@ -355,7 +353,7 @@ def _layer_norm(call, input, normalized_shape, weight=None, bias=None, eps=1e-5)
 
 
 def _linear(call, input, weight, bias=None):
-    space, dtype = call.space, call.dtype  # under autocast the operands are cast without a node
+    space, dtype = call.space, call.dtype  # autocast casts the operands without a node
     bias = normalize.cast(space, bias, dtype) if isinstance(bias, Term) else space.none
     args = (normalize.cast(space, input, dtype), normalize.cast(space, weight, dtype), bias)
     return normalize.apply(space, "linear", args, (), dtype, call.shape)
@@ -381,15 +379,17 @@ def _baddbmm(call, input, batch1, batch2, *, beta=1, alpha=1):
     if beta is None or alpha is None:
         return None
     product = normalize.mul(call.space, ((_matmul(call, batch1, batch2), 1),), alpha, call.dtype, call.shape)
-    if not beta.value:  # torch does not even read the input then
+    if not beta.value:  # torch then does not read the input
         return product
     scaled = normalize.mul(call.space, ((input, 1),), beta, call.dtype, input.shape)
     return normalize.add(call.space, (scaled, product), Scalar(0.0), call.dtype, call.shape)
 
 
 def _einsum(call, equation, *operands):
-    """Two operands: a linear layer, "...i,oi->...o", a sum of products, "btd,btd->bt", or a product of matrices for
-    each of a batch, "bthd,bshd->bhts".
+    """Returns the term of an einsum of two operands, or None.
+
+    Supported are a linear layer, "...i,oi->...o"; a sum of products, "btd,btd->bt"; and a batched matmul,
+    "bthd,bshd->bhts".
     """
     x, y = operands[0] if len(operands) == 1 else operands
     names, out = equation.replace(" ", "").replace("...", "*").split("->")
@@ -415,7 +415,7 @@ def _einsum(call, equation, *operands):
 
 
 def _batched(call: Call, x: Term, y: Term, first: str, second: str, out: str) -> Term | None:
-    """The einsum of terms that is a matmul of their matrices, at least one for each of a batch."""
+    """Returns the matmul of an einsum with at least one batch dimension, or None if the einsum is no matmul."""
     batch = [name for name in out if name in first and name in second]
     row, column, summed = (
         [name for name in names if (name in first, name in second, name in out) == where]
@@ -474,7 +474,7 @@ def _nll_loss(
 
 
 def _classes_last(call: Call, scores: Term) -> Term:
-    """torch has the classes in dimension 1; terms have them last."""
+    """Moves the classes from dimension 1, where torch has them, to the last dimension, where terms have them."""
     rank = len(scores.shape)
     return scores if rank < 3 else normalize.permute(call.space, scores, -rank, *range(2 - rank, 0), 1 - rank)
 

@@ -1,4 +1,4 @@
-"""Where a term rounds, and what differs between two that are the same mathematics and round elsewhere."""
+"""Finds where a term rounds, and where two terms of the same mathematics round differently."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import torch
 from liger_compile.terms.formula import Formula
 from liger_compile.terms.term import Term
 
-_MOVES = ("view", "expand", "permute", "slice", "cat", "rotate_half", "rotate_pairs")  # and rounds nothing
+_MOVES = ("view", "expand", "permute", "slice", "cat", "rotate_half", "rotate_pairs")  # ops without rounding
 WHOLE = 50  # the depth of a formula that shows everything
-MOST = 200  # values that are looked at; patterns have fewer
+MOST = 200  # most values compared; patterns have fewer
 
 
 @dataclass(frozen=True)
 class Rounding:
-    """A value of a computation: the dtype that it is computed in, and what it is rounded to, if it is."""
+    """A value of a computation, the dtype that it is computed in, and the dtype that it is rounded to, if any."""
 
     term: Term
     computed: torch.dtype | None
@@ -26,7 +26,7 @@ class Rounding:
 
 @dataclass(frozen=True)
 class Moved:
-    """A value that is rounded otherwise. None stands for a pattern, or a graph, that does not compute it."""
+    """A value with other rounding than expected. None marks a pattern, or a graph, that does not compute it."""
 
     value: str
     expected: Rounding | None
@@ -34,7 +34,7 @@ class Moved:
 
 
 def roundings(term: Term, formula: Formula) -> dict[str, Rounding]:
-    """The values that make up a term, by their formulas: the same mathematics has the same."""
+    """Returns formula -> value for the values in a term; the same mathematics has the same formulas."""
     found: dict[str, Rounding] = {}
     stack: list[tuple[Term, torch.dtype | None]] = [(term, None)]
     seen: set[tuple[Term, torch.dtype | None]] = set()
@@ -58,12 +58,12 @@ def roundings(term: Term, formula: Formula) -> dict[str, Rounding]:
 
 
 def narrows(wide: torch.dtype | None, narrow: torch.dtype | None) -> bool:
-    """Whether a cast from one to the other rounds."""
+    """Returns whether a cast from `wide` to `narrow` rounds."""
     return wide is not None and narrow is not None and narrow.itemsize < wide.itemsize
 
 
 def moved(want: Mapping[str, Rounding], have: Mapping[str, Rounding]) -> list[Moved]:
-    """The values that are not computed in the dtype, or not rounded, as expected; what the graph does first, first."""
+    """Returns the values with another dtype or rounding than expected; those that the graph computes come first."""
     different = []
     for text in {**have, **want}:
         expected, found = want.get(text), have.get(text)

@@ -1,7 +1,7 @@
-"""A Difference in a sentence that a model's author understands: terms as formulas, and what the field calls them.
+"""Formats a Difference as a sentence for the author of a model: terms as formulas, with the standard names.
 
-The sentence says what stands there and what is expected, from the terms that differ. What a computation is called, and
-why it is another one than expected, no term knows: that is the table FACTS at the end of this file.
+The sentence states the found and the expected computation, from the terms that differ. Terms record neither the name of
+a computation nor the reason why it is not the expected one; the table FACTS at the end of this file adds both.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ from liger_compile.terms.formula import Formula
 from liger_compile.terms.roundings import Moved
 from liger_compile.terms.term import Scalar, Term
 
-TOLD = 2  # differences of one place
+TOLD = 2  # most differences in one sentence
 
 
 def telling(differences: Sequence[Difference], formula: Formula) -> Sequence[Difference]:
-    """Those that the field has a word for, or all where it has none."""
+    """Returns the differences that have a fact in FACTS, or all of them if none has."""
     return [each for each in differences if _fact(each, formula)] or differences
 
 
 def sentence(differences: Sequence[Difference], formula: Formula) -> str:
-    """What differs, and what that is called."""
+    """Returns the text of the differences, with their facts."""
     facts = [(_general(each, formula), _fact(each, formula)) for each in differences]
     return _joined([f"{general}: {fact}" if fact else general for general, fact in facts])
 
 
 def rounding_sentence(different: Sequence[Moved]) -> str:
-    """What is rounded otherwise."""
+    """Returns the text of the values that are rounded differently."""
     return "rounds elsewhere: " + _joined(list(map(_moved, different)))
 
 
@@ -49,7 +49,7 @@ def _general(difference: Difference, formula: Formula) -> str:
     return _GENERAL[difference.kind](difference, formula)
 
 
-# What can be said of any term.
+# Sentences that apply to any term.
 
 
 def _op(it: Difference, formula: Formula) -> str:
@@ -157,9 +157,9 @@ _GENERAL: Mapping[str, Callable[[Difference, Formula], str]] = {
 }
 
 
-# What the field calls it: each function gives a few words about a difference, or None.
+# Facts: each function returns a few words about a difference, or None.
 
-# (expected, found) -> what that is.
+# (expected op, found op) -> the name of the found computation.
 WORDS: Mapping[tuple[str, str], str] = {
     ("mean", "var"): "this is LayerNorm, which takes the mean off first",
     ("mean", "std"): "this is LayerNorm, which takes the mean off first",
@@ -186,7 +186,7 @@ def _is_squared(term: Term, around: Term) -> bool:
     return around.op == "mul" and (term, 2) in zip(around.args, around.consts[1:], strict=True)
 
 
-# What an op of ours is, where the graph has something like it.
+# The definition of an op of this project, where the graph has something similar.
 _DEFINITIONS: Mapping[str, str] = {
     "rotate_half": "a rotation has cat((-second_half, first_half)) there",
     "rotate_pairs": "a rotation has stack((-x[..., 1::2], x[..., ::2]), -1) there",

@@ -1,11 +1,10 @@
-"""The value of a node, as mathematics: hash-consed terms, so that equal mathematics is one object.
+"""Hash-consed terms for the mathematical values of nodes, so that equal mathematics is one object.
 
-A Term says what is computed (`op`), of what (`args`), with which constants (`consts`), and in which dtype;
-never how the code spelled it. Casts are terms of their own, because rounding is meaning. `bare` is the same
-mathematics with every cast taken out and normalised again: two terms with one bare differ in rounding only.
+A Term records the operation (`op`), its operands (`args`), its constants (`consts`) and its dtype, but never how the
+code spelled it. A cast is a term of its own, because rounding is part of the meaning. `bare` is the uncast term: the
+same mathematics, normalized again without any cast. Two terms with one `bare` differ in rounding only.
 
-This file knows how terms are stored. Which operator makes which term is build.py's business, and which terms
-are equal is normalize.py's.
+This file stores terms. build.py decides which term an operator makes; normalize.py decides which terms are equal.
 """
 
 from __future__ import annotations
@@ -20,25 +19,23 @@ import sympy
 import torch
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-MADE_HERE = (
-    "made in the graph"  # among the constants of a leaf that no input is: nothing is known of how it is made
-)
+MADE_HERE = "made in the graph"  # marks a leaf that is no input, and whose computation is unknown
 Size = int | sympy.Expr  # a dimension: static, or symbolic as in SymInt.node.expr
 
 
 def size_of(value: Any) -> Size:
-    """The size that an int or SymInt stands for, without adding a guard."""
+    """Returns the size of an int or SymInt, without adding a guard."""
     expr = value.node.expr if isinstance(value, torch.SymInt) else value
     return int(expr) if isinstance(expr, (int, sympy.Integer)) else expr
 
 
 def sizes_of(shape: Iterable[Any]) -> tuple[Size, ...]:
-    """The sizes of a shape, hashable and free of guards."""
+    """Returns the sizes of a shape, hashable and without guards."""
     return tuple(size_of(size) for size in shape)
 
 
 def broadcast(shapes: Iterable[tuple[Size, ...]]) -> tuple[Size, ...] | None:
-    """The common shape of operands, None where sizes are not known to agree."""
+    """Returns the common shape of operands; None if their sizes are not known to agree."""
     shapes = list(shapes)
     rank = max((len(shape) for shape in shapes), default=0)
     result: list[Size] = []
@@ -52,7 +49,7 @@ def broadcast(shapes: Iterable[tuple[Size, ...]]) -> tuple[Size, ...] | None:
 
 @dataclass(frozen=True, eq=False)
 class Scalar:
-    """A number times powers of number captures: `value * prod(name ** power)`; a model's has no powers.
+    """A number times powers of number captures: `value * prod(name ** power)`; a model's number has no powers.
 
     0.0 and -0.0 are two scalars, and so are two NaNs.
     """
@@ -86,14 +83,14 @@ class Scalar:
         return Scalar(value, tuple((name, p * power) for name, p in self.powers))
 
     def is_number(self, value: float, dtype: torch.dtype | None = None) -> bool:
-        """True if this is the plain number `value`, as exactly as constants are written in code for `dtype`."""
+        """Returns whether this is the plain number `value`, as exactly as code for `dtype` writes constants."""
         return not self.powers and close(self.value, value, dtype)
 
 
 def close(a: float, b: float, dtype: torch.dtype | None = None) -> bool:
-    """Equal constants, as far as `dtype` tells: 0.7978845608 is sqrt(2 / pi), 1 / 30 * 30 is 1.
+    """Returns whether constants are equal to within `dtype`: 0.7978845608 is sqrt(2 / pi), 1 / 30 * 30 is 1.
 
-    An infinity is close to itself alone, a zero to a zero of its sign alone, NaN to nothing.
+    An infinity is close only to itself, a zero only to a zero of the same sign, NaN to nothing.
     """
     if a == b:
         return a != 0 or math.copysign(1.0, a) == math.copysign(1.0, b)
@@ -102,7 +99,7 @@ def close(a: float, b: float, dtype: torch.dtype | None = None) -> bool:
 
 @functools.cache
 def _tolerance(dtype: torch.dtype | None) -> float:
-    """How far apart equal constants may be: what rounds to neighbors in `dtype`, and not more than code is sloppy."""
+    """Returns the relative tolerance of equal constants: the eps of `dtype`, but no more than imprecise code needs."""
     if dtype is None:
         return 1e-6
     if not (dtype.is_floating_point or dtype.is_complex):
@@ -112,14 +109,14 @@ def _tolerance(dtype: torch.dtype | None) -> float:
 
 @dataclass(frozen=True)
 class ConstVar:
-    """Stands in `consts` of a pattern's term for a constant that the match binds: ignore_index, reduction."""
+    """A variable in the `consts` of a pattern's term; the match binds a constant, such as ignore_index or reduction."""
 
     name: str
 
 
-# Operations that views, casts and signs move past, inward, in normalize.py and identities.py. How many of them in a row
-# is bounded: each move costs as many steps, and as many calls inside of one another. Of a longer row, every so many-th
-# operation stays where it is, and what would move past it too.
+# Operations that views, casts and signs move past, inward, in normalize.py and identities.py. LONGEST bounds the length
+# of a chain of them, because each move takes as many steps and as many nested calls. In a longer chain, one operation
+# in every LONGEST stays in place, and nothing moves past it.
 PASSED = frozenset(
     (
         "cast",
@@ -147,23 +144,23 @@ PASSED = frozenset(
         "gelu",
     )
 )
-LONGEST = 40  # in attention that is written out, the longest row that models have, there are about 20
-SHOWN = 6  # in a term's text: operations one in the other, and arguments of each
+LONGEST = 40  # the longest chain in models is about 20, in attention that is written out
+SHOWN = 6  # in a term's text: most nested operations, and most arguments of each
 
 
 class Term:
-    """One value. Made by `Space.intern` only, so that identity is equality."""
+    """One value. Only `Space.intern` creates terms, so that identity is equality."""
 
     __slots__ = ("args", "bare", "consts", "dtype", "op", "run", "serial", "shape")
 
     op: str
     args: tuple[Term, ...]
     consts: tuple[Any, ...]
-    dtype: torch.dtype | None  # None in a bare term and in a number
+    dtype: torch.dtype | None  # None in an uncast term and in a number
     shape: tuple[Size, ...]
     bare: Term
-    serial: int  # the order of making, which sorts the operands of sums and products; arguments come first
-    run: int  # how many operations in a row, down from this one, a view or a cast may move past: see PASSED
+    serial: int  # order of creation, which sorts operands of sums and products; arguments precede users
+    run: int  # length of the chain, from this term down, that a view or a cast may move past: see PASSED
 
     def __repr__(self) -> str:
         return self._text(SHOWN)
@@ -178,7 +175,7 @@ class Term:
         return f"{self.op}({', '.join([*shown, *more, *map(repr, self.consts)])})"
 
     def parts(self) -> list[Term]:
-        """The term and all that it is computed from, each once, arguments first."""
+        """Returns the term and all terms that it is computed from, each once, arguments first."""
         found: dict[Term, None] = {}
         waiting: list[Term] = [self]
         while waiting:
@@ -190,11 +187,11 @@ class Term:
         return list(found)
 
     def operations(self) -> list[str]:
-        """The op of every different operation that the value takes."""
+        """Returns the op of every distinct operation in the term."""
         return [term.op for term in self.parts() if term.op not in ("leaf", "var", "number", "none")]
 
     def written(self) -> str:
-        """The whole term as text, a line a part; of a term that is read more than once there is one line."""
+        """Returns the whole term as text, one line for each part; a part with several users has one line."""
         parts = self.parts()
         names = {part: f"%{at}" for at, part in enumerate(parts)}
         lines = (f"{part.op}({', '.join(names[arg] for arg in part.args)}) {part.consts}" for part in parts)
@@ -202,7 +199,7 @@ class Term:
 
     @property
     def may_be_passed(self) -> bool:
-        """Whether a view, a cast or a sign that moves inward moves past this one."""
+        """Whether a view, a cast or a sign that moves inward may move past this term."""
         return self.run < LONGEST
 
 
@@ -213,7 +210,7 @@ def _run(op: str, args: tuple[Term, ...]) -> int:
 
 
 def _told_apart(consts: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Constants as a key: copysign(x, -0.0) is not copysign(x, 0.0)."""
+    """Returns constants as a key that separates -0.0 from 0.0: copysign(x, -0.0) is not copysign(x, 0.0)."""
     if any(type(const) is float and not const for const in consts):
         return (
             *consts,
@@ -223,7 +220,7 @@ def _told_apart(consts: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def same_constant(a: Any, b: Any) -> bool:
-    """Whether two constants of operations are one and the same."""
+    """Returns whether two constants of operations are the same."""
     return a == b and (type(a) is not float or type(b) is not float or close(a, b))
 
 
@@ -239,11 +236,11 @@ class Space:
         self.rules, self.mul_rules = rules, mul_rules
         self._table: dict[tuple, Term] = {}
         self._make_bare = make_bare
-        self.same_bare: dict[Term, list[Term]] = {}  # bare -> the terms that round it in different ways
+        self.same_bare: dict[Term, list[Term]] = {}  # uncast term -> the terms that round it differently
         self.parts: dict[Term, list[Term]] = {}  # term -> its views and slices
-        self.better: dict[Term, Term] = {}  # what the rules have made of a term, which is the same each time
-        self.found_out: dict[Any, Any] = {}  # by indices.py, of masks, and by attention.py
-        self.shape_env: ShapeEnv | None = None  # that knows the ranges of symbolic sizes
+        self.better: dict[Term, Term] = {}  # term -> its rewrite by the rules
+        self.found_out: dict[Any, Any] = {}  # cached results of indices.py, attention.py and normalize.py
+        self.shape_env: ShapeEnv | None = None  # holds the ranges of symbolic sizes
         self.none = self.intern("none", (), (), None, ())
 
     def intern(
@@ -254,7 +251,7 @@ class Space:
         dtype: torch.dtype | None,
         shape: tuple[Size, ...],
     ) -> Term:
-        """The one term of this op, arguments, constants and dtype."""
+        """Returns the only term with this op, arguments, constants and dtype."""
         key = (op, tuple(arg.serial for arg in args), _told_apart(consts), dtype)
         term = self._table.get(key)
         if term is None:
@@ -270,16 +267,16 @@ class Space:
         return term
 
     def in_order(self) -> Iterable[Term]:
-        """All terms so far, the arguments of each before it."""
+        """Returns all terms so far, the arguments of each before it."""
         return tuple(self._table.values())
 
     def most(self, size: Size) -> int | None:
-        """The largest that a size may be, as the guards of the graph have it; None if nothing is known."""
+        """Returns the upper bound of a size by the guards of the graph; None if none is known."""
         if isinstance(size, int) or self.shape_env is None:
             return size if isinstance(size, int) else None
         upper = self.shape_env.bound_sympy(size).upper
         return int(upper) if upper.is_Integer else None
 
     def number(self, scalar: Scalar) -> Term:
-        """A constant."""
+        """Returns the term of a constant."""
         return self.intern("number", (), (scalar,), None, ())

@@ -1,7 +1,7 @@
-"""Unification: binds the captures of a pattern's term so that it is a graph's term, in every way there is.
+"""Unification: finds every binding of captures under which a pattern's term is a graph's term.
 
-Products and sums match as multisets: their operands in any order, a constant against number captures, and
-what is left over in a product against a tensor capture, which then stands for a product of its own.
+Products and sums match as multisets. Operands match in any order, a constant matches number captures, and the remaining
+factors of a product match a tensor capture, which is then bound to their product.
 """
 
 from __future__ import annotations
@@ -20,23 +20,24 @@ from liger_compile.terms.scalars import is_bindable, is_normal
 from liger_compile.terms.term import ConstVar, Scalar, Space, Term, close, same_constant
 
 Bindings = Mapping[str, Any]  # capture -> Term, number or string
-Goal = tuple[Term, Term]  # what the pattern has, what the graph has
+Goal = tuple[Term, Term]  # the pattern's term, the graph's term
 Operand = tuple[Term, float]  # a factor and its power; an addend and 1
-# Once its number captures are bound: the number of a pattern's product or sum, the graph's, and operands that are left.
+# After the number captures are bound: the number of the pattern's product or sum, the graph's number, and the remaining
+# operands; and the bindings.
 Constants = tuple[Scalar, Scalar, list[Operand], Bindings]
 
-PARTS = 16  # how many views or slices of one tensor are tried for a capture
-STEPS = 4000  # one attempt takes a few dozen; more means that it is lost among symmetric operands
+PARTS = 16  # most views or slices of one tensor that are tried for a capture
+STEPS = 4000  # one attempt takes a few dozen; more means too many symmetric operands
 
 
 @dataclass
 class Unifier:
-    """Matches terms of a pattern with a graph's.
+    """Matches terms of a pattern with a graph's terms.
 
     Args:
-        space: of the graph's terms.
-        can_bind: whether a tensor capture (a `var` term) may stand for a term.
-        is_exact: False for bare terms traced with other sizes, which are then not compared.
+        space: the space of the graph's terms.
+        can_bind: returns whether a tensor capture (a `var` term) may be bound to a term.
+        is_exact: False for uncast terms that were traced with other sizes, which are then not compared.
     """
 
     space: Space
@@ -45,7 +46,7 @@ class Unifier:
     _steps: int = field(default=0, repr=False)
 
     def unify(self, want: Term, have: Term, env: Bindings) -> Iterator[Bindings]:
-        """Every extension of `env` under which `want` is `have`."""
+        """Yields every extension of `env` under which `want` is `have`."""
         self._steps = 0
         return self._solve([(want, have)], env)
 
@@ -82,8 +83,10 @@ class Unifier:
             yield from self._solve(rest, {**env, name: have})
 
     def _part(self, want: Term, have: Term, rest: list[Goal], env: Bindings) -> Iterator[Bindings]:
-        """A view of a capture: views of views and slices of slices are one term, so the capture may be what the
-        graph's term is made of, or another part of that.
+        """Matches a view or a slice of a capture.
+
+        Nested views, and nested slices, are one term. The capture may therefore be the source of the graph's term, or
+        another view or slice of that source.
         """
         (var,), inner = want.args, _uncast(have)  # a cast of a part is a part of the cast
         base = normalize.cast(self.space, inner.args[0], have.dtype)
@@ -95,18 +98,18 @@ class Unifier:
                 continue
             if self.is_exact:
                 is_part = normalize.LAYOUT[want.op](self.space, whole, *want.consts) is have
-            else:  # bounds and sizes are the exact pass's business, the dimension of a slice is not
+            else:  # the exact pass checks bounds and sizes, but not the dimension of a slice
                 is_part = want.op == "view" or want.consts[0] == inner.consts[0]
                 is_part = is_part and (whole is base or whole in parts)
             if is_part:
                 yield from self._solve(rest, {**env, var.consts[0]: whole})
 
     def _same_head(self, want: Term, have: Term, env: Bindings) -> Bindings | None:
-        """The bindings if op, dtype and constants agree."""
+        """Returns the bindings if op, dtype and constants agree; otherwise None."""
         if want.op != have.op or want.dtype != have.dtype or len(want.args) != len(have.args):
             return None
         if not self.is_exact and want.op in ("view", "expand"):
-            return env  # sizes are the exact pass's business
+            return env  # the exact pass checks sizes
         sizes = (1, 2) if want.op == "slice" and not self.is_exact else ()
         if len(want.consts) != len(have.consts):
             return None
@@ -122,9 +125,7 @@ class Unifier:
     # Products and sums
 
     def _multiset(self, want: Term, have: Term, rest: list[Goal], env: Bindings) -> Iterator[Bindings]:
-        """Every operand of the pattern takes one of the graph's: numbers first, then inner terms, then
-        captures.
-        """
+        """Pairs every operand of the pattern with one of the graph: numbers, then inner terms, then captures."""
         is_product = want.op == "mul"
         if have.dtype != want.dtype or not (have.op == want.op or is_product):
             return
@@ -136,11 +137,11 @@ class Unifier:
                 return
             expected, constant, operands, env = bound
         inner = [operand for operand in wanted if operand[0].op != "var"]
-        # A product of captures alone says least of which is what: others may have bound them before its turn comes.
+        # A product of captures alone is the least specific: other operands may bind its captures before its turn.
         inner.sort(key=lambda operand: all(arg.op == "var" for arg in operand[0].args))
         captures = [operand for operand in wanted if operand[0].op == "var"]
         for goals, left in self._assigned(inner, operands):
-            # What the inner operands bind decides which captures are known when their turn comes.
+            # The bindings of the inner operands determine which captures are bound by now.
             for extended in self._solve(goals, env):
                 for more in self._captured(want, captures, left, (expected, constant), extended):
                     if not is_product or self._remakes(have, left, captures, more, expected, extended):
@@ -156,7 +157,7 @@ class Unifier:
     ) -> Constants | None:
         """Binds the number captures of a product.
 
-        A number capture is a number, or a factor that is one at run time (a SymFloat).
+        A number capture is bound to a number, or to a factor that is a number at run time (a SymFloat).
         """
         unbound = []
         for name, power in want.powers:
@@ -187,7 +188,7 @@ class Unifier:
         dtype: torch.dtype | None,
         env: Bindings,
     ) -> Constants | None:
-        """Binds the number capture of a sum, which is all of its constant."""
+        """Binds the number capture of a sum to the whole constant."""
         symbol = next((operand for operand in operands if _is_symbol(operand[0])), None)
         name = want.powers[0][0]
         if symbol and len(want.powers) == 1 and want.value == 1 and have.value == 0:
@@ -207,7 +208,7 @@ class Unifier:
         number: Scalar,
         env: Bindings,
     ) -> bool:
-        """Whether the product of what the pattern's operands are bound to is the graph's, by the rules that made it."""
+        """Returns whether the rules rebuild the graph's product from the values of the pattern's operands."""
         if not self.is_exact:
             return True
         constant, operands = operands_of(have, "mul")
@@ -223,7 +224,7 @@ class Unifier:
     def _assigned(
         self, inner: list[Operand], operands: list[Operand]
     ) -> Iterator[tuple[list[Goal], list[Operand]]]:
-        """Every way to give each inner operand of the pattern one of the graph's, and what is left."""
+        """Yields every assignment of the graph's operands to the inner operands, and the remaining operands."""
         if not inner:
             yield [], operands
             return
@@ -242,7 +243,7 @@ class Unifier:
         constants: tuple[Scalar, Scalar],
         env: Bindings,
     ) -> Iterator[list[Goal]]:
-        """Goals that give captures what is left: those bound already their own, the others a share each."""
+        """Yields goals for the remaining operands: bound captures take their own, each unbound one a share."""
         (expected, constant), unbound = constants, []
         for var, power in captures:
             bound = env.get(var.consts[0])
@@ -271,7 +272,7 @@ class Unifier:
     def _products(
         self, parts: list, ratio: Scalar, taker: int, dtype: torch.dtype | None
     ) -> list[Goal] | None:
-        """Binds each capture to the product of its share; one of them takes the number that is left."""
+        """Returns goals that bind each capture to the product of its share; `taker` takes the remaining number."""
         goals = []
         for at, (var, power, operands) in enumerate(parts):
             takes = at == taker and (power == 1 or ratio.value > 0)
@@ -290,7 +291,7 @@ class Unifier:
 def _scale(
     want: Scalar, have: Scalar, dtype: torch.dtype | None, env: Bindings
 ) -> tuple[Scalar, Bindings] | None:
-    """What is left of have / want once number captures are bound; None if they are bound otherwise."""
+    """Returns the rest of have / want after binding number captures; None if they are bound otherwise."""
     value, unbound = want.value, []
     for name, power in want.powers:
         if name not in env:
@@ -306,14 +307,14 @@ def _scale(
         return (ratio, env) if is_normal(ratio, dtype) else None
     ((name, power),) = unbound
     number = ratio if power == 1 else ratio ** (1 / power)
-    # A number that the dtype rounds to 0, or has no room for, would be multiplied by in another way.
+    # A replacement would multiply differently by a number that underflows or overflows in the dtype.
     is_usable = is_bindable(number, dtype) or (have.value == 0 and power == 1)
     is_usable = is_usable and (power == 1 or ratio.value > 0)
     return (normalize.ONE, {**env, name: number.value}) if is_usable else None
 
 
 def operands_of(term: Term, op: str) -> tuple[Scalar, list[Operand]]:
-    """The constant of a product or sum, and its operands; any other term is one times itself."""
+    """Returns the constant and the operands of a product or sum; any other term is the only operand."""
     if term.op != op:
         return (normalize.ONE if op == "mul" else normalize.ZERO), [(term, 1)]
     powers = term.consts[1:] if op == "mul" else (1,) * len(term.args)
@@ -325,15 +326,16 @@ def _uncast(term: Term) -> Term:
 
 
 def _is_symbol(term: Term) -> bool:
-    """A number that is known at run time only."""
+    """Returns whether a term is a number that is known at run time only."""
     return term.op == "leaf" and term.dtype is None and term.shape == ()
 
 
 def without(
     operands: list[Operand], bound: Term, power: float, op: str
 ) -> tuple[list[Operand], Scalar] | None:
-    """The operands of a product or sum less `bound ** power`; None if it is not there. In a product it may be several
-    and a number.
+    """Returns the operands of a product or sum without `bound ** power`, and the removed number; None if it is absent.
+
+    In a product, `bound` may be several operands and a number.
     """
     wanted, scalar = [(bound, power)], normalize.ONE
     if (bound, power) not in operands and bound.op == op == "mul":
@@ -350,7 +352,7 @@ def without(
 
 
 def _partitions(operands: list[Operand], captures: list[Operand], may_join: bool) -> Iterator[list]:
-    """Every way to give each capture an operand, and all that is then left over to one of them."""
+    """Yields every way to give each capture one operand, and the remaining operands to one capture."""
     if not captures and operands:
         return
     for chosen in itertools.permutations(range(len(operands)), len(captures)):
