@@ -52,7 +52,7 @@ def make_masks_where_they_are_read(graph: Graph) -> None:
 
 
 def padding_in(graph: Graph) -> set[str]:
-    """Returns the names of padding masks in masks that would be causal, a window, or empty without them."""
+    """Returns the names of padding masks in masks that would be causal, a window, or no mask without them."""
     meanings = [meaning for meaning in _read(graph).values() if meaning and not meaning.masks]
     return {name for meaning in meanings for name in meaning.padding}
 
@@ -102,8 +102,12 @@ def _copied(graph: Graph, makers: Sequence[Node], reader: Node) -> Node:
 
 @dataclass(frozen=True)
 class Places:
-    """Where to split a graph: before these nodes, or where a part would exceed its bucket by so many bytes; if there
-    are no nodes, wherever a bucket is full."""
+    """The places to split a graph at.
+
+    Args:
+        nodes: a part may begin with these nodes; if there are none, wherever a bucket is full.
+        beyond: a part may begin anywhere if the part before exceeds its bucket by more than so many bytes.
+    """
 
     nodes: frozenset[Node] = frozenset()
     beyond: int = 0
@@ -148,8 +152,10 @@ def _is_parameter(node: Node) -> bool:
 
 
 def _bytes_passing(nodes: Sequence[Node]) -> list[int]:
-    """Returns for each node the bytes of the tensors that are computed before it and read by it or later. Leaves out
-    tensors that are read over more than half of the graph, such as tables: they pass everywhere."""
+    """Returns for each node the bytes of the tensors that are computed before it and read by it or later.
+
+    Leaves out tensors that are read over more than half of the graph, such as tables: they pass everywhere.
+    """
     sizes: dict[int | None, int] = {}
     made: dict[int | None, int] = {}
     read: dict[int | None, int] = {}

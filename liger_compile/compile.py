@@ -181,8 +181,11 @@ def _with_embedding_backward(
 
 
 def with_backward_passes(theirs: Any, backward: BackwardPlan) -> Any:
-    """Returns `theirs`, the passes over AOTAutograd's graphs, followed by one that runs ours; None if torch allows only
-    one pass."""
+    """Returns the user's passes followed by one that runs ours; None if torch allows only one pass.
+
+    Args:
+        theirs: the user's passes over AOTAutograd's graphs.
+    """
     from torch._inductor import custom_graph_pass
     from torch._inductor.decomposition import select_decomp_table
     from torch._inductor.utils import get_donated_idxs
@@ -245,8 +248,10 @@ def _traced_and_compiled(
 
 @contextlib.contextmanager
 def _as_dynamo_compiles() -> Iterator[None]:
-    """Sets the state in which Dynamo calls a backend. Tracing sets process-wide flags: only one thread compiles, and
-    calls in other threads see those flags. Random numbers and modes stay those of the user."""
+    """Sets the state in which Dynamo calls a backend. Random numbers and modes stay those of the user.
+
+    Tracing sets process-wide flags: only one thread compiles, and a flag of torch informs calls in other threads.
+    """
     from torch._dynamo.convert_frame import compile_lock
 
     session = getattr(

@@ -140,8 +140,9 @@ def _needs_gradient(match: Match) -> bool:
 
 
 def _without_covered(decisions: list[Decision], consumed: set[Node]) -> list[Decision]:
-    """Keeps one decision per place: drops a refusal if another pattern replaced the place or a larger pattern was
-    refused there. Keeps every failure.
+    """Keeps one decision per place, and every failure.
+
+    Drops a refusal if another pattern replaced the place, or if a larger pattern was refused there.
     """
     told: set[Node] = set()
     kept = []

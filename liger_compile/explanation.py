@@ -43,6 +43,9 @@ def explain(model: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Explanat
 
     Args:
         model: a module or function, not compiled. Training mode and `requires_grad` stay as they are.
+
+    Returns:
+        An Explanation: a report of each graph, and the graph breaks.
     """
     earlier = reports()
     torch._dynamo.reset()  # a graph that was compiled before would not be compiled and reported again

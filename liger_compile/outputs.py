@@ -1,5 +1,6 @@
-"""Graph outputs that may never be read: logits beside a loss that does not need them. Only this file, rewrite.py and
-remat.py edit a graph.
+"""Defers graph outputs that may never be read: logits beside a loss that does not need them.
+
+Besides this file, only rewrite.py and remat.py edit a graph.
 
     logits_in()  returns the outputs that are logits of a loss in the graph
     take_out()   before matching: returns the hidden state in their place, so that no node in the graph needs them
@@ -251,7 +252,9 @@ class Filled:
                 if len(self.likes) >= _MOST_LIKES:
                     self.likes.clear()
                 self.likes[key] = _like(self.recipe, arguments)
-            with torch.enable_grad():  # as at the head; in the caller's mode the result might not be deferred
+            with (
+                torch.enable_grad()
+            ):  # as at the head, in any mode of the caller: otherwise nothing is deferred
                 made = lazy(self.recipe, self.likes[key], *arguments)
         for position in self.positions:
             outputs[position] = made

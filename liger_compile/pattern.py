@@ -152,7 +152,7 @@ class Decision:
     keeps_outputs: bool = False  # if annotated: see Annotate
     saved_bytes: int | None = None  # None: not known, for example where a size is symbolic
     inserted: tuple[Node, ...] = ()  # if replaced: the nodes that rewrite.py inserted
-    covers: bool = False  # if left: smaller patterns do not match here either
+    covers: bool = False  # if left: smaller patterns are not used here either
     failed: bool = False  # a function of the pattern failed: see callbacks.py
 
 

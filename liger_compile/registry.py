@@ -24,6 +24,7 @@ def register_pattern(pattern: Pattern, *, replace_existing: bool = False) -> Non
     """Uses `pattern` in every graph that backend="liger" compiles from now on, in this process.
 
     Args:
+        pattern: the pattern to register.
         replace_existing: replace the registered pattern of the same name, if there is one: for a notebook cell that
             runs twice.
 

@@ -260,7 +260,7 @@ def _site(decision: Decision) -> Site:
 
 
 def site_of_pass(name: str, node: Node, what: str, memory: int, traffic: int) -> Site:
-    """Returns the site of a change in which `memory` bytes are no longer allocated and `traffic` no longer moved."""
+    """Returns the site of a pass: `memory` bytes are no longer allocated, about `traffic` bytes no longer moved."""
     reason = f"{what}; about {_size(traffic)} less is read and written" if traffic else what
     return Site(
         pattern=name,

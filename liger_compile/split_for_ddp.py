@@ -1,5 +1,4 @@
-"""Prepares a graph before DDP splits it into buckets: masks are computed in the parts that read them, and parts begin
-with layers.
+"""Prepares a graph before DDP splits it: masks are computed in the parts that read them, and parts begin with layers.
 
 Under torch.compile, DDP's optimizer splits a graph where a bucket of gradients is full, and calls the backend with each
 part. It has no hook, so this file patches a method of its class. In: such a graph, whole. Out: the result of DDP's
@@ -105,8 +104,10 @@ def before_ddp_cuts(backend: Callable[..., Any]) -> None:
 
 
 def split(gm: GraphModule, example_inputs: Sequence[Any], cut: Cut, options: Options) -> Callable[..., Any]:
-    """Prepares and splits a whole graph; the backend is called with each part. Only the whole graph shows the meaning
-    of masks and the start of layers."""
+    """Prepares and splits a whole graph; the backend is called with each part.
+
+    Only the whole graph shows the meaning of masks and the start of layers.
+    """
     if options.policy == "never":
         return cut(gm, example_inputs)
 

@@ -30,9 +30,14 @@ WITHOUT, CAUSAL, GENERAL = "without padding", "with causal masks", "general"
 
 @dataclass(frozen=True)
 class Expected:
-    """An assumption about an input: its value in most calls. `steps`, each a function with its further arguments, make
-    that value from any tensor of the same shape and dtype, or from its last `rank` dimensions: it varies along these
-    alone."""
+    """An assumption about an input: its value in most calls.
+
+    Args:
+        words: the value in words.
+        rank: the number of last dimensions along which the value varies.
+        steps: make the value from any tensor of its shape and dtype, or from the last `rank` dimensions of one; each
+            step is a function with its further arguments.
+    """
 
     words: str
     rank: int
@@ -142,8 +147,10 @@ def is_symbolic(gm: GraphModule) -> bool:
 def expected_inputs(
     gm: GraphModule, padding: Collection[str], masks: Collection[str] = (), example_inputs: Sequence[Any] = ()
 ) -> dict[str, Expected]:
-    """Returns the assumptions about the named values that are inputs of the graph: all ones for padding masks, and for
-    other masks the causal form of the example."""
+    """Returns the assumptions about the named values that are inputs of the graph.
+
+    Padding masks are assumed to be all ones, other masks to have the causal form of the example.
+    """
     mutations = Mutations(gm.graph)
     found: dict[str, Expected] = {}
     for position, node in enumerate(gm.graph.find_nodes(op="placeholder")):
@@ -224,8 +231,9 @@ def chosen_at_each_call(
 
 
 def _is(expected: Expected, tensor: Tensor) -> bool:
-    """Returns whether a tensor is as assumed. False also if its value cannot be read: for a fake tensor, and during the
-    capture of a CUDA graph.
+    """Returns whether a tensor is as assumed.
+
+    False also if its value cannot be read: for a fake tensor, and during the capture of a CUDA graph.
 
     Every call reads the tensor. An earlier answer cannot be cached: collectives, operators of torch.library, `.data`,
     NumPy, DLPack and copies into the storage all write without incrementing `_version`.

@@ -27,8 +27,10 @@ _MAKES_ZEROS, _STRIDES = "_liger_compile_makes_zeros", "_liger_compile_strides"
 
 
 def strides_of_outputs(graph: Graph) -> list[Strides | None]:
-    """Returns the traced strides of the outputs, or None for no or symbolic strides. AOTAutograd expects the gradients
-    in these strides, whatever the final strides of the outputs are, and copies gradients with other strides."""
+    """Returns the traced strides of the outputs, with None for absent or symbolic strides.
+
+    AOTAutograd expects the gradients in these strides, not in the final strides of the outputs, and copies others.
+    """
     (outputs,) = graph.output_node().args
     return [_strides(each) for each in outputs] if isinstance(outputs, (tuple, list)) else []
 
@@ -57,8 +59,10 @@ def sharing_zeros(compiled: Callable[..., Any], strides: Sequence[Strides | None
 def _backwards(
     inputs: Sequence[Any], outputs: Sequence[Any], strides: Sequence[Strides | None]
 ) -> dict[Any, dict[int, Strides | None]]:
-    """Returns the backward nodes of this graph that have enough outputs, with the strides of these outputs; nothing if
-    gradients may be other than plain tensors."""
+    """Returns the backward nodes of this graph that have enough outputs, with the strides of these outputs.
+
+    Returns nothing if gradients may be other than plain tensors.
+    """
     found: dict[Any, dict[int, Strides | None]] = {}
     if not all(_is_plain(each) for each in outputs if isinstance(each, Tensor)):
         return found
@@ -176,8 +180,10 @@ def _span(shape: Sequence[int], strides: Strides) -> int:
 
 
 def _with_memory_of_their_own(results: Iterable[Any], buffers: Sequence[Tensor]) -> tuple[Any, ...]:
-    """Copies the results of backward that alias the zeros. Otherwise a parameter would take them for its gradient, and
-    accumulate into them."""
+    """Copies the results of backward that alias the zeros.
+
+    Otherwise a parameter would use the shared zeros as its gradient, and accumulate into them.
+    """
     mine = {_storage(each) for each in buffers}
     return tuple(_copied(each) if _storage(each) in mine else each for each in results)
 

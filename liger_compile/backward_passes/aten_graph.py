@@ -66,9 +66,10 @@ def is_sum(node: Node) -> bool:
 
 
 def terms_of(node: Any) -> list[Node]:
-    """Returns the terms of a nested sum; an inner sum with other users counts as one term. A term may have any shape
-    with the same elements in the same order: the search passes through reshapes, but not through views that reorder
-    elements."""
+    """Returns the terms of a nested sum; an inner sum with other users counts as one term.
+
+    The terms may differ in shape, but not in the order of their elements: the search passes through reshapes only.
+    """
     found, waiting = [], [node]
     while waiting:
         term = waiting.pop()

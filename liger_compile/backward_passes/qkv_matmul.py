@@ -162,8 +162,10 @@ def _laid_out(gradient: Node, heads_axis: int) -> tuple[torch.Tensor, tuple[int,
 def _matrix(
     node: Node, laid_out: torch.Tensor, shape: tuple[int, ...], is_whole: bool = True
 ) -> _Matrix | None:
-    """Returns `node` as a matrix of that shape, as if its memory had the layout of `laid_out`. Other reads are not
-    allowed if `is_whole`, else they are ignored."""
+    """Returns `node` as a matrix of that shape, as if its memory had the layout of `laid_out`.
+
+    Readers in other layouts are not allowed if `is_whole`, else they are ignored.
+    """
     reads: dict[Node, tuple[Node, bool]] = {}
     views = [(node, laid_out)]
     for view, value in views:
@@ -238,8 +240,7 @@ def _pays(matrices: Sequence[_Matrix]) -> bool:
 
 
 def _elements_saved(matrices: Sequence[_Matrix]) -> int:
-    """Returns the elements of terms that are no longer written and read, less those of the concatenated weights and of
-    the copied matrix."""
+    """Returns the elements of terms no longer written and read, less those of the weights and the matrix copied."""
     rows, hidden = tensor_of(matrices[0].term).shape
     terms = 2 * (len(matrices) - 1) * rows * hidden
     weights = 2 * hidden * sum(matrix.width for matrix in matrices)

@@ -52,8 +52,10 @@ def inline_subgraphs(gm: GraphModule) -> int:
 
 
 def describe_operands(gm: GraphModule) -> None:
-    """Sets example values of subgraph placeholders that Dynamo left without: those of the operands of the call that the
-    subgraph was traced from, which shares its results."""
+    """Sets the example values of subgraph placeholders that Dynamo gave none.
+
+    The values are those of the operands of the call that the subgraph was traced from. That call shares its results.
+    """
     for module in _innermost_first(gm):
         for call, body in _calls(module):
             pairs = _pairs_of_results(call, body)

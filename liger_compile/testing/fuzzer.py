@@ -341,8 +341,9 @@ def outcome(
 
 
 class _InDouble(Interpreter):
-    """Runs a graph in float64. A cast between floating dtypes changes nothing, but its result stays a copy. Nodes that
-    round on purpose are computed in their own dtypes.
+    """Runs a graph in float64, except for nodes that round on purpose: they run in their own dtypes.
+
+    A cast between floating dtypes changes nothing in float64, but its result stays a copy.
     """
 
     def run_node(self, n: Node) -> Any:

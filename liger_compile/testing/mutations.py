@@ -63,8 +63,9 @@ def on_result(change: Callable[[Any], Any]) -> Mutation:
 
 
 def rounding(change: Callable[[Any], Any]) -> Mutation:
-    """Applies a change to the result that has an effect only through rounding or the range of the dtype. A reference
-    in higher precision must compute it in the actual dtypes, or it has no effect there.
+    """Applies a change to the result that has an effect only through rounding or the range of the dtype.
+
+    A reference in higher precision must compute it in the actual dtypes, or it has no effect there.
     """
     changed = on_result(change)
 

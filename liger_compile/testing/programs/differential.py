@@ -457,8 +457,9 @@ def _same(a: Any, b: Any) -> bool:
 
 
 def _distance(a: Any, b: Any) -> float:
-    """Returns the L2 distance relative to `a`; infinite if only one is finite, or if shape or dtype differ. Infinities
-    and NaN count as equal: if a gradient overflows, the order of sums determines which of them results."""
+    """Returns the L2 distance relative to `a`; infinite if only one is finite, or if shape or dtype differ.
+
+    Infinities and NaN count as equal: if a gradient overflows, the order of sums determines which of them results."""
     if not (isinstance(a, Tensor) and isinstance(b, Tensor)) or (a.shape, a.dtype) != (b.shape, b.dtype):
         return float("inf")
     a, b = a.double(), b.double()
