@@ -62,7 +62,7 @@ ONES = Expected("all ones", 0, ((torch.ones_like,),))
 def _causal_masks(dtype: torch.dtype) -> Iterable[Expected]:
     """Yields the forms that a causal mask may have."""
     yield Expected("causal", 2, ((torch.ones_like,), (torch.tril,)))
-    yield Expected("causal", 2, ((torch.ones_like,), (torch.triu, 1)))  # True at the hidden positions
+    yield Expected("causal", 2, ((torch.ones_like,), (torch.triu, 1)))  # ones at the masked-out positions
     if dtype.is_floating_point:
         for lowest in (torch.finfo(dtype).min, float("-inf")):
             yield Expected("causal", 2, ((torch.full_like, lowest), (torch.triu, 1)))
