@@ -1,8 +1,8 @@
 """liger_compile: `torch.compile(model, backend="liger")` trains unmodified models with fused ops.
 
-The backend is found by its name; nothing has to be imported for it. What is here is for those who want to
-look at what it did (explain, reports), to check it (verify), to teach it patterns (Pattern, register_pattern),
-or to call its ops (functional). Start reading at backend.py.
+torch.compile finds the backend by its name; no import is needed. This package exports functions to inspect the
+rewrites (explain, reports), to check them (verify), to add patterns (Pattern, register_pattern), and to call the ops
+(functional). Start reading at backend.py.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from liger_compile.registry import register_pattern, unregister_pattern
 from liger_compile.report import GraphReport, clear_reports, reports
 from liger_compile.verification import Verification, verify
 
-__version__ = "0.1.0"  # the only place: pyproject.toml reads this line
+__version__ = "0.1.0"  # defined only here: pyproject.toml reads this line
 
 __all__ = [
     "Annotate",

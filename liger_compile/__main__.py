@@ -38,7 +38,7 @@ Python path. It returns what to call and what to call it with:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command; the exit code."""
+    """Runs one command and returns its exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m liger_compile",
         description='torch.compile(model, backend="liger"): what it does, on this machine, to a model.',
@@ -107,7 +107,7 @@ def _call_of(target: str) -> tuple[Any, Sequence[Any], dict[str, Any]]:
     module_name, _, factory_name = target.partition(":")
     if not factory_name:
         raise ValueError(f"expected MODULE:FACTORY, got {target!r}; for example my_model:factory")
-    sys.path.insert(0, "")  # as with `python -m`, a module of the current directory can be named
+    sys.path.insert(0, "")  # as with `python -m`, modules of the current directory can be imported
     if importlib.util.find_spec(module_name) is None:
         raise ValueError(f"there is no module {module_name!r} here or on the Python path")
     factory = getattr(importlib.import_module(module_name), factory_name, None)

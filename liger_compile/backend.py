@@ -2,8 +2,8 @@
 
     Dynamo graph -> pipeline.py (terms, match, decide, rewrite) -> compile.py -> callable
 
-`pipeline.py` rewrites one copy of the graph for all calls, and another for calls whose masks are what they are in most
-calls. Each call chooses between the two.
+`pipeline.py` rewrites one copy of the graph for all calls (generic), and a second copy for calls whose masks have the
+values that they have in most calls (specialized). Each call dispatches on its inputs.
 """
 
 from __future__ import annotations
@@ -37,16 +37,16 @@ def liger(
     options: Mapping[str, Any] | None = None,
     **_: Any,
 ) -> Callable[..., Any]:
-    """Rewrites what a Dynamo graph computes with fused ops, and compiles it.
+    """Rewrites parts of a Dynamo graph with fused ops, and compiles the graph.
 
     Args:
-        gm: the graph as Dynamo captured it.
-        example_inputs: its inputs.
+        gm: the graph that Dynamo captured.
+        example_inputs: the inputs of the graph.
         mode: as in torch.compile.
-        options: "liger.*" are ours (see options.py), all others Inductor's.
+        options: options that begin with "liger." belong to this package (see options.py), all others to Inductor.
 
     Raises:
-        ValueError: for an option that there is not, or a pattern that cannot be right.
+        ValueError: if an option does not exist, or a pattern is invalid.
     """
     compiling.set_up_dynamo()
     chosen, inductor_options = parse(mode, options)
@@ -76,7 +76,7 @@ def liger(
             key=repr((chosen.policy, chosen.skip, chosen.fuel, chosen.backward_passes)),
             backward=graph.backward,
         )
-        # Not before: Dynamo may restart the analysis and come back with another graph of the same code.
+        # Recorded last: Dynamo may restart the analysis and call the backend again with another graph of the same code.
         record(graph.report.of_variant(variant).with_notes(notes))
         return filling(sharing_zeros(result, strides), graph.filled)
 

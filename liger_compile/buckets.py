@@ -1,17 +1,17 @@
-"""What DDP is about to cut in buckets: a graph that is still whole.
+"""Prepares a whole graph that DDP is about to split into buckets.
 
-DDP's optimizer in torch.compile cuts a graph where a bucket of gradients is full, and has the parts compiled apart. Two
-things can only be seen before.
+DDP's optimizer in torch.compile splits a graph where a bucket of gradients is full, and compiles the parts separately.
+Two facts are visible in the whole graph only.
 
-What a mask means: it is made in the first part; the others are handed it, and cannot see. So each reader of a mask gets
-one of its own, made right before it. It is made of positions alone, and nowhere once attention has been told what it
-means.
+The meaning of a mask: the first part makes the mask; the other parts receive it and cannot see how it was made. So each
+reader of a mask gets its own copy, computed directly before it. The copy is computed from positions alone, and is not
+computed at all once attention takes the meaning of the mask instead.
 
-Where layers begin: a full bucket may end anywhere in one. What is one computation is then in two parts, and all that
-passes from the one to the other is kept for backward. Between layers little passes.
+The start of each layer: a full bucket may end anywhere in a layer. One computation is then split into two parts, and
+all values that pass from one part to the other are saved for backward. Between layers few values pass.
 
-In: a Dynamo graph, whole. Out: the same, in which masks that are causal, or a window, are made where they are read; the
-names of what is padding to the others; and the places where little passes.
+In: a whole Dynamo graph. Out: the same graph, in which causal and window masks are computed where they are read; the
+names of the padding masks in the other masks; and the positions where few bytes pass.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from liger_compile.terms.indices import Meaning, mask_meaning
 from liger_compile.terms.term import Term
 
 MEANINGS = ("causal", "window")
-MORE_PASSES = 1.5  # than where the least passes, and it is between layers; inside, twice as much does
-NEAR = 8  # nodes: within so many of a place, less passes nowhere; a norm is shorter
-FEWEST_PARTS = 8  # in which a graph is cut at least, so that gradients are sent while others are computed
+MORE_PASSES = 1.5  # times the fewest bytes: still between layers; inside a layer twice as many pass
+NEAR = 8  # nodes: no place within this distance of a cut passes fewer bytes; a norm is shorter
+FEWEST_PARTS = 8  # of a graph at least, so that gradients are sent while others are computed
 
 
 def make_masks_where_they_are_read(graph: Graph) -> None:
-    """Changes `graph`: of what several readers' masks are made of, all but the first get copies."""
+    """Changes `graph`: if several readers' masks share nodes, all readers but the first get copies."""
     found = _read(graph)
     masks = dict.fromkeys(node for node, meaning in found.items() if meaning and meaning.kind in MEANINGS)
     taken: set[Node] = set()
@@ -52,13 +52,13 @@ def make_masks_where_they_are_read(graph: Graph) -> None:
 
 
 def padding_in(graph: Graph) -> set[str]:
-    """The values that are padding to masks which would be causal, a window, or nothing without."""
+    """Returns the names of padding masks in masks that would be causal, a window, or no mask without them."""
     meanings = [meaning for meaning in _read(graph).values() if meaning and not meaning.masks]
     return {name for meaning in meanings for name in meaning.padding}
 
 
 def _read(graph: Graph) -> dict[Node, Meaning | None]:
-    """What is made of positions and flags, in the order of the graph, and what it means as a mask, if it is square."""
+    """Maps the nodes computed from positions and flags, in graph order, to their meaning as a mask, if square."""
     mutations = Mutations(graph)
     terms = Terms(graph, mutations)
     found: dict[Node, Meaning | None] = {}
@@ -71,7 +71,7 @@ def _read(graph: Graph) -> dict[Node, Meaning | None]:
 
 
 def _of_positions(node: Node, terms: Terms, mutations: Mutations) -> Term | None:
-    """The term of a tensor that is computed from positions and flags, and that nobody writes into."""
+    """Returns the term of a tensor that is computed from positions and flags and never written in place, else None."""
     term, value = terms.of.get(node), node.meta.get("example_value")
     if node.op not in ("call_function", "call_method") or not isinstance(value, torch.Tensor):
         return None
@@ -81,7 +81,7 @@ def _of_positions(node: Node, terms: Terms, mutations: Mutations) -> Term | None
 
 
 def _makers(mask: Node, of_positions: Collection[Node]) -> list[Node]:
-    """The mask and what of positions it is computed from, in the order of the graph."""
+    """Returns the mask and the nodes among `of_positions` that it is computed from, in graph order."""
     found, waiting = {mask}, [mask]
     while waiting:
         given = waiting.pop().all_input_nodes
@@ -92,7 +92,7 @@ def _makers(mask: Node, of_positions: Collection[Node]) -> list[Node]:
 
 
 def _copied(graph: Graph, makers: Sequence[Node], reader: Node) -> Node:
-    """The last of the makers' copies, which stand before the reader."""
+    """Copies the makers before the reader, and returns the copy of the last one."""
     copies: dict[Node, Node] = {}
     with graph.inserting_before(reader):
         for maker in makers:
@@ -102,8 +102,12 @@ def _copied(graph: Graph, makers: Sequence[Node], reader: Node) -> Node:
 
 @dataclass(frozen=True)
 class Places:
-    """Where to cut a graph: before these nodes, or where a part would exceed its bucket by so many bytes; without any,
-    wherever a bucket is full."""
+    """The places to split a graph at.
+
+    Args:
+        nodes: a part may begin with these nodes; if there are none, wherever a bucket is full.
+        beyond: a part may begin anywhere if the part before exceeds its bucket by more than so many bytes.
+    """
 
     nodes: frozenset[Node] = frozenset()
     beyond: int = 0
@@ -113,7 +117,7 @@ class Places:
 
 
 def places_to_cut(graph: Graph, bucket_bytes: int) -> Places:
-    """Where little passes, of all places that have a bucket of parameters on both sides."""
+    """Returns the places where few bytes pass, among all places with a bucket of parameters on both sides."""
     nodes = list(graph.nodes)
     parameters = _bytes_of_parameters(nodes)
     before, total = list(accumulate(parameters, initial=0)), sum(parameters)
@@ -132,7 +136,7 @@ def places_to_cut(graph: Graph, bucket_bytes: int) -> Places:
 
 
 def _bytes_of_parameters(nodes: Sequence[Node]) -> list[int]:
-    """Of those that each node is the first to read."""
+    """Returns for each node the bytes of the parameters that it is the first to read."""
     seen: set[Node] = set()
     sizes = []
     for node in nodes:
@@ -148,8 +152,10 @@ def _is_parameter(node: Node) -> bool:
 
 
 def _bytes_passing(nodes: Sequence[Node]) -> list[int]:
-    """Of the tensors that are computed before each node, and read by it or later. Without what is read in more than
-    half of the graph, as tables are: that passes everywhere."""
+    """Returns for each node the bytes of the tensors that are computed before it and read by it or later.
+
+    Leaves out tensors that are read over more than half of the graph, such as tables: they pass everywhere.
+    """
     sizes: dict[int | None, int] = {}
     made: dict[int | None, int] = {}
     read: dict[int | None, int] = {}

@@ -1,7 +1,7 @@
-"""Calls the functions that a pattern brings along, which anybody may have written.
+"""Calls the functions of a pattern, which any user may have written.
 
-What such a function raises, or answers that is no answer, becomes a PatternError: a sentence that names the pattern,
-the function and the fault. The fault costs the pattern the place at hand and nothing else; `liger.strict` raises it.
+If such a function raises, or returns an invalid answer, the result is a PatternError: a sentence that names the
+pattern, the function and the fault. The fault only prevents the pattern at this place; `liger.strict` raises it.
 """
 
 from __future__ import annotations
@@ -17,30 +17,30 @@ import torch
 from liger_compile.graphs.guards import GuardError, no_guards
 from liger_compile.pattern import Annotate, Decision, Match, Pattern
 
-# What a function answers where its answer would be another for other sizes.
+# The start of a function's answer if the answer would differ for other sizes.
 _OF_SIZES = {"check": "whether it may be replaced", "profit": "whether it pays", "saves": None}
 
-LONGEST = 300  # characters of what an exception says
+LONGEST = 300  # characters of an exception's message
 
 
 class PatternError(Exception):
-    """A function of a pattern failed: which function of which pattern, and how, in a sentence."""
+    """A function of a pattern failed; the sentence names the pattern, the function and the fault."""
 
 
 def check(match: Match) -> str | None:
-    """Why replacing the match would be wrong, or None. Raises PatternError."""
+    """Returns why replacing the match would be wrong, or None. Raises PatternError."""
     return _sentence_or_none(match, "check", "None to accept, or a sentence that says why not")
 
 
 def profit(match: Match) -> str | Annotate | None:
-    """Why replacing the match would not pay, or None. Raises PatternError."""
+    """Returns why replacing the match would not pay, or None. Raises PatternError."""
     return _sentence_or_none(
         match, "profit", "None to accept, a sentence that says why not, or an Annotate", Annotate
     )
 
 
 def saves(match: Match) -> int | None:
-    """The bytes that training no longer keeps; None where they are not known. Raises PatternError."""
+    """Returns the bytes that training no longer keeps; None if unknown. Raises PatternError."""
     answer: Any = _answer(match, "saves")
     if answer is None or isinstance(answer, (torch.SymInt, torch.SymFloat)):
         return None
@@ -54,7 +54,7 @@ def saves(match: Match) -> int | None:
 
 
 def described(value: Any) -> str:
-    """A value and its type, in a few words."""
+    """Returns a value and its type, in a few words."""
     if value is None:
         return "None"
     text = "" if isinstance(value, (torch.Tensor, list, tuple, dict)) else f"{value!r}, "
@@ -62,28 +62,28 @@ def described(value: Any) -> str:
 
 
 def raised(pattern: Pattern, function: str, error: Exception) -> PatternError:
-    """The PatternError for what a function of a pattern raised, with `error` as its cause."""
+    """Returns the PatternError for an exception of a pattern's function, with `error` as its cause."""
     failure = PatternError(f"{function} of pattern {pattern.name!r} fails here: {told(error)}")
     failure.__cause__ = error
     return failure
 
 
 def told(error: Exception) -> str:
-    """An exception in one line."""
+    """Returns an exception in one line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     text = lines[0][:LONGEST] if lines else ""
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 def left_for(error: PatternError, match: Match, strict: bool) -> Decision:
-    """The decision about a match of which a function failed: the place is left. Raises the error under `strict`."""
+    """Returns the decision to leave a match of which a function failed. Raises the error under `strict`."""
     if strict:
         raise error
     return Decision(match, "leave", str(error), failed=True)
 
 
 def warn_of_failures(decisions: Iterable[Decision]) -> None:
-    """One warning for each kind of failure."""
+    """Warns once for each kind of failure."""
     for reason in dict.fromkeys(decision.reason for decision in decisions if decision.failed):
         warnings.warn(f"liger_compile: {reason}; liger.strict=True raises instead", stacklevel=2)
 

@@ -1,13 +1,13 @@
-"""Hands a rewritten graph to what compiles it: Inductor, or an eager backend for debugging.
+"""Compiles a rewritten graph with Inductor, or with an eager backend for debugging.
 
-In: a Dynamo GraphModule that is rewritten already, its example inputs, and mode and options as
-torch.compile understands them. Out: the callable that Dynamo will call. This is the only file that names
-Inductor, functorch, a cache key or a torch version; it neither reads nor edits a graph's mathematics.
+In: a rewritten Dynamo GraphModule, its example inputs, and mode and options in the format of torch.compile. Out: the
+callable that Dynamo calls. Only this file names Inductor, functorch, a cache key or a torch version; it neither reads
+nor edits the mathematics of a graph.
 
-The cache key. Of a custom op, the caches on disk know the name only. After a change of ours AOTAutograd's
-would hand out an artifact with the old backward traced into it (pytorch#144344, open in 2.14) or partitioned
-by other recompute marks, and Inductor's would read memory as the old fake described it: wrong numbers and no
-error. `cache_key` covers what they do not look at.
+The cache key. The caches on disk identify a custom op by its name only. After a change to this package, AOTAutograd's
+cache would return an artifact whose traced backward is outdated (pytorch#144344, open in 2.14) or that was partitioned
+by other recompute marks, and Inductor's cache would read memory in the layout of the outdated fake: wrong numbers and
+no error. `cache_key` covers what the keys of torch leave out.
 """
 
 from __future__ import annotations
@@ -48,23 +48,23 @@ from liger_compile.ops.registration import BODIES, keeping_backwards_whole
 from liger_compile.pattern import Pattern
 from liger_compile.torch_internals.modes import restored_if_raised
 
-# transformers hangs these on logging.Logger and calls them between logits and loss, where Dynamo would break
-# the graph in two. They say a thing once and return None: leaving them out of a trace changes no result.
+# transformers adds these methods to logging.Logger and calls them between logits and loss, where they would cause a
+# graph break. They log a message once and return None: leaving them out of a trace changes no result.
 _LOGGER_METHODS = ("warning_once", "info_once")
 
 
 @dataclass(frozen=True)
 class BackwardPlan:
-    """What is done to the graph of backward, and who hears of it.
+    """The changes to the graph of backward, and the callbacks that receive them.
 
     Args:
-        passes: run in this order, before Inductor gets the graph.
-        choices: names of `CHOICES` that are made.
-        fuel: how many changes the passes may make at most; None is no limit.
-        strict: raise what a pass raises.
-        everywhere: on a CPU as well, for which nothing here pays.
-        made: is called with the changes that the passes made to a graph of backward, once for each graph.
-        chose: is called with the name of each choice that had an effect.
+        passes: the passes, run in this order before Inductor compiles the graph.
+        choices: the names of `CHOICES` that are in effect.
+        fuel: the largest number of changes that the passes may make; None means no limit.
+        strict: reraise the exception of a pass.
+        everywhere: run on a CPU too, where no pass pays.
+        made: called once for each graph of backward, with the changes that the passes made to it.
+        chose: called with the name of each choice that had an effect.
     """
 
     passes: tuple[Pass, ...] = DEFAULT_PASSES
@@ -91,29 +91,29 @@ def compile_graph(
     """Compiles `gm`, and takes ownership of it.
 
     Args:
-        patterns: those in use; part of the cache key.
-        key: whatever else decided what `gm` is; part of the cache key.
-        backward: what is done to the graph of backward where Inductor compiles for a GPU; None is nothing.
+        patterns: the patterns in use; part of the cache key.
+        key: all other settings that determined `gm`; part of the cache key.
+        backward: the changes to the graph of backward where Inductor compiles for a GPU; None means no changes.
 
     Raises:
-        RuntimeError: what torch.compile(backend="inductor") raises for a wrong mode or option, whatever `inner` is.
+        RuntimeError: for a wrong mode or option, as torch.compile(backend="inductor") raises it, for every `inner`.
     """
     patches = _inductor_patches(mode, inductor_options)
-    # One way into the key: attributes of the top-level GraphModule are pickled into AOTAutograd's (meta is
-    # not). They are not seen by Inductor's cache, below it.
+    # First way into the cache key: AOTAutograd pickles attributes of the top-level GraphModule into its key (meta is
+    # not pickled). Inductor's cache, below AOTAutograd, does not see them.
     digest = cache_key(gm, patterns, key)
     gm._liger_compile_key = digest  # pyright: ignore[reportArgumentType]
     if inner != "inductor":
-        # "aot_eager" partitions by min-cut, which honours recompute marks, and then runs the aten ops.
+        # "aot_eager" partitions by min-cut, which honors recompute marks, and then runs the aten ops.
         return _on_their_device(torch._dynamo.lookup_backend(inner)(gm, list(example_inputs)), example_inputs)
 
     from torch._inductor import config
     from torch._inductor.compile_fx import compile_fx
     from torch._inductor.decomposition import select_decomp_table
 
-    # The other way: Inductor's config is in the keys of both, and changing a value of this entry is the
-    # documented way to change them. It has to be a config patch, not `with config.patch(...)` round the call:
-    # the backward is compiled later.
+    # Second way: Inductor's config is in the keys of both caches, and changing a value of this entry is the
+    # documented way to change the keys. It must be a config patch, not `with config.patch(...)` around the call,
+    # because the backward is compiled later.
     name = "unsafe_marked_cacheable_functions"
     patches[name] = {**patches.get(name, getattr(config, name)), "liger_compile": digest}
     decompositions, kept_whole = None, contextlib.nullcontext()
@@ -124,7 +124,7 @@ def compile_graph(
         with config.patch(patches):
             decompositions = _with_embedding_backward(select_decomp_table(), backward)
             passes = with_backward_passes(config.post_grad_custom_post_pass, backward)
-        if passes is None:  # AOTAutograd traces what `inline_whole_ops` would trace
+        if passes is None:  # AOTAutograd traces the bodies that `inline_whole_ops` would trace
             decompositions.update(BODIES)
         else:
             patches["post_grad_custom_post_pass"] = passes
@@ -135,7 +135,7 @@ def compile_graph(
 
 
 def _on_their_device(compiled: Callable[..., Any], inputs: Sequence[Any]) -> Callable[..., Any]:
-    """Triton launches a traced graph's kernels on the current device; in what Inductor writes, they have their own."""
+    """Sets the current device: Triton launches a traced graph's kernels there; Inductor's code names the device."""
     device = next((each.device for each in inputs if isinstance(each, torch.Tensor) and each.is_cuda), None)
     if device is None:
         return compiled
@@ -153,7 +153,7 @@ def _is_on_gpu(inputs: Sequence[Any]) -> bool:
 
 
 class _Decompositions(dict[Any, Callable[..., Any]]):
-    """From torch 2.13 on they are in the cache's key, in which functions without a name cannot be: our sources are."""
+    """A table with our sources as its key: from torch 2.13 it is in the cache key, which rejects unnamed functions."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return str, (package_hash(),)
@@ -162,7 +162,7 @@ class _Decompositions(dict[Any, Callable[..., Any]]):
 def _with_embedding_backward(
     decompositions: Mapping[Any, Callable[..., Any]], backward: BackwardPlan
 ) -> _Decompositions:
-    """With our op for the gradient of a large embedding, where Inductor would add it up in a wider dtype."""
+    """Adds our op for the gradient of a large embedding, where Inductor would accumulate it in a wider dtype."""
     if "backward.embedding" not in backward.choices:
         return _Decompositions(decompositions)
     whole = torch.ops.aten.embedding_dense_backward.default
@@ -181,8 +181,11 @@ def _with_embedding_backward(
 
 
 def with_backward_passes(theirs: Any, backward: BackwardPlan) -> Any:
-    """`theirs`, passes over the graphs that AOTAutograd has made, and one that runs ours; None where there is no place
-    for it."""
+    """Returns the user's passes followed by one that runs ours; None if torch allows only one pass.
+
+    Args:
+        theirs: the user's passes over AOTAutograd's graphs.
+    """
     from torch._inductor import custom_graph_pass
     from torch._inductor.decomposition import select_decomp_table
     from torch._inductor.utils import get_donated_idxs
@@ -195,7 +198,7 @@ def with_backward_passes(theirs: Any, backward: BackwardPlan) -> Any:
             inline_whole_ops(graph, select_decomp_table(), backward.strict)
 
         def uuid(self) -> Any:
-            """The caches' key. Donated inputs are in it because a setting decides them that is in no other key."""
+            """Returns the key for the caches. It has the donated inputs: the setting behind them is in no other key."""
             names = [each.name for each in backward.passes]
             return [package_hash(), names, backward.fuel, get_donated_idxs()]
 
@@ -206,11 +209,11 @@ def with_backward_passes(theirs: Any, backward: BackwardPlan) -> Any:
 
 
 def when_called(compile: Callable[[Sequence[Any]], Callable[..., Any]]) -> Callable[..., Any]:
-    """What `compile` gives for the inputs of the first call, compiled in that call; in the next, where it raises.
+    """Returns a callable that runs `compile` on the inputs of its first call; if that raises, on those of the next.
 
-    Threads may call at once: one compiles, the others wait. For static sizes only: Dynamo takes no more guards then.
-    Those that it has make sure that grad mode and autocast are in each call what they are now. Must be called in a
-    trace, which the first call's goes on in the logs, and whose settings of torch hold there, whichever thread calls.
+    Threads may call at once: one compiles, the others wait. For static sizes only, since Dynamo accepts no more guards
+    at that time; its existing guards ensure that grad mode and autocast are in each call what they are now. Must be
+    called in a trace. The compilation is logged as part of that trace and uses its torch settings, in any thread.
     """
     logged_as, settings = CompileContext.try_get(), contextvars.copy_context()
     waiting: list[Callable[[Sequence[Any]], Callable[..., Any]]] = [compile]
@@ -219,7 +222,7 @@ def when_called(compile: Callable[[Sequence[Any]], Callable[..., Any]]) -> Calla
     def call(*args: Any) -> Any:
         if not compiled:
             with _as_dynamo_compiles():
-                if not compiled:  # meanwhile, by another thread
+                if not compiled:  # another thread may have compiled meanwhile
                     compiled.append(settings.copy().run(_traced_and_compiled, waiting[0], args, logged_as))
                     waiting.clear()
         return compiled[0](*args)
@@ -232,9 +235,8 @@ def _traced_and_compiled(
     args: Sequence[Any],
     logged_as: CompileContext | None,
 ) -> Callable[..., Any]:
-    """What `compile` gives in a trace of its own: Dynamo has let go of the fake tensors of the first."""
-    # A fake mode remembers the tensors that it has made fakes of, so that AOTAutograd gets these, and no symbols for
-    # their sizes.
+    """Returns the result of `compile` in a new trace, since Dynamo has freed the fake tensors of the first trace."""
+    # A fake mode caches the fake of each tensor, so that AOTAutograd gets these fakes, which have no symbols for sizes.
     fake_mode = torch._subclasses.FakeTensorMode(shape_env=ShapeEnv())
     tensors = (arg for arg in args if isinstance(arg, torch.Tensor))
     fakes = [fake_mode.from_tensor(tensor, static_shapes=True) for tensor in tensors]
@@ -246,13 +248,15 @@ def _traced_and_compiled(
 
 @contextlib.contextmanager
 def _as_dynamo_compiles() -> Iterator[None]:
-    """The state in which Dynamo calls a backend. Tracing sets flags of the whole process: only one thread compiles, and
-    what others call meanwhile is told so. Random numbers and modes stay the user's."""
+    """Sets the state in which Dynamo calls a backend. Random numbers and modes stay those of the user.
+
+    Tracing sets process-wide flags: only one thread compiles, and a flag of torch informs calls in other threads.
+    """
     from torch._dynamo.convert_frame import compile_lock
 
     session = getattr(
         torch.compiler, "_compile_session_context", contextlib.nullcontext
-    )  # not in every torch
+    )  # absent in some torch versions
     devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
     with compile_lock, session(), _disable_current_modes():
         state = random.getstate()
@@ -264,22 +268,22 @@ def _as_dynamo_compiles() -> Iterator[None]:
 
 
 def is_right_for_subgraphs(inner: str) -> bool:
-    """Whether what `inner` compiles is right where a graph calls bodies by `invoke_subgraph`.
+    """Returns whether the code that `inner` compiles is right where a graph calls subgraphs by `invoke_subgraph`.
 
-    Inductor's is not: gradients are wrong, by factors of thousands or by a little (seen on a CPU in torch 2.13 and
-    2.14.1; nothing in the code in question asks for the device). Three faults of torch:
+    Inductor's code is not: gradients are wrong, by factors of thousands or by a little (seen on a CPU in torch 2.13 and
+    2.14.1; nothing in the code in question depends on the device). Three faults of torch:
 
-    - `InvokeSubgraph.create` in ir.py makes a new buffer of every result of a body. What the body saves for backward
-      of its inputs is a result as well, and no alias is declared: the memory of the input is reused while needed.
-    - Lowering a body, graph.py takes the numbers of the inputs that may be written over (`bw_donated_idxs`) of the
-      graph around it, and has other inputs written over.
-    - What a body writes into its inputs may be lost where no gradients are computed.
+    - `InvokeSubgraph.create` in ir.py makes a new buffer of every result of a subgraph. An input that the subgraph
+      saves for backward is also a result, and no alias is declared: the memory of the input is reused while needed.
+    - When graph.py lowers a subgraph, it takes the indices of the inputs that may be overwritten (`bw_donated_idxs`)
+      from the enclosing graph, and lets other inputs be overwritten.
+    - In-place writes of a subgraph into its inputs may be lost where no gradients are computed.
     """
     return inner != "inductor"
 
 
 def reset() -> None:
-    """Forgets recorded CUDA graphs, as the stock backend does. For torch._dynamo.reset()."""
+    """Frees recorded CUDA graphs, as the stock backend does. For torch._dynamo.reset()."""
     if torch.cuda.is_available():
         from torch._inductor.cudagraph_trees import reset_cudagraph_trees
 
@@ -287,15 +291,15 @@ def reset() -> None:
 
 
 def uses_cudagraphs(mode: str | None, inductor_options: Mapping[str, Any] | None) -> bool:
-    """Whether outputs may live in the memory pool of a CUDA graph, where the next call overwrites them."""
+    """Returns whether outputs may live in the memory pool of a CUDA graph, where the next call overwrites them."""
     from torch._inductor import config
 
     return _inductor_patches(mode, inductor_options).get("triton.cudagraphs", config.triton.cudagraphs)
 
 
 def _inductor_patches(mode: str | None, options: Mapping[str, Any] | None) -> dict[str, Any]:
-    # The stock wrapper (private; the same in 2.11 to 2.14) is what makes patches of mode and options,
-    # validates them, and sets the environment that CUDA graphs want. It reads `dynamic` nowhere.
+    # The stock wrapper (private; the same in 2.11 to 2.14) turns mode and options into patches, validates them, and
+    # sets the environment that CUDA graphs need. It never reads `dynamic`.
     return dict(torch._TorchCompileInductorWrapper(mode, dict(options or {}), None).config)
 
 
@@ -303,9 +307,9 @@ def _inductor_patches(mode: str | None, options: Mapping[str, Any] | None) -> di
 
 
 def cache_key(gm: GraphModule, patterns: Iterable[Pattern] = (), key: str = "") -> str:
-    """A digest of what the artifact of `gm` depends on and torch's own keys leave out.
+    """Returns a digest of the dependencies of the artifact of `gm` that torch's own keys leave out.
 
-    The versions of torch and Triton are in theirs, by content. Stable between processes.
+    Torch's keys cover the versions of torch and Triton, by content. The digest is stable between processes.
     """
     functions = [
         function
@@ -318,14 +322,14 @@ def cache_key(gm: GraphModule, patterns: Iterable[Pattern] = (), key: str = "") 
 
 @functools.cache
 def package_hash() -> str:
-    """Of every source file of ours. By content: an editable install changes without a new version."""
+    """Returns a digest of all our source files, by content: an editable install changes without a new version."""
     packages = map(importlib.import_module, ("liger_compile", "liger_compile.patterns"))
     files = sorted({file for one in packages for root in one.__path__ for file in Path(root).rglob("*.py")})
     return _digest(f"{file.name} {_file_hash(file)}" for file in files)
 
 
 def why_not_cached(gm: GraphModule) -> str | None:
-    """Why AOTAutograd will not cache the artifact of `gm`, in its own words; None if it finds no reason."""
+    """Returns AOTAutograd's reason for not caching the artifact of `gm`, in its own words; None if there is none."""
     from torch._functorch._aot_autograd.autograd_cache import BypassAOTAutogradCache, check_cacheable
 
     try:
@@ -336,7 +340,7 @@ def why_not_cached(gm: GraphModule) -> str | None:
 
 
 def cache_counts() -> dict[str, int]:
-    """How often AOTAutograd's cache was asked in this process, by outcome: "hit", "miss", "bypass"."""
+    """Returns the number of lookups in AOTAutograd's cache in this process, by outcome: "hit", "miss", "bypass"."""
     counts = torch._dynamo.utils.counters["aot_autograd"]
     return {outcome: counts[f"autograd_cache_{outcome}"] for outcome in ("hit", "miss", "bypass")}
 
@@ -351,10 +355,10 @@ def _recompute_marks(gm: GraphModule) -> Iterator[str]:
 
 
 def _op_definitions(gm: GraphModule) -> Iterator[Callable[..., Any] | None]:
-    """What Python defines of the custom ops in `gm`: forward, fake and backward.
+    """Yields the Python functions that define the custom ops in `gm`: forward, fake and backward.
 
-    For a user's ops. Ours are in `package_hash` with all they call; of a user's, these functions and all that they
-    reach are (sources.py). An autograd kernel that was registered by Library.impl is out of sight.
+    They serve a user's ops: these functions and all code that they reach are digested (sources.py). `package_hash`
+    covers our ops with all the code that they call. Autograd kernels registered by Library.impl are not visible here.
     """
     from torch._library.custom_ops import OPDEFS
 
@@ -376,7 +380,7 @@ def _op_definitions(gm: GraphModule) -> Iterator[Callable[..., Any] | None]:
 
 
 def _registered_functions(name: str) -> Iterator[Callable[..., Any] | None]:
-    """Fake and backward of an operator of torch.library.define, as its registers hold them."""
+    """Yields fake and backward of an operator of torch.library.define, from torch's registries."""
     from torch._library.simple_registry import singleton
 
     kernel = getattr(singleton.find(name).fake_impl, "kernel", None)
@@ -401,9 +405,9 @@ def _digest(parts: Iterable[str]) -> str:
 
 
 def set_up_dynamo() -> None:
-    """Keeps logging calls from breaking graphs. Call it when the backend is loaded: before Dynamo traces."""
+    """Keeps logging calls from causing graph breaks. Call it when the backend is loaded, before Dynamo traces."""
     _ignore_logger_methods()
-    # transformers may be imported after us, so look again whenever a trace begins.
+    # transformers may be imported after this package, so repeat this whenever a trace begins.
     if _when_a_trace_begins not in callback_handler.start_callbacks:
         callback_handler.register_start_callback(_when_a_trace_begins)
 
@@ -416,18 +420,18 @@ def _ignore_logger_methods(_: object = None) -> None:
     config.ignore_logging_functions.update(methods)
 
 
-# Callbacks run while Dynamo holds a lock, also where a function that it compiles calls backward, and a backward is
-# compiled: Dynamo would trace the callback, and wait for its own lock.
+# Callbacks run while Dynamo holds a lock, even where a compiled function calls backward and a backward is compiled:
+# Dynamo would trace the callback, and wait for its own lock.
 _when_a_trace_begins: Any = torch._dynamo.disable(_ignore_logger_methods)
 
 
 # torch 2.11 and 2.12 write Dynamo's config into their metrics at every compile: every set sorted, as JSON. With a
-# function in this one that fails, and logs an error. From 2.13 they leave it out.
+# function in this set, that fails and logs an error. From 2.13 they leave the set out.
 _METRICS_SORT_SETS = torch.__version__ < "2.13"
 
 
 class _FunctionSet(MutableSet[Any], dict[Any, Any]):  # pyright: ignore[reportIncompatibleMethodOverride]
-    """A set of functions that JSON takes for an empty dictionary."""
+    """A set of functions that JSON serializes as an empty dictionary."""
 
     def __init__(self, functions: Iterable[Any] = ()) -> None:
         self._functions = set(functions)

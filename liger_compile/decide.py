@@ -1,7 +1,7 @@
-"""decide(): what happens to each match. Promises one and two live here: never wrong, never slower.
+"""decide(): decides about each match. It keeps the first two promises: never wrong, never slower.
 
-For every match, larger patterns first: legality in any graph, then the pattern's own check, then profit. The
-first refusal wins and is a sentence. Nothing here edits a graph.
+For every match, larger patterns first, it checks legality in any graph, then the pattern's own check, then profit. The
+first refusal applies and is a sentence. This file does not edit the graph.
 """
 
 from __future__ import annotations
@@ -34,18 +34,18 @@ def decide(
     refused: Mapping[Match, Decision] | None = None,
     strict: bool = False,
 ) -> list[Decision]:
-    """A decision for every match that no larger accepted match contains.
+    """Returns a decision for every match that no larger accepted match contains.
 
     Args:
-        matches: larger patterns first, as find_matches gives them.
-        regions: the modes of the nodes; for a body, those of its calls are in them.
-        policy: "auto" asks profit too, "always" does not, "never" leaves everything.
-        fuel: how many matches may be replaced at most; None is no limit.
-        recompute: False marks nothing as cheap: what would only be marked is left.
-        takes_marks: False where what compiles the graph follows no marks.
-        runs_once: False in the body of a checkpoint, where no loss is replaced.
-        refused: decisions that are made already, for matches that could not be replaced.
-        strict: raise what a pattern's check, profit or saves raises.
+        matches: larger patterns first, in the order of find_matches.
+        regions: the modes of the nodes; for a subgraph, the modes of its calls are included.
+        policy: "auto" calls profit too, "always" does not, "never" replaces nothing.
+        fuel: the largest number of matches that may be replaced; None means no limit.
+        recompute: False marks nothing as cheap: matches that would only be marked are left.
+        takes_marks: False if the compiler of the graph ignores marks.
+        runs_once: False in the subgraph of a checkpoint, where no loss is replaced.
+        refused: existing decisions, for matches that could not be replaced.
+        strict: reraise the exceptions of a pattern's check, profit or saves.
 
     Raises:
         PatternError: under `strict`.
@@ -53,11 +53,11 @@ def decide(
     context = _Context(mutations, regions or Regions(graph), runs_once, policy, recompute, takes_marks)
     consumed: set[Node] = set()
     replaced: set[Node] = set()
-    used = 0  # of the fuel
+    used = 0  # the fuel used so far
     decisions: list[Decision] = []
     for match in matches:
         if consumed & set(match.outputs) or replaced & set(match.nodes):
-            continue  # part of a larger match, or around a smaller one
+            continue  # part of a larger match, or contains a smaller one
         decision = (refused or {}).get(match) or _decision(match, context, strict)
         if decision.kind != "leave" and fuel is not None and fuel <= used:
             decision = Decision(match, "leave", f"liger.fuel={fuel} is used up")
@@ -88,7 +88,7 @@ def _decision(match: Match, context: _Context, strict: bool) -> Decision:
 
 
 def _with_savings(decision: Decision, context: _Context, strict: bool) -> Decision:
-    """The decision with what it saves: nothing, unless something would have been kept for backward."""
+    """Returns the decision with its savings: 0 if nothing would have been kept for backward."""
     match = decision.match
     is_marked = decision.kind == "annotate" or match.pattern.is_cheap
     is_followed = context.recompute and context.takes_marks
@@ -96,7 +96,7 @@ def _with_savings(decision: Decision, context: _Context, strict: bool) -> Decisi
         return replace(decision, saved_bytes=0)
     try:
         return replace(decision, saved_bytes=callbacks.saves(match))
-    except callbacks.PatternError as error:  # the number alone is lost
+    except callbacks.PatternError as error:  # only the number is lost
         if strict:
             raise
         reason = "; ".join(filter(None, (decision.reason, str(error))))
@@ -104,7 +104,7 @@ def _with_savings(decision: Decision, context: _Context, strict: bool) -> Decisi
 
 
 def _verdict(match: Match, context: _Context) -> str | Annotate | None:
-    """Why the match is left, in a sentence; an Annotate where it is only marked; None where it is replaced."""
+    """Returns why the match is left, in a sentence; an Annotate if it is only marked; None if it is replaced."""
     for refuses in LEGALITY:
         if reason := refuses(match, context):
             return reason
@@ -114,7 +114,7 @@ def _verdict(match: Match, context: _Context) -> str | Annotate | None:
         return "liger.policy is 'never'"
     is_only_marked = match.pattern.replace is None
     verdict = None
-    if context.policy == "auto" or is_only_marked:  # profit also says what the mark is for
+    if context.policy == "auto" or is_only_marked:  # profit also returns the reason of a mark
         verdict = callbacks.profit(match)
     if verdict is None and is_only_marked:
         verdict = Annotate("")
@@ -122,7 +122,7 @@ def _verdict(match: Match, context: _Context) -> str | Annotate | None:
 
 
 def _why_unmarked(match: Match, context: _Context) -> Iterator[tuple[str, bool]]:
-    """Why a mark would have no effect, and whether the place is covered all the same, for Inductor does it well."""
+    """Yields why a mark would have no effect, and whether the place counts as covered (Inductor compiles it well)."""
     if not context.runs_once:
         yield "what a checkpoint body recomputes has been decided already", False
     if not context.recompute:
@@ -134,14 +134,15 @@ def _why_unmarked(match: Match, context: _Context) -> Iterator[tuple[str, bool]]
 
 
 def _needs_gradient(match: Match) -> bool:
-    """Whether backward will come through here: not under no_grad, nor where nothing before it is trained."""
+    """Returns whether backward passes through the match: not under no_grad, nor where no input requires a gradient."""
     values = (output.meta.get("example_value") for output in match.outputs)
     return any(isinstance(value, torch.Tensor) and value.requires_grad for value in values)
 
 
 def _without_covered(decisions: list[Decision], consumed: set[Node]) -> list[Decision]:
-    """One decision a place: a refusal says nothing where another pattern replaced it, or a larger one was
-    refused. A failure is always told.
+    """Keeps one decision per place, and every failure.
+
+    Drops a refusal if another pattern replaced the place, or if a larger pattern was refused there.
     """
     told: set[Node] = set()
     kept = []
@@ -169,31 +170,31 @@ class _Context:
         return self.mutations.position[node]
 
     def span(self, match: Match) -> tuple[int, int]:
-        """From the first node that is replaced to where the replacement stands."""
+        """Returns the positions of the first replaced node and of the insertion point of the replacement."""
         return self.position(match.nodes[0]), max(
             self.position(match.nodes[0]), self.position(insertion_point(match, self.position))
         )
 
 
 def captured_nodes(match: Match) -> list[Node]:
-    """The nodes that a replacement reads."""
+    """Returns the nodes that a replacement reads."""
     bound = match.captures.values()
     return [b.node if isinstance(b, Capture) else b for b in bound if isinstance(b, (Capture, Node))]
 
 
 def insertion_point(match: Match, position: Callable[[Node], int]) -> Node:
-    """The node before which the replacement can stand: the first output, or what follows the last capture."""
+    """Returns the node to insert the replacement before: the first output, or the node after the last capture."""
     first = min(match.outputs, key=position)
     writes = (b.written_by for b in match.captures.values() if isinstance(b, Capture) and b.written_by)
     last = max((*captured_nodes(match), *writes), key=position, default=first)
     return first if position(last) < position(first) else last.next
 
 
-# Legality in any graph: each function gives the sentence why not, or None.
+# Legality in any graph: each function returns the reason of a refusal in a sentence, or None.
 
 
 def _refuse_wrapped_tensors(match: Match, context: _Context) -> str | None:
-    """DTensor, Float8 and other wrappers have meanings of their own."""
+    """Refuses DTensor, Float8 and other wrappers, whose operators have other semantics."""
     for node in (*match.operands, *match.nodes):
         value = node.meta.get("example_value")
         if isinstance(value, torch.Tensor) and is_traceable_wrapper_subclass(value):
@@ -211,7 +212,7 @@ def _refuse_several_regions(match: Match, context: _Context) -> str | None:
     regions, position = context.regions, context.position
     if regions.why_uncertain:
         return regions.why_uncertain
-    # Integers and booleans are the same in every region: the positions that a mask is made of.
+    # Integers and booleans, for example the positions that a mask is computed from, are equal in every region.
     floating = [node for node in match.nodes if not _is_of_integers(node)] or match.nodes
     there, own = insertion_point(match, position), regions.of[match.outputs[0]]
     if own.stream is not None:
@@ -252,7 +253,7 @@ def _refuse_mutation(match: Match, context: _Context) -> str | None:
     inner = set(match.nodes) - set(match.outputs)
     made = _made_at(match, context)
     for node in dict.fromkeys((*match.operands, *made, *inner)):
-        # What is captured is read where the replacement stands, and has to be by then what it was when it was made.
+        # The replacement reads captures where it is inserted: they must still have the values that were captured.
         at = context.mutations.write_between(node, made.get(node, first - 1), last + 1)
         if at is not None and not (node in inner and _is_private(node, match, context.mutations)):
             return (
@@ -263,13 +264,13 @@ def _refuse_mutation(match: Match, context: _Context) -> str | None:
         memory = context.mutations.memory(output)
         alias = next((node for node in escaping if memory & context.mutations.memory(node)), None)
         if alias is not None and not context.mutations.is_clean(output):
-            # The result of the replacement is other memory than what stays of the alias.
+            # The result of the replacement does not share memory with the alias that stays.
             return f"{output.name} and {alias.name}, which is used elsewhere too, share memory that is written in place"
     return None
 
 
 def _made_at(match: Match, context: _Context) -> dict[Node, int]:
-    """Since when a captured node is what it is captured as: since it is there, or since the last write into it."""
+    """Returns since when each captured node has its captured value: since its creation, or since the last write."""
     made: dict[Node, int] = {}
     for bound in match.captures.values():
         if isinstance(bound, Capture):
@@ -281,9 +282,9 @@ def _made_at(match: Match, context: _Context) -> dict[Node, int]:
 
 
 def _is_private(node: Node, match: Match, mutations: Mutations) -> bool:
-    """Whether the memory of a value inside of a match is the match's own, made and read there alone.
+    """Returns whether the memory of a value inside a match is made and read by the match alone.
 
-    Then a write into it, which the term knows of, is a step of the computation: `F.silu(gate).mul_(up)`.
+    Then an in-place write into it, which the term includes, is a step of the computation: `F.silu(gate).mul_(up)`.
     """
     memory, inside = mutations.memory(node), set(match.nodes)
     is_lent = any(memory & mutations.memory(other) for other in (*match.operands, *captured_nodes(match)))
@@ -294,11 +295,11 @@ def _is_private(node: Node, match: Match, mutations: Mutations) -> bool:
 
 
 def _refuse_late_captures(match: Match, context: _Context) -> str | None:
-    """The replacement stands after all its captures, so nothing may read an output before that."""
+    """Refuses outputs that are read before the insertion point, since the replacement follows all its captures."""
     at = context.position(insertion_point(match, context.position))
     alive = set(match.escaping())
     for node in reversed(match.nodes):
-        if node in alive:  # and what it is computed from
+        if node in alive:  # and the nodes that compute it
             alive.update(node.all_input_nodes)
     dead = set(match.nodes) - alive
     for output in match.outputs:
@@ -309,7 +310,7 @@ def _refuse_late_captures(match: Match, context: _Context) -> str | None:
 
 
 def _refuse_aliases(match: Match, context: _Context) -> str | None:
-    """What shares memory with an input has to go on sharing it."""
+    """Refuses outputs that share memory with an input: they must continue to share it."""
     memory = context.mutations.memory
     inputs: set[Any] = set().union(*(memory(node) for node in captured_nodes(match)))
     for output in match.outputs:

@@ -1,8 +1,8 @@
-"""`python -m liger_compile demo`: a small Llama on real text, trained three ways and compared.
+"""`python -m liger_compile demo`: trains a small Llama on real text three ways and compares them.
 
-Eager, stock torch.compile and backend="liger" start from the same weights and see the same batches,
-each in a process of its own (demo_process.py), so that each has a peak memory of its own. Everything
-printed was measured in the run that prints it.
+Eager, stock torch.compile and backend="liger" start from the same weights and see the same batches. Each runs in its
+own process (demo_process.py), so that each has its own peak memory. Everything printed is measured in the run that
+prints it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ VARIANTS = ("eager", "torch.compile", "liger")
 
 
 def main(sizes: Sizes, compiler: str = "inductor") -> int:
-    """Runs the demo; 0 if the losses agree and something was replaced."""
+    """Runs the demo; returns 0 if the losses agree and something was replaced, else 1."""
     text = library_source()
     tokens = Vocabulary(text, sizes.vocabulary).encode(text)
     print(_introduction(sizes, len(tokens)))
@@ -52,7 +52,7 @@ def main(sizes: Sizes, compiler: str = "inductor") -> int:
 
 
 class Vocabulary:
-    """The most frequent words, runs of punctuation and runs of blanks of a text; the rest as bytes."""
+    """The most frequent words, runs of punctuation and runs of blanks of a text; all other text as bytes."""
 
     _PIECE = re.compile(r" ?(?:[A-Z]?[a-z]+|[A-Z]+|\d|[^\w\s]+)|\s+|.")
 
@@ -73,13 +73,13 @@ class Vocabulary:
 
 
 def library_source() -> str:
-    """Some millions of letters that every machine with Python has: the standard library's own modules."""
+    """Returns some million characters of text that every Python has: the modules of its standard library."""
     files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
     return "\n".join(file.read_text(encoding="utf-8", errors="replace") for file in files)
 
 
 def inductor_needs() -> str | None:
-    """What Inductor would miss on this machine, if anything."""
+    """Returns what Inductor lacks on this machine, or None."""
     if torch.cuda.is_available():
         return None if importlib.util.find_spec("triton") else "triton is not installed"
     if not any(shutil.which(compiler) for compiler in (os.environ.get("CXX", "g++"), "clang++", "cl")):
@@ -93,12 +93,12 @@ def _run(variant: str, folder: Path, show: Callable[[str, int, str], None]) -> R
     show(variant, 0, "starting" if variant == "eager" else "starting, compiling")
     command = [sys.executable, "-m", "liger_compile.demo_process", variant, str(folder)]
     env = os.environ | {
-        # A cache of its own, or the first step would not show what compiling takes.
+        # An empty cache for each variant, so that the first step includes compilation.
         "TORCHINDUCTOR_CACHE_DIR": str(folder / variant),
         # glibc keeps freed blocks of some MiB, in holes that depend on the order of allocation, which made the
-        # peak of liger 237 MiB where its tensors take 151. With this the two agree within 1 MiB (torch 2.13).
+        # peak of liger 237 MiB where its tensors take 151. With this setting the two agree within 1 MiB (torch 2.13).
         "MALLOC_MMAP_THRESHOLD_": "65536",
-        # Threads that spin while they wait make a step several times slower where other programs run as well.
+        # Threads that spin while they wait make a step several times slower if other programs run too.
         "OMP_WAIT_POLICY": "PASSIVE",
     }
     errors = folder / "stderr"
@@ -164,7 +164,7 @@ computes the logits when somebody reads them.
 
 
 def _curves(runs: Mapping[str, Run], height: int = 9) -> list[str]:
-    """The losses as a table and as a plot; where the curves of a plot meet it shows a star."""
+    """Returns the losses as a table and as a plot; a star marks points where curves coincide."""
     losses = {variant: run.losses for variant, run in runs.items()}
     steps = len(losses["eager"])
     shown = sorted({*range(0, steps, max(steps // 8, 1)), steps - 1})
@@ -209,8 +209,8 @@ def _figures(runs: Mapping[str, Run]) -> list[str]:
 
 
 def _verdict(runs: Mapping[str, Run]) -> tuple[bool, str]:
-    # Where only rounding differs, stock torch.compile stays within 3e-7 of eager over 40 steps in float32
-    # (2 cores, torch 2.13); a missing term in a backward shows in the third digit by then. In bfloat16 one
+    # If only rounding differs, stock torch.compile stays within 3e-7 of eager over 40 steps in float32
+    # (2 cores, torch 2.13); a missing term in a backward changes the third digit by then. In bfloat16 one
     # rounding is 4e-3, and every step rounds the weights.
     bound = 5e-2 if torch.cuda.is_available() else 1e-5
     apart = {variant: _largest_difference(runs[variant], runs["eager"]) for variant in VARIANTS[1:]}

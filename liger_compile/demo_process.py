@@ -1,7 +1,6 @@
-"""One of the demo's processes: trains one variant, tells the parent in lines of JSON what it measured.
+"""One process of the demo: trains one variant, and prints its measurements as lines of JSON for the parent.
 
-Run by demo.py as `python -m liger_compile.demo_process VARIANT FOLDER`, with the sizes and the tokens in
-the folder.
+demo.py runs it as `python -m liger_compile.demo_process VARIANT FOLDER`; the folder has the sizes and the tokens.
 """
 
 from __future__ import annotations
@@ -20,12 +19,12 @@ from typing import Any
 
 import torch
 
-NUM_WARMUP = 3  # steps that compile, fill the optimizer's state and settle the allocator; not measured
+NUM_WARMUP = 3  # steps that compile, create the optimizer's state and warm up the allocator; not measured
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """What is trained, and how long."""
+    """The sizes of the model and of the training run."""
 
     steps: int = 36
     hidden: int = 256
@@ -37,12 +36,12 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Run:
-    """What one process measured."""
+    """The measurements of one process."""
 
     losses: list[float]
-    first_seconds: float  # the first step, and so compiling
+    first_seconds: float  # the first step, with compilation
     step_seconds: float  # median after the warm-up
-    peak_bytes: int  # above what stays resident between steps
+    peak_bytes: int  # above the memory that stays in use between steps
     report: str = ""
     num_replaced: int = 0
 
@@ -114,7 +113,7 @@ def _tell(**message: Any) -> None:
 
 
 class _Memory:
-    """Peak memory from start() on, above what is in use then, between two steps."""
+    """Measures the peak memory since start(), above the memory that is in use at start(), between two steps."""
 
     def __init__(self, device: str) -> None:
         self._device = device
@@ -123,8 +122,8 @@ class _Memory:
     def start(self) -> None:
         if self._device == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        # Compiling leaves freed memory with malloc: hand it back, and let Linux's high-water mark begin
-        # anew at what is resident now. Elsewhere the peak that is reported includes that of compiling.
+        # Compilation leaves freed memory in malloc: return it, and reset Linux's high-water mark to the current
+        # resident memory. On other systems the reported peak includes that of compilation.
         with contextlib.suppress(OSError, AttributeError):
             ctypes.CDLL(None).malloc_trim(0)
             Path("/proc/self/clear_refs").write_text("5")

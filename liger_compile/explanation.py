@@ -1,4 +1,4 @@
-"""explain(): runs a model once under the backend and returns what the backend did with it."""
+"""explain(): runs a model once under the backend and returns a report of each graph."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from liger_compile.report import GraphReport, reports
 
 @dataclass(frozen=True, eq=False)
 class Explanation:
-    """The reports of every graph of one call, in order, and where and why Dynamo broke the call in graphs."""
+    """The reports of all graphs of one call, in order, and the graph breaks of the call with their reasons."""
 
     graphs: tuple[GraphReport, ...]
     graph_breaks: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """Lists, dictionaries, strings and numbers only."""
+        """Returns lists, dictionaries, strings and numbers only."""
         return {"graphs": [graph.to_dict() for graph in self.graphs], "graph_breaks": list(self.graph_breaks)}
 
     def __str__(self) -> str:
@@ -35,22 +35,25 @@ class Explanation:
 
 
 def explain(model: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Explanation:
-    """Runs `model(*args, **kwargs)` once with `backend="liger"` and says what was done with each graph.
+    """Runs `model(*args, **kwargs)` once with `backend="liger"` and returns the reports of its graphs.
 
-    Only the recognising and rewriting is done; nothing goes to Inductor, so this takes seconds, and runs
-    at the speed and with the memory of eager. Buffers and the random state are put back afterwards.
-    Whatever was compiled in this process before is compiled anew at its next call.
+    It only recognizes and rewrites; Inductor does not compile the graphs. So it takes seconds, and runs at the
+    speed and with the memory of eager mode. Afterwards it restores buffers and the random state. It resets Dynamo:
+    everything compiled in this process is compiled again at its next call.
 
     Args:
-        model: a module or function, uncompiled. Training mode and `requires_grad` are taken as they are.
+        model: a module or function, not compiled. Training mode and `requires_grad` stay as they are.
+
+    Returns:
+        An Explanation: a report of each graph, and the graph breaks.
     """
     earlier = reports()
-    torch._dynamo.reset()  # a graph compiled before would not be compiled, and so not reported, again
+    torch._dynamo.reset()  # a graph that was compiled before would not be compiled and reported again
     with _state_restored(model):
         breaks_before = _graph_breaks()
         torch.compile(model, backend="liger", options={"liger.inner": "report"})(*args, **kwargs)
         breaks = _graph_breaks() - breaks_before
-    torch._dynamo.reset()  # nor may the next torch.compile of this model find what was compiled here
+    torch._dynamo.reset()  # the next torch.compile of this model must not reuse these graphs
     graphs = tuple(report for report in reports() if report not in earlier)
     return Explanation(graphs, tuple(_first_sentences(reason) for reason in breaks))
 
@@ -76,7 +79,7 @@ def _state_restored(model: Callable[..., Any]) -> Iterator[None]:
 
 def _first_sentences(reason: str) -> str:
     # "Data-dependent branching\n  Explanation: Detected ...\n\n      The branch ...\n  Hint: ...": the title
-    # and the first line of the explanation say what happened; the rest is advice to Dynamo's own users.
+    # and the first line of the explanation describe the graph break; the rest is advice to users of Dynamo.
     title, _, rest = reason.partition("\n")
     explanation = re.search(r"Explanation: (.*)", rest)
     return f"{title}. {explanation[1]}" if explanation else title

@@ -1,4 +1,4 @@
-"""The one policy for failures of ours: the user's program runs as it came, and the user hears of it once."""
+"""The single policy for internal failures: the user's program runs unchanged, and the user gets one warning."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ T = TypeVar("T")
 
 
 def or_as_it_came(rewritten: Callable[[], T], untouched: Callable[[str], T], *, what: str, strict: bool) -> T:
-    """What `rewritten` gives; where that raises, a warning and what `untouched` gives for the sentence that says why.
+    """Returns the result of `rewritten`; if it raises, warns and returns `untouched` of a sentence with the reason.
 
     Args:
-        what: the subject of that sentence, "the graph".
+        what: the subject of that sentence, for example "the graph".
         strict: raise instead.
     """
     try:

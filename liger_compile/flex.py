@@ -1,9 +1,9 @@
-"""flex_attention as a node of a graph: causal attention within a window, or with capped scores, block by block.
+"""flex_attention as a node of a graph: causal attention within a window, or with capped scores, in blocks.
 
-Dynamo writes torch.nn.attention.flex_attention down as one higher-order op, whose scores and mask are functions of
-positions, and whose block mask is a tuple of integers: for every 128 queries, which 128 keys are seen at all (and by
-all). This file computes that tuple from the window, without the T x T booleans that create_block_mask makes, and calls
-the op. AOTAutograd differentiates it, and Inductor has kernels for it on GPUs.
+Dynamo captures torch.nn.attention.flex_attention as one higher-order op. Its scores and mask are functions of
+positions, and its block mask is a tuple of integers: for every 128 queries, the blocks of 128 keys of which any key (or
+every key) is visible. This file computes that tuple from the window, without the T x T booleans of create_block_mask,
+and calls the op. AOTAutograd differentiates the op, and Inductor has kernels for it on GPUs.
 """
 
 from __future__ import annotations
@@ -17,24 +17,24 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from liger_compile.graphs.guards import sizes_of_one_may_be_guarded
 
-BLOCK_SIZE = 128  # what Inductor's templates are tuned for
+BLOCK_SIZE = 128  # Inductor's templates are tuned for it
 HALF = (torch.float16, torch.bfloat16)
-LARGEST_CAP = 1e3  # 1e-7 of a larger cap would be seen in scores of half precision
-SMALLEST_HEAD = 16  # a product of tiles takes no fewer channels; other sizes than powers of two are padded
+LARGEST_CAP = 1e3  # 1e-7 of a larger cap would be visible in scores of half precision
+SMALLEST_HEAD = 16  # the fewest channels of a tile in a matmul; sizes other than powers of two are padded
 
 
 def windowed_attention(
     q: Tensor, k: Tensor, v: Tensor, *, scale: float, window: int | None = None, softcap: float | None = None
 ) -> Tensor:
-    """softmax(s + mask) @ v, with s = scale * q @ k^T, or softcap * tanh(s / softcap): causal, within a window.
+    """Returns causal softmax(s + mask) @ v within a window; s = scale * q @ k^T, or softcap * tanh(s / softcap).
 
     Args:
         q: (B, H, T, D).
         k: (B, G, T, D), G dividing H.
         v: (B, G, T, E).
-        scale: of the scores.
-        window: query i sees the keys i - window + 1 to i; None is all up to i.
-        softcap: the bound of the scores; None is no bound.
+        scale: multiplies the scores.
+        window: query i sees the keys i - window + 1 to i; None means all keys up to i.
+        softcap: the bound of the scores; None means no bound.
     """
 
     is_half = q.dtype in HALF
@@ -42,7 +42,7 @@ def windowed_attention(
     def score(score, batch, head, query, key):
         if softcap is None:
             return score
-        # With CUDA's tanh forward takes 1.5 times as long, and this is right to about 1e-7 of the cap.
+        # CUDA's tanh makes forward 1.5 times as slow, and this form is accurate to about 1e-7 of the cap.
         if is_half and softcap <= LARGEST_CAP:
             return softcap * (2 * torch.sigmoid(score * (2 / softcap)) - 1)
         return softcap * torch.tanh(score / softcap)
@@ -52,7 +52,7 @@ def windowed_attention(
 
     with sizes_of_one_may_be_guarded(q):
         blocks = _block_mask(q, window, mask)
-    # As torch.nn.attention.flex_attention.flex_attention sets them where it is compiled.
+    # The options that torch.nn.attention.flex_attention.flex_attention sets when compiled.
     options = {
         "BACKEND": "AUTO",
         "PRESCALE_QK": False,
@@ -75,50 +75,50 @@ def _tiles(q: Tensor, v: Tensor) -> dict[str, Any]:
     from liger_compile.kernels.flex_attention import tiles
 
     found = tiles(torch.cuda.get_device_capability(q.device), max(q.shape[-1], v.shape[-1]))
-    # Inductor's kernel for fewer than 128 queries has other tiles, and these would be forced upon it.
+    # Inductor's kernel for fewer than 128 queries uses other tiles; these tiles would be forced upon it.
     return {**found, "BACKEND": "TRITON"} if found else {}
 
 
 def _block_mask(q: Tensor, window: int | None, mask: Callable[..., Tensor]) -> BlockMask:
-    """Blocks are seen in part, or whole; both lie side by side, so that their numbers need no search.
+    """Returns the block mask. Partial and whole blocks are both contiguous ranges, so no search finds their indices.
 
-    Where the length is symbolic, a graph of more than one block is guarded to have more than one, as tensors are.
+    If the length is symbolic, a graph with more than one block is guarded to have more than one, as with tensors.
 
-    Block r of queries sees the keys of the blocks first(r) to r. Whole are those of the `whole` before r, if r
-    itself is complete: all that is causal and near enough for the last query and the first key of a pair of blocks.
+    Block r of queries sees keys of the blocks first(r) to r. If r itself is complete, the `whole` blocks before r are
+    whole: the last query and the first key of such a pair of blocks are causal and within the window.
     """
     length, device = q.shape[-2], q.device
-    at = torch.arange(0, length, BLOCK_SIZE, dtype=torch.int32, device=device)  # where each block begins
+    at = torch.arange(0, length, BLOCK_SIZE, dtype=torch.int32, device=device)  # the start of each block
     block = at // BLOCK_SIZE
     last = block[-1:]
     reach = (
         None if window is None else (window + BLOCK_SIZE - 2) // BLOCK_SIZE
-    )  # how far back some key of a block is seen
+    )  # blocks back in which some key is visible
     whole = (
         None if window is None else max(0, (window - BLOCK_SIZE) // BLOCK_SIZE)
-    )  # and how far back all are
+    )  # blocks back in which every key is visible
 
     first = torch.zeros_like(block) if reach is None else (block - reach).clamp(min=0)
     farthest = last.expand_as(block) if reach is None else torch.minimum(block + reach, last)
     before = block if whole is None else block.clamp(max=whole)
     before = torch.where(
         at + BLOCK_SIZE <= length, before, 0
-    )  # of each block of queries, whole blocks of keys
+    )  # for each block of queries, the number of whole blocks of keys
     after = ((length - at) // BLOCK_SIZE - 1).clamp(min=0)
     after = (
         after if whole is None else after.clamp(max=whole)
-    )  # of each block of keys, whole blocks of queries
+    )  # for each block of keys, the number of whole blocks of queries
 
     nth = block
     begin = block - before
-    # Keys: first to begin - 1 in part, begin to r - 1 whole, r in part.
+    # Keys: first to begin - 1 partial, begin to r - 1 whole, r partial.
     seen = first[:, None] + nth
     keys = torch.where(seen < begin[:, None], seen, seen + before[:, None])
-    # Queries: r in part, the next ones whole, the rest in part.
+    # Queries: r partial, the following blocks whole, the rest partial.
     queries = torch.where(nth == 0, block[:, None], block[:, None] + nth + after[:, None])
 
     def indices(blocks: Tensor) -> Tensor:
-        """What is beyond their number is never read, but may be fetched."""
+        """Returns indices that are valid everywhere: kernels never use those beyond the number, but may fetch them."""
         return torch.minimum(blocks, last)[None, None].contiguous()
 
     def numbers(count: Tensor) -> Tensor:

@@ -1,11 +1,11 @@
-"""The ops as functions. They can be called as they are, and are what the patterns put in a graph.
+"""The ops as functions, callable directly. The replacements of the patterns call them too.
 
-Every function takes plain tensors, returns new ones and supports first derivatives. Half precision in, half
-precision out: computation is in float32, and rounded where the docstring says; float64 in is float64 throughout.
-An ambient autocast changes nothing. What each op computes and saves is in its file in liger_compile/ops/.
+Every function takes plain tensors, returns new tensors and supports first derivatives. Half precision in, half
+precision out: ops compute in float32, and round where the docstring states it; float64 inputs are computed in float64.
+An ambient autocast changes nothing. The file of each op in liger_compile/ops/ states what it computes and saves.
 
-Letters: D model width or head size, R rotated channels, I inner width of an MLP, O its output width, N tokens,
-H hidden width, V vocabulary.
+Letters: D model width or head dimension, R rotated channels, I inner width of an MLP, O its output width, N tokens,
+H hidden size, V vocabulary.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from .ops import validation  # and with it the ops, which register themselves
+from .ops import validation  # also imports the ops, which register themselves
 from .ops.precision import accumulation_dtype
 
 __all__ = [
@@ -40,13 +40,13 @@ def rms_norm(
     offset: float = 0.0,
     casting: Literal["llama", "gemma"] = "llama",
 ) -> Tensor:
-    """Root mean square normalization over the last dimension.
+    """Returns the root mean square normalization of x over the last dimension.
 
     Args:
-        x: (..., D), any floating dtype. Statistics are taken in float32.
+        x: (..., D), any floating dtype. Statistics are computed in float32.
         weight: (D), or None for no weight.
-        eps: added to the mean of squares. None is what it is in `F.rms_norm`, the machine epsilon of the dtype
-            that statistics are taken in.
+        eps: added to the mean of squares. None means the same as in `F.rms_norm`: the machine epsilon of the dtype
+            of the statistics.
         offset: added to the weight, 1.0 for Gemma. Only with casting="gemma".
         casting: where it rounds. "llama": `weight * (x / rms).to(x.dtype)`, as Hugging Face's LlamaRMSNorm.
             "gemma": `(x / rms * (offset + weight)).to(x.dtype)`, as GemmaRMSNorm and, with offset 0, `F.rms_norm`.
@@ -71,11 +71,11 @@ def pre_norm(
     offset: float = 0.0,
     casting: Literal["llama", "gemma"] = "llama",
 ) -> Tensor:
-    """`rms_norm` of a residual stream, in models that backend="liger" compiles for a GPU.
+    """Returns the `rms_norm` of a residual stream, in models that backend="liger" compiles for a GPU.
 
-    Inductor fuses its forward with what is around it; its backward takes the gradients that come in and the one that
-    comes past it, and computes the result again. Elsewhere it is plain PyTorch, and `rms_norm` is faster. Arguments and
-    result as in `rms_norm`, eps a number.
+    Inductor fuses its forward with the adjacent operators. Its backward adds the incoming gradients and the gradient of
+    the residual stream, and recomputes the result. Elsewhere it is plain PyTorch, and `rms_norm` is faster. Arguments
+    and result are those of `rms_norm`; eps must be a number.
     """
     validation.check_norm("pre_norm", x, weight, offset, casting)
     rstd = torch.ops.liger_compile.pre_norm_statistics.default(x, eps)
@@ -91,12 +91,12 @@ def add_rms_norm(
     offset: float = 0.0,
     casting: Literal["llama", "gemma"] = "llama",
 ) -> tuple[Tensor, Tensor]:
-    """Adds the residual and normalizes the sum: `(y, s)` with `s = x + residual`, `y = rms_norm(s, ...)`.
+    """Adds the residual and normalizes the sum: returns `(y, s)` with `s = x + residual`, `y = rms_norm(s, ...)`.
 
     s is rounded to the dtype that x and residual promote to, and y is the norm of the rounded s.
 
     Args:
-        x, residual: (..., D), of one shape.
+        x, residual: (..., D), of equal shape.
         weight, eps, offset, casting: as in `rms_norm`.
 
     Returns:
@@ -120,18 +120,18 @@ def rotary(
     half_tables: bool = False,
     out_dtype: torch.dtype | None = None,
 ) -> Any:
-    """Rotates the first R channels of q, and of k if it is given, and passes the others through.
+    """Rotates the first R channels of q, and of k if given, and copies the other channels.
 
     A pair of channels (a, b) becomes (a * cos_a - b * sin_a, b * cos_b + a * sin_b). Computed in float32, rounded once.
 
     Args:
         q: (..., D).
-        k: (..., D), or None. Heads and leading dimensions need not be those of q.
-        cos, sin: (..., R) with R even and at most D, broadcastable against q and k without enlarging them, laid
-            out as the result is: any numbers, not only a table whose halves are equal. They get no gradient.
-        layout: which channels are a pair. "half": i and R/2 + i. "interleaved": 2i and 2i + 1.
+        k: (..., D), or None. Its heads and leading dimensions may differ from those of q.
+        cos, sin: (..., R) with R even and at most D, broadcastable against q and k without enlarging them, in the
+            layout of the result. Any numbers are valid: the two halves of a table may differ. They get no gradient.
+        layout: the pairs of channels. "half": i and R/2 + i. "interleaved": 2i and 2i + 1.
             "interleaved_to_half": read from 2i and 2i + 1, written to i and R/2 + i, as in DeepSeek-V3.
-        half_tables: cos and sin are (..., R/2) and hold one number for each pair.
+        half_tables: cos and sin are (..., R/2) and have one number for each pair.
         out_dtype: dtype of the result; None is the dtype that x and cos promote to.
 
     Returns:
@@ -156,13 +156,13 @@ def norm_rotary(
     offset: float = 0.0,
     casting: Literal["llama", "gemma"] = "llama",
 ) -> tuple[Tensor, Tensor]:
-    """`rotary(rms_norm(q, q_weight, ...), rms_norm(k, k_weight, ...), cos, sin)` in one pass over q and k.
+    """Returns `rotary(rms_norm(q, q_weight, ...), rms_norm(k, k_weight, ...), cos, sin)`, in one pass over q and k.
 
     Args:
-        q, k: (..., D). Heads need not be as many in both.
+        q, k: (..., D). The numbers of heads may differ.
         q_weight, k_weight: (D), or None for no weight.
         cos, sin: (..., D) with D even, as in `rotary`, layout "half". They get no gradient.
-        eps, offset, casting: as in `rms_norm`, eps a number.
+        eps, offset, casting: as in `rms_norm`; eps must be a number.
 
     Returns:
         q' and k', each in the dtype that its norm and cos promote to.
@@ -178,10 +178,10 @@ def norm_rotary(
 def rotary_complex(q: Tensor, k: Tensor | None = None, freqs: Tensor | None = None) -> Any:
     """Rotates interleaved pairs by complex numbers, as Meta's Llama code does.
 
-    The same as `view_as_real(view_as_complex(q.float().unflatten(-1, (-1, 2))) * freqs).flatten(-2).type_as(q)`.
+    Equals `view_as_real(view_as_complex(q.float().unflatten(-1, (-1, 2))) * freqs).flatten(-2).type_as(q)`.
 
     Args:
-        q, k: as in `rotary`, of one dtype.
+        q, k: as in `rotary`, with equal dtypes.
         freqs: (..., R/2), complex.
 
     Returns:
@@ -196,19 +196,19 @@ def rotary_complex(q: Tensor, k: Tensor | None = None, freqs: Tensor | None = No
 def swiglu(
     gate: Tensor, up: Tensor | None = None, down_weight: Tensor | None = None, down_bias: Tensor | None = None
 ) -> Tensor:
-    """`silu(gate) * up`, and the down projection of that if down_weight is given.
+    """Returns `silu(gate) * up`, or its down projection if down_weight is given.
 
-    With a down projection the product is not kept for backward but computed again.
+    With a down projection, backward recomputes `silu(gate) * up` instead of saving it.
 
     Args:
-        gate: (..., I), or (..., 2I) with the gate in its first half and up in its second, if up is None.
+        gate: (..., I); or, if up is None, (..., 2I) with the gate in its first half and up in its second half.
         up: (..., I), or None.
         down_weight: (O, I), or None for no projection. In the dtype that gate and up promote to.
         down_bias: (O), or None.
 
     Returns:
-        (..., I), or with a down projection (..., O), in the dtype that gate and up promote to. The product is taken
-        in float32 and rounded once; the projection is `F.linear`.
+        (..., I), or with a down projection (..., O), in the dtype that gate and up promote to. `silu(gate) * up` is
+        computed in float32 and rounded once; the projection is `F.linear`.
 
     Source: Shazeer 2020, arXiv 2002.05202.
     """
@@ -223,7 +223,7 @@ def geglu(
     *,
     approximate: Literal["none", "tanh"] = "none",
 ) -> Tensor:
-    """`F.gelu(gate, approximate=approximate) * up`, and the down projection of that; otherwise as `swiglu`."""
+    """Returns `F.gelu(gate, approximate=approximate) * up`, or its down projection; otherwise as `swiglu`."""
     if approximate not in ("none", "tanh"):
         raise ValueError(
             f"geglu: expected approximate 'none' or 'tanh', got {approximate!r}; pass one of the two"
@@ -244,28 +244,28 @@ def cross_entropy(
     softcap: float | None = None,
     z_loss: float = 0.0,
 ) -> Tensor:
-    """`F.cross_entropy(softcap * tanh(logit_scale * logits.float() / softcap), target, ...)`, plus z-loss.
+    """Returns `F.cross_entropy(softcap * tanh(logit_scale * logits.float() / softcap), target, ...)`, plus z-loss.
 
-    Saves the logits and two numbers a token, and makes no float32 copy of the logits.
+    Saves the logits and two numbers per token, and makes no float32 copy of the logits.
 
     Args:
-        logits: (..., V), any floating dtype. Classes are last, unlike in `F.cross_entropy`.
+        logits: (..., V), any floating dtype. Classes are the last dimension, unlike in `F.cross_entropy`.
         target: (...) or (N), or of any shape if logits is (N, V): class indices, int64, one for each row of logits.
         weight: (V), a weight for each class, or None. It gets no gradient.
-        ignore_index: a target that counts for nothing.
-        reduction: "mean" divides by the number of tokens that count, or by the sum of the weights of their classes.
-        label_smoothing: share of the target spread evenly over all classes.
+        ignore_index: the target of tokens that are ignored.
+        reduction: "mean" divides by the number of tokens not ignored, or by the sum of the weights of their classes.
+        label_smoothing: the share of the target that is spread evenly over all classes.
         logit_scale: multiplies the logits.
         softcap: bounds the logits by a tanh, after the scale; None for no bound.
         z_loss: adds z_loss * logsumexp^2 to the loss of a token, weighted by the weight of its class.
 
     Returns:
-        The loss, in float32 (float64 for float64 logits): a scalar, or for "none" of the shape of target. A mean
-        over no tokens is NaN, with gradients of 0.
+        The loss, in float32 (float64 for float64 logits): a scalar, or for "none" a tensor with the shape of target. A
+        mean over no tokens is NaN, with gradients of 0.
 
     Raises:
-        IndexError: a target is no class, on a CPU. A GPU stops with a device-side assertion, as in `F.cross_entropy`:
-            the error is raised where something waits for it.
+        IndexError: a target is not a valid class, on a CPU. A GPU stops with a device-side assertion, as in
+            `F.cross_entropy`: the error is raised at the next synchronization.
     """
     validation.check_loss(
         "cross_entropy",
@@ -308,26 +308,26 @@ def linear_cross_entropy(
     z_loss: float = 0.0,
     memory: int | None = None,
 ) -> Tensor:
-    """`cross_entropy(F.linear(x, weight, bias), target, ...)`, with no more than a chunk of the logits at a time.
+    """Returns `cross_entropy(F.linear(x, weight, bias), target, ...)`, with at most a chunk of the logits in memory.
 
-    With reduction "mean" or "sum" the gradients are made in forward, for the inputs that require one.
+    With reduction "mean" or "sum", forward computes the gradients of the inputs that require one.
 
     Args:
         x: (..., H).
         weight: (V, H), in the dtype of x.
         target: (...) or (N), or of any shape if x is (N, H): class indices, int64, one for each row of x.
         bias: (V), in the dtype of x, or None.
-        class_weight: (V), or None, as weight in `cross_entropy`, whose other arguments mean the same here.
-        memory: bytes for a chunk of the logits, or None for a default: 600 MiB on a GPU. A chunk has 128 tokens at the
-            least, and in half precision more rather than have a sum of weight's gradient in float32 that is larger.
-            In float16 an eighth of it is for products in float32.
+        class_weight: (V), or None; `weight` of `cross_entropy`. Its other arguments have the same meaning here.
+        memory: bytes for a chunk of the logits, or None for a default: 600 MiB on a GPU. A chunk has at least 128
+            tokens. In half precision it has more tokens where longer chunks avoid a float32 sum of the gradient of
+            weight and take less memory than that sum. In float16 an eighth of it is for float32 matmuls.
 
     Returns:
-        The loss, as that of `cross_entropy`. Logits are rounded to the dtype of x, as `F.linear` rounds them.
+        The loss, as in `cross_entropy`. Logits are rounded to the dtype of x, as `F.linear` rounds them.
 
     Raises:
-        IndexError: a target is no class, on a CPU. A GPU stops with a device-side assertion, as in `F.cross_entropy`:
-            the error is raised where something waits for it.
+        IndexError: a target is not a valid class, on a CPU. A GPU stops with a device-side assertion, as in
+            `F.cross_entropy`: the error is raised at the next synchronization.
         RuntimeError: in a backward with create_graph=True.
 
     Source: Hsu et al. 2024, arXiv 2410.10989.

@@ -1,16 +1,16 @@
-"""find_matches(): where a graph computes what the patterns search for. Knows no operator by name.
+"""find_matches(): finds the places where a graph computes a pattern. It names no operator.
 
 Matching has two passes, because a search function is traced for one set of dtypes and shapes at a time:
 
-1. The *skeleton*: search, traced with its examples, against the graph's bare terms. Casts and sizes do not count,
-   so this finds every place that is the same mathematics, and which values its captures would be.
-2. The *exact* match: search, traced again with the dtypes and shapes of these values, against the graph's terms as
-   they are. Now casts count: a place with another rounding is a near miss.
+1. The *skeleton*: search, traced with its examples, is matched against the uncast terms of the graph. This pass ignores
+   casts and sizes, so it finds every place with the same mathematics, and the values that its captures would bind.
+2. The *exact* match: search, traced again with the dtypes and shapes of these values, is matched against the terms of
+   the graph with their casts. Now casts count: a place with other rounding is a near miss.
 
-Where a place nearly is a pattern, and is none, terms/compare.py says what differs, and terms/sentences.py says it.
+For a place that nearly matches a pattern, terms/compare.py finds the difference, and terms/sentences.py describes it.
 
-Products and sums match as multisets. A capture in a product takes the factors that are left over, as long as
-the graph computes their product somewhere.
+Products and sums match as multisets. A capture in a product binds the remaining factors, if the graph computes their
+product somewhere.
 """
 
 from __future__ import annotations
@@ -43,23 +43,23 @@ from liger_compile.terms.sentences import rounding_sentence, sentence, telling
 from liger_compile.terms.term import Term
 from liger_compile.terms.unify import Bindings, Unifier, operands_of
 
-# How many nodes on each side of the first output are tried as a further output, and how many assignments of
-# dtypes for one skeleton: bounds that keep matching linear in the graph.
+# The number of nodes on each side of the first output that are tried as a further output, and the number of assignments
+# of dtypes for one skeleton: bounds that keep matching linear in the graph.
 NEARBY, ASSIGNMENTS = 24, 32
-NEAR_MISS = 0.6  # the share of a pattern that must agree for a place to look like it
-FAULT = 0.03  # what each difference takes off that share
-REGION = 32  # how many nodes a place that looks like a pattern may have
+NEAR_MISS = 0.6  # the share of a pattern that must agree in a near miss
+FAULT = 0.03  # subtracted from that share for each difference
+REGION = 32  # the largest number of nodes of a near miss
 
 
 def find_matches(
     graph: Graph, patterns: Sequence[Pattern], terms: Terms, *, strict: bool = False
 ) -> tuple[list[Match], list[NearMiss]]:
-    """All places where `graph` computes a pattern, larger patterns first, and places that nearly do.
+    """Returns all places where `graph` computes a pattern, larger patterns first, and the near misses.
 
-    Matches may overlap; choosing among them is decide.py's part.
+    Matches may overlap; decide.py chooses among them.
 
     Raises:
-        PatternError: under `strict`, where a search function raises what tensors of another shape do not explain.
+        PatternError: under `strict`, if a search function raises an error that tensors of another shape do not explain.
     """
     index = _Index(graph, terms, strict)
     by_op: dict[str, list[tuple[Pattern, _Skeleton]]] = {}
@@ -69,7 +69,7 @@ def find_matches(
             continue
         by_op.setdefault(skeleton.outputs[0].bare.op, []).append((pattern, skeleton))
 
-    found: list[tuple[tuple[int, int], Match]] = []  # with its operations, without casts and with them
+    found: list[tuple[tuple[int, int], Match]] = []  # with its operations, without and with casts
     failed: list[_Attempt] = []
     taken: set[tuple[Pattern, Node]] = set()
     for node in graph.nodes:
@@ -84,10 +84,10 @@ def find_matches(
             if match is not None:
                 found.append((attempt.size, match))
                 taken.update((pattern, output) for output in match.outputs)
-            elif pattern.replace is not None:  # what would only be marked is no loss to anybody
+            elif pattern.replace is not None:  # a pattern that only marks values reports no near misses
                 failed.append(attempt)
     order = {pattern: rank for rank, pattern in enumerate(patterns)}
-    found.sort(  # of two as large, the one that takes in more of the graph: a bias that is added separately
+    found.sort(  # of two equal sizes, first the match with more nodes: for example with a bias added separately
         key=lambda item: (
             *(-size for size in item[0]),
             -len(item[1].nodes),
@@ -108,8 +108,8 @@ class _Skeleton:
 
     outputs: tuple[Term, ...]
     tensors: tuple[str, ...]  # the tensor captures
-    optional: frozenset[str]  # those that may be absent
-    text: str  # of the first output, the same for patterns that only round differently
+    optional: frozenset[str]  # the tensor captures that may be absent
+    text: str  # of the first output; equal for patterns that differ in rounding only
 
 
 _skeletons: dict[Pattern, _Skeleton] = {}
@@ -128,15 +128,15 @@ def _skeleton(pattern: Pattern) -> _Skeleton:
 
 
 def _traced(pattern: Pattern, tensors: Mapping[str, Any]) -> tuple[Term, ...]:
-    """The terms of search for tensors of these (shape, dtype); None for an absent one."""
+    """Returns the terms of search for tensors with these (shape, dtype); None stands for an absent tensor."""
     captures = dict(pattern.examples)
     for name, described in tensors.items():
         captures[name] = None if described is None else torch.empty(described[0], dtype=described[1])
-    # Shapes that search cannot take are found out by trying; fake tensors log every such error with its trace.
+    # Trying is the only way to find the shapes that search rejects; fake tensors log each such error with its trace.
     log = logging.getLogger("torch._subclasses.fake_tensor")
     disabled, log.disabled = log.disabled, True
     try:
-        # An autocast around the model has put its casts into the graph; search says its own.
+        # An autocast around the model has inserted its casts into the graph; search contains its own casts.
         with without_modes():
             return trace(pattern.search, captures)
     finally:
@@ -147,11 +147,11 @@ def _traced(pattern: Pattern, tensors: Mapping[str, Any]) -> tuple[Term, ...]:
 
 
 class _Index:
-    """What matching asks of a graph again and again."""
+    """The data about a graph that matching reads repeatedly."""
 
     def __init__(self, graph: Graph, terms: Terms, strict: bool = False) -> None:
         self.terms, self.strict = terms, strict
-        self.failures: list[NearMiss] = []  # of search functions
+        self.failures: list[NearMiss] = []  # failures of search functions
         self.last = next(iter(reversed(graph.nodes)))
         self.position = terms.mutations.position
         self.fake_mode = next(
@@ -164,13 +164,13 @@ class _Index:
         )
         self.exact: dict[
             tuple, tuple[Term, ...] | None
-        ] = {}  # searches traced with this graph's symbolic sizes, and those that failed in it
+        ] = {}  # searches traced with the symbolic sizes of this graph, and searches that failed in it
         self.by_op: dict[str, list[Node]] = {}
         for node in graph.nodes:
             term = terms.of[node]
             if isinstance(term, Term) and node not in terms.passes_through:
                 self.by_op.setdefault(term.bare.op, []).append(node)
-        # What a pattern's skeleton is compared with, and a search that was traced for the sizes of a place.
+        # The first compares with the skeleton of a pattern, the second with a search traced for the sizes of a place.
         self.bare, self.sized = (Comparer(self.called, self.inside, has_sizes) for has_sizes in (False, True))
         self.factors = Comparer(self.called, self.inside, takes_rest=False)
         self._node_of: dict[Term, Node | None] = {}
@@ -179,7 +179,7 @@ class _Index:
         self._described: dict[Term, set[tuple[Any, Any]]] = {}
 
     def skeleton(self, pattern: Pattern) -> _Skeleton | None:
-        """None for a pattern whose search fails: it matches nowhere."""
+        """Returns the skeleton, or None for a pattern whose search fails: it matches nowhere."""
         try:
             return _skeleton(pattern)
         except Exception as error:
@@ -187,25 +187,25 @@ class _Index:
             return None
 
     def fails(self, pattern: Pattern, root: Node, error: Exception, score: float = 0.0) -> None:
-        """Notes that the search of a pattern raised at a place."""
+        """Records that the search of a pattern raised at a place."""
         failure = raised(pattern, "search", error)
         if self.strict:
             raise failure
         self.failures.append(NearMiss(pattern, root, root, str(failure), score))
 
     def node_of(self, term: Term) -> Node | None:
-        """The first node that has the value of a term, or of a bare one but for casts."""
+        """Returns the first node with the value of a term; for an uncast term, with its value up to casts."""
         if term not in self._node_of:
             having = (nodes[0] for each in self._rounded(term) if (nodes := self.terms.nodes.get(each)))
             self._node_of[term] = next(having, None)
         return self._node_of[term]
 
     def _rounded(self, term: Term) -> Sequence[Term]:
-        """The term; of a bare one, those that are it but for casts."""
+        """Returns the term; for an uncast term, the terms that equal it up to casts."""
         return (term,) if term.dtype is not None else self.terms.space.same_bare.get(term, ())
 
     def overwritten(self, term: Term) -> Node | None:
-        """The node whose value a term is after a write in place; None for what is as it was made."""
+        """Returns the node whose value a term is after an in-place write; None if nothing wrote into the value."""
         if term not in self._overwritten:
             written = self.terms.written
             found = (written[each] for each in self._rounded(term) if each in written)
@@ -213,12 +213,12 @@ class _Index:
         return self._overwritten[term]
 
     def writer(self, term: Term) -> Node | None:
-        """The node that writes into a value before it is read as `term`."""
+        """Returns the node that writes into a value before it is read as `term`."""
         node = self.overwritten(term)
         return None if node is None else self.terms.mutations.last_write(node)
 
     def inside(self, bare: Term) -> Sequence[Term]:
-        """What a bare term is made of; what an opaque one is, its node knows."""
+        """Returns the operands of an uncast term; for an opaque term, those of its node."""
         if bare not in self._inside:
             self._inside[bare] = self._find_inside(bare)
         return self._inside[bare]
@@ -233,7 +233,7 @@ class _Index:
         return [value.bare for value in values if isinstance(value, Term)]
 
     def called(self, term: Term) -> str:
-        """What a person calls the operation that made `term`, or the input that it is."""
+        """Returns the name, for people, of the operation that made `term`, or of the input that it is."""
         if (writer := self.writer(term)) is not None:
             return f"a write in place ({_name_of(writer)})"
         node = self.node_of(term) if term.op == "leaf" else None
@@ -248,7 +248,7 @@ class _Index:
         return node is not None and node.op in ("call_function", "call_method")
 
     def described(self, bare: Term) -> set[tuple[Any, Any]]:
-        """The (shape, dtype) of every value in the graph, or a cheap step from one, that is `bare` but for casts."""
+        """Returns the (shape, dtype) of each value that is `bare` up to casts, in the graph or one cheap step away."""
         if bare not in self._described:
             self._described[bare] = self._find_described(bare)
         return self._described[bare]
@@ -257,17 +257,17 @@ class _Index:
         same = (term for term in self.terms.space.same_bare.get(bare, ()) if term.dtype is not None)
         found = {(term.shape, term.dtype) for term in same if self.terms.derive(term)}
         if not found and bare.op == "mul" and len(bare.args) == 1 and bare.consts[1] == 1:
-            return self.described(bare.args[0])  # scaled by a number, as -sin is
+            return self.described(bare.args[0])  # scaled by a number, for example -sin
         return found
 
     def formula(self, bindings: Bindings) -> Formula:
-        """Writes the graph's terms, and those of a pattern that is bound like this."""
+        """Returns a formula that writes the terms of the graph, and those of a pattern with these bindings."""
         captures = {term.bare: name for name, term in bindings.items() if isinstance(term, Term)}
         numbers = {name: value for name, value in bindings.items() if isinstance(value, float)}
         return Formula(self.called, self.is_call, captures, numbers)
 
     def region(self, root: Node, captured: set[Term]) -> list[Node]:
-        """`root` and what it is computed from, as far as what is captured, in graph order."""
+        """Returns `root` and the nodes that compute it, up to the captured values, in graph order."""
         found, waiting = {root}, deque([root])
         while waiting and len(found) < REGION:
             for arg in itertools.islice(waiting.popleft().all_input_nodes, REGION):
@@ -279,32 +279,32 @@ class _Index:
         return sorted(found, key=self.position.__getitem__)
 
     def nearby(self, op: str, node: Node) -> Iterable[Node]:
-        """Nodes of this op, the nearest to `node` first."""
+        """Returns nodes of this op, the nearest to `node` first."""
         nodes = self.by_op.get(op, [])
         at = bisect_left(nodes, self.position[node], key=self.position.__getitem__)
         window = nodes[max(0, at - NEARBY) : at + NEARBY]
         return sorted(window, key=lambda other: abs(self.position[other] - self.position[node]))
 
 
-# How Dynamo names an input: l_self_modules_head_parameters_weight_, of self.head.weight.
+# Dynamo's names of inputs: l_self_modules_head_parameters_weight_ for self.head.weight.
 _NAMING = re.compile(
     r"^[lg]_(self_)?(modules_|parameters_|buffers_)?|(?P<inner>_(modules|parameters|buffers)_)|_+$"
 )
 
 
 def _name_of(node: Node) -> str:
-    """What a call calls."""
+    """Returns the name of the function that a node calls."""
     target = node.target
     return target if isinstance(target, str) else getattr(target, "__name__", str(target))
 
 
 def _call_of(node: Node) -> Node:
-    """The call that made a value, of which `node` may be one of several."""
+    """Returns the call that made a value; `node` may be one of several results of the call."""
     is_part = node.target is operator.getitem and node.all_input_nodes
     return node.all_input_nodes[0] if is_part and node.all_input_nodes[0].op != "placeholder" else node
 
 
-# What a search function raises for tensors of shapes that it does not take: then the place is another computation.
+# Errors of a search function for tensors of shapes that it rejects: the place is another computation.
 _OTHER_SHAPES = (RuntimeError, ValueError, TypeError, IndexError, AssertionError)
 
 
@@ -313,7 +313,7 @@ class _Attempt:
 
     def __init__(self, pattern: Pattern, skeleton: _Skeleton, index: _Index, root: Node) -> None:
         self.pattern, self.skeleton, self.index, self.root = pattern, skeleton, index, root
-        self.size = (0, 0)  # of the pattern as it was matched: without casts, and with them
+        self.size = (0, 0)  # the number of operations of the matched pattern: without casts, and with them
         space = index.terms.space
         self._bare = Unifier(space, self._can_bind_bare, is_exact=False)
         self._exact = Unifier(space, self._can_bind_exact, is_exact=True)
@@ -332,7 +332,7 @@ class _Attempt:
         return None
 
     def candidates(self) -> Iterator[tuple[list[Term], tuple[Term, ...], Bindings]]:
-        """For each skeleton match, the bare terms of its outputs, search traced for that, and the bindings."""
+        """Yields for each skeleton match the uncast terms of its outputs, search traced for it, and the bindings."""
         tried: set[tuple] = set()
         of = self.index.terms.of
         for nodes, env in self._outputs(self._bare, [output.bare for output in self.skeleton.outputs]):
@@ -348,9 +348,9 @@ class _Attempt:
     def _outputs(
         self, unifier: Unifier, outputs: Sequence[Term], places: Sequence[Term] | None = None
     ) -> Iterator[tuple[tuple[Node, ...], Bindings]]:
-        """Every way to bind the outputs, one after another, beginning with the root.
+        """Yields every way to bind the outputs, one after another, beginning with the root.
 
-        `places` are the bare terms of the outputs where a skeleton match has found them.
+        `places` are the uncast terms of the outputs if a skeleton match has found them.
         """
 
         def extend(nodes: tuple[Node, ...], env: Bindings) -> Iterator[tuple[tuple[Node, ...], Bindings]]:
@@ -368,7 +368,7 @@ class _Attempt:
         return extend((), {})
 
     def rounded(self) -> tuple[Sequence[Difference], Sequence[Moved], Bindings]:
-        """What the same mathematics has otherwise: its roundings, or its sizes; of the nearest candidate, and that."""
+        """Returns the differences in sizes and in rounding of the nearest skeleton match, and its bindings."""
         have, found = self.index.terms.of[self.root], []
         for _, wanted, env in self.candidates():
             formula = self.index.formula(env)
@@ -378,7 +378,7 @@ class _Attempt:
         return min(found, key=lambda each: len(each[0]) + len(each[1]), default=((), (), {}))
 
     def products(self) -> Sequence[Difference]:
-        """The factors that would be one capture, and whose product the graph computes nowhere."""
+        """Returns the factors that one capture would bind, and whose product the graph does not compute."""
         want, have = self.skeleton.outputs[0].bare, self.index.terms.of[self.root].bare
         comparison = self.index.factors.compare(want, have)
         return [each for each in comparison.differences if each.kind == "rest"] if comparison else ()
@@ -391,11 +391,11 @@ class _Attempt:
     def _can_bind_exact(self, want: Term, have: Term) -> bool:
         if have.op == "none":
             return want.consts[0] in self.skeleton.optional
-        is_like = want.dtype == have.dtype and want.shape == have.shape  # search was traced for just these
+        is_like = want.dtype == have.dtype and want.shape == have.shape  # search was traced for exactly these
         return is_like and self.index.terms.derive(have) is not None
 
     def _assignments(self, env: Bindings) -> Iterator[dict[str, Any]]:
-        """The shapes and dtypes that the captures of a skeleton match may have."""
+        """Yields the shapes and dtypes that the captures of a skeleton match may have."""
         choices = []
         for name in self.skeleton.tensors:
             bare = env.get(name)
@@ -406,7 +406,7 @@ class _Attempt:
         yield from (dict(choice) for choice in itertools.islice(itertools.product(*choices), ASSIGNMENTS))
 
     def _exact_terms(self, tensors: dict[str, Any]) -> tuple[Term, ...] | None:
-        """The terms of search for these; None if it does not take tensors of these shapes."""
+        """Returns the terms of search for these tensors; None if search rejects their shapes."""
         is_static = all(d is None or all(isinstance(size, int) for size in d[0]) for d in tensors.values())
         key = (self.pattern, tuple(tensors.items()))
         traced = self.index.exact if key in self.index.exact or not is_static else _exact
@@ -416,7 +416,7 @@ class _Attempt:
                 name: d if d is None else (tuple(map(self._real_size, d[0])), d[1])
                 for name, d in tensors.items()
             }
-            # As Dynamo does: in 2.11 F.linear takes no symbolic sizes otherwise.
+            # As in Dynamo: in 2.11 F.linear rejects symbolic sizes without it.
             with mode, contextlib.nullcontext() if is_static else enable_python_dispatcher():
                 try:
                     with no_guards(mode):
@@ -427,14 +427,14 @@ class _Attempt:
                     self.index.failures.append(NearMiss(self.pattern, self.root, self.root, reason, 1.0))
                 except _OTHER_SHAPES:
                     traced[key] = None
-                except Exception as error:  # of this graph alone: the next one tells of it again
+                except Exception as error:  # cached for this graph only: the next one reports it too
                     traced = self.index.exact
                     traced[key] = None
                     self.index.fails(self.pattern, self.root, error, score=1.0)
         return traced[key]
 
     def _real_size(self, size: Any) -> Any:
-        """A SymInt for a symbolic size; the graph's own fake mode knows its symbols."""
+        """Returns a SymInt for a symbolic size, made by the graph's own fake mode, which has the symbols."""
         shape_env = getattr(self.index.fake_mode, "shape_env", None)
         return (
             size
@@ -478,7 +478,7 @@ class _Attempt:
     def _between(
         self, outputs: tuple[Node, ...], stops: set[Term]
     ) -> tuple[tuple[Node, ...], tuple[Node, ...]]:
-        """The nodes that compute the outputs from the captures, and the operands where that begins."""
+        """Returns the nodes that compute the outputs from the captures, and the operands that they start from."""
         found: dict[Node, bool] = {}
         stack = list(outputs)
         while stack:
@@ -498,8 +498,8 @@ class _Attempt:
 
 
 def _near_misses(failed: Sequence[_Attempt], matches: Sequence[Match], index: _Index) -> list[NearMiss]:
-    """The best attempt for each place that no match covers, or only a smaller one behind something in between."""
-    covered: dict[Term, float] = {}  # with what the largest match there weighs
+    """Returns the best attempt for each place that no match covers, or only a smaller match behind extra operators."""
+    covered: dict[Term, float] = {}  # the weight of the largest match at each term
     for match in matches:
         weight = index.bare.weight(_skeleton(match.pattern).outputs[0].bare)
         for node in match.nodes:
@@ -533,11 +533,11 @@ def _near_misses(failed: Sequence[_Attempt], matches: Sequence[Match], index: _I
 
 @dataclass(frozen=True, eq=False)
 class _Near:
-    """A place that one pattern nearly is.
+    """A near miss of one pattern.
 
     Args:
-        differences: what its mathematics has otherwise; or where it is the same, `roundings`.
-        region: the nodes from the root to what the captures would be.
+        differences: the differences in mathematics; if there are none, `roundings` are the differences in rounding.
+        region: the nodes from the root to the values that the captures would bind.
     """
 
     attempt: _Attempt
@@ -549,7 +549,7 @@ class _Near:
 
     @staticmethod
     def of(attempt: _Attempt, comparison: Comparison, covered: Mapping[Term, float]) -> _Near | None:
-        """None if it is not near enough, or is no place of its own."""
+        """Returns None if the place is not near enough, or is covered by a match."""
         index, root = attempt.index, attempt.index.terms.of[attempt.root].bare
         weight = index.bare.weight(attempt.skeleton.outputs[0].bare)
         score = comparison.score / weight - FAULT * len(comparison.differences)
@@ -567,7 +567,7 @@ class _Near:
             differences, moves, bindings = attempt.rounded()
             if not differences and not moves:
                 differences, bindings = attempt.products(), comparison.bindings
-        else:  # the first of its outputs is there, which is no near miss of it
+        else:  # the first output of several is present, which is not a near miss
             return None
         if not differences and not moves:
             return None
@@ -580,7 +580,7 @@ class _Near:
 
     @property
     def rank(self) -> tuple[int, float, int]:
-        """Nearest first, and of equals what takes in more; a pattern of several outputs where no simpler one tells."""
+        """The sort key: nearest first, then more captures; patterns of several outputs come after simpler patterns."""
         return len(self.attempt.skeleton.outputs), -self.score, -len(self.bindings)
 
     def told(self) -> NearMiss:
@@ -593,7 +593,7 @@ class _Near:
         return NearMiss(self.attempt.pattern, self.root, culprit, reason, self.score, tuple(self.region))
 
     def _culprit(self, different: Difference) -> Node:
-        """The node that differs: the first that computes it, or what reads it where it comes from elsewhere."""
+        """Returns the first node that computes the different value; if the region has none, a node that reads it."""
         of = self.attempt.index.terms.of
         bare = {node: of[node].bare for node in self.region}
         if different.kind == "power":
@@ -609,13 +609,13 @@ class _Near:
             reads = (n for n in bare for arg in n.all_input_nodes if getattr(of[arg], "bare", None) is term)
             alike = (
                 n for n in bare if bare[n].op == term.op
-            )  # of another shape, before a view was moved through it
+            )  # the same op in another shape, from before a view was moved through it
             if (node := next(itertools.chain(makes, reads, alike), None)) is not None:
                 return node
         return self.root
 
     def _rounding_node(self, different: Moved) -> Node:
-        """The node that rounds, or that computes what should be rounded."""
+        """Returns the node that rounds, or the node whose result should be rounded."""
         of, found = self.attempt.index.terms.of, different.found
         if found is None:
             return self.root

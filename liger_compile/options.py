@@ -1,9 +1,9 @@
 """The options of `torch.compile(model, backend="liger", options={...})`.
 
-In: the `mode` and the `options` that torch.compile hands to a backend. Out: ours, whose names begin with
-"liger.", validated once; and the rest, untouched. The rest is Inductor's: this file does not look at it.
+In: the `mode` and the `options` that torch.compile passes to a backend. Out: our options, whose names begin with
+"liger.", validated once; and Inductor's options, unchanged and not inspected.
 
-`Options` is the one list of what there is. Parsing, the error texts and `describe()` all read its fields.
+`Options` is the single list of the options. Parsing, the error texts and `describe()` all read its fields.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ PREFIX = "liger."
 
 @dataclass(frozen=True)
 class _Kind:
-    """The values that an option takes: `accepts` completes "expected ..."."""
+    """The values that an option accepts: `accepts` completes "expected ..."."""
 
     accepts: str
     contains: Callable[[Any], bool]
@@ -50,13 +50,13 @@ _NAMES = _tuple_of(str, 'a tuple of names such as ("rms_norm.llama", "rotary")')
 
 
 def _option(default: Any, kind: _Kind, help: str, env: str = "") -> Any:
-    """A field of Options. The environment variable `env` stands in where the option is not given."""
+    """Returns a field of Options. The environment variable `env` sets its value where the option is not given."""
     return field(default=default, metadata={"kind": kind, "help": help, "env": env})
 
 
 @dataclass(frozen=True)
 class Options:
-    """What a user may choose. Hashable; `repr(options)` says the same in every process."""
+    """The options that a user can set. Hashable; `repr(options)` is the same in every process."""
 
     policy: str = _option(
         "auto",
@@ -110,16 +110,16 @@ class Options:
 
     @property
     def compiler(self) -> str:
-        """What compiles the rewritten graph: a name that torch knows."""
+        """The compiler of the rewritten graph, by its name in torch."""
         return "eager" if self.inner == "report" else self.inner
 
     @property
     def reported_inner(self) -> str:
-        """What the report is about."""
+        """The compiler that the report describes."""
         return "inductor" if self.inner == "report" else self.inner
 
     def skips(self, name: str) -> bool:
-        """Whether `skip` names this pattern or pass, or its op: "rms_norm" is the op of "rms_norm.llama"."""
+        """Returns whether `skip` names this pattern or pass, or its op: "rms_norm" is the op of "rms_norm.llama"."""
         return name in self.skip or name.partition(".")[0] in self.skip
 
     def notes_on_skip(self, known: Iterable[str]) -> list[str]:
@@ -138,7 +138,7 @@ _FIELDS: Mapping[str, Field[Any]] = {PREFIX + one.name: one for one in fields(Op
 
 
 def parse(mode: str | None, options: Mapping[str, Any] | None) -> tuple[Options, dict[str, Any]]:
-    """Ours and Inductor's, of what torch.compile handed over. Raises ValueError for a wrong one of ours."""
+    """Splits the arguments of torch.compile into ours and Inductor's. Raises ValueError for an invalid one of ours."""
     ours = {key: value for key, value in (options or {}).items() if key.startswith(PREFIX)}
     inductors = {key: value for key, value in (options or {}).items() if key not in ours}
 
@@ -155,7 +155,7 @@ def parse(mode: str | None, options: Mapping[str, Any] | None) -> tuple[Options,
 
 
 def describe() -> str:
-    """The options for a person, two lines each."""
+    """Returns the options as text for people, two lines each."""
     lines = []
     for key, one in _FIELDS.items():
         env = f" Environment: {one.metadata['env']}." if one.metadata["env"] else ""

@@ -1,13 +1,14 @@
-"""Graph outputs that may never be read: logits beside a loss that does without them. With rewrite.py and remat.py the
-only file that edits a graph.
+"""Defers graph outputs that may never be read: logits beside a loss that does not need them.
 
-    logits_in()  outputs that are logits of a loss in the graph
-    take_out()   before matching: returns the hidden state in their place, so that nothing in the graph needs them
-    settle()     after rewriting: where head and loss were not fused, they come back
-    filling()    after each call of what was compiled: puts a tensor in their place that computes them if it is read
+Besides this file, only rewrite.py and remat.py edit a graph.
 
-Left in the graph, logits that nobody reads would cost their memory until the end of the step, and as much again for
-their gradient: AOTAutograd makes one of zeros for every output that is not used.
+    logits_in()  returns the outputs that are logits of a loss in the graph
+    take_out()   before matching: returns the hidden state in their place, so that no node in the graph needs them
+    settle()     after rewriting: restores them where head and loss were not fused
+    filling()    after each call of the compiled graph: returns in their place a tensor that computes them when read
+
+Logits that stay in the graph unread would keep their memory until the end of the step, and as much again for their
+gradient: AOTAutograd materializes zeros as the gradient of every unused output.
 """
 
 from __future__ import annotations
@@ -28,43 +29,43 @@ from liger_compile.runtime.promise import Recipe
 from liger_compile.terms.build import Terms
 from liger_compile.terms.term import Term
 
-# On the way from a head to its loss, or to an output. All logits stay there.
+# Steps from a head to its loss, or to an output. With these steps the values still count as logits.
 _STEPS = ("cast", "view", "slice", "permute", "mul", "add", "tanh")
 MOST_NODES = (
-    64  # from the head to such an output: what is further away takes longer to compute late than to keep
+    64  # nodes from the head to such an output: beyond that, computing it late takes longer than keeping it
 )
 _ADVICE = (
     "read them before the weights change, or compile with "
     'options={"liger.logits": "eager"} to have them computed in the compiled graph'
 )
 
-_MOST_LIKES = 1024  # lengths of sequences, say: so many are remembered
+_MOST_LIKES = 1024  # layouts (for example sequence lengths) that are remembered
 
 
 @dataclass(frozen=True)
 class Logits:
-    """An output that is logits, and how it is computed."""
+    """An output that is logits, and the nodes that compute it."""
 
     output: Node
-    hidden: Node  # what the head reads
+    hidden: Node  # the operand of the head
     head: Node  # the linear layer
-    nodes: tuple[Node, ...]  # from there to the output, in graph order
+    nodes: tuple[Node, ...]  # from the head to the output, in graph order
 
 
 @dataclass(frozen=True)
 class Deferred:
-    """An output that has been taken out of a graph, and how to compute it."""
+    """An output that was taken out of a graph, and the recipe to compute it."""
 
     positions: tuple[int, ...]  # among the outputs
-    head: Node  # the linear layer that it comes from
-    recipe: Graph  # of the hidden state, then of inputs of the graph
+    head: Node  # the linear layer that computes it
+    recipe: Graph  # its placeholders: the hidden state, then inputs of the graph
     inputs: tuple[Node, ...]  # these inputs
-    originals: Mapping[Node, Node]  # what a node of the recipe is a copy of
-    autocast: tuple[str, torch.dtype] | None  # that the head runs under
+    originals: Mapping[Node, Node]  # from a node of the recipe to the node that it copies
+    autocast: tuple[str, torch.dtype] | None  # the autocast of the head
 
 
 def logits_in(graph: Graph, terms: Terms) -> list[Logits]:
-    """The outputs that are logits of a loss in `graph`, and can be computed later."""
+    """Returns the outputs that are logits of a loss in `graph` and can be computed later."""
     losses = [t for t in terms.of.values() if isinstance(t, Term) and t.op == "cross_entropy"]
     if not losses:
         return []
@@ -76,7 +77,7 @@ def logits_in(graph: Graph, terms: Terms) -> list[Logits]:
     sharing = Counter(storage for node in dict.fromkeys(nodes) for storage in storages_of(node))
     for node in dict.fromkeys(nodes):
         if any(sharing[storage] > 1 for storage in storages_of(node)):
-            continue  # a view of it is returned too, and has to stay one
+            continue  # a view of it is returned too, and must stay a view
         term = terms.of.get(node)
         head = head_of.get(term.bare) if isinstance(term, Term) else None
         if head is not None and head in heads and (logits := _walk(node, head, terms)) is not None:
@@ -85,7 +86,7 @@ def logits_in(graph: Graph, terms: Terms) -> list[Logits]:
 
 
 def _heads(terms: Iterable[Term]) -> dict[Term, Term]:
-    """Of terms that are given arguments first: the linear layer that each is computed from by steps alone."""
+    """Maps each term to the linear layer it is computed from by _STEPS alone. `terms` lists arguments first."""
     heads: dict[Term, Term] = {}
     for term in terms:
         if term.op == "linear":
@@ -98,7 +99,7 @@ def _heads(terms: Iterable[Term]) -> dict[Term, Term]:
 
 
 def _walk(output: Node, head: Term, terms: Terms) -> Logits | None:
-    """The way from the hidden state to `output`, if it can be gone again, later."""
+    """Returns the path from the hidden state to `output`, or None if it cannot run again later."""
     recipe: set[Node] = set()
     hidden: Node | None = None
     stack = [output]
@@ -123,9 +124,9 @@ def _walk(output: Node, head: Term, terms: Terms) -> Logits | None:
 
 
 def _is_same_later(nodes: Sequence[Node], head: Node, terms: Terms) -> bool:
-    """Whether what these nodes read is at the end what it was for them, and all of them run in the head's modes."""
+    """Returns whether the operands of these nodes keep their values to the end, and run in the head's modes."""
     inputs = [arg for node in nodes[1:] for arg in node.all_input_nodes]
-    # Of the steps after a head autocast changes none.
+    # Autocast changes none of the steps after a head.
     regions = {replace(terms.regions.of[node].meaning, autocast=()) for node in nodes[1:]}
     is_certain = terms.regions.of[head].unknown is None and not terms.regions.why_uncertain
     return is_certain and len(regions) == 1 and all(map(terms.mutations.is_as_made, (nodes[0], *inputs)))
@@ -140,7 +141,7 @@ def _can_run_again(node: Node, value: Any, terms: Terms) -> bool:
 
 
 def take_out(found: Sequence[Logits], terms: Terms) -> list[Deferred]:
-    """Returns the hidden state in their place, and erases what nobody needs any more."""
+    """Returns the hidden state in place of the logits, and erases the nodes that become unused."""
     if not found:
         return []
     graph = found[0].output.graph
@@ -164,7 +165,7 @@ def _deferred(logits: Logits, positions: Sequence[int], terms: Terms) -> Deferre
     given = dict.fromkeys(arg for node in nodes for arg in node.all_input_nodes if arg.op == "placeholder")
     inputs = tuple(node for node in given if node is not hidden)
     copies.update((node, recipe.placeholder(node.name)) for node in inputs)
-    for node in nodes:  # another node may have the value of the hidden state
+    for node in nodes:  # another node may have the same value as the hidden state
         copies[node] = recipe.node_copy(node, lambda arg: copies.get(arg, copies[hidden]))
     recipe.output(copies[output])
     autocast = terms.regions.of[logits.head].autocast_on(logits.head.meta["example_value"].device.type)
@@ -173,7 +174,7 @@ def _deferred(logits: Logits, positions: Sequence[int], terms: Terms) -> Deferre
 
 
 def _return(graph: Graph, values: Mapping[int, Node | None]) -> None:
-    """Returns these at these positions among the outputs."""
+    """Replaces the outputs of the graph at these positions."""
     output = graph.output_node()
     (outputs,) = output.args
     assert isinstance(outputs, tuple)
@@ -181,10 +182,10 @@ def _return(graph: Graph, values: Mapping[int, Node | None]) -> None:
 
 
 def settle(graph: Graph, deferred: Sequence[Deferred], is_dropped: bool) -> list[Filled]:
-    """What to put in the place of outputs whose head is gone from `graph`; the other outputs come back.
+    """Returns the fillers of outputs whose head is no longer in `graph`; restores the other outputs.
 
     Args:
-        is_dropped: None is put there.
+        is_dropped: fill these outputs with None.
     """
     placeholders = {node: at for at, node in enumerate(graph.find_nodes(op="placeholder"))}
     found = []
@@ -206,9 +207,9 @@ def settle(graph: Graph, deferred: Sequence[Deferred], is_dropped: bool) -> list
 
 
 def _put_back(graph: Graph, deferred: Deferred) -> Node:
-    """Computes the output in the graph again, as far as it is gone."""
+    """Computes the output in the graph again, copying the nodes that were erased."""
     outputs: Any = graph.output_node().args[0]
-    hidden = outputs[deferred.positions[0]]  # what stands in for it now
+    hidden = outputs[deferred.positions[0]]  # the hidden state is returned in its place now
     ends, *nodes = reversed(deferred.recipe.nodes)
     there: dict[Node, Node] = {}
     given = iter((hidden, *deferred.inputs))
@@ -217,7 +218,7 @@ def _put_back(graph: Graph, deferred: Deferred) -> Node:
             there[node] = next(given)
         elif not (original := deferred.originals[node])._erased:
             there[node] = original
-        else:  # as early as it can, in the modes of the head
+        else:  # as early as possible, in the modes of the head
             with graph.inserting_after(max(deferred.head, *map(there.__getitem__, node.all_input_nodes))):
                 there[node] = graph.node_copy(node, there.__getitem__)
     (output,) = ends.all_input_nodes
@@ -226,12 +227,12 @@ def _put_back(graph: Graph, deferred: Deferred) -> Node:
 
 @dataclass(frozen=True)
 class Filled:
-    """Stands in for an output, call for call."""
+    """Fills an output in each call."""
 
     positions: tuple[int, ...]
-    inputs: tuple[int, ...]  # which of the graph's inputs the recipe takes after the hidden state
-    recipe: Recipe | None  # None puts None there
-    likes: dict[Any, Tensor] = field(default_factory=dict)  # what the output looks like, by what decides that
+    inputs: tuple[int, ...]  # graph inputs that the recipe takes after the hidden state
+    recipe: Recipe | None  # None fills the output with None
+    likes: dict[Any, Tensor] = field(default_factory=dict)  # a meta tensor like the output, by `_layout`
 
     def __str__(self) -> str:
         which = ", ".join(map(str, self.positions))
@@ -242,7 +243,7 @@ class Filled:
         )
 
     def fill(self, outputs: list[Any], inputs: Sequence[Any]) -> None:
-        """Puts a LazyTensor where the hidden state was returned."""
+        """Puts a LazyTensor in place of the returned hidden state."""
         made = None
         if self.recipe is not None:
             arguments = (outputs[self.positions[0]], *(inputs[i] for i in self.inputs))
@@ -253,14 +254,14 @@ class Filled:
                 self.likes[key] = _like(self.recipe, arguments)
             with (
                 torch.enable_grad()
-            ):  # as at the head, whatever the caller's mode is: else nothing is deferred
+            ):  # as at the head, in any mode of the caller: otherwise nothing is deferred
                 made = lazy(self.recipe, self.likes[key], *arguments)
         for position in self.positions:
             outputs[position] = made
 
 
 def _layout(argument: Any) -> Any:
-    """What the shape, strides and dtype of a result may depend on: the same of a tensor, and a size."""
+    """Returns what the shape, strides and dtype of a result depend on: those of a tensor argument, or a size."""
     if isinstance(argument, Tensor):
         return argument.shape, argument.stride(), argument.dtype
     return argument if isinstance(argument, int) else type(argument)
@@ -280,7 +281,7 @@ def _like(recipe: Recipe, arguments: Sequence[Any]) -> Tensor:
 
 
 def filling(compiled: Callable[..., Any], filled: Sequence[Filled]) -> Callable[..., Any]:
-    """`compiled`, with its outputs filled in."""
+    """Returns `compiled` with its outputs filled."""
     if not filled:
         return compiled
 

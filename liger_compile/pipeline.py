@@ -1,9 +1,9 @@
-"""The steps in order, for a Dynamo graph and the graphs that it calls.
+"""Runs the steps in order, on a Dynamo graph and its subgraphs.
 
     terms -> match -> decide -> rewrite -> outputs -> recompute
 
-In: a Dynamo GraphModule. Out: the same one, rewritten, with a report and with what the steps learned of its inputs. A
-step hands on values and imports no other step; this is the only place that knows their order.
+In: a Dynamo GraphModule. Out: the same module, rewritten, with a report and the facts that the steps inferred about its
+inputs. A step returns values and imports no other step; only this file defines the order of the steps.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ Assumptions = Mapping[str, specialize.Expected]
 
 @dataclass(frozen=True)
 class Rewritten:
-    """A graph that is ready to be compiled, and what the steps learned about it.
+    """A graph that is ready to be compiled, with the facts that the steps inferred about it.
 
     Args:
         filled: outputs that are not computed in the graph.
-        padding: names of inputs that are padding; if they were ones, more of attention would be known.
-        masks: names of inputs that are masks of attention and were made elsewhere.
-        backward: what is done to the graph of backward; None is nothing.
+        padding: names of inputs that are padding masks; more of attention would be known if they were all ones.
+        masks: names of inputs that are attention masks and were built outside the graph.
+        backward: the changes to the graph of backward; None means no changes.
     """
 
     gm: GraphModule
@@ -61,14 +61,14 @@ class Rewritten:
 
 @dataclass
 class _Found:
-    """What the steps have found so far, over all graphs."""
+    """The findings of the steps so far, over all graphs."""
 
     decisions: list[Decision] = field(default_factory=list)
     near_misses: list[NearMiss] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     attention: list[Note] = field(default_factory=list)
     filled: list[Filled] = field(default_factory=list)
-    # By graph that is called: what each call hands in, and the modes of each call.
+    # By subgraph: the operands of each call, and the modes of each call.
     arguments: dict[GraphModule, list[tuple[Any, ...]]] = field(default_factory=dict)
     called_in: dict[GraphModule, list[Region]] = field(default_factory=dict)
 
@@ -80,14 +80,14 @@ def rewritten(
     options: Options,
     inductor_options: Mapping[str, Any],
 ) -> tuple[Rewritten, tuple[Assumptions, Rewritten] | None]:
-    """Rewrites a copy of `gm` for all calls; another for calls that are as most calls are, if more is replaced there.
+    """Rewrites a copy of `gm` for all calls, and a second copy for typical calls if more is replaced in that copy.
 
     Args:
-        example_inputs: those of the first call.
-        patterns: larger ones first.
+        example_inputs: the inputs of the first call.
+        patterns: larger patterns first.
 
     Returns:
-        The graph for all calls; and what the other takes for granted, and that graph, or None.
+        The generic graph; and the assumptions of the specialized graph with that graph, or None.
     """
     describe_operands(gm)
     generic = run_steps(specialize.copied(gm), patterns, options, inductor_options)
@@ -105,7 +105,7 @@ def rewritten(
 def run_steps(
     gm: GraphModule, patterns: Sequence[Pattern], options: Options, inductor_options: Mapping[str, Any]
 ) -> Rewritten:
-    """Rewrites `gm` and the graphs that it calls, in place."""
+    """Rewrites `gm` and its subgraphs, in place."""
     start, why_logits_stay = time.perf_counter(), _why_logits_stay(options, inductor_options)
     modules, once, found = _graphs(gm), _running_once(gm), _Found()
     for module in modules:
@@ -179,7 +179,7 @@ def _rewrite_one(
         strict=options.strict,
     )
     found.filled.extend(settle(graph, deferred, is_dropped=options.logits == "none"))
-    if runs_once and options.recompute == "auto":  # in a checkpoint the user has decided already
+    if runs_once and options.recompute == "auto":  # a checkpoint already fixes what is recomputed
         mark_for_recompute(decisions)
     if is_top and options.policy != "never":
         keep_what_written_inputs_give(graph, mutations)
@@ -188,7 +188,7 @@ def _rewrite_one(
 
 
 def _why_read(region: Region, options: Options) -> str | None:
-    """Why logits that are computed in these modes are likely to be read, in a sentence."""
+    """Returns why logits that are computed in these modes are likely to be read, in a sentence."""
     if options.logits == "auto" and not region.has_gradients:
         return "gradients are off, so it is an evaluation, which is likely to read them"
     return None
@@ -199,7 +199,7 @@ def _left(fuel: int | None, decisions: Sequence[Decision]) -> int | None:
 
 
 def _graphs(gm: GraphModule) -> list[GraphModule]:
-    """`gm`, and the bodies in it that are rewritten as well; each once, and after all that call it."""
+    """Returns `gm` and the subgraphs that are rewritten too; each graph once, after all graphs that call it."""
     finished: dict[GraphModule, None] = {}
 
     def visit(module: GraphModule) -> None:
@@ -213,9 +213,9 @@ def _graphs(gm: GraphModule) -> list[GraphModule]:
 
 
 def _running_once(gm: GraphModule) -> set[GraphModule]:
-    """`gm` and the bodies of nested regions, which are layers; without checkpoints, and what they call."""
+    """Returns `gm` and the subgraphs of nested regions (layers); checkpoints and their subgraphs are left out."""
     twice: set[GraphModule] = set()
-    modules = _graphs(gm)  # all that call a body before it
+    modules = _graphs(gm)  # callers come before the subgraphs that they call
     for module in modules:
         for call, body in _calls(module):
             if module in twice or call.target is not torch.ops.higher_order.invoke_subgraph:
@@ -224,7 +224,7 @@ def _running_once(gm: GraphModule) -> set[GraphModule]:
 
 
 def _calls(module: GraphModule) -> Iterator[tuple[Node, GraphModule]]:
-    """The calls of bodies in a graph."""
+    """Yields the calls of subgraphs in a graph."""
     for node in module.graph.nodes:
         if node.op != "call_function" or getattr(node.target, "__name__", "") not in BODIES:
             continue
@@ -235,7 +235,7 @@ def _calls(module: GraphModule) -> Iterator[tuple[Node, GraphModule]]:
 
 
 def _why_logits_stay(options: Options, inductor_options: Mapping[str, Any]) -> str | None:
-    """Why logits that are returned beside their loss stay among the outputs of the graph, in a sentence."""
+    """Returns why logits that are returned beside their loss stay outputs of the graph, in a sentence."""
     if options.logits == "eager":
         return "liger.logits is 'eager'"
     if options.logits == "auto" and uses_cudagraphs(options.mode, inductor_options):
@@ -244,7 +244,7 @@ def _why_logits_stay(options: Options, inductor_options: Mapping[str, Any]) -> s
 
 
 def _backward_plan(options: Options, fuel: int | None, report: GraphReport) -> BackwardPlan | None:
-    """What is done to the graph of backward; the report hears of it."""
+    """Returns the changes to the graph of backward; the plan adds the applied changes to the report."""
     if "never" in (options.policy, options.backward_passes):
         return None
 

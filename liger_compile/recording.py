@@ -1,11 +1,11 @@
-"""Runs a function on fake tensors and records what it calls, as nodes of a graph and as effects.
+"""Runs a function on fake tensors and records its calls as nodes of a graph, and its effects as faults.
 
-In: a graph, the node before which to record, the values that the function may use. Out: every torch function that it
-calls as a node with meta["example_value"] (a node without it would switch AOTAutograd's cache off), and `faults`: what
-the function does besides computing new tensors, each in a few words that complete "the function ...".
+In: a graph, the node before which to record, and the values that the function may use. Out: every called torch function
+as a node with meta["example_value"] (a node without it would disable AOTAutograd's cache), and `faults`: the effects of
+the function besides computing new tensors, each in a few words that complete "the function ...".
 
-A replacement stands for a computation that writes nothing and returns memory of its own; what does more is no
-replacement for it. `registry.py` asks for the examples of a pattern, and `rewrite.py` for each place.
+A replacement stands for a computation that writes nothing and returns new memory, so it must have no other effects.
+`registry.py` checks this for the examples of a pattern, and `rewrite.py` for each place.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from liger_compile.terms.term import size_of
 
 _META = ("stack_trace", "nn_module_stack", "source_fn_stack")
 
-# What a torch function may return besides tensors: what it says about one.
+# The non-tensor values that a torch function may return: facts about a tensor.
 _FACTS = (
     bool,
     int,
@@ -43,7 +43,7 @@ _FACTS = (
 )
 _FACTS += (torch.layout, torch.memory_format, torch.Size)
 
-# What a function that returns nothing does, where its name does not say it.
+# The effects of functions that return nothing, where the name does not state the effect.
 _SWITCHES = {"_set_grad_enabled": "switches gradients on or off (detach() leaves one value without)"}
 
 
@@ -56,17 +56,17 @@ class Recorder(TorchFunctionMode):
         self.meta = {key: like.meta[key] for key in _META if key in like.meta}
         self.node_of: dict[int, Node] = {}
         self.inserted: list[Node] = []
-        self.alive: list[Any] = []  # ids are only unique among living objects
+        self.alive: list[Any] = []  # keeps objects alive, since ids are unique only among living objects
         self.captures: dict[str, torch.Tensor] = {}
         self.faults: list[str] = []
-        self.writers: list[str] = []  # the torch functions that write into anything
-        self.random: list[str] = []  # and the operators that draw random numbers
+        self.writers: list[str] = []  # the torch functions that write in place
+        self.random: list[str] = []  # the operators that draw random numbers
 
     def knows(self, name: str, value: Any, node: Node) -> Any:
-        """Remembers which node has `value`, which the function knows as `name`, and returns what to hand to it.
+        """Records that `node` has `value`, which the function calls `name`. Returns the value to pass to the function.
 
-        That is the same memory in a tensor of its own: the same fake tensor may be the value of several nodes, and
-        what the function does to a tensor's shape or version does not reach the graph's.
+        The returned tensor is new and shares the memory: one fake tensor may be the value of several nodes, and the
+        function's changes to a tensor's shape or version must not reach the graph's tensor.
         """
         if isinstance(value, torch.Tensor):
             needs_grad = value.requires_grad
@@ -77,7 +77,7 @@ class Recorder(TorchFunctionMode):
         return value
 
     def watching(self) -> TorchDispatchMode:
-        """A mode to run the function in as well: writes into captures that no torch function shows become faults."""
+        """Returns a second mode to run the function in: in-place writes below the torch functions become faults."""
         return _Writes(self)
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -107,7 +107,7 @@ class Recorder(TorchFunctionMode):
         return node
 
     def _insert_effect(self, func: Any, args: Any, kwargs: Any) -> None:
-        """Of a function that returns nothing: x[i] = y. It writes, or it is none that a graph can have."""
+        """Records a function that returns nothing, such as x[i] = y. A fault unless it writes in place."""
         has_known = any(id(leaf) in self.node_of for leaf in tree_leaves((args, kwargs)))
         node = self._insert(func, args, kwargs, None) if has_known else None
         if node is None or not list(written_arguments(node)):
@@ -121,12 +121,12 @@ class Recorder(TorchFunctionMode):
                 self.wrote(name, _name(node.target))
 
     def captures_in(self, storages: Iterable[Any]) -> list[str]:
-        """The captures in these storages."""
+        """Returns the captures in these storages."""
         known = set(storages) - {None}
         return [name for name, value in self.captures.items() if storage_of(value) in known]
 
     def wrote(self, name: str, by: str) -> None:
-        """The function writes into a capture."""
+        """Records the fault that the function writes into a capture."""
         self.faults.append(f"writes into its argument {name!r}, by {by}")
 
     def _made(self, func: Any, args: tuple, kwargs: dict, values: Any) -> Node:
@@ -161,7 +161,7 @@ class Recorder(TorchFunctionMode):
         return value
 
     def _body(self, function: FunctionType) -> Node:
-        """A function that a higher-order op is given: a submodule, as Dynamo has it."""
+        """Adds a function that is passed to a higher-order op as a submodule, as Dynamo does."""
         owner = self.graph.owning_module
         assert owner is not None
         name = next(
@@ -176,7 +176,7 @@ class Recorder(TorchFunctionMode):
         return node
 
     def _size(self, value: torch.SymInt) -> Node:
-        """A node for a symbolic size: the size of a tensor that the replacement knows."""
+        """Returns a node for a symbolic size: the size of a tensor that the replacement has."""
         for tensor in [each for each in self.alive if isinstance(each, torch.Tensor)]:
             for dim, size in enumerate(tensor.shape):
                 if isinstance(size, torch.SymInt) and size_of(size) == size_of(value):
@@ -187,7 +187,7 @@ class Recorder(TorchFunctionMode):
         raise ValueError(f"no input of the replacement has the symbolic size {value} that it uses")
 
     def undo(self) -> None:
-        """Takes out what was inserted."""
+        """Erases the inserted nodes."""
         for node in reversed(self.inserted):
             self.graph.erase_node(node)
             if node.op == "get_attr":
@@ -195,7 +195,7 @@ class Recorder(TorchFunctionMode):
 
 
 class _Writes(TorchDispatchMode):
-    """Sees each operator below the torch functions, where a schema says what it writes."""
+    """Records the writes of each operator below the torch functions, from its schema."""
 
     supports_higher_order_operators = True
 
@@ -216,7 +216,7 @@ class _Writes(TorchDispatchMode):
 
 
 def _written(func: torch._ops.OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[Any]:
-    """What an operator is given to write into."""
+    """Yields the arguments that an operator writes into."""
     for position, argument in enumerate(func._schema.arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:
             yield args[position] if position < len(args) else kwargs.get(argument.name)
@@ -227,11 +227,11 @@ def _is_random(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> boo
         return False
     arguments = [argument.name for argument in func._schema.arguments]
     values = {**dict.fromkeys(arguments, 0), **dict(zip(arguments, args, strict=False)), **kwargs}
-    return values.get("dropout_p") != 0  # attention, which draws none without dropout, has the tag as well
+    return values.get("dropout_p") != 0  # attention has the tag too, but draws no numbers without dropout
 
 
 def _overload(packet: torch._ops.OpOverloadPacket, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    """The overload that a packet calls for these values; the packet itself where that cannot be told."""
+    """Returns the overload that a packet calls for these values; the packet itself if that is unknown."""
     names = packet.overloads()
     if len(names) == 1:
         return getattr(packet, names[0])
@@ -243,7 +243,7 @@ def _overload(packet: torch._ops.OpOverloadPacket, args: Sequence[Any], kwargs: 
 
 
 def _name(func: Any) -> str:
-    """What a person calls a torch function: "relu_", "Tensor.data"."""
+    """Returns the name of a torch function for people: "relu_", "Tensor.data"."""
     if isinstance(func, torch._ops.OpOverload):
         return func.overloadpacket.__name__
     if isinstance(func, str):
@@ -253,7 +253,7 @@ def _name(func: Any) -> str:
 
 
 def _without_gradients(func: Any, args: tuple, kwargs: dict) -> Any:
-    """The result of a higher-order op, which would trace the gradient of its body where only shapes are wanted."""
+    """Runs a higher-order op without gradients: only shapes are needed, and it would trace the gradient too."""
     tensors = [each for each in tree_leaves((args, kwargs)) if isinstance(each, torch.Tensor)]
     needs_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
     with torch.no_grad():
@@ -263,13 +263,13 @@ def _without_gradients(func: Any, args: tuple, kwargs: dict) -> Any:
         )
 
 
-# What comes out --------------------------------------------------------------------------------------------
+# Results ---------------------------------------------------------------------------------------------------
 
 
 def faults_of(
     results: Sequence[torch.Tensor], recorder: Recorder, originals: Sequence[torch.Tensor]
 ) -> Iterator[str]:
-    """What a function did besides computing its results, each in words that complete "the function ..."."""
+    """Yields the effects of a function besides its results, each in words that complete "the function ..."."""
     yield from dict.fromkeys(recorder.faults)
     for result in results:
         if aliased := recorder.captures_in([storage_of(result)]):
@@ -288,9 +288,9 @@ def _share(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 def autograd_function(results: Iterable[torch.Tensor]) -> str | None:
-    """The autograd.Function in what results were computed by: of a graph only its forward would be recorded.
+    """Returns the name of an autograd.Function that computed results: a graph would record its forward only.
 
-    Custom ops have functions of torch's own making, and stay one node.
+    The autograd functions of custom ops belong to torch, and such an op stays one node.
     """
     stack, seen = [result.grad_fn for result in results], set()
     while stack:

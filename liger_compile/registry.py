@@ -1,6 +1,6 @@
-"""Which patterns are in use: the defaults, those registered here, and those of installed packages.
+"""The patterns in use: the defaults, the patterns registered here, and those of installed packages.
 
-A package of somebody's own registers by an entry point in the group "liger_compile.patterns" that loads to a
+A third-party package registers patterns by an entry point in the group "liger_compile.patterns" that loads to a
 Pattern or a tuple of them. Every pattern that is not a default is validated before its first use.
 """
 
@@ -24,13 +24,14 @@ def register_pattern(pattern: Pattern, *, replace_existing: bool = False) -> Non
     """Uses `pattern` in every graph that backend="liger" compiles from now on, in this process.
 
     Args:
-        replace_existing: put it in the place of the registered pattern of the same name, if there is one: for a cell
-            of a notebook that runs twice.
+        pattern: the pattern to register.
+        replace_existing: replace the registered pattern of the same name, if there is one: for a notebook cell that
+            runs twice.
 
     Raises:
-        ValueError: with a sentence that says what to change: a name that is taken, a parameter that search never uses,
-            an example that is missing, a replacement of another shape or dtype, or one that writes into its arguments.
-        TypeError: for what is no pattern, or a field of it that is of another type.
+        ValueError: with a sentence that states what to change: the name is taken, search never uses a parameter,
+            an example is missing, or the replacement has another shape or dtype or writes into its arguments.
+        TypeError: `pattern` is not a Pattern, or one of its fields has the wrong type.
     """
     if not isinstance(pattern, Pattern):
         raise TypeError(
@@ -46,7 +47,7 @@ def register_pattern(pattern: Pattern, *, replace_existing: bool = False) -> Non
 
 
 def unregister_pattern(name: str) -> None:
-    """Takes a registered pattern out of use. Raises KeyError if none has this name."""
+    """Removes a registered pattern. Raises KeyError if no registered pattern has this name."""
     if name not in _registered:
         known = ", ".join(_registered) or "none"
         raise KeyError(f"no registered pattern is named {name!r}; registered are: {known}")
@@ -54,7 +55,7 @@ def unregister_pattern(name: str) -> None:
 
 
 def patterns_in_use(extra: Iterable[Pattern] = ()) -> tuple[Pattern, ...]:
-    """The patterns of one compilation. Those of the user come first, so that they win at equal size."""
+    """Returns the patterns of one compilation. Those of the user come first, so that they win at equal size."""
     patterns = [*_registered.values(), *_installed(), *default_patterns()]
     for pattern in extra:
         _refuse_taken_name(pattern, patterns)
@@ -65,7 +66,7 @@ def patterns_in_use(extra: Iterable[Pattern] = ()) -> tuple[Pattern, ...]:
 
 @functools.cache
 def default_patterns() -> tuple[Pattern, ...]:
-    """The patterns of this package."""
+    """Returns the patterns of this package."""
     from liger_compile.patterns import DEFAULT_PATTERNS
 
     return DEFAULT_PATTERNS
@@ -73,7 +74,7 @@ def default_patterns() -> tuple[Pattern, ...]:
 
 @functools.cache
 def _installed() -> tuple[Pattern, ...]:
-    """The patterns of other packages' entry points."""
+    """Returns the patterns from entry points of other packages."""
     found: list[Pattern] = []
     for entry in entry_points(group=GROUP):
         loaded = entry.load()
@@ -100,6 +101,6 @@ def _refuse_taken_name(pattern: Pattern, others: Iterable[Pattern]) -> None:
 
 
 def _called(function: Callable[..., Any]) -> str:
-    """A function by its module and name."""
+    """Returns the module and name of a function."""
     name = getattr(function, "__qualname__", None)
     return f"{function.__module__}.{name}" if name else repr(function)

@@ -1,13 +1,13 @@
-"""Marks for AOTAutograd's partitioner, which chooses what is kept for backward and what is computed again.
+"""Sets marks for AOTAutograd's partitioner, which chooses the values to save for backward and those to recompute.
 
-mark_for_recompute(): values that are cheap, so that backward computes them again instead of keeping them.
+mark_for_recompute(): marks cheap values, so that backward recomputes them instead of saving them.
 
-These are what Inductor was left with and told that it need not keep, and what ops returned whose pattern calls them
-cheap. AOTAutograd takes the marks from Dynamo's nodes to what it traces of them, and its partitioner follows them.
-They are in none of torch's cache keys; compile.py puts them there.
+These are values that were left to Inductor with an `Annotate`, and results of ops whose pattern declares them cheap.
+AOTAutograd copies the marks from Dynamo's nodes to the nodes that it traces from them, and its partitioner follows
+them. None of torch's cache keys includes the marks; compile.py adds them.
 
-keep_what_written_inputs_give(): values that backward could not compute again. An input that the graph writes into holds
-the later value by then, and the partitioner (torch 2.11 and 2.13) computes from it as if it held the earlier one.
+keep_what_written_inputs_give(): marks values that backward could not recompute. An input that the graph writes into has
+its later value by then, and the partitioner (torch 2.11 and 2.13) recomputes from it as if it had its earlier value.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from liger_compile.pattern import Decision
 
 
 def mark_for_recompute(decisions: Iterable[Decision]) -> None:
-    """Marks the nodes of the matches that are annotated, and those that stand in for what is cheap."""
+    """Marks the nodes of annotated matches, and the nodes of cheap replacements."""
     for decision in decisions:
         for node in _cheap_nodes(decision):
             _mark(node, CheckpointPolicy.MUST_RECOMPUTE)
 
 
 def keep_what_written_inputs_give(graph: Graph, mutations: Mutations) -> None:
-    """Marks the nodes that read or write the memory of an input that is written in `graph`."""
+    """Marks the nodes that read or write the memory of an input that `graph` writes into."""
     inputs = graph.find_nodes(op="placeholder")
     written = {each for node in inputs if not mutations.is_clean(node) for each in mutations.memory(node)}
     for node in graph.nodes if written else ():
@@ -42,7 +42,7 @@ def keep_what_written_inputs_give(graph: Graph, mutations: Mutations) -> None:
 
 def _mark(node: Node, policy: CheckpointPolicy) -> None:
     node.meta["recompute"] = policy
-    # The partitioner wants one; no user's checkpoint has it at this level.
+    # The partitioner requires an id; at this level no checkpoint of the user has this one.
     node.meta["ac_graph_id"] = 0
 
 
@@ -56,7 +56,7 @@ def _cheap_nodes(decision: Decision) -> Iterator[Node]:
 
 
 def _is_one_a_row(node: Node) -> bool:
-    """A statistic, such as a norm's: it takes a reduction to make and next to nothing to keep."""
+    """Returns whether a node is one number per row, such as a norm's statistic: costly to compute, cheap to keep."""
     value = node.meta.get("example_value")
     last = value.shape[-1] if isinstance(value, torch.Tensor) and value.dim() else None
     return isinstance(last, int) and last == 1

@@ -1,7 +1,7 @@
-"""Decisions in, text for people and dictionaries for programs out. The only file that formats.
+"""Formats decisions as text for people and as dictionaries for programs. The only file that formats.
 
-A GraphReport is all strings and numbers: it may outlive the graph it tells about. The reasons in it
-are written where they arise (a pattern's check, decide.py); here they are only laid out.
+A GraphReport holds strings and numbers only, so it may outlive its graph. The reasons in it are written where they
+arise (a pattern's check, decide.py); this file only lays them out.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from liger_compile.pattern import Decision, NearMiss
 
 WIDTH = 110
 NO_PASSES = "did not run yet: backward is compiled later, or Inductor's cache has its code"
-MAX_NEAR_MISSES = 12  # in the text; to_dict() has them all
+MAX_NEAR_MISSES = 12  # in the text; to_dict() has all of them
 
 _log = logging.getLogger("liger_compile")
 _reports: deque[GraphReport] = deque(maxlen=256)
@@ -34,7 +34,7 @@ _reports: deque[GraphReport] = deque(maxlen=256)
 
 @dataclass(frozen=True)
 class Place:
-    """Where in the user's program: the module that ran, and the line of source."""
+    """A place in the user's program: the module that ran, and the line of source."""
 
     module: str = ""  # "model.layers.0.mlp"; empty for the outermost module and for plain functions
     module_class: str = ""  # "LlamaMLP"
@@ -44,32 +44,32 @@ class Place:
 
     @staticmethod
     def of(nodes: Sequence[Node], root: Node) -> Place:
-        """The module that most of `nodes` ran in, and the line of source of `root`."""
+        """Returns the module that most of `nodes` ran in, and the line of source of `root`."""
         module, module_class = _module_of(nodes)
         return Place(module, module_class, *_source_of(root))
 
     @property
     def source(self) -> str:
-        """File and line, as "modeling_llama.py:67"; empty where they are not known."""
+        """File and line, as "modeling_llama.py:67"; empty where unknown."""
         return f"{os.path.basename(self.file)}:{self.line}" if self.file else ""
 
 
 @dataclass(frozen=True)
 class Site:
-    """One match of a pattern, and what happened to it."""
+    """One match of a pattern, and the decision about it."""
 
     pattern: str
     kind: str
     reason: str
     place: Place
-    ops: tuple[str, ...]  # the ops that stand there now
+    ops: tuple[str, ...]  # the ops of the replacement
     result: str  # "f32[8, 256, 256]", "2 x bf16[8, 256]"
     saved_bytes: int | None
 
 
 @dataclass(frozen=True)
 class Near:
-    """One place that looks like a pattern and is not; its line of source is that of the node that differs."""
+    """A near miss of a pattern; its line of source is that of the node that differs."""
 
     pattern: str
     reason: str
@@ -79,12 +79,12 @@ class Near:
 
 @dataclass(eq=False)
 class BackwardReport:
-    """What was done to the graph of backward. It fills when backward is compiled, which may be after forward has run.
+    """The changes to the graph of backward. It is filled when backward is compiled, possibly after forward has run.
 
     Args:
-        sites: changes that passes made, in order.
-        choices: what was chosen for backward besides, by name.
-        is_compiled: whether passes have run. They do not where Inductor's cache has the compiled code.
+        sites: the changes that passes made, in order.
+        choices: other choices for backward, by name.
+        is_compiled: whether passes have run. They do not run where Inductor's cache has the compiled code.
     """
 
     sites: list[Site] = field(default_factory=list)
@@ -92,7 +92,7 @@ class BackwardReport:
     is_compiled: bool = False
 
     def add(self, graph: str, sites: Iterable[Site]) -> None:
-        """Records what passes did to a graph of backward, that of the named graph, and logs it."""
+        """Records and logs the changes that passes made to the graph of backward of the named graph."""
         sites = list(sites)
         self.is_compiled = True
         self.sites += sites
@@ -104,7 +104,7 @@ class BackwardReport:
 
 @dataclass(frozen=True, eq=False)
 class GraphReport:
-    """What the backend did with one graph. `str()` is for people, `to_dict()` for programs."""
+    """The result of the backend for one graph. `str()` is for people, `to_dict()` for programs."""
 
     name: str
     num_nodes: int
@@ -112,7 +112,7 @@ class GraphReport:
     near_misses: tuple[Near, ...]
     notes: tuple[str, ...] = ()
     seconds: float | None = None
-    variant: str = ""  # where one graph is compiled more than once
+    variant: str = ""  # set where one graph is compiled more than once
     backward: BackwardReport = field(default_factory=BackwardReport)
 
     @staticmethod
@@ -124,7 +124,7 @@ class GraphReport:
         *,
         seconds: float | None = None,
     ) -> GraphReport:
-        """Reads the nodes, keeps none of them. `gm` has been rewritten; `seconds` is what that took."""
+        """Returns the report of a rewritten `gm`. Keeps no nodes. `seconds` is the time that the rewrite took."""
         return GraphReport(
             name=str(gm.meta.get("dynamo_compile_id", "?")),
             num_nodes=len(gm.graph.nodes),
@@ -135,23 +135,23 @@ class GraphReport:
         )
 
     def of_variant(self, variant: tuple[str, str] | None) -> GraphReport:
-        """The same report, of the variant with this name, which a note explains; None where there is one graph."""
+        """Returns this report with the name and the note of a variant; unchanged if `variant` is None."""
         if variant is None:
             return self
         name, note = variant
         return dataclasses.replace(self, variant=name, notes=(note, *self.notes))
 
     def with_notes(self, notes: Iterable[str]) -> GraphReport:
-        """The same report, with further notes at its end."""
+        """Returns this report with further notes at its end."""
         return dataclasses.replace(self, notes=(*self.notes, *notes))
 
     def count(self, kind: str) -> int:
-        """The number of sites of a kind: "replace", "annotate" or "leave"."""
+        """Returns the number of sites of a kind: "replace", "annotate" or "leave"."""
         return sum(site.kind == kind for site in self.sites)
 
     @property
     def saved_bytes(self) -> int:
-        """Bytes of activations that training no longer keeps, as far as known."""
+        """The bytes of activations that training no longer keeps, as far as known."""
         return sum(site.saved_bytes or 0 for site in self.sites if site.kind != "leave")
 
     @property
@@ -170,7 +170,7 @@ class GraphReport:
         return line
 
     def to_dict(self) -> dict[str, Any]:
-        """The report in lists, dictionaries, strings and numbers: what json.dumps accepts."""
+        """Returns the report as lists, dictionaries, strings and numbers, as json.dumps accepts them."""
         counts = {kind: self.count(kind) for kind in ("replace", "annotate", "leave")}
         content = dataclasses.asdict(self) | {"counts": counts, "saved_bytes": self.saved_bytes}
         return json.loads(json.dumps(content))
@@ -209,11 +209,11 @@ class GraphReport:
         return lines
 
 
-# The process-wide list.
+# The process-wide list of reports.
 
 
 def record(report: GraphReport) -> None:
-    """Appends to `reports()`, and tells the logger (TORCH_LOGS="+liger_compile") and tlparse."""
+    """Appends to `reports()`, and writes to the logger (TORCH_LOGS="+liger_compile") and to tlparse."""
     _reports.append(report)
     _log.info("%s", report.summary)
     if _log.isEnabledFor(logging.DEBUG) and (details := report._details()):
@@ -222,7 +222,7 @@ def record(report: GraphReport) -> None:
 
 
 def _trace(name: str, content: dict[str, Any]) -> None:
-    """An artifact for tlparse."""
+    """Writes an artifact for tlparse."""
     trace_structured(
         "artifact",
         metadata_fn=lambda: {"name": name, "encoding": "json"},
@@ -232,12 +232,12 @@ def _trace(name: str, content: dict[str, Any]) -> None:
 
 
 def reports() -> tuple[GraphReport, ...]:
-    """A report of every graph compiled in this process, oldest first (the last 256)."""
+    """Returns a report of every graph compiled in this process, oldest first (the last 256)."""
     return tuple(_reports)
 
 
 def clear_reports() -> None:
-    """Forgets the reports so far."""
+    """Removes all reports."""
     _reports.clear()
 
 
@@ -260,7 +260,7 @@ def _site(decision: Decision) -> Site:
 
 
 def site_of_pass(name: str, node: Node, what: str, memory: int, traffic: int) -> Site:
-    """What a pass did: `memory` bytes are not allocated any more, and about `traffic` neither read nor written."""
+    """Returns the site of a pass: `memory` bytes are no longer allocated, about `traffic` bytes no longer moved."""
     reason = f"{what}; about {_size(traffic)} less is read and written" if traffic else what
     return Site(
         pattern=name,
@@ -292,8 +292,8 @@ def _describe(value: Any) -> str:
 
 
 def _module_of(nodes: Sequence[Node]) -> tuple[str, str]:
-    # The deepest module that most of the nodes ran in. The last node alone would say "down_proj" of a whole
-    # MLP; the module they all share would say "layers.0" of a norm that takes in the residual add before it.
+    # The deepest module that most of the nodes ran in. The last node alone would give "down_proj" for a whole
+    # MLP; the module that all nodes share would give "layers.0" for a norm that includes the residual add before it.
     modules = [node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack") for node in nodes]
     stacks = [list(stack.values()) for stack in modules if stack is not None]
     votes = Counter(entry for stack in stacks for entry in dict.fromkeys(stack))
@@ -302,10 +302,10 @@ def _module_of(nodes: Sequence[Node]) -> tuple[str, str]:
         return "", ""
     path, cls = max(shared, key=lambda entry: len(entry[0]))
     # Dynamo writes a path as source: L['self'].layers.0, G['model'].head, getattr(L['fn'].blocks, 'w-x'), and
-    # L['self'].__dict__['_modules']['base_model'] where a class has a __getattr__ of its own, as PEFT's have.
+    # L['self'].__dict__['_modules']['base_model'] where a class defines __getattr__, as those of PEFT do.
     path = re.sub(r"\.__dict__\['_modules'\]\['([^']*)'\]", r".\1", path)
     path = re.sub(r"getattr\(|, '([^']*)'\)", lambda found: f".{found[1]}" if found[1] else "", path)
-    # The model itself has no name: it is a method's self, or the first of a wrapper's *args.
+    # The model itself has no name: it is the self of a method, or the first of a wrapper's *args.
     path = re.sub(r"^[LG]\['(\w+)'\](\[0\])?", lambda f: "" if f[1] in ("self", "fn", "args") else f[1], path)
     return path.lstrip("."), getattr(cls, "__name__", str(cls))
 
@@ -315,7 +315,7 @@ _TORCH = os.path.dirname(torch.__file__) + os.sep
 
 
 def _source_of(node: Node) -> tuple[str, int, str]:
-    # The innermost frame that is not PyTorch's own: inside nn.RMSNorm, say, the user's line is the caller's.
+    # The innermost frame outside PyTorch: inside nn.RMSNorm, for example, the user's line is that of the caller.
     frames = list(_FRAME.finditer(node.meta.get("stack_trace") or ""))
     frames = [frame for frame in frames if not frame["file"].startswith(_TORCH)] or frames
     if not frames:
@@ -377,7 +377,7 @@ def _places(items: Iterable[Site | Near]) -> list[str]:
 
 
 def _folded(paths: Iterable[str]) -> list[str]:
-    """`["h.0.mlp", "h.1.mlp"]` as `["h.{0..1}.mlp"]`, one component of the paths after the other."""
+    """Returns `["h.0.mlp", "h.1.mlp"]` as `["h.{0..1}.mlp"]`; merges the paths component by component."""
     rows = [tuple(path.split(".")) for path in paths]
     for depth in range(max(map(len, rows))):
 

@@ -1,11 +1,11 @@
-"""rewrite(): carries decisions out: splices each replacement into the graph and takes out what it replaced.
+"""rewrite(): carries out decisions: splices each replacement into the graph and erases the replaced nodes.
 
-The replacement function runs once on the graph's own fake tensors; every torch function that it calls becomes
-a node (recording.py). A replacement whose result is not just like the original's, or that does more than compute it,
-is not spliced in, and the decision becomes a refusal. Nothing is connected before all replacements are known to be
-good: where one is not, the others are decided again, so that a smaller pattern may have its place.
+The replacement function runs once on the graph's own fake tensors; every torch function that it calls becomes a node
+(recording.py). A replacement is not spliced in if its result differs in form from the original's or if it has other
+effects; the decision then becomes a refusal. Nothing is connected before all replacements are accepted: if one is
+refused, the other matches are decided again, so that a smaller pattern may be replaced there.
 
-Dead-code elimination over the whole graph would delete mutations (x.add_(1) has no users), so only matched
+Dead-code elimination over the whole graph would delete in-place writes (x.add_(1) has no users), so only matched
 nodes that lost their last user are erased.
 """
 
@@ -30,10 +30,10 @@ from liger_compile.terms.term import size_of, sizes_of
 
 @dataclass(frozen=True)
 class _Draft:
-    """A replacement that stands in the graph already and is read by nobody yet.
+    """A replacement that is inserted into the graph and has no users yet.
 
     Args:
-        outputs: the node that stands in for each output of the match.
+        outputs: the node that replaces each output of the match.
     """
 
     recorder: Recorder
@@ -49,13 +49,13 @@ def rewrite(
     decide_again: Callable[[Mapping[Match, Decision]], Sequence[Decision]] | None = None,
     strict: bool = False,
 ) -> list[Decision]:
-    """Edits `graph` as decided. Returns the decisions with what could not be spliced turned into refusals.
+    """Edits `graph` as decided. Returns the decisions; those that could not be spliced in became refusals.
 
     Args:
-        settings: what the user chose for replacements: each gets those that it has a parameter for.
+        settings: the user's settings for replacements: each replacement gets those that it has a parameter for.
         regions: the modes of the nodes, in which the replacements run.
-        decide_again: decides anew, given the refusals so far, which the new decisions have to hold.
-        strict: raise what a replacement raises, except for a ValueError or TypeError: an op's way to refuse.
+        decide_again: decides again, given the refusals so far, which the new decisions must keep.
+        strict: reraise the exception of a replacement, except ValueError and TypeError, by which an op refuses.
 
     Raises:
         PatternError: under `strict`.
@@ -88,7 +88,7 @@ def rewrite(
 def _carried_out(
     decision: Decision, drafts: Mapping[Match, _Draft], refused: Mapping[Match, Decision]
 ) -> Decision:
-    """Connects the draft of a decision."""
+    """Connects the draft of a decision to the graph."""
     draft = drafts.get(decision.match)
     if draft is None:
         return refused.get(decision.match, decision)
@@ -105,7 +105,7 @@ def _draft(
     settings: Mapping[str, Any],
     strict: bool,
 ) -> _Draft | Decision:
-    """Inserts the replacement of one match; gives the decision to leave it if it is not like the original."""
+    """Inserts the replacement of one match; returns a refusal if its result differs from the original's."""
     match = decision.match
     assert decision.before is not None, "decide() says of every replacement where it goes in"
     recorder = Recorder(graph, decision.before, match.outputs[0])
@@ -114,7 +114,7 @@ def _draft(
     try:
         results = _results(match, recorder, regions.of[match.outputs[0]], settings)
         reason = _why_not(originals, results, recorder)
-    except (ValueError, TypeError, GuardError) as error:  # an op that does not take these arguments says so
+    except (ValueError, TypeError, GuardError) as error:  # an op raises these for arguments that it rejects
         reason = f"the replacement refuses: {error}"
     except Exception as error:
         if _WRITES_INTO_A_LEAF not in str(error):
@@ -127,7 +127,7 @@ def _draft(
     return _Draft(recorder, tuple(recorder.node_of[id(value)] for value in results))
 
 
-# What autograd says of x.mul_(2) where x is an input that requires a gradient.
+# Autograd's message for x.mul_(2) where x is an input that requires a gradient.
 _WRITES_INTO_A_LEAF = "is being used in an in-place operation"
 _REFUSAL = "the replacement {}; it has to compute new tensors from its arguments and nothing else"
 
@@ -135,7 +135,7 @@ _REFUSAL = "the replacement {}; it has to compute new tensors from its arguments
 def _results(
     match: Match, recorder: Recorder, region: Region, settings: Mapping[str, Any]
 ) -> tuple[Any, ...]:
-    """What the replacement returns for the captures of a match, recorded."""
+    """Runs the replacement on the captures of a match, records it, and returns its results."""
     arguments: dict[str, Any] = {}
     for name, bound in match.captures.items():
         if isinstance(bound, (Capture, Node)):
@@ -143,7 +143,7 @@ def _results(
             arguments[name] = recorder.knows(name, node.meta["example_value"], node)
     fake_mode = getattr(match.result, "fake_mode", None) or nullcontext()
     originals = [output.meta["example_value"] for output in match.outputs]
-    # A user's hooks on saved tensors are for tensors that have values.
+    # A user's hooks on saved tensors expect tensors that have values.
     hooks = torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is)
     guards = no_guards(match.result)
     with fake_mode, guards, hooks, region.entered(), recorder.watching(), recorder:
@@ -159,16 +159,16 @@ def _results(
 
 
 def _wanted(settings: Mapping[str, Any], match: Match) -> dict[str, Any]:
-    """The settings that a replacement has a parameter for. What is named as a capture is the capture."""
+    """Returns the settings that a replacement has a parameter for. Captures take precedence over settings."""
     try:
         known = inspect.signature(match.pattern.replace).parameters  # pyright: ignore[reportArgumentType]
-    except ValueError:  # a function in C, which has none of ours
+    except ValueError:  # a function in C, which has none of our parameters
         return {}
     return {name: value for name, value in settings.items() if name in known and name not in match.captures}
 
 
 def _why_not(originals: Sequence[torch.Tensor], results: Sequence[Any], recorder: Recorder) -> str | None:
-    """Why results cannot stand in for the originals, in a sentence."""
+    """Returns why the results cannot replace the originals, in a sentence."""
     if len(results) != len(originals):
         return f"the replacement returns {len(results)} results, and {len(originals)} are searched for"
     for original, value in zip(originals, results, strict=True):
@@ -188,7 +188,7 @@ def _as_it_is(value: Any) -> Any:
 
 
 def _laid_out_like(result: Any, original: torch.Tensor) -> Any:
-    """The result with the original's order of dimensions in memory: a later view() may rely on it."""
+    """Returns the result with the original's order of dimensions in memory: a later view() may rely on it."""
     is_comparable = isinstance(result, torch.Tensor) and sizes_of(result.shape) == sizes_of(original.shape)
     if not is_comparable or _strides(result) == _strides(original):
         return result
@@ -198,12 +198,12 @@ def _laid_out_like(result: Any, original: torch.Tensor) -> Any:
 
 
 def _hint(size: Any) -> int:
-    """A size as it is today; good enough to sort by, and adds no guard."""
+    """Returns the current value of a size; it is good enough to sort by, and adds no guard."""
     return size.node.hint if isinstance(size, torch.SymInt) else size
 
 
 def _difference(original: torch.Tensor, new: Any) -> str | None:
-    """What tells the replacement's result from the original's, in a sentence."""
+    """Returns the difference between the replacement's result and the original's, in a sentence."""
     for name, describe in _PROPERTIES.items():
         expected, got = describe(original), describe(new)
         if expected != got:
@@ -221,7 +221,7 @@ _PROPERTIES: Mapping[str, Callable[[torch.Tensor], Any]] = {
 
 
 def _strides(tensor: torch.Tensor) -> tuple[Any, ...]:
-    """Strides, where they mean anything: of dimensions with more than one element."""
+    """Returns the strides that have an effect: those of dimensions with more than one element."""
     return tuple(
         size_of(stride)
         for stride, size in zip(tensor.stride(), tensor.shape, strict=True)

@@ -1,12 +1,12 @@
-"""What functions depend on, as digests: their own code, and that of all functions and classes that they reach by name.
+"""Computes digests of functions and their dependencies: their code, and the functions and classes they reach by name.
 
-A cache on disk that holds what a function did has to be asked with a key that changes with the function. A function
-reaches what its code names (globals, attributes of modules, imports within it), what it closes over, and its defaults;
-a class reaches its bases and what it defines; containers, partials and methods what they hold. Of a function the
-bytecode counts and the file that it stands in; of numbers, strings and dtypes the value.
+A cache on disk that holds results of a function needs a key that changes with the function. A function reaches the
+names in its code (globals, attributes of modules, imports within it), its closure and its defaults; a class reaches its
+bases and its members; containers, partials and methods reach their contents. A function counts by its bytecode and its
+file; numbers, strings and dtypes count by value.
 
-Here it ends: what is found at run time only (getattr with a computed name), objects' attributes, the contents of
-tensors, and code in C. Packages that are installed count with their version. This package counts as a whole, elsewhere
+Not covered: names found at run time only (getattr with a computed name), attributes of objects, the contents of
+tensors, and code in C. Installed packages count by their version. This package counts as a whole, elsewhere
 (`compile.package_hash`).
 """
 
@@ -29,10 +29,10 @@ from typing import Any
 import torch
 from torch._library.custom_ops import OPDEFS
 
-LARGEST = 256  # how many members of a container are looked at
+LARGEST = 256  # members of a container that are inspected
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
-# Where the objects that decorators return hold functions: triton.jit, functools.wraps, torch.library.custom_op.
+# Attributes in which decorated objects hold functions: triton.jit, functools.wraps, torch.library.custom_op.
 _HELD = ("fn", "__wrapped__", "_init_fn", "_abstract_fn", "_setup_context_fn", "_backward_fn")
 _INSTALLED = ("/site-packages/", "/dist-packages/")
 _STANDARD = sysconfig.get_path("stdlib") + "/"
@@ -40,14 +40,14 @@ _OURS = __name__.partition(".")[0]
 
 
 def digests(functions: Iterable[Any]) -> list[str]:
-    """Digests of `functions` and of all that they reach, sorted. Stable between processes."""
+    """Returns digests of `functions` and of all that they reach, sorted. Stable between processes."""
     stack = [each for each in functions if each is not None]
     found: set[str] = set()
-    for function in stack:  # these were handed in, so their files count wherever they are installed
+    for function in stack:  # passed by the caller, so their files count wherever they are installed
         code = code_of(function)
         if code is not None and not _is_ours(function):
             found.update(_file(code.co_filename))
-    seen: dict[int, Any] = {}  # keeps what has been looked at, for ids are only unique among living objects
+    seen: dict[int, Any] = {}  # keeps objects alive, since ids are unique only among living objects
     while stack:
         value = stack.pop()
         if id(value) not in seen and not isinstance(value, _PLAIN):
@@ -58,7 +58,7 @@ def digests(functions: Iterable[Any]) -> list[str]:
 
 
 def code_of(function: Any) -> CodeType | None:
-    """None for a function in C: it is torch's, whose version is in torch's keys."""
+    """Returns None for a function in C: it belongs to torch, whose version is in torch's keys."""
     while isinstance(function, functools.partial):
         function = function.func
     function = inspect.unwrap(function)
@@ -66,7 +66,7 @@ def code_of(function: Any) -> CodeType | None:
 
 
 def _own(value: Any) -> Iterator[str]:
-    """The digests of a value itself."""
+    """Yields the digests of a value itself."""
     if isinstance(value, (FunctionType, type, ModuleType)):
         if package := _installed_package(value):
             yield _digest([package, _version(package)])
@@ -79,7 +79,7 @@ def _own(value: Any) -> Iterator[str]:
 
 
 def _reached(value: Any) -> Iterator[Any]:
-    """What a value leads to."""
+    """Yields the values that a value reaches."""
     if isinstance(value, FunctionType):
         if not _is_foreign(value):
             yield from (_named(value), value.__defaults__, value.__kwdefaults__)
@@ -101,7 +101,7 @@ def _reached(value: Any) -> Iterator[Any]:
 
 
 def _members(value: Any) -> Iterable[tuple[Any, Any]]:
-    """Keys and values of a container."""
+    """Returns keys and values of a container."""
     if isinstance(value, Mapping):
         return list(value.items())[:LARGEST]
     if isinstance(value, (list, tuple)):
@@ -112,7 +112,7 @@ def _members(value: Any) -> Iterable[tuple[Any, Any]]:
 
 
 def _named(function: FunctionType) -> dict[str, Any]:
-    """What the code of a function names, by name, and what it closes over. `module.name` is there as "module.name"."""
+    """Returns by name the values that a function's code and closure reach. `module.name` has the key "module.name"."""
     names, space = sorted(set(_names(function.__code__))), function.__globals__
     found = {name: space[name] for name in names if name in space}
     for name in _imports(function.__code__, str(space.get("__package__") or "")):
@@ -144,7 +144,7 @@ def _names(code: CodeType) -> Iterator[str]:
 
 
 def _imports(code: CodeType, package: str) -> Iterator[str]:
-    """The modules that a function imports when it runs."""
+    """Yields the modules that a function imports when it runs."""
     before: list[Any] = []
     for instruction in dis.get_instructions(code):
         if instruction.opname == "IMPORT_NAME":
@@ -159,7 +159,7 @@ def _imports(code: CodeType, package: str) -> Iterator[str]:
 
 
 def _files_behind(name: str) -> Iterator[str]:
-    """Digests of a module that is not loaded yet, and of all that its source imports; installed ones left out."""
+    """Yields digests of a module not yet loaded and of all that its source imports, without installed packages."""
     stack, seen = [name], set()
     while stack:
         name = stack.pop()
@@ -174,7 +174,7 @@ def _files_behind(name: str) -> Iterator[str]:
 
 
 def _found(name: str) -> str | None:
-    """The source file of a module, without importing its packages."""
+    """Returns the source file of a module, without importing its packages."""
     path, spec, parts = None, None, name.split(".")
     for end in range(len(parts)):
         spec = PathFinder.find_spec(".".join(parts[: end + 1]), path)
@@ -185,7 +185,7 @@ def _found(name: str) -> str | None:
 
 
 def _path(value: FunctionType | type | ModuleType) -> str | None:
-    """The file that a value was defined in."""
+    """Returns the file that a value was defined in."""
     if isinstance(value, FunctionType):
         return value.__code__.co_filename
     return getattr(_module(value), "__file__", None)
@@ -196,7 +196,7 @@ def _module(value: FunctionType | type | ModuleType) -> ModuleType | None:
 
 
 def _is_foreign(value: FunctionType | type | ModuleType) -> bool:
-    """Whether what a value leads to is of no interest: it is Python's, installed, in C, or this package's."""
+    """Returns whether to ignore what a value reaches: it is Python's, installed, in C, or this package's."""
     path = _path(value)
     if path is None:
         return getattr(_module(value), "__name__", "") != "__main__"
@@ -209,7 +209,7 @@ def _is_ours(value: Any) -> bool:
 
 
 def _installed_package(value: FunctionType | type | ModuleType) -> str | None:
-    """The name of the installed package that a value is of; None for what is not installed."""
+    """Returns the name of the installed package of a value; None if it is not installed."""
     if _is_ours(value) or not any(part in (_path(value) or "") for part in _INSTALLED):
         return None
     return getattr(_module(value), "__name__", "").partition(".")[0]
@@ -228,12 +228,12 @@ def _bytecode(code: CodeType) -> Iterator[str]:
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
             yield from _bytecode(constant)
-        else:  # a set of strings has another order in each process
+        else:  # the order of a set of strings differs between processes
             yield repr(sorted(map(repr, constant)) if isinstance(constant, frozenset) else constant)
 
 
 def _file(path: str) -> Iterator[str]:
-    """The digest of a file; of none, such as a cell of a notebook, nothing."""
+    """Yields the digest of a file; yields nothing if there is no file, as for a notebook cell."""
     try:
         stat = Path(path).stat()
     except OSError:
@@ -243,7 +243,7 @@ def _file(path: str) -> Iterator[str]:
 
 @functools.lru_cache(maxsize=4096)
 def _file_hash(path: str, modified: int, size: int) -> str:
-    """Of a file as it is now: it is read again where its time or its size is another."""
+    """Returns the digest of a file; the arguments make it read the file again if its time or size has changed."""
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 

@@ -1,9 +1,8 @@
-"""What happens before DDP cuts a graph in buckets: masks are made in the parts that read them, and parts begin with
-layers.
+"""Prepares a graph before DDP splits it: masks are computed in the parts that read them, and parts begin with layers.
 
-Under torch.compile, DDP's optimizer cuts a graph where a bucket of gradients is full, and calls the backend with each
-part. It has no hook, so its class gets another method. In: such a graph, whole. Out: what DDP's optimizer gives for it,
-cut where `buckets.py` would have it.
+Under torch.compile, DDP's optimizer splits a graph where a bucket of gradients is full, and calls the backend with each
+part. It has no hook, so this file patches a method of its class. In: such a graph, whole. Out: the result of DDP's
+optimizer for the graph, split at the places of `buckets.py`.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from liger_compile.options import Options, parse
 
 @dataclass(frozen=True)
 class Cut:
-    """Cuts a whole graph and compiles part by part, as DDP's optimizer does."""
+    """Splits a whole graph and compiles it part by part, as DDP's optimizer does."""
 
     optimizer: Any
     method: Callable[..., Callable[..., Any]]
@@ -44,11 +43,11 @@ class Cut:
         may_begin: Callable[[Node, int], bool] = lambda *_: True,
         variant: variants.Variant | None = None,
     ) -> Callable[..., Any]:
-        """Cuts and compiles `gm`.
+        """Splits and compiles `gm`.
 
         Args:
-            may_begin: whether a part may begin with a node, given by how many bytes it exceeds its bucket.
-            variant: what the parts are compiled for, if not for all calls.
+            may_begin: returns whether a part may begin with a node, given the bytes by which it exceeds its bucket.
+            variant: the variant that the parts are compiled for; None means all calls.
         """
         from torch._dynamo.backends import distributed
 
@@ -61,7 +60,7 @@ class Cut:
 
             optimizer.backend_compile_fn = compile_of_variant
 
-        # Asked whether a full bucket may be one. Where a torch has no such function, it cuts as it would.
+        # Called for a full bucket, to decide whether it may end. Without this function, torch splits at its own places.
         theirs: Any = getattr(distributed, "bucket_has_external_output", None)
         if theirs is None:
             return self.method(optimizer, gm, example_inputs, **self.arguments)
@@ -73,7 +72,7 @@ class Cut:
             if may_begin(bucket.nodes[-1], bucket.size - full):
                 return True
             bucket.paramsize_before_opcount_increase = full
-            # The optimizer adds one, and warns of what is not zero then.
+            # The optimizer adds one, and warns if the result is not zero.
             bucket.opcount_increased_to_capture_external_output = -1
             return False
 
@@ -85,7 +84,7 @@ class Cut:
 
 
 def before_ddp_cuts(backend: Callable[..., Any]) -> None:
-    """Has `split` called with each whole graph of `backend` that is about to be cut in buckets. Call it once."""
+    """Makes DDP's optimizer call `split` with each whole graph of `backend` before it splits it. Call it once."""
     if not torch.distributed.is_available():
         return
     from torch._dynamo.backends.distributed import DDPOptimizer
@@ -105,8 +104,10 @@ def before_ddp_cuts(backend: Callable[..., Any]) -> None:
 
 
 def split(gm: GraphModule, example_inputs: Sequence[Any], cut: Cut, options: Options) -> Callable[..., Any]:
-    """A whole graph that DDP cuts in parts; the backend is called with each part. Only the whole graph shows what masks
-    mean and where layers begin."""
+    """Prepares and splits a whole graph; the backend is called with each part.
+
+    Only the whole graph shows the meaning of masks and the start of layers.
+    """
     if options.policy == "never":
         return cut(gm, example_inputs)
 
@@ -147,7 +148,7 @@ def split(gm: GraphModule, example_inputs: Sequence[Any], cut: Cut, options: Opt
 
 @dataclass
 class _Whole:
-    """A graph before it is cut, a copy of it for calls in which inputs are what is expected, and places to cut them."""
+    """A graph before it is split, a copy of it for calls with the assumed inputs, and the places to split them."""
 
     generic: GraphModule
     special: GraphModule | None = None
@@ -156,7 +157,7 @@ class _Whole:
 
 
 def _unwrapped(backend: Any) -> Iterator[Any]:
-    """Dynamo has it inside of objects of its own: one that holds mode and options, and one for debugging."""
+    """Yields the backend and the backends it wraps: Dynamo wraps it for mode and options, and for debugging."""
     while backend is not None:
         yield backend
         wrapped = getattr(backend, "_torchdynamo_orig_backend", None)

@@ -1,7 +1,7 @@
-"""validate(): whether a pattern can be right, as far as its examples show; if not, a sentence that says what to change.
+"""validate(): checks a pattern with its examples; if it cannot be right, raises a sentence that states what to change.
 
-In: a Pattern. Out: nothing, or a TypeError for a field of another type, a ValueError for everything else. Search and
-replace run on fake tensors here, so what they raise is told with their own traceback (`raise ... from`).
+In: a Pattern. Out: nothing, or a TypeError for a field of the wrong type, a ValueError for any other fault. Search and
+replace run on fake tensors here, so their errors are reported with their own traceback (`raise ... from`).
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from liger_compile.recording import Recorder, autograd_function, faults_of
 from liger_compile.terms.build import trace
 from liger_compile.terms.term import ConstVar, Scalar, Term, sizes_of
 
-DTYPES = (torch.float32, torch.bfloat16)  # that stand for any floating dtype
+DTYPES = (torch.float32, torch.bfloat16)  # represent any floating dtype
 _RETURNS = "it must return a tensor or a tuple of tensors, computed by torch functions from its parameters"
 _NUMBERS = {"float": float, "int": int, "str": str}
 
 
 @functools.lru_cache(maxsize=1024)
 def validate(pattern: Pattern) -> None:
-    """Raises TypeError or ValueError, in a sentence that says what to change, for a pattern that cannot be right."""
+    """Raises TypeError or ValueError, with a sentence that states what to change, for a pattern that is invalid."""
     _check_fields(pattern)
     _check_parameters(pattern)
     for name, example in pattern.examples.items():
@@ -55,7 +55,7 @@ def _refuse(pattern: Pattern, sentence: str) -> NoReturn:
 
 @contextlib.contextmanager
 def _tracing() -> Iterator[None]:
-    log = logging.getLogger("torch._subclasses.fake_tensor")  # of what raises, which is told in a sentence
+    log = logging.getLogger("torch._subclasses.fake_tensor")  # the errors are reported here
     disabled, log.disabled = log.disabled, True
     try:
         with FakeTensorMode(), without_modes():
@@ -66,7 +66,7 @@ def _tracing() -> Iterator[None]:
 
 # Fields ----------------------------------------------------------------------------------------------------
 
-# What a field has to be: a test, and what completes "expected ...".
+# The requirement of each field: a test, and text that completes "expected ...".
 _FIELDS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "name": (lambda it: isinstance(it, str) and bool(it.strip()), "a name such as 'rms_norm.llama'"),
     "search": (callable, "a function"),
@@ -93,7 +93,7 @@ def _check_fields(pattern: Pattern) -> None:
 
 
 def _check_parameters(pattern: Pattern) -> None:
-    """Captures are passed by name, so each has to have one: in search, in examples and in replace."""
+    """Checks that each capture has a name in search, in examples and in replace: captures are passed by name."""
     try:
         parameters = pattern.parameters
     except (TypeError, ValueError):
@@ -129,7 +129,7 @@ _KINDS = {
 def _check_parameters_of_replace(pattern: Pattern, replace: Callable[..., Any]) -> None:
     try:
         parameters = inspect.signature(replace).parameters.values()
-    except (TypeError, ValueError):  # a function in C; running it will tell
+    except (TypeError, ValueError):  # a function in C; running it shows its faults
         return
     named = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
     positional = {p.name for p in parameters if p.kind is p.POSITIONAL_ONLY}
@@ -186,7 +186,7 @@ def _check_example(pattern: Pattern, name: str, example: Any) -> None:
 
 
 def _captures(pattern: Pattern, dtype: torch.dtype, needs_grad: bool = False) -> dict[str, Any]:
-    """The examples, with `dtype` for float32."""
+    """Returns the examples with float32 replaced by `dtype`."""
     captures: dict[str, Any] = {}
     for name, example in pattern.examples.items():
         captures[name] = example
@@ -224,7 +224,7 @@ def _check_run(
     dtype: torch.dtype,
     originals: tuple[torch.Tensor, ...] | None = None,
 ) -> tuple[torch.Tensor, ...]:
-    """Runs search or replace, and refuses what it does besides computing new tensors; gives what it returns."""
+    """Runs search or replace, refuses effects besides computing new tensors, and returns the results."""
     graph = Graph()
     inputs = {name: graph.placeholder(name) for name in captures}
     end = graph.output(None)
@@ -247,12 +247,12 @@ def _check_run(
 
 
 def _check_backward(pattern: Pattern, replace: Callable[..., Any]) -> None:
-    """Refuses an autograd.Function in replace, of whose two functions a graph would have the first alone."""
+    """Refuses an autograd.Function in replace: a graph would have its forward only."""
     with _tracing(), torch.enable_grad():
         captures = _captures(pattern, DTYPES[0], needs_grad=True)
         try:
             returned = replace(**captures)
-        except Exception:  # an op may ask for some captures that need no gradient
+        except Exception:  # an op may require that some captures need no gradient
             return
     if name := autograd_function(returned if isinstance(returned, tuple) else (returned,)):
         _refuse(
@@ -265,7 +265,7 @@ def _check_backward(pattern: Pattern, replace: Callable[..., Any]) -> None:
 def _faults(
     function: str, results: tuple[torch.Tensor, ...], recorder: Recorder, originals: tuple[torch.Tensor, ...] | None
 ) -> Iterator[str]:  # fmt: skip
-    if function == "search":  # its terms know of no write, and what it returns is compared with nothing
+    if function == "search":  # terms include no writes, and its results are compared with nothing
         yield from recorder.faults
         yield from (f"writes in place, by {name}" for name in recorder.writers)
         yield from (f"draws random numbers, by {name}" for name in recorder.random)
@@ -303,7 +303,7 @@ def _check_results(
 
 @contextlib.contextmanager
 def _told_of(pattern: Pattern, function: str) -> Iterator[None]:
-    """Says of what search or replace raises whose it is, and what to do."""
+    """Adds to an error of search or replace the name of the function, and advice."""
     try:
         yield
     except Exception as error:
@@ -324,7 +324,7 @@ def _advice(error: Exception) -> str:
 
 
 def _used(term: Term) -> Iterator[str]:
-    """The captures that a term mentions."""
+    """Yields the captures that a term contains."""
     stack, seen = [term], set()
     while stack:
         term = stack.pop()

@@ -1,12 +1,12 @@
-"""One graph, compiled twice: for calls whose masks are what they mostly are, and for all.
+"""Compiles one graph twice: specialized for calls whose masks have their typical values, and generic for all calls.
 
-Trainers hand a padding mask to every call, and in most it says nothing: all ones. A mask of attention that is causal
-but for such an input is then just causal. Other masks are made elsewhere, before the graph was broken or in a buffer,
-and are causal themselves. So a second graph has what an input is expected to be in its place, from which the steps
-prove the mask as they prove any other, and each call looks at its real input to choose between the two, as Hugging
-Face's eager code does. What is checked is what was put in, so either graph computes what the captured one does.
+Trainers pass a padding mask to every call, and in most calls it is all ones. An attention mask that is causal except
+for such an input is then just causal. Other masks are made outside the graph (before a graph break, or in a buffer) and
+are causal themselves. So in a second graph the assumed value replaces the input. The steps prove the mask from it as
+they prove any other mask, and each call checks its real input to choose between the two graphs, as Hugging Face's eager
+code does. Each call checks the same value that was put in, so either graph computes the result of the captured graph.
 
-In: a Dynamo GraphModule as it came. Out: a copy of it that is specialized, and the callable that chooses.
+In: a captured Dynamo GraphModule. Out: a specialized copy of it, and the callable that dispatches on inputs.
 """
 
 from __future__ import annotations
@@ -24,14 +24,20 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from liger_compile.graphs.aliasing import Mutations
 
 Compile = Callable[[Sequence[Any]], Callable[..., Any]]  # example inputs -> the compiled graph
-_PART_OF = "liger_compile_part_of"  # in the meta of a graph
+_PART_OF = "liger_compile_part_of"  # a key in the meta of a graph
 WITHOUT, CAUSAL, GENERAL = "without padding", "with causal masks", "generic"
 
 
 @dataclass(frozen=True)
 class Expected:
-    """What an input is in most calls. `steps`, each a function and what it takes beside a tensor, make it of any tensor
-    of its shape and dtype; also of the last `rank` dimensions of one, along which alone it changes."""
+    """An assumption about an input: its value in most calls.
+
+    Args:
+        words: the value in words.
+        rank: the number of last dimensions along which the value varies.
+        steps: make the value from any tensor of its shape and dtype, or from the last `rank` dimensions of one; each
+            step is a function with its further arguments.
+    """
 
     words: str
     rank: int
@@ -43,7 +49,7 @@ class Expected:
         return tensor
 
     def is_it(self, tensor: Tensor) -> bool:
-        """Whether the tensor is that."""
+        """Returns whether the tensor has the assumed value."""
         if not tensor.numel():
             return True
         last = tensor[(0,) * (tensor.dim() - self.rank)]
@@ -54,34 +60,36 @@ ONES = Expected("of all ones", 0, ((torch.ones_like,),))
 
 
 def _causal_masks(dtype: torch.dtype) -> Iterable[Expected]:
-    """The forms in which masks are causal."""
+    """Yields the forms that a causal mask may have."""
     yield Expected("that is causal", 2, ((torch.ones_like,), (torch.tril,)))
-    yield Expected("that is causal", 2, ((torch.ones_like,), (torch.triu, 1)))  # of what it hides
+    yield Expected(
+        "that is causal", 2, ((torch.ones_like,), (torch.triu, 1))
+    )  # ones at the masked-out positions
     if dtype.is_floating_point:
         for lowest in (torch.finfo(dtype).min, float("-inf")):
             yield Expected("that is causal", 2, ((torch.full_like, lowest), (torch.triu, 1)))
 
 
 class Variant(NamedTuple):
-    """What a graph is compiled for where one graph is compiled more than once: a name, and a note for its report."""
+    """The version of a graph that is compiled more than once: a name, and a note for its report."""
 
     name: str
     note: str
 
 
 def as_part(gm: GraphModule, variant: Variant) -> GraphModule:
-    """`gm`, marked as a part of a graph that was specialized as a whole."""
+    """Marks `gm` as a part of a graph that was specialized as a whole, and returns it."""
     gm.meta[_PART_OF] = variant
     return gm
 
 
 def of_part(gm: GraphModule) -> Variant | None:
-    """The variant that `gm` is a part of."""
+    """Returns the variant that `gm` is a part of."""
     return gm.meta.get(_PART_OF)
 
 
 def specialized(expected: Mapping[str, Expected]) -> Variant:
-    """Return the name of the graph that is specialized for these assumptions, and a note for its report."""
+    """Returns the name and the note of the graph specialized for these assumptions."""
     syncs = "one device sync" if len(expected) == 1 else f"up to {len(expected)} device syncs"
     name = WITHOUT if set(expected.values()) == {ONES} else CAUSAL
     return Variant(
@@ -92,7 +100,7 @@ def specialized(expected: Mapping[str, Expected]) -> Variant:
 
 
 def general(expected: Mapping[str, Expected]) -> Variant:
-    """Return the name of the graph for all calls, and a note for its report."""
+    """Returns the name and the note of the generic graph."""
     name, _ = specialized(expected)
     others = "padding" if name == WITHOUT else "other masks"
     return Variant(
@@ -108,19 +116,19 @@ def _said(expected: Mapping[str, Expected]) -> str:
 
 
 def copied(gm: GraphModule) -> GraphModule:
-    """The same module with graphs of its own, its bodies' too; tensors, and what nodes stand for, are shared."""
+    """Returns a copy of the module and of its subgraphs with new graphs; tensors and values of nodes are shared."""
     graph = Graph()
     copies: dict[Node, Node] = {}
     result = graph.graph_copy(gm.graph, copies)
     graph.output(result).meta.update(gm.graph.output_node().meta)
     for node, copy in copies.items():
         copy.meta.pop("grapharg", None)  # the example input
-        if hasattr(node, "_dynamo_source"):  # which AOTAutograd asks for
+        if hasattr(node, "_dynamo_source"):  # AOTAutograd reads it
             copy._dynamo_source = node._dynamo_source  # pyright: ignore[reportAttributeAccessIssue]
-    # Every module has a class of its own; the base of Dynamo's writes its code only when somebody wants to run it.
+    # Every module has its own class; the base of Dynamo's class generates its code lazily.
     module = type(gm).__bases__[0](gm, graph)
     module.meta = dict(gm.meta)
-    for name, value in vars(gm).items():  # as where Dynamo says what the inputs are called
+    for name, value in vars(gm).items():  # for example Dynamo's names of the inputs
         vars(module).setdefault(name, value)
     for name, child in module.named_children():
         if isinstance(child, GraphModule):
@@ -129,7 +137,7 @@ def copied(gm: GraphModule) -> GraphModule:
 
 
 def is_symbolic(gm: GraphModule) -> bool:
-    """Whether it is compiled for more than one size: Dynamo then takes guards, and after the backend no more."""
+    """Returns whether it has dynamic shapes: Dynamo then adds guards, and adds none after the backend has run."""
     values = [node.meta.get("example_value") for node in gm.graph.nodes]
     sizes = [size for v in values if isinstance(v, torch.Tensor) for size in (*v.shape, *v.stride())]
     return any(isinstance(each, (torch.SymInt, torch.SymFloat, torch.SymBool)) for each in (*values, *sizes))
@@ -138,8 +146,10 @@ def is_symbolic(gm: GraphModule) -> bool:
 def expected_inputs(
     gm: GraphModule, padding: Collection[str], masks: Collection[str] = (), example_inputs: Sequence[Any] = ()
 ) -> dict[str, Expected]:
-    """What to expect of those of the named values that are inputs of the graph: ones of padding, and of masks what
-    they are in the example."""
+    """Returns the assumptions about the named values that are inputs of the graph.
+
+    Padding masks are assumed to be all ones, other masks to have the causal form of the example.
+    """
     mutations = Mutations(gm.graph)
     found: dict[str, Expected] = {}
     for position, node in enumerate(gm.graph.find_nodes(op="placeholder")):
@@ -153,7 +163,7 @@ def expected_inputs(
 
 
 def _only_read(node: Node, graph: Graph, mutations: Mutations) -> bool:
-    """Whether it is a plain tensor that nobody writes, returns, or looks up rows with: token ids are no flags."""
+    """Returns whether it is a plain tensor that is not written, returned, or used as token ids of an embedding."""
     value, memory = node.meta.get("example_value"), mutations.memory(node)
     if not isinstance(value, Tensor) or is_traceable_wrapper_subclass(value) or value.requires_grad:
         return False
@@ -166,14 +176,14 @@ def _only_read(node: Node, graph: Graph, mutations: Mutations) -> bool:
 
 
 def _causal_form(mask: Tensor) -> Expected | None:
-    """The form in which it is a causal mask, if it is one."""
+    """Returns the form in which the mask is causal, or None."""
     if mask.dim() < 2 or mask.shape[-1] != mask.shape[-2]:
         return None
     return next((form for form in _causal_masks(mask.dtype) if form.is_it(mask)), None)
 
 
 def with_expected(gm: GraphModule, expected: Mapping[str, Expected]) -> GraphModule:
-    """A copy of `gm` in which these inputs are what is expected, whatever is handed in."""
+    """Returns a copy of `gm` in which the assumed values replace these inputs, whatever the caller passes."""
     module = copied(gm)
     inputs = module.graph.find_nodes(op="placeholder")
     for node in (node for node in inputs if node.name in expected):
@@ -197,13 +207,13 @@ def chosen_at_each_call(
     example_inputs: Sequence[Any],
     later: Callable[[Compile], Callable[..., Any]],
 ) -> Callable[..., Any]:
-    """What runs the graph of `special` where these inputs of `gm` are what is expected, and that of `general` if not.
+    """Returns a callable that runs the graph of `special` if these inputs of `gm` are as assumed, else of `general`.
 
-    Each is compiled when it is first needed; where `gm` is symbolic, both now.
+    Each graph is compiled when it is first needed; if `gm` has dynamic shapes, both are compiled now.
 
     Args:
-        example_inputs: real ones.
-        later: gives a callable that compiles for the inputs of its first call.
+        example_inputs: real inputs.
+        later: returns a callable that compiles for the inputs of its first call.
     """
     inputs = enumerate(gm.graph.find_nodes(op="placeholder"))
     looked_at = [(position, expected[node.name]) for position, node in inputs if node.name in expected]
@@ -220,11 +230,12 @@ def chosen_at_each_call(
 
 
 def _is(expected: Expected, tensor: Tensor) -> bool:
-    """Whether it is what is expected. False too where nobody can know: in a fake tensor, and while a CUDA graph is
-    captured.
+    """Returns whether a tensor is as assumed.
 
-    The tensor is read in every call. No earlier answer can be kept: collectives, operators of torch.library, `.data`,
-    NumPy, DLPack and copies into the storage all write without counting in `_version`.
+    False also if its value cannot be read: for a fake tensor, and during the capture of a CUDA graph.
+
+    Every call reads the tensor. An earlier answer cannot be cached: collectives, operators of torch.library, `.data`,
+    NumPy, DLPack and copies into the storage all write without incrementing `_version`.
     """
     if isinstance(tensor, FakeTensor) or (tensor.is_cuda and torch.cuda.is_current_stream_capturing()):
         return False

@@ -1,7 +1,7 @@
-"""verify(): runs one training step of a model in eager mode and compiled, and compares everything that it gives.
+"""verify(): runs one training step of a model in eager mode and compiled, and compares all results.
 
-In: a model and the arguments of one call. Out: a Verification, which prints as a table. Where something differs by more
-than rounding, the first rewrite that makes it differ is named.
+In: a model and the arguments of one call. Out: a Verification, which prints as a table. If a result differs by more
+than rounding, the Verification names the first rewrite that causes the difference.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ from torch.utils._pytree import keystr, tree_flatten_with_path, tree_leaves
 from liger_compile.report import GraphReport, Site, reports
 from liger_compile.testing import precision
 
-FACTOR = 2.0  # the numerics bar: times eager's error
+FACTOR = 2.0  # the numerics bar, as a multiple of the error of eager mode
 NUDGES = 3  # eager runs on nudged parameters, where the model does not run in float64
-NOISE = 4.0  # times what those change
-SHOWN = 12  # rows of the table; to_dict() has them all
+NOISE = 4.0  # the bar in that case, as a multiple of the change that nudging causes
+SHOWN = 12  # rows of the table; to_dict() has all of them
 
 
 @dataclass(frozen=True)
 class Row:
-    """One tensor that the step gave. Errors are L2 norms of the difference from the reference, relative to its norm.
+    """One tensor of the step. Errors are L2 norms of the difference from the reference, relative to its norm.
 
     Args:
         name: "output['loss']", "gradient of model.norm.weight", "model.mean after the step".
-        shape, dtype: of the compiled result; empty where there is none.
-        eager_error: of eager mode in the model's dtype.
-        error: of the compiled step.
-        allowed: what that may be.
-        problem: a sentence where the two cannot be compared, or are unlike in shape, dtype or requires_grad.
+        shape, dtype: of the compiled result; empty if there is none.
+        eager_error: the error of eager mode in the model's dtype.
+        error: the error of the compiled step.
+        allowed: the bound of the error.
+        problem: a sentence if the two cannot be compared, or differ in shape, dtype or requires_grad.
     """
 
     name: str
@@ -49,12 +49,12 @@ class Row:
 
     @property
     def is_right(self) -> bool:
-        """Whether the error is within what is allowed, and nothing else is wrong."""
+        """Whether the error is within its bound and there is no other problem."""
         return not self.problem and self.error <= self.allowed
 
     @property
     def share(self) -> float:
-        """The error as a share of what is allowed."""
+        """The error as a share of its bound."""
         if self.problem:
             return float("inf")
         return self.error / self.allowed if self.allowed else (0.0 if self.error == 0 else float("inf"))
@@ -62,25 +62,25 @@ class Row:
 
 @dataclass(frozen=True)
 class Verification:
-    """What `verify` found. True where all is right; `str()` is for people, `to_dict()` for programs."""
+    """The result of `verify`. True if all rows are right; `str()` is for people, `to_dict()` for programs."""
 
     rows: tuple[Row, ...]
-    reference: str  # what errors are measured against, in words
+    reference: str  # the reference of the errors, in words
     reports: tuple[GraphReport, ...]  # of the compiled step
     fuel: int | None = None  # the fewest rewrites with which the step differs
     culprits: tuple[Site, ...] = ()  # the last of these rewrites, one for each graph
-    note: str = ""  # what else is known of a difference
+    note: str = ""  # further facts about a difference
 
     @property
     def is_right(self) -> bool:
-        """Whether every row is."""
+        """Whether every row is right."""
         return all(row.is_right for row in self.rows)
 
     def __bool__(self) -> bool:
         return self.is_right
 
     def to_dict(self) -> dict[str, Any]:
-        """Lists, dictionaries, strings and numbers."""
+        """Returns lists, dictionaries, strings and numbers."""
         return {
             "is_right": self.is_right,
             "reference": self.reference,
@@ -137,27 +137,28 @@ def verify(
     options: Mapping[str, Any] | None = None,
     **kwargs: Any,
 ) -> Verification:
-    """One forward and backward of model(*args, **kwargs) in eager mode and under backend="liger", compared.
+    """Compares one forward and backward of model(*args, **kwargs) in eager mode and under backend="liger".
 
-    Outputs, the gradient of every parameter and floating argument that requires one, and what the step writes into
-    parameters, buffers and arguments are compared with a float64 run of the same step: the error may be twice that of
-    eager mode, plus a unit of rounding. A model that does not run in float64 is compared with eager mode itself, and
-    may differ from it by four times what a unit of rounding in the parameters changes. Backward begins at the loss: the
-    output `loss`, else the first output if it is a single number, else all outputs with a random incoming gradient.
+    The comparison covers outputs, the gradient of every parameter and floating argument that requires one, and in-place
+    writes into parameters, buffers and arguments. The reference is a float64 run of the same step: the error may be
+    twice that of eager mode, plus a unit of rounding. If the model does not run in float64, the reference is eager
+    mode, and the difference may be four times the change that a unit of rounding in the parameters causes. Backward
+    starts at the loss: the output `loss`, else the first output if it is a scalar, else all outputs with a random
+    incoming gradient.
 
-    The model, its gradients and the state of the random generators are left as they were: copies are run. Three copies
-    of parameters and gradients are alive at a time, one of them in float64.
+    The model, its gradients and the state of the random generators do not change: verify runs copies. Three copies of
+    parameters and gradients are alive at a time, one of them in float64.
 
     Args:
         model: a module, or a function that reads modules and tensors from its arguments only; not compiled.
         options: of torch.compile(backend="liger").
 
     Returns:
-        A Verification: true if all is right. If not, it names the first rewrite that makes a difference.
+        A Verification: true if all is right. If not, it names the first rewrite that causes a difference.
 
     Raises:
-        TypeError: for a model that is compiled already.
-        Exception: what the model raises in eager mode.
+        TypeError: the model is compiled already.
+        Exception: any exception that the model raises in eager mode.
     """
     if isinstance(model, torch._dynamo.OptimizedModule) or hasattr(model, "_torchdynamo_orig_callable"):
         raise TypeError(
@@ -182,7 +183,7 @@ class _Call:
     def run(
         self, change: Callable[[Any], Any], compile: Callable[[Any], Any] = lambda model: model
     ) -> dict[str, Any]:
-        """What one step gives, by name. It runs on copies of the model and its arguments that `change` makes."""
+        """Returns the results of one step by name. It runs on copies that `change` makes of model and arguments."""
         model, args, kwargs = change((self.model, self.args, dict(self.kwargs)))
         named = _named((model, args, kwargs))
         torch.manual_seed(0)
@@ -198,7 +199,7 @@ class _Call:
 
 
 def _named(tree: Any) -> dict[str, Tensor]:
-    """The tensors of a step before it runs, each once, by name."""
+    """Returns the tensors of a step before it runs, each once, by name."""
     model, args, kwargs = tree
     named: dict[str, Tensor] = {}
     for prefix, part in (("", model), ("argument", args), ("argument", kwargs)):
@@ -214,7 +215,7 @@ def _named(tree: Any) -> dict[str, Tensor]:
 
 
 def _loss_in(outputs: Any) -> Any:
-    """What backward begins at."""
+    """Returns the value at which backward starts."""
     loss = outputs.get("loss") if isinstance(outputs, Mapping) else getattr(outputs, "loss", None)
     if isinstance(loss, Tensor) and loss.requires_grad:
         return loss
@@ -224,10 +225,10 @@ def _loss_in(outputs: Any) -> Any:
 
 @dataclass(frozen=True)
 class _Reference:
-    """What eager mode gives, and what errors are measured against."""
+    """The results of eager mode, and the reference of the errors."""
 
     eager: Mapping[str, Any]
-    exact: Mapping[str, Any] | None  # in float64; None where the model does not run in it
+    exact: Mapping[str, Any] | None  # in float64; None where the model does not run in float64
     nudged: Sequence[Mapping[str, Any]]
     words: str
 
@@ -250,7 +251,7 @@ class _Reference:
             )
 
     def row(self, name: str, actual: Any) -> Row:
-        """How the compiled step's `actual` compares."""
+        """Compares `actual`, a result of the compiled step, with the reference."""
         eager = self.eager[name]
         if eager is None or actual is None:
             problem = (
@@ -289,7 +290,7 @@ def _said(value: Tensor | None) -> str:
 
 
 def _nudged(tree: Any, seed: int) -> Any:
-    """A copy in which each floating number is a unit of rounding larger, or smaller, or as it was."""
+    """Returns a copy in which each floating number is a unit of rounding larger, or smaller, or unchanged."""
     generator = torch.Generator().manual_seed(seed)
 
     def nudge(tensor: Tensor) -> None:
@@ -319,7 +320,7 @@ def _compare(
 def _bisected(
     call: _Call, reference: _Reference, options: Mapping[str, Any], found: Verification
 ) -> Verification:
-    """`found`, with the first rewrite that makes the step differ."""
+    """Returns `found` with the first rewrite that makes the step differ."""
 
     def with_fuel(amount: int) -> tuple[bool, tuple[GraphReport, ...]]:
         rows, made = _compare(call, reference, {**options, "liger.fuel": amount})
@@ -343,12 +344,12 @@ def _rewrites(report: GraphReport) -> int:
 
 
 def _rewritten(report: GraphReport) -> list[Site]:
-    """What fuel counts, in its order."""
+    """Returns the rewrites that fuel counts, in its order."""
     return [*(site for site in report.sites if site.kind != "leave"), *report.backward.sites]
 
 
 def _more(after: Sequence[GraphReport], before: Sequence[GraphReport]) -> tuple[Site, ...]:
-    """The sites that are rewritten in `after` and were not in `before`."""
+    """Returns the sites that are rewritten in `after` and not in `before`."""
     earlier = Counter((site.pattern, site.place) for report in before for site in _rewritten(report))
     found = []
     for site in (site for report in after for site in _rewritten(report)):

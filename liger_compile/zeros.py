@@ -1,12 +1,12 @@
-"""Gradients of outputs that nobody uses: zeros, in one buffer for all of them.
+"""Materializes the zero gradients of unused outputs in one shared buffer.
 
-AOTAutograd traces backward with a gradient for every output that can have one. Where there is none, autograd makes
-zeros: of all outputs at once, before backward begins, when a step has the most in memory. A model that returns its
-cache returns two such outputs a layer.
+AOTAutograd traces backward with a gradient for every differentiable output. If an output has no gradient, autograd
+materializes zeros: for all outputs at once, before backward begins, when the memory of a step is at its peak. A model
+that returns its key/value cache returns two such outputs per layer.
 
-In: a compiled callable, and the strides of its outputs where they were traced. Out: one that returns the very same
-tensors, so that aliases, versions, hooks and errors stay those of the compiled callable. What changes is inside of its
-backward, where no hook sees it: autograd passes None where there is no gradient, and the zeros are made there.
+In: a compiled callable, and the traced strides of its outputs. Out: a callable that returns the same tensor objects, so
+that aliases, versions, hooks and errors stay those of the compiled callable. The change is inside its backward, where
+no hook sees it: autograd passes None if there is no gradient, and the backward materializes the zeros.
 """
 
 from __future__ import annotations
@@ -19,16 +19,18 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 
-FEWEST = 3  # outputs of one backward: where one is used and one is not, there is nothing to share
+FEWEST = 3  # outputs of one backward: with two, one used and one unused, there is nothing to share
 
 Strides = tuple[int, ...]
-# Attributes of what is AOTAutograd's: of a function, that it makes zeros; of a context, strides by number of output.
+# Attributes set on AOTAutograd's objects: on a function, that it makes zeros; on a context, strides by output number.
 _MAKES_ZEROS, _STRIDES = "_liger_compile_makes_zeros", "_liger_compile_strides"
 
 
 def strides_of_outputs(graph: Graph) -> list[Strides | None]:
-    """As they are traced: so AOTAutograd wants the gradients, whatever strides the outputs have in the end, and copies
-    others. None for what has no strides, or symbolic ones."""
+    """Returns the traced strides of the outputs, with None for absent or symbolic strides.
+
+    AOTAutograd expects the gradients in these strides, not in the final strides of the outputs, and copies others.
+    """
     (outputs,) = graph.output_node().args
     return [_strides(each) for each in outputs] if isinstance(outputs, (tuple, list)) else []
 
@@ -41,7 +43,7 @@ def _strides(output: Any) -> Strides | None:
 
 
 def sharing_zeros(compiled: Callable[..., Any], strides: Sequence[Strides | None]) -> Callable[..., Any]:
-    """`compiled`, with zeros for its outputs made in its backward, in these strides."""
+    """Returns `compiled` with zeros for its unused outputs materialized in its backward, in these strides."""
     if len(strides) < FEWEST:
         return compiled
 
@@ -57,12 +59,14 @@ def sharing_zeros(compiled: Callable[..., Any], strides: Sequence[Strides | None
 def _backwards(
     inputs: Sequence[Any], outputs: Sequence[Any], strides: Sequence[Strides | None]
 ) -> dict[Any, dict[int, Strides | None]]:
-    """The backwards of this graph that have enough outputs, with the strides of these; none where gradients may be
-    other than plain tensors."""
+    """Returns the backward nodes of this graph that have enough outputs, with the strides of these outputs.
+
+    Returns nothing if gradients may be other than plain tensors.
+    """
     found: dict[Any, dict[int, Strides | None]] = {}
     if not all(_is_plain(each) for each in outputs if isinstance(each, Tensor)):
         return found
-    given = set(map(id, inputs))  # these have the backward of another graph
+    given = set(map(id, inputs))  # returned inputs have the backward of another graph
     for output, traced in zip(outputs, strides, strict=False):
         if isinstance(output, Tensor) and _is_of_aot_autograd(output.grad_fn) and id(output) not in given:
             found.setdefault(output.grad_fn, {})[output.output_nr] = traced
@@ -79,20 +83,20 @@ def _is_plain(tensor: Tensor) -> bool:
 
 
 def _share_zeros(backward: Any, strides: Mapping[int, Strides | None]) -> None:
-    """Has a backward make its zeros. Its class is that of one compiled graph, and gets other methods once."""
+    """Makes a backward materialize its zeros. Its class belongs to one compiled graph, and is patched once."""
     if hasattr(backward, _STRIDES) or not hasattr(backward, "_input_metadata"):
         return
     function = backward._forward_cls
     if not hasattr(function, _MAKES_ZEROS):
         function._compiled_autograd_key = staticmethod(_as_before(function._compiled_autograd_key))
         function.backward = staticmethod(_making_zeros(function.backward))
-        setattr(function, _MAKES_ZEROS, True)  # last: twice, by two threads, does no harm, and not yet would
+        setattr(function, _MAKES_ZEROS, True)  # last: patching twice is harmless, a mark set too early is not
     setattr(backward, _STRIDES, strides)
     backward.set_materialize_grads(False)
 
 
 def _as_before(method: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """What compiled autograd asks a backward before it runs its graph, and not its method: autograd makes the zeros."""
+    """Restores autograd's zeros for compiled autograd, which calls this method, and the graph instead of `backward`."""
 
     @functools.wraps(method)
     def key(ctx: Any) -> Any:
@@ -103,15 +107,15 @@ def _as_before(method: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 
 def _making_zeros(method: Callable[..., Any]) -> Callable[..., Any]:
-    """The `backward` of an autograd.Function of AOTAutograd, for contexts that get None where there is no gradient."""
+    """Returns the `backward` of AOTAutograd's autograd.Function for contexts that get None for missing gradients."""
 
-    @torch.compiler.disable  # in a function that calls backward, Dynamo looks at every frame
+    @torch.compiler.disable  # in a function that calls backward, Dynamo traces every frame
     @functools.wraps(method)
     def backward(ctx: Any, *given: Any) -> Any:
         strides = getattr(ctx, _STRIDES, None)
         if strides is None:
             return method(ctx, *given)
-        # From torch 2.13 on gradients come in a list, which backward empties as it goes.
+        # From torch 2.13 gradients come in a list, which backward empties as it runs.
         in_a_list = len(given) == 1 and isinstance(given[0], list)
         gradients = given[0] if in_a_list else list(given)
         buffers = _fill(gradients, ctx._input_metadata, strides)
@@ -126,7 +130,7 @@ def _fill(
     outputs: Sequence[Any],
     strides: Mapping[int, Strides | None],
 ) -> list[Tensor]:
-    """Puts zeros where there is no gradient. They share the buffers, one for a dtype and device, that are returned."""
+    """Replaces missing gradients by zeros, which share the returned buffers: one for each dtype and device."""
     missing = {number: outputs[number] for number, gradient in enumerate(gradients) if gradient is None}
     may_share = not torch.is_grad_enabled() and all(
         each is None or _storage(each) is not None for each in gradients
@@ -138,7 +142,7 @@ def _fill(
 
 
 def _apart(missing: Mapping[int, Any], _: object) -> tuple[dict[int, Tensor], list[Tensor]]:
-    """As autograd makes them: for gradients that get a graph of their own, or are a batch of gradients."""
+    """Makes separate zeros, as autograd does: for gradients recorded in a graph, or a batch of gradients."""
     return {
         number: torch.zeros(of.shape, dtype=of.dtype, device=of.device) for number, of in missing.items()
     }, []
@@ -147,7 +151,7 @@ def _apart(missing: Mapping[int, Any], _: object) -> tuple[dict[int, Tensor], li
 def _sharing(
     missing: Mapping[int, Any], strides: Mapping[int, Strides | None]
 ) -> tuple[dict[int, Tensor], list[Tensor]]:
-    """Zeros that share buffers, and these. A backward of AOTAutograd's writes into no gradient that it is given."""
+    """Returns zeros that share buffers, and the buffers. AOTAutograd's backward never writes into its gradients."""
     steps = {number: _strides_of_gradient(of.shape, strides.get(number)) for number, of in missing.items()}
     spans: dict[tuple[torch.dtype, torch.device], int] = {}
     for number, of in missing.items():
@@ -162,22 +166,24 @@ def _sharing(
 
 
 def _strides_of_gradient(shape: Sequence[int], traced: Strides | None) -> Strides:
-    """Contiguous where they are not known, as autograd makes them."""
+    """Returns the traced strides; if unknown, contiguous strides, as autograd uses."""
     if traced is not None and len(traced) == len(shape):
         return traced
     return torch.empty(tuple(shape), device="meta").stride()
 
 
 def _span(shape: Sequence[int], strides: Strides) -> int:
-    """The elements from the first to the last."""
+    """Returns the number of elements from the first to the last."""
     if 0 in shape:
         return 0
     return 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
 
 
 def _with_memory_of_their_own(results: Iterable[Any], buffers: Sequence[Tensor]) -> tuple[Any, ...]:
-    """What backward returns of the zeros as they are becomes tensors of their own. A parameter would take them for its
-    gradient, and add to them."""
+    """Copies the results of backward that alias the zeros.
+
+    Otherwise a parameter would use the shared zeros as its gradient, and accumulate into them.
+    """
     mine = {_storage(each) for each in buffers}
     return tuple(_copied(each) if _storage(each) in mine else each for each in results)
 
@@ -189,10 +195,10 @@ def _copied(tensor: Tensor) -> Tensor:
 
 
 def _storage(value: Any) -> int | None:
-    """An identity that a plain tensor shares with its views; None for anything else."""
+    """Returns an identity that a plain tensor shares with its views; None for any other value."""
     if type(value) is not Tensor:
         return None
     try:
         return value.untyped_storage()._cdata
-    except (NotImplementedError, RuntimeError):  # sparse, or one of a batch that is run as one
+    except (NotImplementedError, RuntimeError):  # sparse, or part of a batch of gradients (vmap)
         return None

@@ -1,7 +1,7 @@
 """Passes over the graphs that AOTAutograd makes, before Inductor compiles them.
 
-`DEFAULT_PASSES` is what is done to a graph of backward, in this order; `runner.py` runs it. One file a pass. A new pass
-is a generator in a file of its own and a line here.
+`DEFAULT_PASSES` are the passes over a graph of backward, in order; `runner.py` runs them. One pass per file. To add a
+pass, write a generator in a file of its own and add a line here.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ DEFAULT_PASSES: tuple[Pass, ...] = (
     Pass("backward.embedding_in_place", add_embedding_rows_in_place),
 )
 
-# What is chosen for backward without a pass, by name, as reports say it. `liger.skip` leaves these out as well.
+# Choices for backward that need no pass, by name, with the text for reports. `liger.skip` leaves them out too.
 CHOICES: Mapping[str, str] = {
     "backward.early_free": "each buffer is freed after its last use (Inductor's allow_buffer_reuse is off)",
     "backward.embedding": "op embedding_backward sums the gradient of a large embedding in half precision",

@@ -1,4 +1,4 @@
-"""What passes over AOTAutograd's graphs share: values, views, sums, and nodes that are put in."""
+"""Helpers of the passes over AOTAutograd's graphs: values, views, sums, and inserted nodes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def tensor_of(node: Any) -> torch.Tensor:
 
 
 def bytes_of(node: Any) -> int:
-    """The size of its tensor; 0 where sizes are symbolic."""
+    """Returns the bytes of a node's tensor; 0 if its sizes are symbolic."""
     tensor = tensor_of(node)
     return tensor.nbytes if all(isinstance(size, int) for size in tensor.shape) else 0
 
@@ -36,7 +36,7 @@ def are_alike(a: Any, b: Any) -> bool:
 
 
 def origin(node: Any, through: Collection[Any] = VIEWS) -> list[Node]:
-    """The node and what it is a view of, and so on."""
+    """Returns the node, the node that it is a view of, and so on."""
     chain = [node]
     while chain[-1].target in through:
         chain.append(chain[-1].args[0])
@@ -44,7 +44,7 @@ def origin(node: Any, through: Collection[Any] = VIEWS) -> list[Node]:
 
 
 def is_widening(node: Node) -> bool:
-    """A cast that loses nothing, as under autocast, between gradients in a half precision and what is kept wider."""
+    """Returns whether a node is a lossless upcast, as under autocast between half-precision and wider gradients."""
     if node.target is not cast:
         return False
     before, after = tensor_of(node.args[0]).dtype, tensor_of(node).dtype
@@ -52,13 +52,13 @@ def is_widening(node: Node) -> bool:
 
 
 def before_widening(node: Any) -> list[Node]:
-    """As `origin` through reshapes, to what was there before a cast that loses nothing."""
+    """Like `origin` through reshapes, and further through a lossless upcast."""
     chain = origin(node, RESHAPES)
     return [*chain, *origin(chain[-1].args[0], RESHAPES)] if is_widening(chain[-1]) else chain
 
 
 def is_sum(node: Node) -> bool:
-    """Of two different tensors of one shape and dtype."""
+    """Returns whether a node adds two different tensors of equal shape and dtype."""
     if node.target is not add or node.kwargs:
         return False
     a, b = node.args
@@ -66,8 +66,10 @@ def is_sum(node: Node) -> bool:
 
 
 def terms_of(node: Any) -> list[Node]:
-    """What is summed there, sums of which something else is read being one. Terms are of any shape that has the same
-    elements in the same order: sums are found through reshapes, and not through what moves elements."""
+    """Returns the terms of a nested sum; an inner sum with other users counts as one term.
+
+    The terms may differ in shape, but not in the order of their elements: the search passes through reshapes only.
+    """
     found, waiting = [], [node]
     while waiting:
         term = waiting.pop()
@@ -81,27 +83,27 @@ def terms_of(node: Any) -> list[Node]:
 
 
 def result(node: Node, which: int) -> Node | None:
-    """One of several, if it is picked, and only once."""
+    """Returns the node of one of several results, if exactly one node selects it."""
     picked = [user for user in node.users if user.args[1] == which]
     return picked[0] if len(picked) == 1 else None
 
 
 def call(graph: Graph, target: Any, *args: Any) -> Node:
-    value = target(*map_arg(args, tensor_of))  # first, so that nothing is left behind if that fails
+    value = target(*map_arg(args, tensor_of))  # first, so that a failure leaves the graph unchanged
     node = graph.call_function(target, args)
     node.meta["val"] = value
     return node
 
 
 def move_before(first: Node, node: Any) -> None:
-    """With what it is a view of, where that comes later."""
+    """Moves a node before `first`, with the nodes that it is a view of, if they come later."""
     for each in reversed(origin(node)):
         if each > first:
             first.prepend(each)
 
 
 def erase_unused(graph: Graph, nodes: Iterable[Node | None], *targets: Any) -> None:
-    """Those of the nodes that nobody reads, and what they alone have read: of these targets, views, sums and casts."""
+    """Erases the nodes without users, and the operands that become unused: `targets`, views, sums and casts."""
     functional = {*VIEWS, cast, mm, add, clone, slice_, operator.getitem, *targets}
     waiting = [node for node in nodes if node is not None]
     while waiting:

@@ -1,10 +1,10 @@
-"""Gradients are written in place where a functional operator would write a copy of a table as large as the vocabulary.
+"""Writes gradients in place where a functional operator would write a copy of a table as large as the vocabulary.
 
-    scale(saved, factor)                       `saved` is for this backward alone ("donated"): it is scaled in place
-    total + embedding_backward(dy, indices)    no other node reads `total`: rows are added in place, no table is made
+    scale(saved, factor)                       `saved` belongs to this backward alone ("donated"): scaled in place
+    total + embedding_backward(dy, indices)    `total` has no other user: rows are added in place, no table is made
 
-A functional graph cannot say this before the partitioner: AOTAutograd traces no mutation of what a backward is given,
-and sums the two gradients of a table that is both embedding and head only when it has both.
+A functional graph cannot express this before the partitioner: AOTAutograd traces no in-place writes into the inputs of
+a backward. It adds the two gradients of a table that is both embedding and head only when both are computed.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from liger_compile.graphs.aliasing import storage_of
 
 _aten, _ours = torch.ops.aten, torch.ops.liger_compile
 
-# Operators whose result has memory of its own in any compiler, besides those of ours, which are functional. Elementwise
-# ones are not here: a compiler may find that one does nothing, and hand on its input.
+# Operators whose result has its own memory in any compiler; our ops, which are functional, have it too. Elementwise
+# operators are not listed: a compiler may simplify one away and return its input.
 _MAKES_MEMORY = (_aten.mm.default, _aten.addmm.default)
 
 
 def scale_in_place(backward: Backward) -> Iterator[Applied]:
-    """A gradient that was saved is multiplied by the incoming gradient where it is."""
+    """Multiplies a saved gradient by the incoming gradient in place."""
     graph, own = backward.graph, _owned(backward)
     for node in graph.find_nodes(op="call_function", target=_ours.scale.default):
         gradient, factor = node.args
@@ -39,7 +39,7 @@ def scale_in_place(backward: Backward) -> Iterator[Applied]:
 
 
 def add_embedding_rows_in_place(backward: Backward) -> Iterator[Applied]:
-    """The gradient of an embedding is added to the other gradient of the same table, row by row."""
+    """Adds the gradient of an embedding to the other gradient of the same table, row by row."""
     graph, own = backward.graph, _owned(backward)
     for node in graph.find_nodes(op="call_function", target=_ours.embedding_backward.default):
         if (total := _added_to(graph, node, own)) is not None:
@@ -51,7 +51,7 @@ def _owned(backward: Backward) -> set[Node]:
 
 
 def _alone_in_memory(placeholders: list[Node], donated: Collection[int]) -> set[Node]:
-    """The donated ones of whose memory no other is a view: two that are saved may be, and both be donated."""
+    """Returns the donated placeholders that share memory with no other: two saved tensors may alias, both donated."""
     values = {node: node.meta.get("val") for node in placeholders}
     storages = {node: storage_of(val) for node, val in values.items() if isinstance(val, torch.Tensor)}
     shared = Counter(storages.values())
@@ -60,13 +60,13 @@ def _alone_in_memory(placeholders: list[Node], donated: Collection[int]) -> set[
 
 
 def _added_to(graph: Graph, node: Node, own: Collection[Node]) -> Node | None:
-    """Adds the rows to the tensor that they are summed with, if no other node reads that. Returns the tensor."""
+    """Adds the rows in place to the other operand of their sum, if it has no other user. Returns that tensor."""
     dy, indices, _, padding_idx, scales_by_frequency = node.args
     (reader, *others) = node.users
     if others or scales_by_frequency or reader.kwargs:
         return None
     if reader.target is _aten.addmm.default and reader.args[0] is node:
-        total: Any = _product_of(graph, reader)  # Inductor makes an addmm of a product and a sum
+        total: Any = _product_of(graph, reader)  # Inductor makes an addmm of a matmul and a sum
     elif reader.target is _aten.add.Tensor:
         total = next((each for each in reader.args if each is not node), None)
     else:
@@ -79,7 +79,7 @@ def _added_to(graph: Graph, node: Node, own: Collection[Node]) -> Node | None:
 
 
 def _product_of(graph: Graph, addmm: Node) -> Node:
-    """The product alone, and the sum as a sum."""
+    """Splits an addmm into a matmul and a sum; returns the matmul."""
     added, *factors = addmm.args
     with graph.inserting_before(addmm):
         product = graph.call_function(_aten.mm.default, tuple(factors))
@@ -89,7 +89,7 @@ def _product_of(graph: Graph, addmm: Node) -> Node:
 
 
 def _may_be_written(total: Any, reader: Node, own: Collection[Node]) -> bool:
-    """Whether nobody else reads `total`, or memory that it shares. Scaling it in place comes before, for `reader`."""
+    """Returns whether only `reader` reads `total` or memory that it shares. An earlier scaling in place may read it."""
     if not isinstance(total, Node):
         return False
     if [each for each in total.users if each.target is not _ours.scale_in_place.default] != [reader]:
@@ -109,7 +109,7 @@ def _is_alike(a: Node, b: Node) -> bool:
 
 
 def _write(graph: Graph, instead_of: Node, written: Node, op: Any, *args: Any) -> None:
-    """`op`, which writes into `written`, where `instead_of` gave the same as a new tensor."""
+    """Replaces `instead_of` by `op`, which writes the same result into `written`."""
     with graph.inserting_before(instead_of):
         graph.call_function(op, args).meta["val"] = None
     instead_of.replace_all_uses_with(written)

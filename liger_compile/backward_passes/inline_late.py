@@ -1,8 +1,8 @@
-"""Replaces each op that was kept whole by what it consists of.
+"""Inlines late: replaces each op that was kept as one node by the operators that it consists of.
 
-Passes over backward find an op of ours as one node. Inductor fuses the operators that the op consists of. So
-`ops.registration.keeping_backwards_whole` keeps such an op one node while AOTAutograd traces, and this is the last
-thing that happens to a graph before Inductor gets it: to graphs of forward too.
+Passes over backward match an op of ours as one node. Inductor fuses the operators that the op consists of. So
+`ops.registration.keeping_backwards_whole` keeps such an op as one node while AOTAutograd traces, and this pass runs
+last before Inductor compiles a graph: on graphs of forward too.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ NAME = "backward.inline_late"
 def inline_whole_ops(
     graph: Graph, decompositions: Mapping[Any, Callable[..., Any]], strict: bool = False
 ) -> None:
-    """Changes `graph`.
+    """Inlines the ops in `graph`.
 
     Args:
-        decompositions: of operators that the graph may not contain.
-        strict: raise if an op cannot be traced. Otherwise the op stays, which computes the same, with a warning.
+        decompositions: for operators that the graph may not contain.
+        strict: raise if an op cannot be traced. Otherwise it warns, and the op stays, which computes the same result.
     """
     for node in graph.nodes:
         if node.target in BODIES:

@@ -1,13 +1,13 @@
-"""qkv matmul fusion: one matrix product where the gradients of q, k and v lie side by side.
+"""qkv matmul fusion: one matmul where the gradients of q, k and v are packed.
 
 In: a functional graph of aten operators, in which the backwards of rotary and norm_rotary are one node each. Out: the
-same graph, where q, k and v are projections of one x, with ops/joined.py for that node:
+same graph, where q, k and v are projections of one x, with an op of ops/joined.py instead of that node:
 
     grad_q @ Wq + grad_k @ Wk + grad_v @ Wv       joined @ [Wq; Wk; Wv]           the gradient of x
-    grad_q^T @ x, grad_k^T @ x, grad_v^T @ x      joined^T @ x, in three parts    those of the weights
+    grad_q^T @ x, grad_k^T @ x, grad_v^T @ x      joined^T @ x, in three parts    the gradients of the weights
 
-The first is rounded once then. What is saved is that the terms of the sum are written and read: on an H100 (torch
-2.11.0, bf16, 2026-11-26) 40 us a layer of Llama-3.2-1B, 4 x 2048 tokens, and 22 us of Qwen3-0.6B, 8 x 1024
+The gradient of x is then rounded only once. The terms of the sum are no longer written and read. This saves, on an H100
+(torch 2.11.0, bf16, 2026-11-26), 40 us per layer of Llama-3.2-1B, 4 x 2048 tokens, and 22 us of Qwen3-0.6B, 8 x 1024
 (docs/benchmarks.md).
 """
 
@@ -44,21 +44,21 @@ from liger_compile.backward_passes.aten_graph import (
 from liger_compile.backward_passes.runner import Applied, Backward
 
 _aten, _ours = torch.ops.aten, torch.ops.liger_compile
-# Backwards of q and k, and the same with results side by side: of (dq, dk, matrix beside them, axis of heads, and all
-# other arguments), with all other results.
+# The backwards of q and k, and their versions with packed results. These take (dq, dk, matrix to pack beside them, axis
+# of heads, and all other arguments), and return all other results too.
 _JOINED = {
     _ours.rotary_backward_whole.default: _ours.rotary_backward_joined.default,
     _ours.norm_rotary_backward_whole.default: _ours.norm_rotary_backward_joined.default,
 }
-_READERS = (mm, _aten.sum.dim_IntList)  # which take a matrix wherever its rows lie
+_READERS = (mm, _aten.sum.dim_IntList)  # accept a matrix with any row stride
 
 
 class _Matrix(NamedTuple):
-    """A gradient as it is read: (N, K), a row for each token."""
+    """A gradient as its readers read it: (N, K), a row for each token."""
 
-    # Its product with a weight: a term of the gradient of what the weight was multiplied with.
+    # Its matmul with a weight: a term of the gradient of the weight's input.
     term: Node
-    # By reader: the node that it reads, and whether that is the transpose.
+    # By reader: the node that it reads, and whether that node is the transpose.
     reads: Mapping[Node, tuple[Node, bool]]
 
     @property
@@ -67,13 +67,13 @@ class _Matrix(NamedTuple):
 
     @property
     def weight_gradient(self) -> Node | None:
-        """The one product of the transpose."""
+        """The matmul of the transpose, if there is exactly one."""
         turned = [reader for reader, (_, is_turned) in self.reads.items() if is_turned]
         return turned[0] if len(turned) == 1 else None
 
 
 def fuse_qkv_matmuls(backward: Backward) -> Iterator[Applied]:
-    """The gradients of q, k and v are multiplied by their three weights at once."""
+    """Multiplies the gradients of q, k and v by their three weights in one matmul."""
     for target in _JOINED:
         for node in backward.graph.find_nodes(op="call_function", target=target):
             if applied := _fuse(backward.graph, node):
@@ -93,7 +93,7 @@ def _fuse(graph: Graph, backward: Node) -> Applied | None:
     summed = _summed_with(q.term)
     if k.term not in summed:
         return None
-    first = min((*q.reads, *k.reads))  # Nodes compare by where they stand
+    first = min((*q.reads, *k.reads))  # Nodes compare by position
     others = [term for term in summed if term not in (q.term, k.term)]
     rest = next((each for each in map(_matrix_of, others) if _fits(each, q, first)), None)
     matrices = [q, k] if rest is None else [q, k, rest]
@@ -128,11 +128,11 @@ def _fuse(graph: Graph, backward: Node) -> Applied | None:
     return applied
 
 
-# What is there ---------------------------------------------------------------------------------------------
+# Matching --------------------------------------------------------------------------------------------------
 
 
 def _gradients_of(backward: Node) -> list[Node]:
-    """Those of q and k, if all sizes are known and their dtypes are one; else none."""
+    """Returns the gradients of q and k, if all sizes are known and their dtypes are equal; else an empty list."""
     nodes: Any = *backward.args[:2], result(backward, 0), result(backward, 1)
     if None in nodes:
         return []
@@ -143,7 +143,7 @@ def _gradients_of(backward: Node) -> list[Node]:
 
 
 def _heads_axis(backward: Node) -> int:
-    """That along which the tables are the same: 1 or 2, or else 0."""
+    """Returns the axis that the cos and sin tables broadcast over: 1 or 2, or 0 if there is none."""
     target: Any = backward.target
     names = [argument.name for argument in target._schema.arguments]
     cos = tensor_of(backward.args[names.index("cos")])
@@ -152,7 +152,7 @@ def _heads_axis(backward: Node) -> int:
 
 
 def _laid_out(gradient: Node, heads_axis: int) -> tuple[torch.Tensor, tuple[int, int]]:
-    """As it would lie in a matrix of a row for each token, without data, and the shape of that matrix."""
+    """Returns a tensor without data with the layout of a (tokens, channels) matrix, and the shape of that matrix."""
     value = torch.empty_like(tensor_of(gradient), device="meta")
     rows = value.transpose(1, 2).contiguous() if heads_axis == 1 else value.contiguous()
     batch, tokens, heads, channels = rows.shape
@@ -162,8 +162,10 @@ def _laid_out(gradient: Node, heads_axis: int) -> tuple[torch.Tensor, tuple[int,
 def _matrix(
     node: Node, laid_out: torch.Tensor, shape: tuple[int, ...], is_whole: bool = True
 ) -> _Matrix | None:
-    """`node` as a matrix of that shape, if its memory were `laid_out`. If it `is_whole`, readers that would read it
-    otherwise are not allowed, else not counted."""
+    """Returns `node` as a matrix of that shape, as if its memory had the layout of `laid_out`.
+
+    Readers in other layouts are not allowed if `is_whole`, else they are ignored.
+    """
     reads: dict[Node, tuple[Node, bool]] = {}
     views = [(node, laid_out)]
     for view, value in views:
@@ -188,7 +190,7 @@ def _matrix(
 
 
 def _viewed(reader: Node, value: torch.Tensor) -> torch.Tensor | None:
-    """What a view, or a copy that changes nothing, makes of the value; None if it is something else."""
+    """Returns the result of a view, or of a copy that changes nothing, for the value; None for other operators."""
     if reader.target is clone:
         return value if value.is_contiguous() else None
     if reader.target not in VIEWS:
@@ -205,14 +207,14 @@ def _matrix_of(term: Node) -> _Matrix | None:
 
 
 def _fits(rest: _Matrix | None, q: _Matrix, first: Node) -> bool:
-    """That of v, most likely; whatever it is, it may stand beside the two if it is there in time and not large."""
+    """Returns whether `rest`, usually the gradient of v, can be packed: it is computed in time and is not large."""
     if rest is None or rest.width > q.width or tensor_of(rest.term).dtype != tensor_of(q.term).dtype:
         return False
     return all(node < first for node in origin(rest.term.args[0])[-1:])
 
 
 def _summed_with(term: Node) -> list[Node]:
-    """The products that are summed with this one, each read by the sum alone, and this one among them."""
+    """Returns the matmuls that are summed with this one, with it included; each is read by the sum alone."""
     root = node = term
     while len(node.users) == 1:
         (user,) = node.users
@@ -227,19 +229,18 @@ def _summed_with(term: Node) -> list[Node]:
 
 
 def _only_read_here(node: Node) -> Node | None:
-    """What it is a view of, if nobody reads any of it elsewhere."""
+    """Returns the node that this one is a view of, if neither it nor a view has another reader."""
     chain = before_widening(node)
     return chain[-1] if all(len(each.users) == 1 for each in chain) else None
 
 
 def _pays(matrices: Sequence[_Matrix]) -> bool:
-    """Whether fewer elements are moved."""
+    """Returns whether the fusion moves fewer elements."""
     return _elements_saved(matrices) > 0
 
 
 def _elements_saved(matrices: Sequence[_Matrix]) -> int:
-    """Terms that are neither written nor read any more, less the weights that are concatenated and the matrix that is
-    copied."""
+    """Returns the elements of terms no longer written and read, less those of the weights and the matrix copied."""
     rows, hidden = tensor_of(matrices[0].term).shape
     terms = 2 * (len(matrices) - 1) * rows * hidden
     weights = 2 * hidden * sum(matrix.width for matrix in matrices)
@@ -247,7 +248,7 @@ def _elements_saved(matrices: Sequence[_Matrix]) -> int:
     return terms - weights - copied
 
 
-# What is put there -----------------------------------------------------------------------------------------
+# Rewriting -------------------------------------------------------------------------------------------------
 
 
 def _joined(graph: Graph, backward: Any, rest: Any, heads_axis: int) -> Node:
@@ -263,7 +264,7 @@ def _joined(graph: Graph, backward: Any, rest: Any, heads_axis: int) -> Node:
 
 
 def _join_terms(graph: Graph, joined: Node, terms: Sequence[Node]) -> list[Node]:
-    """Gives what nobody reads then."""
+    """Replaces the sum of the terms by one matmul, and returns the nodes that become unused."""
     last = max(terms)
     unused = [last]
     with graph.inserting_before(last):

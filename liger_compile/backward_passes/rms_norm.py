@@ -1,12 +1,12 @@
-"""RMSNorm's backward is fused with the sums around it.
+"""Fuses RMSNorm's backward with the adjacent sums.
 
-In: a functional graph of aten operators, in which forward and backward of pre_norm are one node each: the norm of a
-residual stream, computed again for the gradients of the weights that its result was multiplied with. Out:
+In: a functional graph of aten operators, in which forward and backward of pre_norm are one node each. Its forward, the
+norm of a residual stream, is recomputed for the gradients of the weights that multiply its result. Out:
 
     dx, dweight = backward(a + b + .., x, weight)
     dx + ds, norm(x, weight)                        dx, dweight, y = backward of all of it, in one pass over x
 
-A compiler can fuse as much, but for the sum over the rows, dweight.
+A compiler can fuse the same operators, except for dweight, the sum over the rows.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _IN_MEMORY = (mm, _aten.addmm.default, _aten.bmm.default, _ours.scale.default, o
 
 
 def fuse_rms_norms(backward: Backward) -> Iterator[Applied]:
-    """A norm's backward takes up to three gradients, adds that of the residual stream, and gives the norm again."""
+    """Makes a norm's backward take up to three gradients, add that of the residual stream, and return the norm too."""
     for node in backward.graph.find_nodes(op="call_function", target=_backward):
         if applied := _fuse(backward.graph, node):
             yield applied
@@ -54,13 +54,13 @@ def _fuse(graph: Graph, backward: Node) -> Applied | None:
     dy, *of, needs_dweight = backward.args
     dys = [term for part in terms_of(dy) for term in terms_of(_unwidened(part))]
     if len(dys) > MOST_SUMMED or not all(_is_in_memory(origin(each)[-1]) for each in dys):
-        return None  # a compiler had best compute others where it reads them
+        return None  # a compiler better computes other gradients where they are read
     dx, dweight = result(backward, 0), result(backward, 1)
     total, ds = _added_to(dx, backward)
     norm = _norm_of(of)
     moved = () if norm is None else _between(norm, backward)
     if norm is not None and (backward in moved or ds in moved):
-        norm, moved = None, ()  # x, or what comes past it, is made of y
+        norm, moved = None, ()  # x, or the gradient of the residual stream, depends on y
 
     y_dtype, ys = _read_as(norm)
     with graph.inserting_before(backward):
@@ -78,7 +78,7 @@ def _fuse(graph: Graph, backward: Node) -> Applied | None:
         backward.prepend(node)
     unused = (dx, dweight, backward, norm, y, *itertools.chain.from_iterable(replaced))
     erase_unused(graph, unused, _backward, _norm)
-    # A sum is written and read once less; so is x, of which the norm is computed again.
+    # One sum is written and read once less; so is x, from which the norm is recomputed.
     sums = len(dys) - 1 + (ds is not None)
     what = f"one kernel with {sums} {'sum' if sums == 1 else 'sums'}" + (
         " and the norm" if norm is not None else ""
@@ -92,7 +92,7 @@ def _shaped(graph: Graph, node: Node, other: Any) -> Node:
 
 
 def _unwidened(dy: Node) -> Node:
-    """What it was before a cast that loses nothing, if the cast is there for this alone."""
+    """Returns the node before a lossless upcast, if nothing else reads the upcast."""
     chain = before_widening(dy)
     cast_at = next((position for position, node in enumerate(chain) if is_widening(node)), None)
     if cast_at is None or any(len(node.users) > 1 for node in chain[: cast_at + 1]):
@@ -101,7 +101,7 @@ def _unwidened(dy: Node) -> Node:
 
 
 def _read_as(norm: Node | None) -> tuple[torch.dtype | None, list[Node]]:
-    """The dtype in which it is read, and the nodes that have it in that: casts, if all readers are."""
+    """Returns the dtype in which the norm is read, and the nodes with that dtype: casts, if all readers are casts."""
     if norm is None:
         return None, []
     readers = [*norm.users]
@@ -112,12 +112,12 @@ def _read_as(norm: Node | None) -> tuple[torch.dtype | None, list[Node]]:
 
 
 def _is_in_memory(node: Node) -> bool:
-    """Anyway, and not computed where it is read."""
+    """Returns whether a node is materialized in any case, and not computed where it is read."""
     return node.op == "placeholder" or node.target in _IN_MEMORY
 
 
 def _added_to(dx: Node | None, backward: Node) -> tuple[Node | None, Node | None]:
-    """The sum that dx, and nothing else of it, goes into, and what is added to it there, if it is known in time."""
+    """Returns the sum that is the only user of dx, and its other operand, if that is computed before backward."""
     node = dx
     while node is not None and len(node.users) == 1:
         (user,) = node.users
@@ -129,16 +129,16 @@ def _added_to(dx: Node | None, backward: Node) -> tuple[Node | None, Node | None
 
 
 def _norm_of(of: Sequence[Any]) -> Node | None:
-    """The forward of the same: a reader of its statistics, which nobody else has."""
+    """Returns the forward of the same norm: the only such user of its statistics."""
     found = [node for node in of[1].users if node.target is _norm and node.args == (*of,)]
     return found[0] if len(found) == 1 else None
 
 
 def _between(norm: Node, backward: Node) -> list[Node]:
-    """What is computed of y before backward, and backward itself if it is; in order."""
+    """Returns the nodes that depend on y up to backward, in order; with backward itself if it does."""
     found, reached = {norm}, [norm]
     for node in reached:
         new = [user for user in node.users if user not in found and user <= backward]
         found.update(new)
         reached.extend(new)
-    return sorted(found - {norm})  # Nodes compare by where they stand
+    return sorted(found - {norm})  # Nodes compare by position

@@ -1,8 +1,8 @@
 """Runs passes over a graph of backward: in order, with fuel, and with one policy for exceptions.
 
-In: a graph of aten operators as AOTAutograd's partitioner made it and Inductor is about to compile. Out: the same
-graph, changed, and a record of each change. A pass is a generator: it yields once after each change, so that the runner
-can stop it between two changes.
+In: a graph of aten operators that AOTAutograd's partitioner made and Inductor compiles next. Out: the same graph,
+changed, and a record of each change. A pass is a generator: it yields once after each change, so that the runner can
+stop it between two changes.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class Applied:
     """One change that a pass made.
 
     Args:
-        node: the node that the pass began at; it may be erased by now, and says where in the program the change is.
+        node: the node that the pass began at; it may be erased by now, and locates the change in the program.
         what: the change in words.
         memory: bytes that backward no longer allocates; 0 where it allocates the same.
         traffic: bytes that backward no longer reads or writes; an estimate.
@@ -36,11 +36,11 @@ class Applied:
 
 @dataclass(frozen=True)
 class Backward:
-    """A graph of backward, as passes take it.
+    """A graph of backward, as input of a pass.
 
     Args:
-        graph: is changed.
-        donated: positions of the placeholders that nobody reads after the graph has run; a pass may write into them.
+        graph: the graph; passes change it.
+        donated: positions of the placeholders that no one reads after the graph has run; a pass may write into them.
     """
 
     graph: Graph
@@ -48,8 +48,8 @@ class Backward:
 
 
 def is_backward(graph: Graph) -> bool:
-    """Whether a graph of AOTAutograd is one of backward."""
-    # AOTAutograd gives this name to what a backward is called with; graphs of forward have none.
+    """Returns whether a graph of AOTAutograd is a graph of backward."""
+    # AOTAutograd gives this name to the incoming gradients of a backward; graphs of forward have none.
     return any(node.name.startswith("tangents") for node in graph.find_nodes(op="placeholder"))
 
 
@@ -58,8 +58,8 @@ class Pass:
     """A named change of graphs of backward.
 
     Args:
-        name: as reports, `liger.skip` and the cache key have it.
-        run: changes the graph; yields after each change. Between two of them the graph computes what it did before.
+        name: the name in reports, `liger.skip` and the cache key.
+        run: changes the graph; yields after each change. At each yield the graph computes the same as before.
     """
 
     name: str
@@ -72,8 +72,8 @@ def run_passes(
     """Runs the passes in order. Returns every change that was made.
 
     Args:
-        fuel: how many changes may be made at most; None is no limit.
-        strict: raise what a pass raises. Otherwise a warning names the pass and its earlier changes stay.
+        fuel: the largest number of changes; None means no limit.
+        strict: reraise the exception of a pass. Otherwise a warning names the pass, and its earlier changes stay.
     """
     made: list[tuple[Pass, Applied]] = []
     for each in passes:
@@ -97,7 +97,7 @@ def run_passes(
 
 
 def warn_of_failure(name: str, error: Exception) -> None:
-    """A warning that a pass failed and that the graph is compiled without the rest of it."""
+    """Warns that a pass failed and that the rest of the pass is left out."""
     warnings.warn(
         f"liger_compile: pass {name!r} failed and is left out: {type(error).__name__}: {error}; "
         "liger.strict=True raises instead",

@@ -1,7 +1,7 @@
-"""`python -m liger_compile doctor`: versions, device and settings, and whether the backend works on this machine.
+"""`python -m liger_compile doctor`: prints versions, device and settings, and whether the backend works here.
 
-The checks run in the order of CHECKS. A check that finds a fault ends the run, because the later checks need what
-the fault breaks. The last check is a training step of a small model, compiled and compared with eager mode.
+The checks run in the order of CHECKS. A check that finds a fault ends the run, because the later checks depend on it.
+One check compiles a training step of a small model and compares it with eager mode.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ DISABLING = ("TORCHDYNAMO_DISABLE", "TORCH_COMPILE_DISABLE")
 
 @dataclass(frozen=True)
 class Finding:
-    """What a check found: `ok` and `NO` are verdicts, `--` is worth knowing and no fault."""
+    """The result of a check: `ok` and `NO` are verdicts, `--` is information and not a fault."""
 
     mark: Literal["ok", "--", "NO"]
     sentence: str
@@ -57,13 +57,13 @@ class Finding:
 
 
 def doctor(inner: str = "inductor") -> int:
-    """Prints what runs on this machine and what does not.
+    """Prints what works on this machine and what does not.
 
     Args:
-        inner: what compiles the small model, as in the option liger.inner.
+        inner: the compiler of the small model, as in the option liger.inner.
 
     Returns:
-        The exit code: 0 if the backend can be used, 1 if not.
+        The exit code: 0 if the backend works, 1 if not.
     """
     for name, fact in _facts():
         print(f"{name:<14} {fact}")
@@ -91,7 +91,7 @@ def _facts() -> Iterator[tuple[str, str]]:
 
 
 def _settings() -> list[tuple[str, str]]:
-    """The environment variables that change what is compiled, in alphabetical order."""
+    """Returns the environment variables that change what is compiled, in alphabetical order."""
     return [
         (name, value)
         for name, value in sorted(os.environ.items())
@@ -115,7 +115,7 @@ def _device() -> str:
 
 
 def _driver() -> str | None:
-    """The newest CUDA that the NVIDIA driver takes, as "13.0"; None where there is no driver."""
+    """Returns the newest CUDA version that the NVIDIA driver supports, as "13.0"; None if there is no driver."""
     version = ctypes.c_int()
     try:
         library = ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
@@ -208,7 +208,7 @@ def _training_step(inner: str) -> Iterator[Finding]:
 
 
 def _verdict(found: Verification, inner: str) -> Finding:
-    """What the comparison of the small model says."""
+    """Returns the result of the comparison of the small model."""
     if not found.reports:
         disabling = [name for name in DISABLING if os.environ.get(name, "0") not in ("", "0")]
         why = f": {disabling[0]} is set" if disabling else ""
@@ -261,7 +261,7 @@ class TinyModel(nn.Module):
         self.down, self.head = nn.Linear(48, 32, bias=False), nn.Linear(32, 64, bias=False)
 
     def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        """The loss of predicting `targets`, int64 (B, T), from `tokens`, int64 (B, T)."""
+        """Returns the loss of predicting `targets`, int64 (B, T), from `tokens`, int64 (B, T)."""
         x = self.embedding(tokens)
         h = self.norm * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6))
         x = x + self.down(F.silu(self.gate(h)) * self.up(h))

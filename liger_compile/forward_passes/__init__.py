@@ -1,1 +1,1 @@
-"""Passes over a graph as Dynamo has captured it, before the steps or after them. A pass a file."""
+"""Passes over the graph that Dynamo captured, before or after the steps. One pass per file."""

@@ -1,10 +1,10 @@
-"""Nested regions: the bodies that a graph calls by `invoke_subgraph`, put in the place of every call.
+"""Nested regions: inlines the subgraphs that a graph calls by `invoke_subgraph` at every call.
 
-torch.compiler.nested_compile_region and Dynamo's use_graph_deduplication make one body of equal layers. Where what
-compiles the graph computes wrong results of them, the layers have to stand in the graph themselves.
+torch.compiler.nested_compile_region and Dynamo's use_graph_deduplication make one subgraph of equal layers. If the
+compiler of the graph computes wrong results for subgraphs, the layers must be inlined.
 
-In: a Dynamo graph. Out: the same, without such calls: it computes the same in the same order. What nodes stand for says
-which memory they share, also in the calls that a body has not been traced for.
+In: a Dynamo graph. Out: the same graph without such calls; it computes the same in the same order. The example values
+of its nodes record which memory they share, also for calls that the subgraph was not traced for.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ Stack = Mapping[str, tuple[str, Any]]  # a node's "nn_module_stack"
 
 
 def inlined(gm: GraphModule) -> tuple[str, ...]:
-    """Inlines the bodies in `gm`, for a compiler that is wrong through them; what a report says of it."""
+    """Inlines the subgraphs in `gm`, for a compiler that is wrong for subgraphs; returns the notes for the report."""
     count = inline_subgraphs(gm)
     calls = "a call of a nested region is" if count == 1 else f"{count} calls of nested regions are"
     return (f"{calls} inlined: Inductor computes wrong gradients through them",) if count else ()
 
 
 def inline_subgraphs(gm: GraphModule) -> int:
-    """Inlines the bodies in `gm`, and in all graphs that it calls. Returns the number of calls that stood in them.
+    """Inlines the subgraphs in `gm` and in all graphs that it calls. Returns the number of inlined calls.
 
     Raises:
-        ValueError: for a call in a form that Dynamo does not write.
+        ValueError: for a call in a form that Dynamo does not produce.
     """
     describe_operands(gm)
-    first: dict[GraphModule, Stack] = {}  # body -> where the call stands that it was traced for
+    first: dict[GraphModule, Stack] = {}  # subgraph -> the module stack of the call that it was traced for
     count = 0
     for module in _innermost_first(gm):
         for call, body in _calls(module):
@@ -52,8 +52,10 @@ def inline_subgraphs(gm: GraphModule) -> int:
 
 
 def describe_operands(gm: GraphModule) -> None:
-    """Says of the placeholders of bodies what they stand for, where Dynamo does not: the operands of the call that the
-    body was made of, which has its results."""
+    """Sets the example values of subgraph placeholders that Dynamo gave none.
+
+    The values are those of the operands of the call that the subgraph was traced from. That call shares its results.
+    """
     for module in _innermost_first(gm):
         for call, body in _calls(module):
             pairs = _pairs_of_results(call, body)
@@ -65,7 +67,7 @@ def describe_operands(gm: GraphModule) -> None:
 
 
 def _innermost_first(gm: GraphModule) -> Iterable[GraphModule]:
-    """The graphs in `gm` that call bodies, once each, and after those that they call; bodies before their callers."""
+    """Returns the graphs in `gm` that call subgraphs, each once, after the graphs that they call."""
     found: dict[GraphModule, None] = {}
 
     def visit(module: GraphModule) -> None:
@@ -96,7 +98,7 @@ def _value(node: Any) -> Any:
 
 
 def _stack_of(call: Node) -> Stack:
-    """Where a call stands: Dynamo tells it of the call, or of its results."""
+    """Returns the module stack of a call: Dynamo records it on the call, or on its results."""
     stacks = (node.meta.get("nn_module_stack") for node in (call, *call.users))
     return next(filter(None, stacks), {})
 
@@ -122,7 +124,7 @@ def _inline(call: Node, body: GraphModule, first: Stack, stack: Stack) -> None:
 
 
 def _results_of(call: Node, results: Any) -> Iterator[tuple[Node, Any]]:
-    """What reads a result of the call, and which node of the body that is."""
+    """Yields the users of each result of the call, with the node of the subgraph that is that result."""
     for user in list(call.users):
         if user.target is not operator.getitem or not isinstance(user.args[1], int):
             raise ValueError(
@@ -132,13 +134,13 @@ def _results_of(call: Node, results: Any) -> Iterator[tuple[Node, Any]]:
 
 
 def _pairs_of_results(call: Node, body: GraphModule) -> list[tuple[Node, Node]]:
-    """The results of a body, and what stands for them around it."""
+    """Returns the results of a subgraph, each with its node in the calling graph."""
     results = body.graph.output_node().args[0]
     return [(result, user) for user, result in _results_of(call, results) if isinstance(result, Node)]
 
 
 def _replace(node: Node, value: Any) -> None:
-    """Puts a node, or a constant, in the place of a node."""
+    """Replaces a node by a node or a constant."""
     if isinstance(value, Node):
         if value.op != "placeholder":
             value.meta["example_value"] = _value(node)
@@ -150,7 +152,7 @@ def _replace(node: Node, value: Any) -> None:
 
 
 def _attribute(owner: Any, body: GraphModule, path: str) -> str:
-    """The name under which `owner` has what `body` has at a path; it gets one where it has none."""
+    """Returns the name under which `owner` has the attribute of `body` at a path; adds the attribute if missing."""
     value = operator.attrgetter(path)(body)
     base = name = path.replace(".", "_")
     count = 0
@@ -173,7 +175,7 @@ def _drop_unnamed_graphs(module: GraphModule) -> None:
 def _placed(
     meta: Mapping[str, Any], memory: _Memory, first: Stack, stack: Stack
 ) -> Iterator[tuple[str, Any]]:
-    """What the copy of a node stands for, and in which module: the body names those of its first call."""
+    """Yields a node copy's example value and module stack: the subgraph has the module names of its first call."""
     if "example_value" in meta:
         yield "example_value", memory.of(meta["example_value"])
     inner = meta.get("nn_module_stack")
@@ -185,11 +187,11 @@ def _placed(
 
 
 class _Memory:
-    """The memory of one call of a body: that of its operands and results is the caller's, other is its own."""
+    """The memory of one call of a subgraph: operands and results use the caller's memory, other values new memory."""
 
     def __init__(self, operands: Mapping[Node, Any], results: Iterable[tuple[Node, Node]]) -> None:
-        self._whole: dict[int | None, Tensor] = {}  # storage in the body -> a tensor in that of the call
-        self._is_known = True  # which memory in the body is that of operands
+        self._whole: dict[int | None, Tensor] = {}  # storage in subgraph -> tensor in the call's
+        self._is_known = True  # whether it is known which memory in the subgraph belongs to operands
         for inside, outside in (*operands.items(), *results):
             here, there = _value(inside), _value(outside)
             if isinstance(here, Tensor) and isinstance(there, Tensor):
@@ -199,7 +201,7 @@ class _Memory:
                 self._is_known = False
 
     def of(self, value: Any) -> Any:
-        """What a value of the body is in this call."""
+        """Returns the value in this call that corresponds to a value of the subgraph."""
         return tree_map_only(Tensor, self._tensor, value)
 
     def _tensor(self, tensor: Tensor) -> Tensor:
@@ -221,7 +223,7 @@ class _Memory:
 
 
 def _count_writes(tensor: Tensor, version: int) -> None:
-    """Makes a fake tensor one that is written, where `version` says so, and leaves it where it is one."""
+    """Marks a fake tensor as written if `version` says so and it is not marked yet."""
     if version and not version_of(tensor) and isinstance(tensor, FakeTensor):
         with tensor.fake_mode, torch.no_grad():
             tensor.as_strided((0,), (1,)).zero_()

@@ -1,11 +1,11 @@
-"""The kit for those who write patterns: what a test of a pattern asserts, and the spelling fuzzer.
+"""The test kit for authors of patterns: assertions for tests of a pattern, and the spelling fuzzer.
 
     assert_rewrites(model, x, expect={"rms_norm.llama": 2})
     assert_refuses(model, x, pattern="rms_norm", reason="one number a channel")
     assert_close_to_eager(model, x)
     fuzz(pattern)
 
-It needs torch only: no test framework. docs/writing_a_pattern.md shows it at work.
+It needs torch only, and no test framework. docs/writing_a_pattern.md shows how to use it.
 """
 
 from liger_compile.testing.assertions import assert_close_to_eager, assert_refuses, assert_rewrites

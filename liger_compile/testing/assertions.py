@@ -1,6 +1,6 @@
-"""What a test of a pattern says: these are replaced, that is refused, and the numbers are as right as eager's.
+"""Assertions for tests of a pattern: places are replaced, a place is refused, and results are as accurate as eager's.
 
-All three compile with torch.compile(backend="liger") from a fresh Dynamo, and raise what goes wrong in the rewriter.
+All three compile with torch.compile(backend="liger") after a reset of Dynamo, and raise errors of the rewriter.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ def assert_rewrites(
     dynamic: bool | None = None,
     **kwargs: Any,
 ) -> tuple[GraphReport, ...]:
-    """Asserts how many places function(*args, **kwargs) has that are replaced, and returns the reports.
+    """Asserts how many places of function(*args, **kwargs) are replaced, and returns the reports.
 
     Args:
         expect: a count for each pattern, `{"rms_norm.llama": 2}`, or op, `{"rms_norm": 2}`. Nothing else is replaced.
-        patterns: patterns to use besides those known.
-        policy: "always" leaves profit out, so that a test does not depend on the device; "auto" asks it.
+        patterns: patterns to use besides the registered ones.
+        policy: "always" skips profit, so that a test does not depend on the device; "auto" calls profit.
     """
     compiled = _compiled(function, patterns, policy, dynamic)
     made, _ = _with_reports(lambda: compiled(*args, **kwargs))
     left, found = Counter(site.pattern for site in _sites(made, "replace")), {}
-    for name in sorted(expect, key=lambda name: "." not in name):  # a pattern's own name before its op's
+    for name in sorted(expect, key=lambda name: "." not in name):  # names of patterns before names of ops
         names = [each for each in left if each == name or each.split(".")[0] == name]
         found[name] = sum(left.pop(each) for each in names)
     assert found == dict(expect) and not left, (
@@ -62,9 +62,9 @@ def assert_refuses(
 
     Args:
         pattern: the name of a pattern, `"rms_norm.llama"`, or of an op, `"rms_norm"`.
-        reason: a regular expression that is found in what a report says of such a place: of one that is left, or
-            of a near miss. Empty: there need not be one.
-        patterns, policy: as in `assert_rewrites`; others than `pattern` are left out, so that none takes its place.
+        reason: a regular expression that must match the reason in a report of such a place: a match that is left, or
+            a near miss. Empty: no such place is required.
+        patterns, policy: as in `assert_rewrites`; all patterns but `pattern` are skipped, so that none replaces it.
     """
 
     def is_meant(name: str) -> bool:
@@ -98,12 +98,12 @@ def assert_close_to_eager(
 ) -> tuple[GraphReport, ...]:
     """Asserts that results and gradients have an error of at most `factor` times eager's, and returns the reports.
 
-    The error is that against a run in float64; see `precision.assert_no_worse`. Gradients are those of every argument
-    that requires one and of every parameter of `function` or of an argument, for a random gradient of the results.
+    The error is relative to a run in float64; see `precision.assert_no_worse`. Gradients are those of every argument
+    that requires one and of every parameter of `function` or of an argument, for random gradients of the results.
 
     Args:
         function: a module, or a function that reads tensors and modules from its arguments only.
-        inner: what compiles the rewritten graph: "aot_eager", "inductor" or "eager".
+        inner: the compiler of the rewritten graph: "aot_eager", "inductor" or "eager".
     """
     exact = precision.as_double((function, args, kwargs))
     with precision.in_double():
@@ -146,7 +146,7 @@ def _sites(made: Iterable[GraphReport], kind: str) -> list[Site]:
 
 
 def _outcome(function: Any, args: Any, kwargs: Any, leaves: list[Tensor] | None = None) -> Any:
-    """The results, detached, and the gradients."""
+    """Returns the results, detached, and the gradients."""
     leaves = _leaves((function, args, kwargs)) if leaves is None else leaves
     torch.manual_seed(0)
     results = function(*args, **kwargs)
@@ -156,7 +156,7 @@ def _outcome(function: Any, args: Any, kwargs: Any, leaves: list[Tensor] | None 
 
 
 def _leaves(tree: Any) -> list[Tensor]:
-    """The tensors and parameters in a tree that require a gradient, each once."""
+    """Returns the tensors and parameters in a tree that require a gradient, each once."""
     found: dict[int, Tensor] = {}
     for each in tree_leaves(tree):
         for tensor in each.parameters() if isinstance(each, nn.Module) else [each]:

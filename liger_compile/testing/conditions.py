@@ -1,6 +1,6 @@
-"""When an identity of spellings.py holds, and what its spelled side is made of. Arguments are those of the call.
+"""Conditions of the identities in spellings.py, and helpers of their spellings. Arguments are those of the call.
 
-Everything is typed Any: the tensors are Values, which PyTorch's own annotations do not know.
+All parameters are typed Any: the tensors are Values, which PyTorch's own annotations do not accept.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def to_floating(x: Any, dtype: Any) -> bool:
 
 
 def is_common(x: Any, dtype: Any) -> bool:
-    """There is a tensor of this dtype to name it by."""
+    """Returns whether an input of the graph has this dtype, so that the dtype can be taken from a tensor."""
     return to_floating(x, dtype) and x.like(dtype) is not None
 
 
@@ -60,7 +60,7 @@ def half(x: Any) -> int:
 
 
 def ellipsis(x: Any, index: Any) -> bool:
-    """x[..., one slice], of a tensor."""
+    """Returns whether the index is x[..., one slice] of a tensor."""
     return (
         isinstance(x, Value)
         and isinstance(index, tuple)

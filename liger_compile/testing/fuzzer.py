@@ -1,8 +1,8 @@
-"""The spelling fuzzer: random spellings of a pattern have to match, random mutants to be refused or to be right.
+"""The spelling fuzzer: random spellings of a pattern must match, random mutants must be refused or be right.
 
-Both begin with the graph that Dynamo captures of a pattern's search function, change its calls one by one, and go
-through the backend's steps. All randomness comes from the Random that is passed in. With a seed it is any; `Choices`
-is one that a property-based test can shrink.
+Both start with the graph that Dynamo captures of a pattern's search function, change its calls one by one, and run the
+backend's steps. The Random argument makes all random choices. With a seed, any Random will do; a property-based test
+can shrink `Choices`.
 """
 
 from __future__ import annotations
@@ -30,12 +30,11 @@ from liger_compile.testing.mutations import MUTATIONS, ON_PURPOSE, WRITES, Call,
 from liger_compile.testing.spellings import neutral_to, spellings_of
 
 DTYPES = (torch.float32, torch.bfloat16)
-MUTANT_FACTOR = (
-    16  # of eager's error: a mutant may be ill-conditioned, and another meaning is no matter of rounding
-)
+# Times eager's error: a mutant may be ill-conditioned, and a wrong meaning differs by far more than rounding does.
+MUTANT_FACTOR = 16
 ROUNDS = 3  # how often an identity may be applied to the result of another
-TRIES = 8  # mutations, until one goes with a call
-# How a mutation that makes no sense for a call fails, when the call is made again on fake tensors.
+TRIES = 8  # mutations to try until one applies to a call
+# The errors of a mutation that does not apply to a call, when the call runs again on fake tensors.
 _DOES_NOT_FIT = (
     NotApplicable,
     AssertionError,
@@ -54,12 +53,12 @@ _samples: dict[Any, Sample] = {}
 def assert_respelling_matches(
     pattern: Pattern, random: Random, *, values: Values | None = None, frozen: Collection[str] = ()
 ) -> Rewriting:
-    """Asserts that a random spelling of `pattern` is replaced, and gives no worse numbers.
+    """Asserts that a random spelling of `pattern` is replaced, and that its results are no worse.
 
     Args:
         random: makes the choices.
-        values: for a capture, what to choose from instead of its example: numbers, strings, tensors (taken as they
-            are), or None. Floating examples become random numbers in float32 or bfloat16, integers indices.
+        values: for a capture, the values to choose from instead of its example: numbers, strings, tensors (used
+            unchanged), or None. Floating examples become random numbers in float32 or bfloat16, integers indices.
         frozen: the captures that require no gradient.
     """
     written = sample(pattern, random, values or {}, frozen)
@@ -92,9 +91,9 @@ def assert_mutant_is_safe(
     frozen: Collection[str] = (),
     mutations: Sequence[Mutation] = (),
 ) -> bool:
-    """Asserts that a random mutant of `pattern` is left alone or gives no worse numbers. True if one was made.
+    """Asserts that a random mutant of `pattern` is left or gives no worse numbers. Returns whether a mutant was made.
 
-    `mutations` are what to choose from instead of all there are. The other arguments are those of
+    `mutations` are the mutations to choose from instead of all of them. The other arguments are those of
     `assert_respelling_matches`.
     """
     written = sample(pattern, random, values or {}, frozen)
@@ -116,7 +115,7 @@ def assert_mutant_is_safe(
                 or "leaf Variable" in str(error)
                 or "modified inplace" in str(error)
             ):
-                return False  # backward reads what is written over; AOTAutograd makes graphs functional before that
+                return False  # backward reads an overwritten value; AOTAutograd would functionalize the graph before
             raise
         _assert_right(mutant, rewriting, actual, eager, exact, factor=MUTANT_FACTOR)
     return True
@@ -131,7 +130,7 @@ def fuzz(
     values: Values | None = None,
     frozen: Collection[str] = (),
 ) -> None:
-    """Asserts both of as many respellings and mutants of `pattern`. For other arguments see the two functions."""
+    """Runs both assertions on random respellings and mutants of `pattern`. For other arguments see the assertions."""
     for number in range(respellings):
         assert_respelling_matches(pattern, Random(f"{seed} {number}"), values=values, frozen=frozen)
     made = tried = 0
@@ -142,9 +141,9 @@ def fuzz(
 
 
 class Choices(Random):
-    """A Random that reads its choices off bytes, two for each, and chooses the first where they are 0 or used up.
+    """A Random that reads its choices from bytes, two for each, and chooses the first option for 0 or past the end.
 
-    The first is always what was written, so whoever shrinks the bytes shrinks the graph:
+    The first option is always the original, so shrinking the bytes shrinks the graph:
     `hypothesis.strategies.binary(min_size=1024, max_size=1024).map(Choices)`.
     """
 
@@ -161,7 +160,7 @@ class Choices(Random):
 
 @dataclass(frozen=True, eq=False)
 class Sample:
-    """The graph of a search function, and inputs for it. What is asked of it for every spelling is computed once."""
+    """The graph of a search function, and inputs for it. Properties that every spelling needs are computed once."""
 
     gm: GraphModule
     inputs: tuple[Any, ...]
@@ -172,7 +171,7 @@ class Sample:
 
 
 def sample(pattern: Pattern, random: Random, values: Values, frozen: Collection[str]) -> Sample:
-    """The graph of search with a random choice of dtype and values, and inputs for it."""
+    """Returns the graph of search with a random choice of dtype and values, and inputs for it."""
     dtype = random.choice(DTYPES)
     chosen = {name: random.randrange(len(values.get(name) or (0,))) for name in pattern.parameters}
     absent = {name for name in _optional(pattern) if name not in values and random.randrange(2)}
@@ -201,7 +200,7 @@ def sample(pattern: Pattern, random: Random, values: Values, frozen: Collection[
 def _drawn(
     example: Any, dtype: torch.dtype, classes: int, ints: Sequence[int], generator: torch.Generator
 ) -> Any:
-    """Random numbers, or indices, of the shape of `example`. A number that is captured may stand for an index."""
+    """Returns random numbers, or indices, of the shape of `example`. A captured number may stand for an index."""
     if not isinstance(example, Tensor):
         return example
     if example.dtype.is_floating_point:
@@ -230,7 +229,7 @@ def _new(pattern: Pattern) -> tuple[Pattern, ...]:
 
 @functools.cache
 def _replaced(written: Sample, new: tuple[Pattern, ...], known: tuple[Pattern, ...]) -> list[str]:
-    """What is replaced in a sample, with `new` patterns besides those that are `known` at the time."""
+    """Returns the patterns that are replaced in a sample, with `new` patterns besides the `known` ones."""
     return graphs.rewrite(copy_of(written.gm), new).replaced
 
 
@@ -238,7 +237,7 @@ def _replaced(written: Sample, new: tuple[Pattern, ...], known: tuple[Pattern, .
 
 
 def respelled(gm: GraphModule, random: Random) -> GraphModule:
-    """`gm` with calls written in another way, some of them several times over."""
+    """Returns `gm` with calls in other spellings, some of them respelled several times."""
     for _ in range(1 + random.randrange(ROUNDS)):
         gm = replay(gm, lambda *call: _spelled(random, *call))
     return gm
@@ -253,7 +252,7 @@ def _spelled(random: Random, recorder: Recorder, node: Node, args: tuple, kwargs
     except (
         RuntimeError,
         TypeError,
-    ):  # view() of a tensor that has to be copied, a module that takes no Value
+    ):  # view() of a tensor that must be copied, or a module that rejects a Value
         result = again(recorder, node, args, kwargs)
     if isinstance(result, Value) and isinstance(result.fake, Tensor) and random.randrange(10) == 9:
         result = random.choice([lambda x: x, *(one.spelled for one in neutral_to(result))])(result)
@@ -261,7 +260,7 @@ def _spelled(random: Random, recorder: Recorder, node: Node, args: tuple, kwargs
 
 
 def mutated(gm: GraphModule, random: Random, mutations: Sequence[Mutation]) -> GraphModule | None:
-    """`gm` with one thing changed; None if none of some mutations went with the call that was chosen."""
+    """Returns `gm` with one change; None if none of several mutations applied to the chosen call."""
     chosen = random.choice([node for node in gm.graph.nodes if node.op.startswith("call")])
     mutation: Mutation
 
@@ -270,7 +269,7 @@ def mutated(gm: GraphModule, random: Random, mutations: Sequence[Mutation]) -> G
             return again(recorder, node, args, kwargs)
         return mutation(Call(recorder, node, args, kwargs), random)
 
-    log = logging.getLogger("torch._subclasses.fake_tensor")  # it would print what does not fit together
+    log = logging.getLogger("torch._subclasses.fake_tensor")  # it would log the errors of mutations
     disabled, log.disabled = log.disabled, True
     try:
         for _ in range(TRIES):
@@ -301,7 +300,7 @@ def written(call: Call, random: Random) -> Any:
 
 
 def without_grad(call: Call, random: Random) -> Any:
-    """Makes the call with grad mode off."""
+    """Runs the call with grad mode off."""
     call.recorder.create_proxy("call_function", torch._C._set_grad_enabled, (False,), {})
     try:
         result = call()
@@ -318,7 +317,7 @@ AROUND = (*[written] * 12, *[without_grad] * 4)
 
 
 class Outcome(NamedTuple):
-    """What a graph returns, the gradients of its inputs, and what it has written into them."""
+    """The results of a graph, the gradients of its inputs, and the inputs after in-place writes."""
 
     results: list[Any]
     gradients: list[Any]
@@ -342,8 +341,9 @@ def outcome(
 
 
 class _InDouble(Interpreter):
-    """A cast between floating dtypes does nothing in double, but what it made stays a copy. What rounds on purpose is
-    computed in its own dtypes.
+    """Runs a graph in float64, except for nodes that round on purpose: they run in their own dtypes.
+
+    A cast between floating dtypes changes nothing in float64, but its result stays a copy.
     """
 
     def run_node(self, n: Node) -> Any:
@@ -357,7 +357,7 @@ class _InDouble(Interpreter):
         return result
 
     def _rounded(self, n: Node) -> Any:
-        """The result in its own dtype; its gradient, whose rounding has no purpose, in double."""
+        """Returns the result in its own dtype, and computes its gradient, which must not round, in float64."""
 
         def narrowed(arg: Node) -> Any:
             value, example = self.env[arg], arg.meta["example_value"]
@@ -389,7 +389,7 @@ def _detached(values: Any) -> list[Any]:
 
 
 def _assert_same_meaning(spelled: Outcome, written: Outcome) -> None:
-    """That the identities hold, as far as numbers written with ten digits can."""
+    """Asserts that the identities hold, up to the error of constants with ten digits."""
     for one, other in zip(tree_leaves(spelled), tree_leaves(written), strict=True):
         if isinstance(one, Tensor):
             torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6, equal_nan=True)
@@ -414,7 +414,7 @@ def _assert_right(
 
 
 def copy_of(gm: GraphModule) -> GraphModule:
-    """A graph with nodes of its own and the same fake tensors."""
+    """Returns a graph with new nodes and the same fake tensors."""
     graph = Graph()
     outputs = graph.graph_copy(gm.graph, {})
     graph.output(outputs).meta.update(gm.graph.output_node().meta)

@@ -1,8 +1,8 @@
-"""Graphs outside torch.compile: captured, rewritten and replayed one by one, at a speed that fuzzing needs.
+"""Graphs outside torch.compile: captures, rewrites and replays them one by one, as fast as fuzzing needs.
 
-`capture` asks Dynamo for a graph once. `replay` runs a graph's nodes again, each through a function that may put
-something else in its place, and records what then runs as Dynamo would: operators, methods and torch functions as
-they were called, every node with its fake tensor. `rewrite` takes a graph through the backend's steps.
+`capture` gets a graph from Dynamo once. `replay` runs the nodes of a graph again, each through a function that may
+return something else for it, and records the calls as Dynamo would: operators, methods and torch functions as called,
+every node with its fake tensor. `rewrite` runs the backend's steps on a graph.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from liger_compile.terms.build import Terms
 
 @dataclass(frozen=True)
 class Rewriting:
-    """What became of a graph, and why."""
+    """A rewritten graph, with the decisions and near misses."""
 
     gm: GraphModule
     decisions: Sequence[Decision]
@@ -39,18 +39,18 @@ class Rewriting:
 
     @property
     def replaced(self) -> list[str]:
-        """The names of the patterns that were replaced, once for each place."""
+        """The names of the replaced patterns, once for each place."""
         return [decision.match.pattern.name for decision in self.decisions if decision.kind == "replace"]
 
     @property
     def reasons(self) -> list[str]:
-        """Why what was left is left."""
+        """The reasons of the matches that were left, and of the near misses."""
         left = [f"{d.match.pattern.name}: {d.reason}" for d in self.decisions if d.kind != "replace"]
         return left + [f"{near.pattern.name}: {near.reason}" for near in self.near_misses]
 
 
 def rewrite(gm: GraphModule, patterns: Iterable[Pattern] = (), *, policy: str = "always") -> Rewriting:
-    """Rewrites `gm` in place as the backend does, and says what happened. `patterns` are used besides those known."""
+    """Rewrites `gm` in place as the backend does. `patterns` are used besides the registered ones."""
     mutations = Mutations(gm.graph)
     terms = Terms(gm.graph, mutations)
     matches, near_misses = find_matches(gm.graph, patterns_in_use(patterns), terms)
@@ -61,7 +61,7 @@ def rewrite(gm: GraphModule, patterns: Iterable[Pattern] = (), *, policy: str = 
 
 
 def capture(function: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[GraphModule, tuple[Any, ...]]:
-    """The graph that Dynamo captures of function(*args, **kwargs), and its inputs. Raises if it captures several."""
+    """Returns the graph that Dynamo captures of function(*args, **kwargs), and its inputs. Raises at a graph break."""
     captured: list[tuple[GraphModule, tuple[Any, ...]]] = []
 
     def backend(gm: GraphModule, _: Any) -> Callable[..., Any]:
@@ -78,7 +78,7 @@ def capture(function: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Gr
 
 
 class Value(Proxy):
-    """A value of a graph that is being recorded. Sizes and dtypes are as concrete as Dynamo has them."""
+    """A value of a graph that is being recorded. Its sizes and dtypes are concrete, as in Dynamo."""
 
     tracer: Recorder
 
@@ -101,7 +101,7 @@ class Value(Proxy):
         return self.fake.dim()
 
     def like(self, dtype: Any) -> Value | None:
-        """An input of the graph that has this dtype."""
+        """Returns an input of the graph that has this dtype, or None."""
         for node in self.tracer.graph.nodes:
             example = node.meta["example_value"]
             if node.op == "placeholder" and isinstance(example, torch.Tensor) and example.dtype == dtype:
@@ -109,7 +109,7 @@ class Value(Proxy):
         return None
 
     def made_by(self, name: str) -> tuple[Any, ...] | None:
-        """The arguments of the call that made this value, if it was one of `name` without keyword arguments."""
+        """Returns the arguments of the call that made this value, if it called `name` without keyword arguments."""
         if name_of(self.node) != name or self.node.kwargs:
             return None
         return map_arg(self.node.args, lambda node: Value(node, self.tracer))  # pyright: ignore[reportArgumentType]
@@ -122,7 +122,7 @@ class Value(Proxy):
 
 
 class Recorder(GraphAppendingTracer):
-    """Appends what is done with its Values to a graph, and computes their fake tensors."""
+    """Appends the calls on its Values to a graph, and computes their fake tensors."""
 
     def __init__(self) -> None:
         super().__init__(Graph())
@@ -143,15 +143,15 @@ class Recorder(GraphAppendingTracer):
         return node
 
     def module(self, outputs: Sequence[Value]) -> GraphModule:
-        """The graph of what was recorded, with what no output needs left out."""
+        """Returns the recorded graph, without nodes that no output needs."""
         node = self.graph.output(tuple(value.node for value in outputs))
         node.meta["example_value"] = tuple(value.fake for value in outputs)
         _without_unused(self.graph)
-        return _LazyGraphModule(torch.nn.Module(), self.graph)  # most are changed again before they run
+        return _LazyGraphModule(torch.nn.Module(), self.graph)  # most change again before they run
 
 
 def _without_unused(graph: Graph) -> None:
-    """Dynamo leaves out pure calls that nobody reads."""
+    """Erases pure calls without users, as Dynamo does."""
     impure = {node for node in graph.nodes if node.op == "placeholder" or not _is_pure(node)}
     for node in reversed(graph.nodes):
         if not node.users and node not in impure and node.op != "output":
@@ -173,17 +173,17 @@ Visit = Callable[[Recorder, Node, tuple, dict], Any]
 
 
 def again(recorder: Recorder, node: Node, args: tuple, kwargs: dict) -> Any:
-    """The visit that puts nothing else in the place of a node."""
+    """The visit that records a node unchanged."""
     if node.target is operator.getitem and isinstance(args[0], (tuple, list)):
         return args[0][args[1]]
     return recorder.create_proxy(node.op, node.target, args, kwargs)
 
 
 def replay(gm: GraphModule, visit: Visit, inputs: Mapping[str, Any] | None = None) -> GraphModule:
-    """A new graph of what `visit` does for each node of `gm`.
+    """Returns a new graph of the calls that `visit` makes for each node of `gm`.
 
-    `visit` is given the recorder, the node, and its arguments as Values; what it returns stands for the node.
-    `inputs` gives placeholders, by name, other fake tensors or the Value of another placeholder, by its name.
+    `visit` receives the recorder, the node, and its arguments as Values; its result replaces the node.
+    `inputs` maps names of placeholders to other fake tensors, or to the name of another placeholder to use its Value.
     """
     recorder, values = Recorder(), {}
     outputs: Sequence[Value] = ()
@@ -220,6 +220,6 @@ _ALIASES: Mapping[Any, str] = {
 
 
 def name_of(node: Node) -> str:
-    """What a node does, whether it is an operator, a method or a function."""
+    """Returns the name of a node's operation, whether it is an operator, a method or a function."""
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
     return _ALIASES.get(node.target) or _ALIASES.get(name) or name

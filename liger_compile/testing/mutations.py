@@ -1,8 +1,8 @@
-"""Ways to change what a graph means, or what happens around it. A rewriter has to refuse them or to be right.
+"""Mutations that change the meaning of a graph, or its surroundings. A rewriter must refuse them or be right.
 
-MUTATIONS are done to one call: most to any, some to calls of one name. They are given the call as it was recorded,
-and do something else in its place. Not each of them changes a result (x * 2 for x + x does not), so a test compares
-numbers where something was replaced in spite of one. A mutation that does not go with a call raises.
+MUTATIONS apply to one call: most of them to any call, some to calls of one name. They receive the call as it was
+recorded, and record something else instead. Some mutations do not change a result (x * 2 for x + x), so a test
+compares numbers if something was replaced in a mutant. A mutation that does not apply to a call raises.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ class Call:
     node: Node
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    made: Any = None  # its result, where it has been recorded already
+    made: Any = None  # its result, if it has been recorded already
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The call, with other arguments if they are given."""
+        """Records the call, with other arguments if given, and returns its result."""
         if self.made is not None:
             return self.made
         return again(self.recorder, self.node, args or self.args, {**self.kwargs, **kwargs})
@@ -43,15 +43,15 @@ class Call:
 
 
 class NotApplicable(Exception):
-    """This mutation does not go with this call."""
+    """This mutation does not apply to this call."""
 
 
 Mutation = Callable[[Call, Random], Any]
-ON_PURPOSE = "rounds on purpose"  # in a node's meta: what it rounds to is its meaning
+ON_PURPOSE = "rounds on purpose"  # a key in a node's meta: the rounding is part of its meaning
 
 
 def on_result(change: Callable[[Any], Any]) -> Mutation:
-    """Does something to the result."""
+    """Applies a change to the result."""
 
     def mutation(call: Call, random: Random) -> Any:
         result = call()
@@ -63,8 +63,9 @@ def on_result(change: Callable[[Any], Any]) -> Mutation:
 
 
 def rounding(change: Callable[[Any], Any]) -> Mutation:
-    """Does something to the result that only rounding, or the end of the dtype's range, makes a change of. A reference
-    in higher precision has to compute it in the dtypes at hand, or it sees none.
+    """Applies a change to the result that has an effect only through rounding or the range of the dtype.
+
+    A reference in higher precision must compute it in the actual dtypes, or it has no effect there.
     """
     changed = on_result(change)
 
@@ -80,12 +81,12 @@ def rounding(change: Callable[[Any], Any]) -> Mutation:
 
 
 def without_gradient(change: Callable[[Any], Any]) -> Mutation:
-    """As `rounding`, where the gradient would be infinite, or none."""
+    """Like `rounding`, where the gradient would be infinite or missing."""
     return rounding(lambda x: change(x).detach())
 
 
 def on_argument(change: Callable[[Any], Any]) -> Mutation:
-    """Does something to one tensor argument."""
+    """Applies a change to one tensor argument."""
 
     def mutation(call: Call, random: Random) -> Any:
         at = [
@@ -113,12 +114,12 @@ def instead(name: str, function: Callable[..., Any]) -> Mutation:
 
 
 def dropped(call: Call, random: Random) -> Any:
-    """One of its arguments instead of its result."""
+    """Returns one of the arguments instead of the result."""
     return random.choice(call.tensors)
 
 
 def swapped(call: Call, random: Random) -> Any:
-    """Two arguments in each other's place."""
+    """Swaps two arguments."""
     args = [*call.args]
     if len(args) == 1 and isinstance(args[0], (list, tuple)):
         return call([*args[0]][::-1])
@@ -127,12 +128,12 @@ def swapped(call: Call, random: Random) -> Any:
     if len(args) < 2 or not isinstance(args[1], (Value, int, float)):
         raise NotApplicable
     if name_of(call.node) == "pow" and isinstance(args[1], (int, float)) and args[1] < 0:
-        raise NotApplicable  # torch.fx writes pow(-0.5, x) as -0.5 ** x, which is something else
+        raise NotApplicable  # torch.fx writes pow(-0.5, x) as -0.5 ** x, which has another meaning
     return call(args[1], args[0], *args[2:])
 
 
 def other_number(call: Call, random: Random) -> Any:
-    """One number in its arguments by another."""
+    """Replaces one number in the arguments by another."""
     at = [i for i, arg in enumerate(call.args) if isinstance(arg, (int, float)) and not isinstance(arg, bool)]
     named = [
         key for key, arg in call.kwargs.items() if isinstance(arg, (int, float)) and not isinstance(arg, bool)
@@ -157,7 +158,7 @@ NUMBERS: tuple[Callable[[Any], Any], ...] = (
 
 
 def other_flag(call: Call, random: Random) -> Any:
-    """keepdim=False for keepdim=True."""
+    """Inverts flags: keepdim=False for keepdim=True."""
     flags = [key for key, arg in call.kwargs.items() if isinstance(arg, bool)]
     if not flags:
         raise NotApplicable
@@ -165,7 +166,7 @@ def other_flag(call: Call, random: Random) -> Any:
 
 
 def other_word(call: Call, random: Random) -> Any:
-    """reduction="sum" for "mean"."""
+    """Replaces words: reduction="sum" for "mean"."""
     others = {"mean": "sum", "sum": "mean", "none": "tanh", "tanh": "none"}
     words = [key for key, arg in call.kwargs.items() if arg in others]
     if not words:
@@ -174,7 +175,7 @@ def other_word(call: Call, random: Random) -> Any:
 
 
 def other_tensor(call: Call, random: Random) -> Any:
-    """Another tensor of the graph in the place of an argument."""
+    """Replaces an argument by another tensor of the graph."""
     values = [Value(node, call.recorder) for node in call.recorder.graph.nodes]
     at = [i for i, arg in enumerate(call.args) if isinstance(arg, Value)]
     chosen = random.choice(at or [None])
@@ -187,14 +188,14 @@ def other_tensor(call: Call, random: Random) -> Any:
 
 
 def _alike(a: Value, b: Value) -> bool:
-    """Two tensors that a call cannot tell apart by shape and dtype."""
+    """Returns whether two tensors are different and have equal shape and dtype."""
     if not isinstance(a.fake, torch.Tensor) or not isinstance(b.fake, torch.Tensor) or a.node is b.node:
         return False
     return a.shape == b.shape and a.dtype == b.dtype
 
 
 def other_slice(call: Call, random: Random) -> Any:
-    """A slice that begins elsewhere, or another element of a tuple."""
+    """Takes a slice that begins elsewhere, or another element of a tuple."""
     if name_of(call.node) != "getitem":
         raise NotApplicable
     x, index = call.args
@@ -212,7 +213,7 @@ def other_slice(call: Call, random: Random) -> Any:
     return x[(*first, moved)]
 
 
-# What is x in real numbers, and is not x in floating point; and numbers that are no numbers like others.
+# Changes that equal x in real numbers but not in floating point; and changes with zero, infinity and NaN.
 ROUNDINGS: tuple[Mutation, ...] = (
     rounding(lambda x: (x + 12582912.0) - 12582912.0),
     rounding(lambda x: (x - 3e4) + 3e4),
@@ -338,7 +339,7 @@ MUTATIONS: tuple[Mutation, ...] = (
     instead("view_as_real", lambda x: torch.view_as_real(x.conj())),
 )
 
-# What happens around a call rather than in it. In-place writes change what others read later.
+# In-place writes before or after a call, which change values that are read later.
 WRITES: tuple[Callable[[Any], Any], ...] = (
     lambda x: x.add_(1),
     lambda x: x.mul_(2),

@@ -1,8 +1,8 @@
-"""The numerics bar: against float64, at most twice the error of eager in the same dtype. Never a bare tolerance.
+"""The numerics bar: against float64, at most twice the error of eager in the same dtype. It is never a fixed tolerance.
 
-In: what a computation gave, what eager gives in the same dtypes, and what is exact. Out: nothing, or an
-AssertionError that says which tensor is how far off. `in_double` makes the exact one: it runs code that was written
-for other dtypes in float64, with every cast to a floating dtype in it taken for a cast to float64.
+In: the results of a computation, the results of eager in the same dtypes, and the exact results. Out: nothing, or an
+AssertionError that names the tensor and its error. `in_double` computes the exact results: it runs code written for
+other dtypes in float64, and treats every cast to a floating dtype as a cast to float64.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ _CASTS = ("float", "half", "bfloat16")
 
 
 def assert_no_worse(actual: Any, eager: Any, exact: Any, *, factor: float = 2.0) -> None:
-    """Asserts of every tensor that it is about as close to `exact` as `eager` is, in the L2 norm.
+    """Asserts that every tensor is about as close to `exact` as `eager` is, in the L2 norm.
 
-    The three are tensors, or trees of one structure of them: tuples, lists, dictionaries, None. Where `exact` is
-    not finite, `actual` has to be what eager is.
+    The three are tensors, or trees of tensors with equal structure: tuples, lists, dictionaries, None. Where `exact` is
+    not finite, `actual` must equal eager's value.
 
-    `factor` times eager's error is allowed, and a floor: rounding an exact result leaves an error of eps / sqrt(12)
-    times its norm; and where there are few elements, eager may be right by luck, within some eps of the coarsest
-    dtype that there is among the results (a loss in float32 may come of bfloat16 logits).
+    The allowed error is `factor` times eager's error, plus a floor: rounding an exact result leaves an error of
+    eps / sqrt(12) times its norm; and with few elements, eager may be accurate by chance, so some eps of the coarsest
+    dtype among the results are allowed (a loss in float32 may come from bfloat16 logits).
     """
     coarsest = max((_eps(each) for each in tree_leaves(eager)), default=0.0)
     results, expected, trues = (tree_flatten_with_path(each)[0] for each in (actual, eager, exact))
@@ -68,7 +68,7 @@ def _assert_tensor(
 
 
 def error_of(actual: Tensor, eager: Tensor, exact: Tensor) -> float:
-    """The L2 norm of actual - exact. Infinite if actual is not eager's where exact is not finite."""
+    """Returns the L2 norm of actual - exact. Infinite if actual differs from eager where exact is not finite."""
     wide = _finite(actual, exact, exact) - _finite(exact, exact, exact)
     rest = ~torch.isfinite(exact)
     same = torch.equal(torch.nan_to_num(actual[rest]), torch.nan_to_num(eager[rest]))
@@ -77,7 +77,7 @@ def error_of(actual: Tensor, eager: Tensor, exact: Tensor) -> float:
 
 
 def bound(eager: Tensor, exact: Tensor, factor: float = 2.0, coarsest: float = 0.0) -> float:
-    """The error that is allowed of a result that eager computes as `eager`; see assert_no_worse."""
+    """Returns the allowed error of a result that eager computes as `eager`; see assert_no_worse."""
     numel = max(1, int(torch.isfinite(exact).sum()))
     floor = _eps(eager) * 12**-0.5 + max(_eps(eager), coarsest) * 2 * numel**-0.5
     return factor * error_of(eager, eager, exact) + floor * _finite(exact, exact, exact).norm().item()
@@ -89,7 +89,7 @@ def _eps(value: Any) -> float:
 
 
 def _finite(tensor: Tensor, exact: Tensor, like: Tensor) -> Tensor:
-    """tensor in the dtype of `like`, with zeros where exact is not finite."""
+    """Returns tensor in the dtype of `like`, with zeros where exact is not finite."""
     return torch.where(torch.isfinite(exact), tensor.detach().to(like.dtype), 0)
 
 
@@ -109,7 +109,7 @@ def _is_dtype(value: Any) -> bool:
 
 @contextmanager
 def in_double() -> Iterator[None]:
-    """Takes every cast to a floating dtype for one to float64. Inputs have to be float64: `as_double`."""
+    """Treats every cast to a floating dtype as a cast to float64. Inputs must be float64: `as_double`."""
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:
@@ -120,12 +120,12 @@ def in_double() -> Iterator[None]:
 
 
 def as_double(value: Any) -> Any:
-    """A copy of a tree of tensors and modules, floating ones in float64; what was one object stays one."""
+    """Returns a copy of a tree of tensors and modules, floating ones in float64; shared objects stay shared."""
     return copied(value, double=True)
 
 
 def copied(value: Any, *, double: bool = False) -> Any:
-    """A copy of a tree of tensors and modules that shares no memory with it; tensors are leaves to autograd."""
+    """Returns a copy of a tree of tensors and modules that shares no memory with it; its tensors are leaves."""
     copies: dict[int, Any] = {}
 
     def copy_of(each: Any) -> Any:
@@ -149,14 +149,14 @@ def _copy_of(each: Any, double: bool) -> Any:
 
 
 def gradients(outputs: Any, leaves: Sequence[Tensor]) -> list[Tensor | None]:
-    """The gradients of the leaves for a fixed random gradient of every output that has one."""
+    """Returns the gradients of the leaves for a fixed random gradient of every output that requires one."""
     tensors = [each for each in tree_leaves(outputs) if isinstance(each, Tensor)]
     roots = [each for each in tensors if each.requires_grad]
     if not roots or not leaves:
         return [None] * len(leaves)
     generator = torch.Generator().manual_seed(0)
-    # Rounded to bfloat16, so that they are the same numbers in every dtype; and drawn in float32 where in_double, which
-    # would have float64, is around: there torch.randn draws others.
+    # Rounded to bfloat16, so that they are the same numbers in every dtype. Drawn in float32 even under in_double,
+    # which would draw float64: torch.randn gives other numbers then.
     with torch._C.DisableTorchFunction():
         drawn = [
             torch.randn(each.shape, generator=generator, dtype=torch.float32).bfloat16() for each in roots

@@ -1,12 +1,11 @@
-"""Spellings of one thing, as data: what a call may be replaced by without changing what it means.
+"""Spellings as data: calls that may replace a call without changing its meaning.
 
-SPELLINGS holds one identity a line: the call that it is about, by the name that operator, method and function
-share; what may be written instead; and when. NEUTRAL holds what may be done to any floating tensor for nothing.
-Both are plain PyTorch. An identity may round within the dtype that it computes in where its original does not
-(x * sigmoid(x) for silu(x)), but it never moves a cast.
+SPELLINGS has one identity per line: the name of the call, shared by operator, method and function; the call that may
+replace it; and the condition. NEUTRAL has the calls that change no floating tensor. Both are plain PyTorch. An identity
+may round within its compute dtype where its original does not (x * sigmoid(x) for silu(x)), but it never moves a cast.
 """
 
-# A Value stands for a tensor wherever one is used, which its class cannot say.
+# A Value stands for a tensor wherever a tensor is used, which its class cannot express.
 # pyright: reportArgumentType=false, reportReturnType=false, reportIndexIssue=false, reportOperatorIssue=false
 
 from __future__ import annotations
@@ -59,7 +58,7 @@ from liger_compile.testing.graphs import Value
 
 @dataclass(frozen=True)
 class Identity:
-    """`name(*args)` may be written as `spelled(*args)` where `when(*args)`."""
+    """`name(*args)` may be written as `spelled(*args)` if `when(*args)`."""
 
     name: str
     spelled: Callable[..., Any]
@@ -69,7 +68,7 @@ class Identity:
 C = math.sqrt(2 / math.pi)
 
 SPELLINGS: tuple[Identity, ...] = (
-    # Products, sums and powers
+    # Multiplications, sums and powers
     Identity("mul", lambda a, b: operator.mul(a, b)),
     Identity("mul", lambda a, b: operator.mul(b, a)),
     Identity("mul", lambda a, b: torch.mul(a, b), of_tensor),
@@ -319,19 +318,19 @@ NEUTRAL: tuple[Identity, ...] = (
 
 
 def spellings_of(name: str, args: tuple, kwargs: dict) -> list[Identity]:
-    """The identities that hold for this call."""
+    """Returns the identities that hold for this call."""
     return [identity for identity in SPELLINGS if identity.name == name and _holds(identity, args, kwargs)]
 
 
 def _holds(identity: Identity, args: tuple, kwargs: dict) -> bool:
     try:
         return bool(identity.when(*args, **kwargs))
-    except (TypeError, AttributeError, ValueError):  # called in another way than the identity is about
+    except (TypeError, AttributeError, ValueError):  # the call has another form than that of the identity
         return False
 
 
 def neutral_to(value: Value) -> list[Identity]:
-    """What may be done to this value for nothing."""
+    """Returns the identities that do not change this value."""
     if not value.dtype.is_floating_point:
         return []
     return [identity for identity in NEUTRAL if _holds(identity, (value,), {})]

@@ -1,7 +1,7 @@
-"""The program fuzzer: random small training programs, each compared with eager mode in all that a caller can see.
+"""The program fuzzer: compares random small training programs with eager mode in everything that a caller can see.
 
     python -m liger_compile.testing.programs --programs 1000 --seed 1
 
-`grammar.py` says what programs are made of, `program.py` what one is and its source, `strategies.py` how Hypothesis
-draws and shrinks one, `differential.py` what is compared and with what. It needs Hypothesis.
+`grammar.py` defines the statements of programs, `program.py` a program and its source, `strategies.py` how Hypothesis
+draws and shrinks programs, `differential.py` the comparison. It needs Hypothesis.
 """

@@ -1,11 +1,11 @@
-"""python -m liger_compile.testing.programs: a long run. Prints each fault as a program; exit status 1 if there are any.
+"""python -m liger_compile.testing.programs: a long run. Prints each faulty program; exit status 1 if there are any.
 
---programs N      how many (default 1000)
---seed N          where to begin (default 0); the same seed gives the same programs with the same Hypothesis
---processes N     how many at once (default 1)
---inner NAME      what compiles the rewritten graphs (default aot_eager)
+--programs N      the number of programs (default 1000)
+--seed N          the first seed (default 0); a seed gives the same programs with the same version of Hypothesis
+--processes N     the number of parallel processes (default 1)
+--inner NAME      the compiler of the rewritten graphs (default aot_eager)
 --device NAME     cpu or cuda
---policies NAMES  what each program draws its policy from (default auto,always,auto,never)
+--policies NAMES  the policies that each program draws from (default auto,always,auto,never)
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from collections import Counter
 
 from liger_compile.testing.programs.search import Settings, worker
 
-PER_SEARCH = 100  # programs that one search of Hypothesis draws
+PER_SEARCH = 100  # programs that one Hypothesis search draws
 
 
 def _total(counts: Counter[str]) -> int:

@@ -1,9 +1,10 @@
 """Runs a random program in eager mode, under stock "aot_eager" and under backend="liger", and compares the outcomes.
 
-A caller sees: values, shapes, dtypes, requires_grad, which outputs share memory, every gradient, what was written into
-inputs, parameters and buffers, and errors. `check` gives the differences from eager that are neither stock's nor noise.
+A caller sees: values, shapes, dtypes, requires_grad, memory shared by outputs, every gradient, in-place writes into
+inputs, parameters and buffers, and errors. `check` returns the differences from eager that are neither stock's nor
+noise.
 
-Dynamo traces a program once: `_Backends` compiles the graph that it captures for each variant when that variant runs.
+Dynamo traces a program once: `_Backends` compiles the captured graph for each variant when that variant runs.
 """
 
 from __future__ import annotations
@@ -27,11 +28,11 @@ from liger_compile.variants import copied
 
 EAGER, STOCK = "eager", "aot_eager"
 POLICIES = ("auto", "always", "never")
-# Relative distances (L2) up to which two runs are the same without a further question.
+# Relative distances (L2) up to which two runs count as equal without a further check.
 NEAR = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 4e-3}
-NOISE = 8.0  # times what a change of the inputs by a unit of rounding does to eager's own results
+NOISE = 8.0  # times the effect of one unit of rounding in the inputs on eager's own results
 DOCUMENTED = "cannot be computed any more"  # the error of values that can no longer be computed
-# torch.compile keeps what it likes for backward, outputs as well, which eager code then may not write into.
+# torch.compile may save any value for backward, outputs too; eager code may then not write into it.
 KEPT = "modified by an inplace operation"
 
 
@@ -44,7 +45,7 @@ def _double_all(xs: Sequence[Tensor]) -> None:
         x.mul_(2)
 
 
-# A user's operators, which write into what they are given.
+# Operators as users define them, which write into their arguments.
 _library = torch.library.Library("liger_fuzz", "FRAGMENT")
 if not hasattr(torch.ops.liger_fuzz, "double_"):
     _library.define("double_(Tensor(a!) x) -> ()")
@@ -112,21 +113,21 @@ STEPS: Mapping[str, Callable[[Sequence[Tensor]], None] | None] = {
     "fused": _adamw_fused,
     ".data": _data,
 }
-# After these the documented error may stand for values; an optimizer's step is seen, and is no excuse.
+# After these, the documented error may replace values. It may not after an optimizer's step, which is detected.
 MAY_RAISE = (".data", "write", "write without grad", "write an item", "copy, then write")
 
 
 @dataclass
 class Outcome:
-    """What a caller saw of all calls: a value for each name, in the order in which it was seen."""
+    """Everything that a caller saw of all calls: a value for each name, in the order in which it was seen."""
 
     seen: dict[str, Any] = field(default_factory=dict)
-    error: str = ""  # the type and the text of what ended it
+    error: str = ""  # the type and the text of the error that ended the run
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What differs."""
+    """The differences of one variant."""
 
     variant: str
     differences: tuple[str, ...]
@@ -137,11 +138,11 @@ class Finding:
 
 @dataclass
 class Verdict:
-    """What came of a program."""
+    """The result of a check of a program."""
 
     kind: str  # "right", "invalid" in eager mode, "stock" differs as well, "noise", or "wrong"
     findings: tuple[Finding, ...] = ()
-    replaced: int = 0  # places
+    replaced: int = 0  # the number of replaced places
 
 
 # Running
@@ -154,11 +155,11 @@ def run(
     nudge: int = 0,
     dtype: str | None = None,
 ) -> Outcome:
-    """Calls `function`, the program's or a compiled one, as the program says.
+    """Makes the calls of a program with `function`, which is the program's function or a compiled one.
 
     Args:
         nudge: changes floating inputs and parameters by up to a unit of rounding, differently for each number.
-        dtype: of parameters and inputs instead of the program's.
+        dtype: the dtype of parameters and inputs instead of the program's.
     """
     outcome = Outcome()
     kind = getattr(torch, dtype or program.dtype)
@@ -194,7 +195,7 @@ def _parameters(program: Program, dtype: torch.dtype, device: str, nudge: int) -
 
 
 def _unit(program: Program) -> float:
-    """The unit of rounding of the coarsest dtype that values of the program pass through."""
+    """Returns the unit of rounding of the coarsest dtype that values of the program pass through."""
     text = program.source + program.dtype + " ".join(call.mode for call in program.calls)
     if "bfloat16" in text or "autocast" in text:
         return torch.finfo(torch.bfloat16).eps
@@ -202,7 +203,7 @@ def _unit(program: Program) -> float:
 
 
 def _nudged(value: Tensor, nudge: int, unit: float) -> Tensor:
-    """`value`, each number of it changed by `unit` up or down or not at all."""
+    """Returns `value` with each number changed by `unit` up or down or not at all."""
     if not nudge:
         return value
     direction = torch.randint(-1, 2, value.shape, generator=torch.Generator().manual_seed(nudge))
@@ -305,7 +306,7 @@ def _backward(outputs: Sequence[Tensor], call: Call, device: str) -> None:
 
 
 def _sharing(outputs: Sequence[Tensor], others: Mapping[str, Tensor]) -> tuple[str, ...]:
-    """Which pairs of outputs, and of outputs and inputs, have memory in common."""
+    """Returns the pairs of outputs, and of outputs and inputs, that share memory."""
     named = [(f"output {i}", each) for i, each in enumerate(outputs)]
     pairs = []
     for i, (name, tensor) in enumerate(named):
@@ -319,7 +320,7 @@ def _sharing(outputs: Sequence[Tensor], others: Mapping[str, Tensor]) -> tuple[s
 
 
 class _Backends:
-    """A Dynamo backend that compiles each graph for every variant that is run, from one trace."""
+    """A Dynamo backend that compiles each graph for every variant from one trace."""
 
     def __init__(self, options: Mapping[str, Any]) -> None:
         self.variant, self.options = STOCK, options
@@ -330,7 +331,7 @@ class _Backends:
         for variant in wanted:
             graph = copied(gm)
             if variant == STOCK:
-                with restored_if_raised():  # else a program that fails here takes the process with it
+                with restored_if_raised():  # otherwise a program that fails here also breaks the later ones
                     compiled[variant] = torch._dynamo.lookup_backend("aot_eager")(graph, list(example_inputs))
             else:
                 policy, inner = variant.split("/")
@@ -352,7 +353,7 @@ def _compiled(
     options: Mapping[str, Any],
     device: str,
 ) -> dict[str, Outcome]:
-    """An outcome for each variant. Where the compilation of one fails, all are run apart."""
+    """Returns an outcome for each variant. If the compilation of one fails, each variant runs separately."""
     torch._dynamo.reset()
     backends = _Backends(options).of(variants)
     compiled = torch.compile(function, backend=backends, dynamic=program.dynamic)
@@ -379,8 +380,8 @@ def check(
     """Compares a program under backend="liger" with eager mode.
 
     Args:
-        policies: those to run under.
-        inner: what compiles the rewritten graph.
+        policies: the policies to run under.
+        inner: the compiler of the rewritten graph.
         options: more options of the backend, such as "liger.patterns".
     """
     function = program.function()
@@ -415,12 +416,12 @@ def check(
 def differences(
     eager: Outcome, ours: Outcome, *, other: Outcome | None = None, nudged: Sequence[Outcome] = ()
 ) -> list[str]:
-    """What differs from eager, in words.
+    """Returns the differences from eager, in words.
 
     Args:
-        other: a run that may be what ours is instead.
-        nudged: eager runs on inputs that differ by a unit of rounding; within NOISE times their distance nothing
-            differs.
+        other: a run whose values `ours` may have instead of eager's.
+        nudged: eager runs on inputs that differ by a unit of rounding; distances up to NOISE times theirs are no
+            difference.
     """
     if other is not None and other.error and ours.error.split(":")[0] == other.error.split(":")[0]:
         return []
@@ -437,7 +438,7 @@ def differences(
             continue
         mine = ours.seen[name]
         if isinstance(mine, str) and mine == DOCUMENTED:
-            break  # it ends here
+            break  # later values do not exist
         if _same(value, mine):
             continue
         if other is not None and name in other.seen and _same(other.seen[name], mine):
@@ -456,8 +457,9 @@ def _same(a: Any, b: Any) -> bool:
 
 
 def _distance(a: Any, b: Any) -> float:
-    """The L2 distance relative to `a`; infinite where one is finite and the other is not, or they are unlike.
-    Infinities and NaN are not told apart: where a gradient overflows, which it is depends on the order of sums."""
+    """Returns the L2 distance relative to `a`; infinite if only one is finite, or if shape or dtype differ.
+
+    Infinities and NaN count as equal: if a gradient overflows, the order of sums determines which of them results."""
     if not (isinstance(a, Tensor) and isinstance(b, Tensor)) or (a.shape, a.dtype) != (b.shape, b.dtype):
         return float("inf")
     a, b = a.double(), b.double()
@@ -467,7 +469,7 @@ def _distance(a: Any, b: Any) -> float:
     ):
         return float("inf")
     a, b = a[finite], b[finite]
-    # Scaled, so that squares of the largest and the smallest numbers are numbers.
+    # Scaled, so that the squares of very large and very small numbers neither overflow nor underflow.
     scale = float(max(a.abs().max(), b.abs().max())) if a.numel() else 0.0
     if scale == 0.0:
         return 0.0

@@ -1,6 +1,6 @@
-"""The statements that random programs are made of, as data: what each takes, what it gives, and its text.
+"""The statements of random programs, as data: their operands, their result and their text.
 
-`TEMPLATES` is the grammar. To teach the fuzzer a new kind of statement, add an entry; where its text calls a helper of
+`TEMPLATES` is the grammar. To add a new kind of statement to the fuzzer, add an entry; if its text calls a helper of
 the preamble, add the helper to `HELPERS`.
 
 Kinds of variables: "hidden" is (batch, length, WIDTH), "logits" is (batch, length, CLASSES), "scalar" has no dimension.
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 WIDTH, INNER, CLASSES, HEADS = 8, 12, 11, 2
 
-# Finite and not, exact and rounded, below and above what half precision holds, and the constants of rounding tricks.
+# Finite and not finite, exact and rounded, below and above the range of half precision, and from rounding tricks.
 CONSTANTS = (
     "1.0",
     "2.0",
@@ -39,10 +39,10 @@ class Template:
     Args:
         text: Python. {0}, {1} are the variables that it takes, {c} is a constant, and {w:NAME} is parameter NAME in
             the dtype of {0}.
-        takes: the kinds of the variables.
-        gives: the kind of the variable that it makes; empty for a statement that makes none.
+        takes: the kinds of its operands.
+        gives: the kind of its result; empty for a statement without a result.
         opens: it begins a block, which the template "end" ends.
-        weight: how often it is drawn, compared with others.
+        weight: how often it is drawn, relative to other templates.
     """
 
     text: str
@@ -131,7 +131,7 @@ _QKV = "{w:q}, {w:k}, {w:v}"
 _MLP = "{w:gate}, {w:up}, {w:down}"
 
 TEMPLATES: Mapping[str, Template] = {
-    # What the built-in patterns search for.
+    # Computations that the built-in patterns match.
     "rms_norm": Template("rms_norm({0}, {w:norm})", weight=8),
     "gemma_norm": Template("gemma_norm({0}, {w:norm})", weight=3),
     "f_rms_norm": Template(f"F.rms_norm({{0}}, ({WIDTH},), {{w:norm}}, 1e-6)"),
@@ -155,7 +155,7 @@ TEMPLATES: Mapping[str, Template] = {
     "next_token_loss": Template("next_token_loss({0}, labels)", ("logits",), "scalar", weight=6),
     "gathered": Template("gathered({0}, labels)", ("logits",), "scalar", weight=3),
     "z_loss": Template("{0}.float().logsumexp(-1).square().mean()", ("logits",), "scalar"),
-    # Algebra that a rewriter may be tempted to perform.
+    # Algebraic rewrites that a rewriter could wrongly perform.
     "residual": Template("{0} + {1}", ("hidden", "hidden"), weight=6),
     "product": Template("{0} * {1}", ("hidden", "hidden")),
     "scaled": Template("{0} * {c}", weight=3),
@@ -183,7 +183,7 @@ TEMPLATES: Mapping[str, Template] = {
     "through_double": Template("{0}.double().to({0}.dtype)", weight=1),
     "logits_to_float": Template("{0}.float()", ("logits",), "logits", weight=3),
     "logits_to_bfloat16": Template("{0}.bfloat16()", ("logits",), "logits"),
-    # Everything else.
+    # Other computations.
     "tanh": Template("torch.tanh({0})", weight=2),
     "relu": Template("torch.relu({0})"),
     "dropped": Template("F.dropout({0}, 0.0)", weight=1),
@@ -200,7 +200,7 @@ TEMPLATES: Mapping[str, Template] = {
     "checkpointed_norm": Template("checkpoint(rms_norm, {0}, {w:norm}, use_reentrant=False)"),
     "squares": Template("{0}.float().square().mean()", gives="scalar", weight=3),
     "scalar_detached": Template("{0}.detach()", ("scalar",), "scalar", weight=1),
-    # Writes: what the graph shows as a method, an operator, an item, a keyword, an operator of the user's.
+    # In-place writes: by a method, an operator, an item, a keyword argument, a user's operator.
     "mul_": Template("{0}.mul_({c})", gives="", weight=3),
     "add_": Template("{0}.add_({1})", ("hidden", "hidden"), gives=""),
     "iadd": Template("{0} += {c}", gives=""),
@@ -232,7 +232,7 @@ TEMPLATES: Mapping[str, Template] = {
     "graph_break": Template("torch._dynamo.graph_break()", (), gives="", weight=1),
 }
 
-# Statements after which values may have another dtype than the parameters.
+# Statements after which the dtype of values may differ from that of the parameters.
 CASTS = ("to_float", "to_bfloat16", "autocast", "no_autocast")
 
 # name -> shape of the parameters that programs read; the buffer requires no gradient.

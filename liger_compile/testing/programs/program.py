@@ -1,7 +1,7 @@
-"""A random program as a plain value, and its source text, which a person can read and Python can run.
+"""A random program as a plain value, and its source text, which people can read and Python can run.
 
-A statement names its operands by how many variables of their kind ago they were made, so any list of statements is a
-program: whatever shrinking takes out, the rest still runs.
+A statement refers to an operand by the number of variables of its kind made since. So any list of statements is a
+program: whatever statements shrinking removes, the rest still runs.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ class Statement:
     """A template of the grammar with its operands.
 
     Args:
-        template: its name.
-        operands: for each variable that it takes, how many of that kind were made since.
+        template: the name of the template.
+        operands: for each operand, the number of variables of its kind made since.
         constant: an index into CONSTANTS and RARE_CONSTANTS.
     """
 
@@ -37,17 +37,17 @@ class Statement:
 
 @dataclass(frozen=True)
 class Call:
-    """One call of a program, and what eager code does after it.
+    """One call of a program, and the eager code after it.
 
     Args:
         length: the sequence length.
         mode: the mode around the call: "grad", "no_grad", "inference" or "autocast".
-        labels: "some" are ignored, or "all".
+        labels: whether "some" or "all" labels are ignored.
         mask: "ones" or "padded".
-        before_backward: what is done to outputs, each (action, which output); actions are keys of OUTPUT_ACTIONS.
-        roots: which outputs backward begins at, as bits; 0 is the first that has a gradient.
+        before_backward: actions on outputs, each (action, index of the output); actions are keys of OUTPUT_ACTIONS.
+        roots: the outputs that backward starts at, as bits; 0 is the first that requires a gradient.
         upstream: the incoming gradients: "random", "inf" or "zero".
-        after_backward: a key of STEPS: who changes the parameters before the outputs are read.
+        after_backward: a key of STEPS: the change to the parameters before the outputs are read.
     """
 
     length: int = 3
@@ -65,11 +65,11 @@ class Program:
     """A function of parameters and inputs, and the calls of it.
 
     Args:
-        outputs: which variables are returned, counted from the last; scalars come first.
-        views: which outputs are returned a second time, as a view.
+        outputs: the variables that are returned, counted from the last; scalars come first.
+        views: the outputs that are returned a second time, as a view.
         dtype: of parameters and floating inputs: "float32", "bfloat16" or "float16".
-        frozen: names of parameters (and "x") without a gradient.
-        is_tied: the head is the embedding's table.
+        frozen: names of parameters (and "x") that require no gradient.
+        is_tied: whether the head is the embedding's table.
         dynamic: as in torch.compile.
     """
 
@@ -90,7 +90,7 @@ class Program:
         return f"{_helpers(body)}\ndef program(p, ids, x, labels, mask):\n{body}\n"
 
     def function(self) -> Callable[..., Any]:
-        """The function, compiled from `source`, which tracebacks and torch.compile can show."""
+        """Returns the function compiled from `source`, so that tracebacks and torch.compile can show the source."""
         name = f"<program {next(_serial)}>"
         linecache.cache[name] = (len(self.source), None, self.source.splitlines(keepends=True), name)
         namespace: dict[str, Any] = {"torch": torch, "F": F, "checkpoint": checkpoint}
@@ -109,7 +109,7 @@ _WEIGHT = re.compile(r"\{w:(\w+)\}")
 
 def _lines(program: Program) -> Iterator[str]:
     made: dict[str, list[str]] = {"hidden": ["x", "e"], "logits": [], "scalar": []}
-    order: list[tuple[str, str]] = []  # (kind, name) of what the statements make
+    order: list[tuple[str, str]] = []  # (kind, name) of the results of the statements
     indent = "    "
     casts = any(statement.template in CASTS for statement in program.statements)
     yield indent + "e = F.embedding(ids, p['embed'])"
@@ -149,14 +149,12 @@ def _text(text: str, operands: Sequence[str], constant: int, casts: bool) -> str
     text = text.replace("{c}", constants[constant % len(constants)])
     for at, operand in enumerate(operands):
         text = text.replace(f"{{{at}}}", operand)
-    dtype = (
-        f".to({operands[0]}.dtype)" if casts and operands else ""
-    )  # weights as they are, where all has one dtype
+    dtype = f".to({operands[0]}.dtype)" if casts and operands else ""  # no cast if all values have one dtype
     return _WEIGHT.sub(lambda found: f"p['{found[1]}']{dtype}", text)
 
 
 def _helpers(body: str) -> str:
-    """The helpers that a text calls, and those that they call."""
+    """Returns the helpers that a text calls, and the helpers that they call."""
     needed: set[str] = set()
     texts = [body]
     while texts:

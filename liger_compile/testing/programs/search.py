@@ -1,4 +1,4 @@
-"""One search of Hypothesis for a wrong program, in this process."""
+"""Runs one Hypothesis search for a wrong program, in this process."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from liger_compile.testing.programs.differential import Verdict, check
 from liger_compile.testing.programs.program import Program
 from liger_compile.testing.programs.strategies import programs
 
-SHRINK_SECONDS = 90  # for making a wrong program small
+SHRINK_SECONDS = 90  # time limit for shrinking a wrong program
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How programs are checked; see `differential.check`."""
+    """The settings of the check of programs; see `differential.check`."""
 
     policies: tuple[str, ...] = ("auto", "always", "auto", "never")  # each program runs under one of them
     inner: str = "aot_eager"
@@ -30,12 +30,12 @@ class Settings:
 
 
 def search(seed: int, how: Settings, count: int) -> tuple[Counter[str], str]:
-    """Draws programs until one is wrong; counts of what came of them, and the wrong one, shrunk, as text."""
+    """Draws programs until one is wrong. Returns counts of the verdicts, and the shrunk wrong program as text."""
     torch.set_num_threads(1)
     counts: Counter[str] = Counter()
     last: list[tuple[Program, Verdict]] = []
 
-    first = 0.0  # when the first wrong one was found
+    first = 0.0  # the time at which the first wrong program was found
 
     @seeded(seed)
     @settings(
@@ -50,7 +50,7 @@ def search(seed: int, how: Settings, count: int) -> tuple[Counter[str], str]:
     def try_one(program: Program, policy: str) -> None:
         nonlocal first
         if last and time.monotonic() - first > SHRINK_SECONDS:
-            return  # no smaller one is looked for
+            return  # the time for shrinking is over
         verdict = check(program, (policy,), how.inner, device=how.device)
         if not last:
             counts.update({verdict.kind: 1, "with a rewrite": int(verdict.replaced > 0)})
@@ -61,7 +61,7 @@ def search(seed: int, how: Settings, count: int) -> tuple[Counter[str], str]:
 
     try:
         try_one()
-    except (AssertionError, Flaky):  # flaky: the last one, tried again after the time for shrinking
+    except (AssertionError, Flaky):  # flaky: Hypothesis runs the last one again after the time for shrinking
         if not last:
             raise
         program, verdict = last[-1]
@@ -70,9 +70,9 @@ def search(seed: int, how: Settings, count: int) -> tuple[Counter[str], str]:
 
 
 def worker(task: tuple[int, Settings, int]) -> tuple[int, Counter[str], str]:
-    """For a pool of processes: the seed, and what `search` gives for it."""
+    """Returns the seed and the result of `search` for it; for a pool of processes."""
     seed, how, count = task
     try:
         return seed, *search(seed, how, count)
-    except Exception:  # the harness failed, which is a fault as well
+    except Exception:  # the harness failed, which counts as a fault too
         return seed, Counter(), f"the search failed: {traceback.format_exc()[-1500:]}"

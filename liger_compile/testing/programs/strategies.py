@@ -1,4 +1,4 @@
-"""Hypothesis strategies of programs. They shrink: fewer statements, the latest operands, plain constants and calls."""
+"""Hypothesis strategies for programs. They shrink to fewer statements, latest operands, plain constants and calls."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _AGO = st.sampled_from((0, 0, 0, 0, 1, 1, 2, 3))
 
 
 def _statements(is_wanted: Callable[[str, Template], bool]) -> st.SearchStrategy[Statement]:
-    """Statements of the templates that are wanted, as often as their weights say."""
+    """Returns statements of the wanted templates, as often as their weights."""
     names = [name for name, each in TEMPLATES.items() if is_wanted(name, each) for _ in range(each.weight)]
     return st.builds(Statement, st.sampled_from(names), st.tuples(_AGO, _AGO), st.sampled_from(_CONSTANTS))
 
@@ -32,7 +32,7 @@ _logits = _statements(
 )
 _loss = _statements(lambda name, template: template.takes == ("logits",) and template.gives == "scalar")
 
-# A language model, statements that come as they come, or both.
+# A language model, random statements, or both.
 _model = st.tuples(
     st.lists(_trunk, max_size=6), _head, st.lists(_logits, max_size=2), _loss, st.lists(_any, max_size=4)
 )
