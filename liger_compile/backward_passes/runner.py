@@ -91,7 +91,10 @@ def run_passes(
             warn_of_failure(each.name, error)
         if text and len(made) > before:
             _log.debug(
-                "%s changed the graph of backward. Before:\n%s\nAfter:\n%s", each.name, text, backward.graph
+                "%s changed the graph of backward. Before:\n%s\nAfter:\n%s",
+                each.name,
+                text,
+                str(backward.graph),
             )
     return made
 
