@@ -30,7 +30,7 @@ import liger_compile
 from bench.common import RESULTS, Row, file_name, machine, merge_csv, print_row
 from bench.models import MODELS
 from bench.train_step import PACKAGES
-from liger_compile.demo import Vocabulary, library_source
+from liger_compile.cli.demo import Vocabulary, library_source
 
 EAGER, NUDGED, OTHER_WEIGHTS, OURS = "eager", "eager, nudged", "eager, other weights", "liger-compile"
 KEYS = ("device", "torch", "transformers", "model", "batch", "dtype", "run", "step")

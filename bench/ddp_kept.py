@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import liger_compile
 from bench.common import Row, file_name, machine, merge_csv, print_row
-from liger_compile.buckets import Places, places_to_cut
+from liger_compile.forward_passes.buckets import Places, places_to_cut
 
 BATCH, LENGTH, VOCABULARY, BUCKET_MIB = 4, 128, 4096, 1
 _SIZES = {

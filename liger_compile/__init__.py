@@ -8,11 +8,11 @@ rewrites (explain, reports), to check them (verify), to add patterns (Pattern, r
 from __future__ import annotations
 
 from liger_compile import functional
-from liger_compile.explanation import Explanation, explain
 from liger_compile.pattern import Annotate, Match, Pattern
 from liger_compile.registry import register_pattern, unregister_pattern
 from liger_compile.report import GraphReport, clear_reports, reports
-from liger_compile.verification import Verification, verify
+from liger_compile.report.explain import Explanation, explain
+from liger_compile.report.verify import Verification, verify
 
 __version__ = "0.1.0"  # defined only here: pyproject.toml reads this line
 

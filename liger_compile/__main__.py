@@ -11,10 +11,11 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from liger_compile import __version__, demo
+from liger_compile import __version__
+from liger_compile.cli import demo
 from liger_compile.cli.doctor import doctor
-from liger_compile.explanation import explain
-from liger_compile.verification import Verification, verify
+from liger_compile.report.explain import explain
+from liger_compile.report.verify import Verification, verify
 
 EXPLAIN_HELP = """\
 Print what backend="liger" does with a model of yours, without training or compiling it.

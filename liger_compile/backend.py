@@ -15,18 +15,19 @@ from typing import Any
 from torch.fx import GraphModule
 
 from liger_compile import compile as compiling
-from liger_compile import ops, variants  # noqa: F401 - ops are registered, so that cached artifacts find them
+from liger_compile import ops  # noqa: F401 - ops are registered, so that cached artifacts find them
 from liger_compile.backward_passes import NAMES
 from liger_compile.failures import or_as_it_came
+from liger_compile.forward_passes import specialize
 from liger_compile.forward_passes.inline_subgraphs import inlined
+from liger_compile.forward_passes.logits import filling
+from liger_compile.forward_passes.split_for_ddp import before_ddp_cuts
 from liger_compile.options import parse
-from liger_compile.outputs import filling
 from liger_compile.pipeline import Rewritten, rewritten
 from liger_compile.registry import patterns_in_use
 from liger_compile.report import GraphReport, record
 from liger_compile.runtime.optimizer_steps import watch_steps
-from liger_compile.split_for_ddp import before_ddp_cuts
-from liger_compile.zeros import sharing_zeros, strides_of_outputs
+from liger_compile.runtime.shared_zeros import sharing_zeros, strides_of_outputs
 
 
 def liger(
@@ -63,7 +64,7 @@ def liger(
     )
 
     def compiled(
-        graph: Rewritten, variant: variants.Variant | None, inputs: Sequence[Any]
+        graph: Rewritten, variant: specialize.Variant | None, inputs: Sequence[Any]
     ) -> Callable[..., Any]:
         strides = strides_of_outputs(graph.gm.graph)
         result = compiling.compile_graph(
@@ -81,13 +82,13 @@ def liger(
         return filling(sharing_zeros(result, strides), graph.filled)
 
     if special is None:
-        return compiled(generic, variants.of_part(gm), example_inputs)
+        return compiled(generic, specialize.of_part(gm), example_inputs)
     expected, specialized = special
-    return variants.chosen_at_each_call(
+    return specialize.chosen_at_each_call(
         gm,
         expected,
-        special=partial(compiled, specialized, variants.specialized(expected)),
-        general=partial(compiled, generic, variants.general(expected)),
+        special=partial(compiled, specialized, specialize.specialized(expected)),
+        general=partial(compiled, generic, specialize.general(expected)),
         example_inputs=example_inputs,
         later=compiling.when_called,
     )

@@ -1,7 +1,7 @@
 """The values that the steps exchange: Pattern, Capture, Match, Decision, NearMiss.
 
-All are frozen and only hold data: match.py makes matches from patterns, decide.py makes decisions from matches,
-rewrite.py carries out the decisions, report.py reports them to the user.
+All are frozen and only hold data: steps/match.py makes matches from patterns, steps/decide.py makes decisions from
+matches, steps/rewrite.py carries out the decisions, report/ reports them to the user.
 """
 
 from __future__ import annotations
@@ -151,9 +151,9 @@ class Decision:
     before: Node | None = None  # if replaced: the replacement is inserted before this node
     keeps_outputs: bool = False  # if annotated: see Annotate
     saved_bytes: int | None = None  # None: not known, for example where a size is symbolic
-    inserted: tuple[Node, ...] = ()  # if replaced: the nodes that rewrite.py inserted
+    inserted: tuple[Node, ...] = ()  # if replaced: the nodes that steps/rewrite.py inserted
     covers: bool = False  # if left: smaller patterns are not used here either
-    failed: bool = False  # a function of the pattern failed: see callbacks.py
+    failed: bool = False  # a function of the pattern failed: see steps/callbacks.py
 
 
 @dataclass(frozen=True, eq=False)

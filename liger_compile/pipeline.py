@@ -18,21 +18,21 @@ import torch
 from torch._subclasses import FakeTensor
 from torch.fx import GraphModule, Node
 
-from liger_compile import variants as specialize
 from liger_compile.backward_passes import CHOICES, DEFAULT_PASSES, Applied, Pass
-from liger_compile.callbacks import warn_of_failures
 from liger_compile.compile import BackwardPlan, uses_cudagraphs
-from liger_compile.decide import decide
+from liger_compile.forward_passes import specialize
 from liger_compile.forward_passes.inline_subgraphs import describe_operands
+from liger_compile.forward_passes.logits import Filled, logits_in, settle, take_out
 from liger_compile.graphs.aliasing import BODIES, Mutations
 from liger_compile.graphs.regions import Region, Regions
-from liger_compile.match import find_matches
 from liger_compile.options import Options
-from liger_compile.outputs import Filled, logits_in, settle, take_out
 from liger_compile.pattern import Decision, NearMiss, Pattern
-from liger_compile.remat import keep_what_written_inputs_give, mark_for_recompute
 from liger_compile.report import GraphReport, site_of_pass
-from liger_compile.rewrite import rewrite
+from liger_compile.steps.callbacks import warn_of_failures
+from liger_compile.steps.decide import decide
+from liger_compile.steps.match import find_matches
+from liger_compile.steps.recompute import keep_what_written_inputs_give, mark_for_recompute
+from liger_compile.steps.rewrite import rewrite
 from liger_compile.terms.attention import Note, notes_in, sentences
 from liger_compile.terms.build import Terms
 from liger_compile.terms.heads import notes_on_logits

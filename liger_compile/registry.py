@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterable
 from importlib.metadata import entry_points
 from typing import Any
 
-from liger_compile.callbacks import described
 from liger_compile.pattern import Pattern
+from liger_compile.steps.callbacks import described
 from liger_compile.validation import validate
 
 GROUP = "liger_compile.patterns"

@@ -18,10 +18,10 @@ from torch._subclasses import FakeTensorMode
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch.fx import Graph, GraphModule
 
-from liger_compile.callbacks import described, told
 from liger_compile.graphs.regions import without_modes
 from liger_compile.pattern import Pattern
-from liger_compile.recording import Recorder, autograd_function, faults_of
+from liger_compile.steps.callbacks import described, told
+from liger_compile.steps.recording import Recorder, autograd_function, faults_of
 from liger_compile.terms.build import trace
 from liger_compile.terms.term import ConstVar, Scalar, Term, sizes_of
 

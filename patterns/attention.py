@@ -22,7 +22,7 @@ and backward compiled by Inductor, written out and replaced, B x H x G x T x D):
 
 and forward alone takes 0.31 and 0.33 ms, then 0.72 of the time and less. The T x T weights are not saved for backward.
 
-scaled_dot_product_attention does not support windows and capped scores. They become flex_attention: see flex.py. Not
+scaled_dot_product_attention does not support windows and capped scores. They become flex_attention: ops/flex.py. Not
 measured on a GPU yet: `python -m bench.ops window_attention capped_attention capped_window_attention` measures it.
 
 terms/indices.py decides which masks are causal; terms/attention.py finds repeats and written-out attention.
@@ -34,7 +34,7 @@ import torch
 import torch.nn.functional as F
 from torch.fx import Node
 
-from liger_compile import flex
+from liger_compile.ops import flex
 from liger_compile.pattern import Match, Pattern
 
 # Numbers of tokens from which flex_attention is at least as fast as the code that Inductor generates, forward and

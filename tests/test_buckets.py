@@ -9,9 +9,9 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import liger_compile
-from liger_compile import variants
 from liger_compile.backend import liger
-from liger_compile.buckets import FEWEST_PARTS, make_masks_where_they_are_read, padding_in
+from liger_compile.forward_passes import specialize
+from liger_compile.forward_passes.buckets import FEWEST_PARTS, make_masks_where_they_are_read, padding_in
 
 BATCH, HEADS, LENGTH, SIZE = 2, 4, 12, 8
 OPTIONS = {"liger.inner": "aot_eager", "liger.strict": True, "liger.policy": "always"}
@@ -177,7 +177,7 @@ def test_attention_is_found_in_every_part(process_group, backend):
     assert not any("keeps its mask" in note for report in liger_compile.reports() for note in report.notes)
 
 
-@pytest.mark.parametrize("first", [variants.WITHOUT, variants.GENERAL])
+@pytest.mark.parametrize("first", [specialize.WITHOUT, specialize.GENERAL])
 @pytest.mark.parametrize(("inner", "num_parts"), [("aot_eager", 3), ("aot_eager", 1), ("inductor", 3)])
 def test_calls_without_padding_have_parts_of_their_own(process_group, monkeypatch, first, inner, num_parts):
     torch.manual_seed(0)
@@ -189,16 +189,16 @@ def test_calls_without_padding_have_parts_of_their_own(process_group, monkeypatc
         "torch.distributed._DEFAULT_FIRST_BUCKET_BYTES", 2**20 if num_parts > 1 else 25 * 2**20
     )
     compiled = torch.compile(ddp, backend="liger", options={**OPTIONS, "liger.inner": inner})
-    parts = {variants.WITHOUT: (3, num_parts), variants.GENERAL: (0, num_parts)}
-    order = (ones, padding) if first == variants.WITHOUT else (padding, ones)
+    parts = {specialize.WITHOUT: (3, num_parts), specialize.GENERAL: (0, num_parts)}
+    order = (ones, padding) if first == specialize.WITHOUT else (padding, ones)
     for call, mask in enumerate((*order, *order)):
         expected = gradients(model, model, x, mask)
         torch.testing.assert_close(gradients(compiled, model, x, mask), expected)
         assert found() == ({first: parts[first]} if call == 0 else parts)
     assert all("is all ones" in report.notes[0] for report in liger_compile.reports())
     looks = []
-    look = variants._is
-    monkeypatch.setattr(variants, "_is", lambda expected, mask: looks.append(mask) or look(expected, mask))
+    look = specialize._is
+    monkeypatch.setattr(specialize, "_is", lambda expected, mask: looks.append(mask) or look(expected, mask))
     compiled(x, padding)
     assert len(looks) == 1
 
@@ -223,18 +223,18 @@ def test_two_lengths_are_symbolic_and_general(process_group):
     for length in (LENGTH, 2 * LENGTH, 3 * LENGTH):
         x, ones = torch.randn(BATCH, length, 512), torch.ones(BATCH, length, dtype=torch.int64)
         torch.testing.assert_close(gradients(compiled, model, x, ones), gradients(model, model, x, ones))
-    assert found() == {variants.WITHOUT: (3, 3), "": (0, 3)}
+    assert found() == {specialize.WITHOUT: (3, 3), "": (0, 3)}
 
 
 def test_graphs_of_other_backends_are_cut_as_they_come(process_group, monkeypatch, recwarn):
-    monkeypatch.setattr("liger_compile.buckets.mask_meaning", operator.truediv)  # would warn
+    monkeypatch.setattr("liger_compile.forward_passes.buckets.mask_meaning", operator.truediv)  # would warn
     ddp, x = DistributedDataParallel(Model(), bucket_cap_mb=1), torch.randn(BATCH, LENGTH, 512)
     torch.compile(ddp, backend="aot_eager")(x).backward()
     assert not any("liger_compile" in str(warning.message) for warning in recwarn)
 
 
 def test_a_failure_is_a_warning(process_group, monkeypatch):
-    monkeypatch.setattr("liger_compile.buckets.mask_meaning", operator.truediv)
+    monkeypatch.setattr("liger_compile.forward_passes.buckets.mask_meaning", operator.truediv)
     model, x = Model(), torch.randn(BATCH, LENGTH, 512)
     expected = gradients(model, model, x)
     ddp = DistributedDataParallel(model, bucket_cap_mb=1)

@@ -11,12 +11,12 @@ import torch.nn.functional as F
 from torch import nn
 
 import liger_compile
-from liger_compile import variants
+from liger_compile.forward_passes import specialize
 
 from .attending import BATCH, LENGTH, assert_as_in_eager, attend, compiled, found, inputs, masks
 
 LOWEST = torch.finfo(torch.float32).min
-BOTH = [(variants.CAUSAL, 1), (variants.GENERAL, 0)]
+BOTH = [(specialize.CAUSAL, 1), (specialize.GENERAL, 0)]
 
 
 def ones(*shape, dtype=torch.bool):
@@ -127,9 +127,9 @@ class Attention(nn.Module):
 
 def test_a_buffer_is_looked_at_in_each_call(monkeypatch):
     looks = []
-    is_it = variants.Expected.is_it
+    is_it = specialize.Expected.is_it
     monkeypatch.setattr(
-        variants.Expected, "is_it", lambda self, mask: looks.append(self) or is_it(self, mask)
+        specialize.Expected, "is_it", lambda self, mask: looks.append(self) or is_it(self, mask)
     )
     module = Attention()
     fast = compiled(module)
@@ -250,7 +250,7 @@ def test_a_graph_break_between_mask_and_layers():
         return attend(q, k, v, mask)
 
     assert_as_in_eager(compiled(model), model, *inputs())
-    assert (variants.CAUSAL, 1) in found()
+    assert (specialize.CAUSAL, 1) in found()
 
 
 def test_with_padding_beside_it():

@@ -12,7 +12,7 @@ import torch
 
 import liger_compile
 from liger_compile.cli import doctor as cli
-from liger_compile.verification import Row, Verification
+from liger_compile.report.verify import Row, Verification
 
 
 @pytest.fixture

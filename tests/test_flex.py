@@ -10,7 +10,7 @@ from torch.fx import Graph
 from torch.nn.attention.flex_attention import create_block_mask
 
 import liger_compile
-from liger_compile.flex import _block_mask
+from liger_compile.ops.flex import _block_mask
 from liger_compile.pattern import Capture, Match
 from liger_compile.registry import default_patterns
 
@@ -125,7 +125,7 @@ def test_more_than_one_block_and_not_a_whole_number_of_them(liger_is_as_right_as
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("size", [32, 64, 96, 128, 256])
 def test_numbers_of_inductors_kernels(liger_is_as_right_as_eager, name, dtype, size):
-    """With the tiles that flex.py gives them, and lengths that no tile divides."""
+    """With the tiles that ops/flex.py gives them, and lengths that no tile divides."""
     torch.manual_seed(0)
     q, k, v = (torch.randn(BATCH, 1100, n, size, device="cuda") for n in (HEADS, GROUPS, GROUPS))
     heads = [x.to(dtype).transpose(1, 2) for x in (q * size**-0.5, k, v)]
@@ -238,7 +238,7 @@ def test_short_sequences_are_left_to_inductor_on_a_gpu(name, dtype, fewest):
 
 
 def test_a_refusal_leaves_no_functions_behind(run_liger, monkeypatch):
-    from liger_compile import rewrite
+    from liger_compile.steps import rewrite
 
     graphs = []
     monkeypatch.setattr(rewrite, "_difference", lambda *args: "it is another")

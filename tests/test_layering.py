@@ -11,27 +11,34 @@ import liger_compile.patterns
 
 PACKAGE = Path(liger_compile.__file__).parent
 PATTERNS = Path(liger_compile.patterns.__file__).parent
-STEPS = ("match", "decide", "rewrite", "compile", "report")
+
+# Of these, `from package import module` names a module.
+PACKAGES = {
+    f"liger_compile{end}"
+    for end in ("", ".cli", ".forward_passes", ".ops", ".patterns", ".runtime", ".steps", ".terms")
+}
 
 # What a room may import of ours; a prefix allows what is below it.
 ALLOWED = {
+    "failures": (),
+    "sources": (),
     "pattern": (),
     "options": ("pattern",),
     "graphs": ("graphs",),
-    "forward_passes": ("graphs",),
-    "failures": (),
-    "terms": ("graphs", "terms"),
     "kernels": ("kernels",),
-    "ops": ("ops", "kernels"),
+    "runtime": ("runtime",),
+    "torch_internals": ("torch_internals",),
+    "terms": ("graphs", "terms"),
+    "ops": ("graphs.guards", "kernels", "ops"),
     "functional": ("ops",),
-    "callbacks": ("graphs.guards", "pattern"),
-    "recording": ("graphs", "terms.term"),
-    "match": ("callbacks", "graphs", "pattern", "terms"),
-    "decide": ("callbacks", "graphs", "pattern"),
-    "rewrite": ("callbacks", "graphs", "pattern", "recording", "terms.term"),
-    "remat": ("graphs", "pattern"),
+    "diagnose": ("diagnose", "terms"),
+    "steps.callbacks": ("graphs.guards", "pattern"),
+    "steps.recording": ("graphs", "terms.term"),
+    "steps.match": ("diagnose", "graphs", "pattern", "steps.callbacks", "terms"),
+    "steps.decide": ("graphs", "pattern", "steps.callbacks"),
+    "steps.rewrite": ("graphs", "pattern", "steps.callbacks", "steps.recording", "terms.term"),
+    "steps.recompute": ("graphs", "pattern"),
     "backward_passes": ("backward_passes", "graphs", "ops"),
-    "sources": (),
     "compile": (
         "backward_passes",
         "ops.embedding",
@@ -40,17 +47,29 @@ ALLOWED = {
         "sources",
         "torch_internals",
     ),
-    "report": ("pattern",),
-    "flex": ("graphs.guards", "kernels"),
-    "variants": ("graphs.aliasing",),
-    "buckets": ("graphs", "terms"),
-    "runtime": ("runtime",),
-    "torch_internals": ("torch_internals",),
-    "zeros": (),
-    "outputs": ("graphs.aliasing", "runtime", "terms"),
-    "validation": ("callbacks", "graphs", "pattern", "recording", "terms"),
-    "registry": ("callbacks", "pattern", "patterns", "validation"),
-    "patterns": ("pattern", "patterns", "functional", "flex", "ops.dispatch"),
+    "report.report": ("pattern", "report.render"),
+    "report.render": ("report.report",),  # for types
+    "report.explain": ("report",),
+    "report.verify": ("report", "testing.precision"),
+    "forward_passes.inline_subgraphs": ("graphs",),
+    "forward_passes.specialize": ("graphs",),
+    "forward_passes.buckets": ("graphs", "terms"),
+    "forward_passes.logits": ("graphs", "runtime", "terms"),
+    "forward_passes.split_for_ddp": ("compile", "failures", "forward_passes", "options"),
+    "validation": ("graphs", "pattern", "steps", "terms"),
+    "registry": ("pattern", "patterns", "steps.callbacks", "validation"),
+    "patterns": ("functional", "ops.dispatch", "ops.flex", "pattern", "patterns"),
+    "pipeline": (
+        "backward_passes",
+        "compile",
+        "forward_passes",
+        "graphs",
+        "options",
+        "pattern",
+        "report",
+        "steps",
+        "terms",
+    ),
 }
 
 
@@ -70,13 +89,7 @@ def imports_of(path, name):
             parts = name.split(".") if path.stem == "__init__" else name.split(".")[:-1]
             package = ["liger_compile", *parts][: len(parts) + 2 - node.level] if node.level else []
             base = ".".join([*package, *([node.module] if node.module else [])])
-            names = [
-                f"{base}.{alias.name}"
-                if base
-                in ("liger_compile", "liger_compile.terms", "liger_compile.patterns", "liger_compile.ops")
-                else base
-                for alias in node.names
-            ]
+            names = [f"{base}.{alias.name}" if base in PACKAGES else base for alias in node.names]
         else:
             continue
         yield from (n.removeprefix("liger_compile.") for n in names if n.startswith("liger_compile."))

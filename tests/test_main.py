@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import liger_compile
-from liger_compile import demo
+from liger_compile.cli import demo
 
 FACTORY = """
 import torch

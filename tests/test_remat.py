@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from liger_compile.graphs.aliasing import Mutations
-from liger_compile.remat import keep_what_written_inputs_give
+from liger_compile.steps.recompute import keep_what_written_inputs_give
 from liger_compile.testing import graphs
 
 

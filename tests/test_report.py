@@ -16,10 +16,9 @@ import torch
 from torch import fx, nn
 from torch._subclasses import FakeTensorMode
 
-from liger_compile import report as report_module
-from liger_compile.explanation import explain
 from liger_compile.pattern import Decision, Match, NearMiss, Pattern
-from liger_compile.report import GraphReport, clear_reports, record, reports
+from liger_compile.report import GraphReport, clear_reports, record, render, reports
+from liger_compile.report.explain import explain
 
 
 class LlamaRMSNorm: ...
@@ -180,7 +179,7 @@ def test_notes_are_wrapped_and_nothing_found_is_one_line():
     ],
 )
 def test_folded_paths(paths: Sequence[str], folded: Sequence[str]):
-    assert report_module._folded(paths) == folded
+    assert render._folded(paths) == folded
 
 
 # Where things are.

@@ -16,10 +16,11 @@ import torch
 from torch.fx import Graph
 
 import liger_compile
-from liger_compile import backward_passes, variants
+from liger_compile import backward_passes
 from liger_compile.backend import liger
 from liger_compile.backward_passes import DEFAULT_PASSES, run_passes
-from liger_compile.buckets import make_masks_where_they_are_read, padding_in, places_to_cut
+from liger_compile.forward_passes import specialize
+from liger_compile.forward_passes.buckets import make_masks_where_they_are_read, padding_in, places_to_cut
 from liger_compile.graphs.aliasing import Mutations
 from liger_compile.patterns import DEFAULT_PATTERNS
 from liger_compile.terms.build import Terms
@@ -120,7 +121,7 @@ def test_before_ddp_cuts(kind) -> None:
     def seen_whole(gm, inputs):
         padding_in(gm.graph)
         make_masks_where_they_are_read(gm.graph)
-        places_to_cut(variants.copied(gm).graph, 64)
+        places_to_cut(specialize.copied(gm).graph, 64)
 
     assert_linear(lambda nodes: recorded(KINDS[kind], nodes), seen_whole, 4_000)
 

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 
 import liger_compile
-from liger_compile import variants
 from liger_compile.compile import when_called
+from liger_compile.forward_passes import specialize
 
 from .attending import (
     BATCH,
@@ -39,7 +39,7 @@ def expanded(q, k, v, padding):
 
 
 SPELLINGS = {f.__name__: f for f in (causal, additive, expanded)}
-BOTH = {"without": (variants.WITHOUT, 1), "general": (variants.GENERAL, 0)}
+BOTH = {"without": (specialize.WITHOUT, 1), "general": (specialize.GENERAL, 0)}
 
 
 @pytest.mark.parametrize("inner", ["aot_eager", "inductor"])
@@ -183,7 +183,7 @@ def test_two_masks():
     fast, (ones, left, right) = compiled(both), masks()
     for pair in ((ones, ones.clone()), (left, right), (ones, right), (left, ones)):
         assert_as_in_eager(fast, both, *inputs(), *pair)
-    assert found() == [(variants.WITHOUT, 2), (variants.GENERAL, 0)]
+    assert found() == [(specialize.WITHOUT, 2), (specialize.GENERAL, 0)]
     note, _ = (report.notes[0] for report in liger_compile.reports())
     assert "l_first_ and l_second_ of all ones" in note
 
@@ -202,7 +202,7 @@ def test_a_mask_in_a_checkpointed_layer_comes_from_outside():
     fast = compiled(model)
     for mask in masks():
         assert_as_in_eager(fast, model, *inputs(), mask)
-    assert found() == [(variants.WITHOUT, 2), (variants.GENERAL, 0)]
+    assert found() == [(specialize.WITHOUT, 2), (specialize.GENERAL, 0)]
     assert liger_compile.reports()[1].notes[1:] == (
         "attention keeps its mask 2x: it is causal but for the padding in l_padding_",
     )
@@ -287,7 +287,7 @@ def test_a_call_with_fake_inputs_runs_the_general_graph():
     from torch._subclasses import FakeTensorMode
 
     with FakeTensorMode() as mode:
-        assert not variants._is(variants.ONES, mode.from_tensor(masks()[0]))
+        assert not specialize._is(specialize.ONES, mode.from_tensor(masks()[0]))
 
 
 def test_reports_say_which_graph_is_whose():
@@ -307,16 +307,16 @@ def test_reports_say_which_graph_is_whose():
 
 def test_explain_tells_of_the_call_that_it_makes():
     (graph,) = liger_compile.explain(causal, *inputs(), masks()[0]).graphs
-    assert graph.variant == variants.WITHOUT
+    assert graph.variant == specialize.WITHOUT
     (graph,) = liger_compile.explain(causal, *inputs(), masks()[1]).graphs
-    assert graph.variant == variants.GENERAL
+    assert graph.variant == specialize.GENERAL
 
 
 def test_a_copy_is_rewritten_apart():
     copies = []
 
     def backend(gm, example_inputs):
-        copies.append((gm, variants.copied(gm)))
+        copies.append((gm, specialize.copied(gm)))
         return gm.forward
 
     def model(q, k, v, padding):

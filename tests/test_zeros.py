@@ -9,7 +9,7 @@ from torch._dynamo import compiled_autograd
 from torch.fx import Graph
 from torch.profiler import ProfilerActivity, profile
 
-from liger_compile.zeros import FEWEST, sharing_zeros, strides_of_outputs
+from liger_compile.runtime.shared_zeros import FEWEST, sharing_zeros, strides_of_outputs
 
 SIZE = 4
 

@@ -21,10 +21,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import liger_compile
-from liger_compile.demo import inductor_needs
+from liger_compile.cli.demo import inductor_needs
 from liger_compile.ops.dispatch import has_kernel
 from liger_compile.options import Options, parse
-from liger_compile.verification import Verification, verify
+from liger_compile.report.verify import Verification, verify
 
 OLDEST_TORCH = (2, 11)
 NEWEST_TESTED_TORCH = (2, 14)

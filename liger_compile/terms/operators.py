@@ -89,7 +89,7 @@ def _name(target: Any) -> str:
 
 
 def _canonical(name: str) -> str:
-    """Returns the table's name: x.mul_(y) has the value of x * y, and decide.py handles the in-place write."""
+    """Returns the table's name: x.mul_(y) has the value of x * y, and steps/decide.py handles the in-place write."""
     if name.endswith("_") and not name.endswith("__"):
         name = name[:-1]
     return _ALIASES.get(name, name)

@@ -20,12 +20,12 @@ from torch.fx._lazy_graph_module import _LazyGraphModule
 from torch.fx.node import map_arg
 from torch.fx.proxy import GraphAppendingTracer
 
-from liger_compile.decide import decide
 from liger_compile.graphs.aliasing import Mutations
-from liger_compile.match import find_matches
 from liger_compile.pattern import Decision, NearMiss, Pattern
 from liger_compile.registry import patterns_in_use
-from liger_compile.rewrite import rewrite as carry_out
+from liger_compile.steps.decide import decide
+from liger_compile.steps.match import find_matches
+from liger_compile.steps.rewrite import rewrite as carry_out
 from liger_compile.terms.build import Terms
 
 

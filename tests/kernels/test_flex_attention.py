@@ -1,7 +1,7 @@
 """Tiles of Inductor's kernels; what is computed with them, tests/test_flex.py asks."""
 
-from liger_compile.flex import BLOCK_SIZE
 from liger_compile.kernels.flex_attention import TILES, tiles
+from liger_compile.ops.flex import BLOCK_SIZE
 
 
 def test_tiles_divide_the_blocks():

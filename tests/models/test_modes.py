@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 import liger_compile
-from liger_compile import zeros
 from liger_compile.compile import cache_counts
+from liger_compile.runtime import shared_zeros
 
 EXACT = 1e-5
 LENGTHS = (24, 40, 17)
@@ -171,7 +171,7 @@ RETURNED = {
 
 @pytest.mark.parametrize("used", RETURNED)
 def test_a_cache_that_is_returned(used: str) -> None:
-    """Two outputs a layer that nobody uses, or somebody does (zeros.py)."""
+    """Two outputs a layer that nobody uses, or somebody does (runtime/shared_zeros.py)."""
     model, (ids, _) = LLAMA.build(), batch(LLAMA)
 
     def trained(function: Callable[..., Any]) -> tuple[Any, Step]:
@@ -185,7 +185,7 @@ def test_a_cache_that_is_returned(used: str) -> None:
     _, expected = trained(model)
     outputs, found = trained(compiled(model))
     assert_within(found, expected, EXACT)
-    assert hasattr(outputs.loss.grad_fn, zeros._STRIDES)  # its backward makes the zeros
+    assert hasattr(outputs.loss.grad_fn, shared_zeros._STRIDES)  # its backward makes the zeros
 
 
 def test_fullgraph() -> None:

@@ -13,7 +13,7 @@ from harness import Step, assert_within, batch, compiled, gradients, replaced, s
 from torch import Tensor, nn
 
 import liger_compile
-from liger_compile.variants import GENERAL, WITHOUT
+from liger_compile.forward_passes.specialize import GENERAL, WITHOUT
 
 EXACT = 1e-5
 LENGTHS = (24, 40, 17)

@@ -20,11 +20,11 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from liger_compile.backend import liger
+from liger_compile.forward_passes.specialize import copied
 from liger_compile.report import clear_reports, reports
 from liger_compile.testing.programs.grammar import CLASSES, PARAMETERS, WIDTH
 from liger_compile.testing.programs.program import Call, Program
 from liger_compile.torch_internals.modes import restored_if_raised
-from liger_compile.variants import copied
 
 EAGER, STOCK = "eager", "aot_eager"
 POLICIES = ("auto", "always", "never")

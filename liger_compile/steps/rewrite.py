@@ -1,8 +1,8 @@
 """rewrite(): carries out decisions: splices each replacement into the graph and erases the replaced nodes.
 
 The replacement function runs once on the graph's own fake tensors; every torch function that it calls becomes a node
-(recording.py). A replacement is not spliced in if its result differs in form from the original's or if it has other
-effects; the decision then becomes a refusal. Nothing is connected before all replacements are accepted: if one is
+(steps/recording.py). A replacement is not spliced in if its result differs in form from the original's or if it has
+other effects; the decision then becomes a refusal. Nothing is connected before all replacements are accepted: if one is
 refused, the other matches are decided again, so that a smaller pattern may be replaced there.
 
 Dead-code elimination over the whole graph would delete in-place writes (x.add_(1) has no users), so only matched
@@ -20,11 +20,11 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from liger_compile import callbacks
 from liger_compile.graphs.guards import GuardError, no_guards
 from liger_compile.graphs.regions import Region, Regions
 from liger_compile.pattern import Capture, Decision, Match
-from liger_compile.recording import Recorder, faults_of
+from liger_compile.steps import callbacks
+from liger_compile.steps.recording import Recorder, faults_of
 from liger_compile.terms.term import size_of, sizes_of
 
 
@@ -152,7 +152,7 @@ def _results(
                 arguments[name] = bound.derive(arguments[name])
             elif not isinstance(bound, Node):
                 arguments[name] = bound
-        assert match.pattern.replace is not None, "decide.py annotates a match without a replacement"
+        assert match.pattern.replace is not None, "steps/decide.py annotates a match without a replacement"
         results = match.pattern.replace(**arguments, **_wanted(settings, match))
         results = results if isinstance(results, tuple) else (results,)
         return tuple(map(_laid_out_like, results, originals)) if len(results) == len(originals) else results

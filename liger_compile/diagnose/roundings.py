@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from liger_compile.terms.formula import Formula
+from liger_compile.diagnose.formula import Formula
 from liger_compile.terms.term import Term
 
 _MOVES = ("view", "expand", "permute", "slice", "cat", "rotate_half", "rotate_pairs")  # ops without rounding

@@ -5,7 +5,7 @@ as a node with meta["example_value"] (a node without it would disable AOTAutogra
 the function besides computing new tensors, each in a few words that complete "the function ...".
 
 A replacement stands for a computation that writes nothing and returns new memory, so it must have no other effects.
-`registry.py` checks this for the examples of a pattern, and `rewrite.py` for each place.
+`registry.py` checks this for the examples of a pattern, and `steps/rewrite.py` for each place.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ Matching has two passes, because a search function is traced for one set of dtyp
 2. The *exact* match: search, traced again with the dtypes and shapes of these values, is matched against the terms of
    the graph with their casts. Now casts count: a place with other rounding is a near miss.
 
-For a place that nearly matches a pattern, terms/compare.py finds the difference, and terms/sentences.py describes it.
+For a place that nearly matches a pattern, diagnose/compare.py finds the difference; diagnose/sentences.py describes it.
 
 Products and sums match as multisets. A capture in a product binds the remaining factors, if the graph computes their
 product somewhere.
@@ -30,16 +30,16 @@ import torch
 from torch._dispatch.python import enable_python_dispatcher
 from torch.fx import Graph, Node
 
-from liger_compile.callbacks import raised
+from liger_compile.diagnose.compare import Comparer, Comparison, Difference
+from liger_compile.diagnose.formula import Formula
+from liger_compile.diagnose.roundings import Moved, moved, roundings
+from liger_compile.diagnose.sentences import rounding_sentence, sentence, telling
 from liger_compile.graphs.guards import GuardError, no_guards
 from liger_compile.graphs.regions import without_modes
 from liger_compile.pattern import Capture, Match, NearMiss, Pattern
+from liger_compile.steps.callbacks import raised
 from liger_compile.terms.build import Terms, trace
 from liger_compile.terms.call import Draw
-from liger_compile.terms.compare import Comparer, Comparison, Difference
-from liger_compile.terms.formula import Formula
-from liger_compile.terms.roundings import Moved, moved, roundings
-from liger_compile.terms.sentences import rounding_sentence, sentence, telling
 from liger_compile.terms.term import Term
 from liger_compile.terms.unify import Bindings, Unifier, operands_of
 
@@ -56,7 +56,7 @@ def find_matches(
 ) -> tuple[list[Match], list[NearMiss]]:
     """Returns all places where `graph` computes a pattern, larger patterns first, and the near misses.
 
-    Matches may overlap; decide.py chooses among them.
+    Matches may overlap; steps/decide.py chooses among them.
 
     Raises:
         PatternError: under `strict`, if a search function raises an error that tensors of another shape do not explain.

@@ -1,7 +1,7 @@
 """`python -m liger_compile demo`: trains a small Llama on real text three ways and compares them.
 
 Eager, stock torch.compile and backend="liger" start from the same weights and see the same batches. Each runs in its
-own process (demo_process.py), so that each has its own peak memory. Everything printed is measured in the run that
+own process (cli/demo_process.py), so that each has its own peak memory. Everything printed is measured in the run that
 prints it.
 """
 
@@ -26,7 +26,7 @@ from pathlib import Path
 
 import torch
 
-from liger_compile.demo_process import Run, Sizes, loss_fn
+from liger_compile.cli.demo_process import Run, Sizes, loss_fn
 
 VARIANTS = ("eager", "torch.compile", "liger")
 
@@ -62,6 +62,7 @@ class Vocabulary:
         self._pieces = [bytes([byte]) for byte in range(256)] + [piece.encode() for piece, _ in frequent]
 
     def encode(self, text: str) -> list[int]:
+        """Returns the token ids of a text."""
         ids: list[int] = []
         for piece in self._PIECE.findall(text):
             known = self._ids.get(piece)
@@ -69,6 +70,7 @@ class Vocabulary:
         return ids
 
     def decode(self, ids: list[int]) -> str:
+        """Returns the text of token ids."""
         return b"".join(self._pieces[i] for i in ids).decode()
 
 
@@ -91,7 +93,7 @@ def inductor_needs() -> str | None:
 
 def _run(variant: str, folder: Path, show: Callable[[str, int, str], None]) -> Run:
     show(variant, 0, "starting" if variant == "eager" else "starting, compiling")
-    command = [sys.executable, "-m", "liger_compile.demo_process", variant, str(folder)]
+    command = [sys.executable, "-m", "liger_compile.cli.demo_process", variant, str(folder)]
     env = os.environ | {
         # An empty cache for each variant, so that the first step includes compilation.
         "TORCHINDUCTOR_CACHE_DIR": str(folder / variant),

@@ -2,7 +2,7 @@
 
 Under torch.compile, DDP's optimizer splits a graph where a bucket of gradients is full, and calls the backend with each
 part. It has no hook, so this file patches a method of its class. In: such a graph, whole. Out: the result of DDP's
-optimizer for the graph, split at the places of `buckets.py`.
+optimizer for the graph, split at the places of `forward_passes/buckets.py`.
 """
 
 from __future__ import annotations
@@ -18,9 +18,14 @@ import torch
 from torch.fx import GraphModule, Node
 
 from liger_compile import compile as compiling
-from liger_compile import variants
-from liger_compile.buckets import Places, make_masks_where_they_are_read, padding_in, places_to_cut
 from liger_compile.failures import or_as_it_came
+from liger_compile.forward_passes import specialize
+from liger_compile.forward_passes.buckets import (
+    Places,
+    make_masks_where_they_are_read,
+    padding_in,
+    places_to_cut,
+)
 from liger_compile.options import Options, parse
 
 
@@ -41,7 +46,7 @@ class Cut:
         gm: GraphModule,
         example_inputs: Sequence[Any],
         may_begin: Callable[[Node, int], bool] = lambda *_: True,
-        variant: variants.Variant | None = None,
+        variant: specialize.Variant | None = None,
     ) -> Callable[..., Any]:
         """Splits and compiles `gm`.
 
@@ -56,7 +61,7 @@ class Cut:
             compile_part = optimizer.backend_compile_fn
 
             def compile_of_variant(part: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-                return compile_part(variants.as_part(part, variant), inputs)
+                return compile_part(specialize.as_part(part, variant), inputs)
 
             optimizer.backend_compile_fn = compile_of_variant
 
@@ -112,12 +117,12 @@ def split(gm: GraphModule, example_inputs: Sequence[Any], cut: Cut, options: Opt
         return cut(gm, example_inputs)
 
     def prepared() -> _Whole:
-        reads_masks, is_symbolic = not options.skips("attention.causal"), variants.is_symbolic(gm)
+        reads_masks, is_symbolic = not options.skips("attention.causal"), specialize.is_symbolic(gm)
         whole = _Whole(gm)
         if reads_masks and options.padding == "auto" and not is_symbolic:
-            whole.expected = variants.expected_inputs(gm, padding_in(gm.graph))
+            whole.expected = specialize.expected_inputs(gm, padding_in(gm.graph))
         if whole.expected:
-            whole.generic, whole.special = variants.copied(gm), variants.with_expected(gm, whole.expected)
+            whole.generic, whole.special = specialize.copied(gm), specialize.with_expected(gm, whole.expected)
         for module in filter(None, (whole.generic, whole.special)):
             if reads_masks:
                 make_masks_where_they_are_read(module.graph)
@@ -133,14 +138,16 @@ def split(gm: GraphModule, example_inputs: Sequence[Any], cut: Cut, options: Opt
     if whole.special is None:
         return cut(whole.generic, example_inputs, whole.places[whole.generic].may_begin)
 
-    def compiled(module: GraphModule, variant: variants.Variant, inputs: Sequence[Any]) -> Callable[..., Any]:
+    def compiled(
+        module: GraphModule, variant: specialize.Variant, inputs: Sequence[Any]
+    ) -> Callable[..., Any]:
         return cut(module, inputs, whole.places[module].may_begin, variant)
 
-    return variants.chosen_at_each_call(
+    return specialize.chosen_at_each_call(
         gm,
         whole.expected,
-        special=partial(compiled, whole.special, variants.specialized(whole.expected)),
-        general=partial(compiled, whole.generic, variants.general(whole.expected)),
+        special=partial(compiled, whole.special, specialize.specialized(whole.expected)),
+        general=partial(compiled, whole.generic, specialize.general(whole.expected)),
         example_inputs=example_inputs,
         later=compiling.when_called,
     )
@@ -152,7 +159,7 @@ class _Whole:
 
     generic: GraphModule
     special: GraphModule | None = None
-    expected: Mapping[str, variants.Expected] = field(default_factory=dict)
+    expected: Mapping[str, specialize.Expected] = field(default_factory=dict)
     places: dict[GraphModule, Places] = field(default_factory=dict)
 
 

@@ -1,7 +1,6 @@
-"""Formats decisions as text for people and as dictionaries for programs. The only file that formats.
+"""Turns decisions into reports: strings and numbers, so that a report may outlive its graph.
 
-A GraphReport holds strings and numbers only, so it may outlive its graph. The reasons in it are written where they
-arise (a pattern's check, decide.py); this file only lays them out.
+The reasons are written where they arise (a pattern's check, steps/decide.py); render.py lays them out.
 """
 
 from __future__ import annotations
@@ -11,9 +10,8 @@ import json
 import logging
 import os
 import re
-import textwrap
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,10 +21,7 @@ from torch._ops import OpOverload
 from torch.fx import GraphModule, Node
 
 from liger_compile.pattern import Decision, NearMiss
-
-WIDTH = 110
-NO_PASSES = "did not run yet: backward is compiled later, or Inductor's cache has its code"
-MAX_NEAR_MISSES = 12  # in the text; to_dict() has all of them
+from liger_compile.report.render import counted, details, plural, size
 
 _log = logging.getLogger("liger_compile")
 _reports: deque[GraphReport] = deque(maxlen=256)
@@ -160,11 +155,11 @@ class GraphReport:
         counts = [f"{self.count('replace')} replaced", f"{self.count('leave')} left alone"]
         if self.count("annotate"):
             counts.insert(1, f"{self.count('annotate')} marked for recompute")
-        counts.append(_plural(len(self.near_misses), "near miss", "near misses"))
+        counts.append(plural(len(self.near_misses), "near miss", "near misses"))
         variant = f" ({self.variant})" if self.variant else ""
         line = f"liger_compile  graph {self.name}{variant}, {self.num_nodes} nodes: {', '.join(counts)}"
         if self.saved_bytes:
-            line += f"; {_size(self.saved_bytes)} less kept for backward"
+            line += f"; {size(self.saved_bytes)} less kept for backward"
         if self.seconds is not None:
             line += f" ({self.seconds:.2f} s)"
         return line
@@ -176,37 +171,7 @@ class GraphReport:
         return json.loads(json.dumps(content))
 
     def __str__(self) -> str:
-        return "\n".join([self.summary, *self._details()])
-
-    def _details(self) -> list[str]:
-        headings = {
-            "replace": "Replaced",
-            "annotate": "Left to Inductor, marked as cheap to recompute",
-            "leave": "Left alone",
-        }
-        lines = []
-        for kind, heading in headings.items():
-            sites = [site for site in self.sites if site.kind == kind]
-            groups = _grouped(sites, key=lambda site: (site.pattern, site.reason))
-            groups.sort(key=lambda group: (-sum(site.saved_bytes or 0 for site in group), group[0].pattern))
-            lines += _section(heading, [_site_row(group) for group in groups])
-        nearest_first = sorted(self.near_misses, key=lambda near: -near.score)
-        groups = _grouped(nearest_first, key=lambda near: (near.pattern, near.reason, near.place.source))
-        rows = [_near_row(group) for group in groups[:MAX_NEAR_MISSES]]
-        lines += _section("Near misses: look like a pattern, and are left because they differ from it", rows)
-        if len(groups) > MAX_NEAR_MISSES:
-            lines.append(f"  and {len(groups) - MAX_NEAR_MISSES} more, in to_dict()")
-        groups = _grouped(self.backward.sites, key=lambda site: (site.pattern, site.reason))
-        rows = [_site_row(group) for group in groups]
-        rows += [((name, "", ""), (), sentence) for name, sentence in self.backward.choices.items()]
-        if rows and not self.backward.is_compiled:
-            rows.append((("passes", "", ""), (), NO_PASSES))
-        lines += _section("In backward", rows)
-        if self.notes:
-            lines += ["", "Notes"]
-            for note in self.notes:
-                lines += textwrap.wrap(note, WIDTH, initial_indent="  - ", subsequent_indent="    ")
-        return lines
+        return "\n".join([self.summary, *details(self)])
 
 
 # The process-wide list of reports.
@@ -216,8 +181,8 @@ def record(report: GraphReport) -> None:
     """Appends to `reports()`, and writes to the logger (TORCH_LOGS="+liger_compile") and to tlparse."""
     _reports.append(report)
     _log.info("%s", report.summary)
-    if _log.isEnabledFor(logging.DEBUG) and (details := report._details()):
-        _log.debug("%s", "\n".join(details).lstrip("\n"))
+    if _log.isEnabledFor(logging.DEBUG) and (lines := details(report)):
+        _log.debug("%s", "\n".join(lines).lstrip("\n"))
     _trace("liger_compile_report", report.to_dict())
 
 
@@ -254,21 +219,21 @@ def _site(decision: Decision) -> Site:
         ops=tuple(
             dict.fromkeys(n.target.name() for n in decision.inserted if isinstance(n.target, OpOverload))
         ),
-        result=_counted(_describe(node.meta.get("example_value")) for node in match.outputs),
+        result=counted(_describe(node.meta.get("example_value")) for node in match.outputs),
         saved_bytes=decision.saved_bytes,
     )
 
 
 def site_of_pass(name: str, node: Node, what: str, memory: int, traffic: int) -> Site:
     """Returns the site of a pass: `memory` bytes are no longer allocated, about `traffic` bytes no longer moved."""
-    reason = f"{what}; about {_size(traffic)} less is read and written" if traffic else what
+    reason = f"{what}; about {size(traffic)} less is read and written" if traffic else what
     return Site(
         pattern=name,
         kind="replace",
         reason=reason,
         place=Place.of([node], node),
         ops=(),
-        result=_counted(_describe(value) for value in _values(node.meta.get("val"))),
+        result=counted(_describe(value) for value in _values(node.meta.get("val"))),
         saved_bytes=memory or None,
     )
 
@@ -321,97 +286,3 @@ def _source_of(node: Node) -> tuple[str, int, str]:
     if not frames:
         return "", 0, ""
     return frames[-1]["file"], int(frames[-1]["line"]), (frames[-1]["code"] or "").strip()
-
-
-# From strings to lines.
-
-Row = tuple[Sequence[str], Sequence[str], str]  # cells; lines under the last cell; a sentence under them
-
-
-def _site_row(sites: Sequence[Site]) -> Row:
-    first = sites[0]
-    sizes = [site.saved_bytes for site in sites if site.kind != "leave" and site.saved_bytes is not None]
-    what = [
-        " ".join(dict.fromkeys(site.place.source for site in sites)),
-        ("-> " + ", ".join(first.ops)) if first.ops else "",
-        " ".join(dict.fromkeys(site.result for site in sites)),
-    ]
-    cells = [first.pattern, f"{len(sites)}x", _size(sum(sizes)) if any(sizes) else ""]
-    return cells, [*_places(sites), "  ".join(filter(None, what))], first.reason
-
-
-def _near_row(nears: Sequence[Near]) -> Row:
-    first = nears[0]
-    code = f"{first.place.source}  {first.place.code}".strip()
-    cells = [first.pattern, f"{len(nears)}x", f"{first.score:.0%} alike"]
-    return cells, [*_places(nears), code], first.reason
-
-
-def _section(heading: str, rows: Sequence[Row]) -> list[str]:
-    if not rows:
-        return []
-    widths = [max(len(cells[column]) for cells, _, _ in rows) for column in range(3)]
-    margin = " " * (2 + sum(widths) + 3 * 3)
-    lines = ["", heading]
-    for (name, count, figure), under, reason in rows:
-        start = f"  {name:<{widths[0]}}   {count:>{widths[1]}}   {figure:>{widths[2]}}   "
-        under = [line for line in under if line]
-        lines += [(start + (under[0] if under else "")).rstrip(), *(margin + line for line in under[1:])]
-        lines += textwrap.wrap(reason, WIDTH, initial_indent="      ", subsequent_indent="      ")
-    return lines
-
-
-def _grouped(items: Iterable[Any], key: Callable[[Any], Any]) -> list[list[Any]]:
-    groups: dict[Any, list[Any]] = {}
-    for item in items:
-        groups.setdefault(key(item), []).append(item)
-    return list(groups.values())
-
-
-def _places(items: Iterable[Site | Near]) -> list[str]:
-    lines = []
-    for same_class in _grouped((item.place for item in items), key=lambda place: place.module_class):
-        suffix = f" ({same_class[0].module_class})" if same_class[0].module_class else ""
-        lines += [(path + suffix).strip() for path in _folded({place.module: None for place in same_class})]
-    return lines
-
-
-def _folded(paths: Iterable[str]) -> list[str]:
-    """Returns `["h.0.mlp", "h.1.mlp"]` as `["h.{0..1}.mlp"]`; merges the paths component by component."""
-    rows = [tuple(path.split(".")) for path in paths]
-    for depth in range(max(map(len, rows))):
-
-        def key(row: tuple[str, ...], depth: int = depth) -> tuple[Any, ...]:
-            numbered = depth < len(row) and row[depth].isdigit()
-            return (*row[:depth], None, *row[depth + 1 :]) if numbered else row
-
-        rows = [group[0] if len(group) == 1 else _merged(group, depth) for group in _grouped(rows, key)]
-    return [".".join(row) for row in rows]
-
-
-def _merged(rows: Sequence[tuple[str, ...]], depth: int) -> tuple[str, ...]:
-    numbers = sorted(int(row[depth]) for row in rows)
-    ranges: list[list[int]] = []
-    for number in numbers:
-        if ranges and number == ranges[-1][-1] + 1:
-            ranges[-1].append(number)
-        else:
-            ranges.append([number])
-    text = ",".join(f"{run[0]}..{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in ranges)
-    return (*rows[0][:depth], "{" + text + "}", *rows[0][depth + 1 :])
-
-
-def _size(num_bytes: int) -> str:
-    size, units = float(num_bytes), iter(("KiB", "MiB", "GiB"))
-    unit = "B"
-    while size >= 1024 and (larger := next(units, None)):
-        size, unit = size / 1024, larger
-    return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-
-
-def _counted(texts: Iterable[str]) -> str:
-    return ", ".join(text if count == 1 else f"{count} x {text}" for text, count in Counter(texts).items())
-
-
-def _plural(count: int, one: str, many: str) -> str:
-    return f"{count} {one if count == 1 else many}"

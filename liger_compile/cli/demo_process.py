@@ -1,6 +1,6 @@
 """One process of the demo: trains one variant, and prints its measurements as lines of JSON for the parent.
 
-demo.py runs it as `python -m liger_compile.demo_process VARIANT FOLDER`; the folder has the sizes and the tokens.
+demo.py runs it as `python -m liger_compile.cli.demo_process VARIANT FOLDER`; the folder has sizes and tokens.
 """
 
 from __future__ import annotations
@@ -47,6 +47,7 @@ class Run:
 
 
 def loss_fn(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    """Returns the loss of a model of transformers on token ids (batch, length)."""
     return model(input_ids=ids, labels=ids, use_cache=False).loss
 
 

@@ -14,10 +14,10 @@ import torch
 from torch.fx import Graph, Node
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from liger_compile import callbacks
 from liger_compile.graphs.aliasing import Mutations
 from liger_compile.graphs.regions import Regions, in_words
 from liger_compile.pattern import Annotate, Capture, Decision, Match
+from liger_compile.steps import callbacks
 
 
 def decide(

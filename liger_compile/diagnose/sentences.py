@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from liger_compile.terms.compare import Difference
-from liger_compile.terms.formula import Formula
-from liger_compile.terms.roundings import Moved
+from liger_compile.diagnose.compare import Difference
+from liger_compile.diagnose.formula import Formula
+from liger_compile.diagnose.roundings import Moved
 from liger_compile.terms.term import Scalar, Term
 
 TOLD = 2  # most differences in one sentence

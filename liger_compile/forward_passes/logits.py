@@ -1,6 +1,6 @@
 """Defers graph outputs that may never be read: logits beside a loss that does not need them.
 
-Besides this file, only rewrite.py and remat.py edit a graph.
+Besides this file, only steps/rewrite.py and steps/recompute.py edit a graph.
 
     logits_in()  returns the outputs that are logits of a loss in the graph
     take_out()   before matching: returns the hidden state in their place, so that no node in the graph needs them

@@ -1,0 +1,1 @@
+"""The steps between terms and a rewritten graph. No step imports another; `pipeline.py` has their order."""
