@@ -15,7 +15,17 @@ PATTERNS = Path(liger_compile.patterns.__file__).parent
 # Of these, `from package import module` names a module.
 PACKAGES = {
     f"liger_compile{end}"
-    for end in ("", ".cli", ".forward_passes", ".ops", ".patterns", ".runtime", ".steps", ".terms")
+    for end in (
+        "",
+        ".cli",
+        ".forward_passes",
+        ".ops",
+        ".patterns",
+        ".runtime",
+        ".steps",
+        ".terms",
+        ".testing",
+    )
 }
 
 # What a room may import of ours; a prefix allows what is below it.
