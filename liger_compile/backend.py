@@ -20,7 +20,7 @@ from liger_compile.backward_passes import NAMES
 from liger_compile.failures import or_as_it_came
 from liger_compile.forward_passes import specialize
 from liger_compile.forward_passes.inline_subgraphs import inlined
-from liger_compile.forward_passes.logits import filling
+from liger_compile.forward_passes.logits import materializing
 from liger_compile.forward_passes.split_for_ddp import before_ddp_cuts
 from liger_compile.options import parse
 from liger_compile.pipeline import Rewritten, rewritten
@@ -79,16 +79,16 @@ def liger(
         )
         # Recorded last: Dynamo may restart the analysis and call the backend again with another graph of the same code.
         record(graph.report.of_variant(variant).with_notes(notes))
-        return filling(sharing_zeros(result, strides), graph.filled)
+        return materializing(sharing_zeros(result, strides), graph.late_outputs)
 
     if special is None:
         return compiled(generic, specialize.of_part(gm), example_inputs)
-    expected, specialized = special
-    return specialize.chosen_at_each_call(
+    assumptions, specialized = special
+    return specialize.dispatch(
         gm,
-        expected,
-        special=partial(compiled, specialized, specialize.specialized(expected)),
-        general=partial(compiled, generic, specialize.general(expected)),
+        assumptions,
+        specialized=partial(compiled, specialized, specialize.specialized_variant(assumptions)),
+        generic=partial(compiled, generic, specialize.generic_variant(assumptions)),
         example_inputs=example_inputs,
         later=compiling.when_called,
     )

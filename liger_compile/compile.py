@@ -44,7 +44,7 @@ from liger_compile.backward_passes import (
     run_passes,
 )
 from liger_compile.ops.embedding import PAYS_FROM
-from liger_compile.ops.registration import BODIES, keeping_backwards_whole
+from liger_compile.ops.registration import LATE_OPS, inlining_late
 from liger_compile.pattern import Pattern
 from liger_compile.torch_internals.modes import restored_if_raised
 
@@ -125,10 +125,10 @@ def compile_graph(
             decompositions = _with_embedding_backward(select_decomp_table(), backward)
             passes = with_backward_passes(config.post_grad_custom_post_pass, backward)
         if passes is None:  # AOTAutograd traces the bodies that `inline_whole_ops` would trace
-            decompositions.update(BODIES)
+            decompositions.update(LATE_OPS)
         else:
             patches["post_grad_custom_post_pass"] = passes
-            kept_whole = keeping_backwards_whole()
+            kept_whole = inlining_late()
     with kept_whole:
         compiled: Any = compile_fx(gm, example_inputs, config_patches=patches, decompositions=decompositions)
     return compiled

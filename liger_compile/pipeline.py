@@ -22,8 +22,8 @@ from liger_compile.backward_passes import CHOICES, DEFAULT_PASSES, Applied, Pass
 from liger_compile.compile import BackwardPlan, uses_cudagraphs
 from liger_compile.forward_passes import specialize
 from liger_compile.forward_passes.inline_subgraphs import describe_operands
-from liger_compile.forward_passes.logits import Filled, logits_in, settle, take_out
-from liger_compile.graphs.aliasing import BODIES, Mutations
+from liger_compile.forward_passes.logits import LateOutput, logits_in, restore, take_out
+from liger_compile.graphs.aliasing import SUBGRAPH_OPS, Mutations
 from liger_compile.graphs.regions import Region, Regions
 from liger_compile.options import Options
 from liger_compile.pattern import Decision, NearMiss, Pattern
@@ -37,7 +37,7 @@ from liger_compile.terms.attention import Note, notes_in, sentences
 from liger_compile.terms.build import Terms
 from liger_compile.terms.heads import notes_on_logits
 
-Assumptions = Mapping[str, specialize.Expected]
+Assumptions = Mapping[str, specialize.Assumption]
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Rewritten:
     """A graph that is ready to be compiled, with the facts that the steps inferred about it.
 
     Args:
-        filled: outputs that are not computed in the graph.
+        late_outputs: outputs that are not computed in the graph.
         padding: names of inputs that are padding masks; more of attention would be known if they were all ones.
         masks: names of inputs that are attention masks and were built outside the graph.
         backward: the changes to the graph of backward; None means no changes.
@@ -53,7 +53,7 @@ class Rewritten:
 
     gm: GraphModule
     report: GraphReport
-    filled: Sequence[Filled] = ()
+    late_outputs: Sequence[LateOutput] = ()
     padding: frozenset[str] = frozenset()
     masks: frozenset[str] = frozenset()
     backward: BackwardPlan | None = None
@@ -67,7 +67,7 @@ class _Found:
     near_misses: list[NearMiss] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     attention: list[Note] = field(default_factory=list)
-    filled: list[Filled] = field(default_factory=list)
+    late_outputs: list[LateOutput] = field(default_factory=list)
     # By subgraph: the operands of each call, and the modes of each call.
     arguments: dict[GraphModule, list[tuple[Any, ...]]] = field(default_factory=dict)
     called_in: dict[GraphModule, list[Region]] = field(default_factory=dict)
@@ -94,12 +94,12 @@ def rewritten(
     is_readable = not any(isinstance(each, FakeTensor) for each in example_inputs)
     if options.padding != "auto" or not is_readable or specialize.of_part(gm):
         return generic, None
-    expected = specialize.expected_inputs(gm, generic.padding, generic.masks, example_inputs)
-    if not expected:
+    assumptions = specialize.find_assumptions(gm, generic.padding, generic.masks, example_inputs)
+    if not assumptions:
         return generic, None
-    special = run_steps(specialize.with_expected(gm, expected), patterns, options, inductor_options)
+    special = run_steps(specialize.with_assumptions(gm, assumptions), patterns, options, inductor_options)
     pays = special.report.count("replace") > generic.report.count("replace")
-    return generic, (expected, special) if pays else None
+    return generic, (assumptions, special) if pays else None
 
 
 def run_steps(
@@ -113,7 +113,7 @@ def run_steps(
             module, patterns, options, why_logits_stay, found, is_top=module is gm, runs_once=module in once
         )
     warn_of_failures(found.decisions)
-    notes = (*found.notes, *sentences(found.attention), *map(str, found.filled))
+    notes = (*found.notes, *sentences(found.attention), *map(str, found.late_outputs))
     seconds = time.perf_counter() - start
     report = GraphReport.of(gm, found.decisions, found.near_misses, notes=notes, seconds=seconds)
     for module in modules:
@@ -122,7 +122,7 @@ def run_steps(
     return Rewritten(
         gm,
         report,
-        found.filled,
+        found.late_outputs,
         padding=frozenset(name for meaning in meanings for name in meaning.padding),
         masks=frozenset(name for meaning in meanings for name in meaning.masks),
         backward=_backward_plan(options, _left(options.fuel, found.decisions), report),
@@ -178,7 +178,7 @@ def _rewrite_one(
         decide_again=lambda refused: decided(refused=refused),
         strict=options.strict,
     )
-    found.filled.extend(settle(graph, deferred, is_dropped=options.logits == "none"))
+    found.late_outputs.extend(restore(graph, deferred, is_dropped=options.logits == "none"))
     if runs_once and options.recompute == "auto":  # a checkpoint already fixes what is recomputed
         mark_for_recompute(decisions)
     if is_top and options.policy != "never":
@@ -226,7 +226,7 @@ def _running_once(gm: GraphModule) -> set[GraphModule]:
 def _calls(module: GraphModule) -> Iterator[tuple[Node, GraphModule]]:
     """Yields the calls of subgraphs in a graph."""
     for node in module.graph.nodes:
-        if node.op != "call_function" or getattr(node.target, "__name__", "") not in BODIES:
+        if node.op != "call_function" or getattr(node.target, "__name__", "") not in SUBGRAPH_OPS:
             continue
         for argument in node.all_input_nodes:
             body = getattr(module, str(argument.target), None) if argument.op == "get_attr" else None

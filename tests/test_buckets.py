@@ -177,7 +177,7 @@ def test_attention_is_found_in_every_part(process_group, backend):
     assert not any("keeps its mask" in note for report in liger_compile.reports() for note in report.notes)
 
 
-@pytest.mark.parametrize("first", [specialize.WITHOUT, specialize.GENERAL])
+@pytest.mark.parametrize("first", [specialize.WITHOUT, specialize.GENERIC])
 @pytest.mark.parametrize(("inner", "num_parts"), [("aot_eager", 3), ("aot_eager", 1), ("inductor", 3)])
 def test_calls_without_padding_have_parts_of_their_own(process_group, monkeypatch, first, inner, num_parts):
     torch.manual_seed(0)
@@ -189,7 +189,7 @@ def test_calls_without_padding_have_parts_of_their_own(process_group, monkeypatc
         "torch.distributed._DEFAULT_FIRST_BUCKET_BYTES", 2**20 if num_parts > 1 else 25 * 2**20
     )
     compiled = torch.compile(ddp, backend="liger", options={**OPTIONS, "liger.inner": inner})
-    parts = {specialize.WITHOUT: (3, num_parts), specialize.GENERAL: (0, num_parts)}
+    parts = {specialize.WITHOUT: (3, num_parts), specialize.GENERIC: (0, num_parts)}
     order = (ones, padding) if first == specialize.WITHOUT else (padding, ones)
     for call, mask in enumerate((*order, *order)):
         expected = gradients(model, model, x, mask)

@@ -16,7 +16,7 @@ from liger_compile.forward_passes import specialize
 from .attending import BATCH, LENGTH, assert_as_in_eager, attend, compiled, found, inputs, masks
 
 LOWEST = torch.finfo(torch.float32).min
-BOTH = [(specialize.CAUSAL, 1), (specialize.GENERAL, 0)]
+BOTH = [(specialize.CAUSAL, 1), (specialize.GENERIC, 0)]
 
 
 def ones(*shape, dtype=torch.bool):
@@ -127,9 +127,9 @@ class Attention(nn.Module):
 
 def test_a_buffer_is_looked_at_in_each_call(monkeypatch):
     looks = []
-    is_it = specialize.Expected.is_it
+    is_it = specialize.Assumption.is_it
     monkeypatch.setattr(
-        specialize.Expected, "is_it", lambda self, mask: looks.append(self) or is_it(self, mask)
+        specialize.Assumption, "is_it", lambda self, mask: looks.append(self) or is_it(self, mask)
     )
     module = Attention()
     fast = compiled(module)

@@ -215,7 +215,7 @@ def rotations_of_layers(nodes):
     outputs = []
     for pair in kept:
         dtypes = ("half", False, torch.float32, torch.float32)
-        back = made.call(_ours.rotary_backward_whole.default, *pair, *tables, *dtypes)
+        back = made.call(_ours.rotary_backward_late.default, *pair, *tables, *dtypes)
         terms = []
         for which, weight in enumerate(weights):
             rows = made.call(_aten.permute.default, made.part(back, which), [0, 2, 1, 3])
@@ -248,11 +248,11 @@ def fused(which, op, least):
 
 
 def test_norms_of_backward() -> None:
-    run = fused(RMS_NORM, _ours.pre_norm_backward_joined.default, 50)
+    run = fused(RMS_NORM, _ours.pre_norm_backward_fused.default, 50)
     assert_linear(norms_of_layers, run, 2_400)
     run_passes(backward_passes.Backward(*sums_of_a_stream(5_000)), [RMS_NORM], strict=True)
 
 
 def test_products_of_backward() -> None:
-    run = fused(QKV_MATMUL, _ours.rotary_backward_joined.default, 40)
+    run = fused(QKV_MATMUL, _ours.rotary_backward_packed.default, 40)
     assert_linear(rotations_of_layers, run, 2_400)

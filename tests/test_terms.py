@@ -205,7 +205,7 @@ def test_a_cast_is_a_term_and_its_place_is_kept():
 
     before, after, plain = terms_of(f, HALF, torch.rand(8).bfloat16())
     assert before is plain  # up and down again changes nothing
-    assert after is not before and after.bare is before.bare
+    assert after is not before and after.uncast is before.uncast
 
 
 def test_promotion_is_a_cast():

@@ -70,7 +70,7 @@ def test_threads_that_first_need_the_other_graph(inner):
     )
     for mask, result in results:
         torch.testing.assert_close(result, causal(*inputs(), mask))
-    assert found() == [(specialize.WITHOUT, 1), (specialize.GENERAL, 0)]
+    assert found() == [(specialize.WITHOUT, 1), (specialize.GENERIC, 0)]
     can_be_compiled()
 
 
@@ -160,7 +160,7 @@ def test_the_other_graph_after_its_compilation_was_interrupted(monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             fast(*inputs(), left)
     assert_as_in_eager(fast, causal, *inputs(), left)
-    assert found() == [(specialize.WITHOUT, 1), (specialize.GENERAL, 0)]
+    assert found() == [(specialize.WITHOUT, 1), (specialize.GENERIC, 0)]
 
 
 def test_a_compilation_inside_of_another():

@@ -39,7 +39,7 @@ def expanded(q, k, v, padding):
 
 
 SPELLINGS = {f.__name__: f for f in (causal, additive, expanded)}
-BOTH = {"without": (specialize.WITHOUT, 1), "general": (specialize.GENERAL, 0)}
+BOTH = {"without": (specialize.WITHOUT, 1), "general": (specialize.GENERIC, 0)}
 
 
 @pytest.mark.parametrize("inner", ["aot_eager", "inductor"])
@@ -183,7 +183,7 @@ def test_two_masks():
     fast, (ones, left, right) = compiled(both), masks()
     for pair in ((ones, ones.clone()), (left, right), (ones, right), (left, ones)):
         assert_as_in_eager(fast, both, *inputs(), *pair)
-    assert found() == [(specialize.WITHOUT, 2), (specialize.GENERAL, 0)]
+    assert found() == [(specialize.WITHOUT, 2), (specialize.GENERIC, 0)]
     note, _ = (report.notes[0] for report in liger_compile.reports())
     assert "l_first_ and l_second_ of all ones" in note
 
@@ -202,7 +202,7 @@ def test_a_mask_in_a_checkpointed_layer_comes_from_outside():
     fast = compiled(model)
     for mask in masks():
         assert_as_in_eager(fast, model, *inputs(), mask)
-    assert found() == [(specialize.WITHOUT, 2), (specialize.GENERAL, 0)]
+    assert found() == [(specialize.WITHOUT, 2), (specialize.GENERIC, 0)]
     assert liger_compile.reports()[1].notes[1:] == (
         "attention keeps its mask 2x: it is causal but for the padding in l_padding_",
     )
@@ -309,7 +309,7 @@ def test_explain_tells_of_the_call_that_it_makes():
     (graph,) = liger_compile.explain(causal, *inputs(), masks()[0]).graphs
     assert graph.variant == specialize.WITHOUT
     (graph,) = liger_compile.explain(causal, *inputs(), masks()[1]).graphs
-    assert graph.variant == specialize.GENERAL
+    assert graph.variant == specialize.GENERIC
 
 
 def test_a_copy_is_rewritten_apart():

@@ -1,7 +1,7 @@
 """Inlines late: replaces each op that was kept as one node by the operators that it consists of.
 
 Passes over backward match an op of ours as one node. Inductor fuses the operators that the op consists of. So
-`ops.registration.keeping_backwards_whole` keeps such an op as one node while AOTAutograd traces, and this pass runs
+`ops.registration.inlining_late` keeps such an op as one node while AOTAutograd traces, and this pass runs
 last before Inductor compiles a graph: on graphs of forward too.
 """
 
@@ -17,7 +17,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from liger_compile.backward_passes.runner import warn_of_failure
-from liger_compile.ops.registration import BODIES
+from liger_compile.ops.registration import LATE_OPS
 
 NAME = "backward.inline_late"
 
@@ -32,7 +32,7 @@ def inline_whole_ops(
         strict: raise if an op cannot be traced. Otherwise it warns, and the op stays, which computes the same result.
     """
     for node in graph.nodes:
-        if node.target in BODIES:
+        if node.target in LATE_OPS:
             try:
                 _inline(graph, node, decompositions)
             except Exception as error:
@@ -50,7 +50,7 @@ def _inline(graph: Graph, node: Node, decompositions: Mapping[Any, Callable[...,
         args, kwargs = tree_unflatten(
             [next(given) if isinstance(argument, Node) else argument for argument in arguments], spec
         )
-        return BODIES[node.target](*args, **kwargs)
+        return LATE_OPS[node.target](*args, **kwargs)
 
     values = [each.meta["val"] for each in inputs]
     with detect_fake_mode(values) or contextlib.nullcontext():

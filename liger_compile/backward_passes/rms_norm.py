@@ -66,8 +66,8 @@ def _fuse(graph: Graph, backward: Node) -> Applied | None:
     with graph.inserting_before(backward):
         dys, ds = [_shaped(graph, each, dy) for each in dys], None if ds is None else _shaped(graph, ds, dy)
         args = dys, ds, *of, needs_dweight, y_dtype
-        joined = call(graph, _ours.pre_norm_backward_joined.default, *args)
-        new_dx, new_dweight, y = (call(graph, operator.getitem, joined, which) for which in range(3))
+        fused = call(graph, _ours.pre_norm_backward_fused.default, *args)
+        new_dx, new_dweight, y = (call(graph, operator.getitem, fused, which) for which in range(3))
         if total is not None:
             new_dx = _shaped(graph, new_dx, total)
     replaced = ((total or dx, new_dx), (dweight, new_dweight), *((each, y) for each in ys))

@@ -47,8 +47,8 @@ def roundings(term: Term, formula: Formula) -> dict[str, Rounding]:
             (inner,) = term.args
             stack.append((inner, term.dtype if narrows(inner.dtype, term.dtype) else rounded))
             continue
-        text = formula(term.bare, depth=WHOLE)
-        is_captured = term.op in ("leaf", "var") or term.bare in formula.captures
+        text = formula(term.uncast, depth=WHOLE)
+        is_captured = term.op in ("leaf", "var") or term.uncast in formula.captures
         if term.dtype is not None and term.op not in _MOVES and (rounded or not is_captured):
             rounded = rounded or (found[text].rounded if text in found else None)
             found[text] = Rounding(term, None if is_captured else term.dtype, rounded)

@@ -4,8 +4,8 @@ Besides this file, only steps/rewrite.py and steps/recompute.py edit a graph.
 
     logits_in()  returns the outputs that are logits of a loss in the graph
     take_out()   before matching: returns the hidden state in their place, so that no node in the graph needs them
-    settle()     after rewriting: restores them where head and loss were not fused
-    filling()    after each call of the compiled graph: returns in their place a tensor that computes them when read
+    restore()    after rewriting: restores them where head and loss were not fused
+    materializing()    after each call: returns in their place a tensor that computes them when read
 
 Logits that stay in the graph unread would keep their memory until the end of the step, and as much again for their
 gradient: AOTAutograd materializes zeros as the gradient of every unused output.
@@ -70,7 +70,7 @@ def logits_in(graph: Graph, terms: Terms) -> list[Logits]:
     if not losses:
         return []
     head_of = _heads(terms.space.in_order())
-    heads = {head_of.get(loss.args[0].bare) for loss in losses} - {None}
+    heads = {head_of.get(loss.args[0].uncast) for loss in losses} - {None}
     outputs = graph.output_node().args[0]
     found = []
     nodes = [each for each in outputs if isinstance(each, Node)] if isinstance(outputs, tuple) else []
@@ -79,7 +79,7 @@ def logits_in(graph: Graph, terms: Terms) -> list[Logits]:
         if any(sharing[storage] > 1 for storage in storages_of(node)):
             continue  # a view of it is returned too, and must stay a view
         term = terms.of.get(node)
-        head = head_of.get(term.bare) if isinstance(term, Term) else None
+        head = head_of.get(term.uncast) if isinstance(term, Term) else None
         if head is not None and head in heads and (logits := _walk(node, head, terms)) is not None:
             found.append(logits)
     return found
@@ -106,7 +106,7 @@ def _walk(output: Node, head: Term, terms: Terms) -> Logits | None:
     while stack:
         node = stack.pop()
         value = terms.of[node]
-        if isinstance(value, Term) and value.bare is head.args[0]:
+        if isinstance(value, Term) and value.uncast is head.args[0]:
             first = terms.nodes[value][0]
             if hidden not in (None, first):
                 return None
@@ -117,7 +117,7 @@ def _walk(output: Node, head: Term, terms: Terms) -> Logits | None:
             recipe.add(node)
             stack.extend(node.all_input_nodes)
     in_order = sorted(recipe, key=terms.mutations.position.__getitem__)
-    heads = [n for n in in_order if isinstance(value := terms.of[n], Term) and value.bare is head]
+    heads = [n for n in in_order if isinstance(value := terms.of[n], Term) and value.uncast is head]
     if not hidden or not heads or not _is_same_later([hidden, *in_order], heads[0], terms):
         return None
     return Logits(output, hidden, heads[0], tuple(in_order))
@@ -181,7 +181,7 @@ def _return(graph: Graph, values: Mapping[int, Node | None]) -> None:
     output.args = (tuple(values.get(at, each) for at, each in enumerate(outputs)),)
 
 
-def settle(graph: Graph, deferred: Sequence[Deferred], is_dropped: bool) -> list[Filled]:
+def restore(graph: Graph, deferred: Sequence[Deferred], is_dropped: bool) -> list[LateOutput]:
     """Returns the fillers of outputs whose head is no longer in `graph`; restores the other outputs.
 
     Args:
@@ -200,7 +200,7 @@ def settle(graph: Graph, deferred: Sequence[Deferred], is_dropped: bool) -> list
             node.meta.clear()  # fake tensors
         function = GraphModule(torch.nn.Module(), each.recipe)
         recipe = None if is_dropped else Recipe(function, "logits", _ADVICE, each.autocast)
-        found.append(Filled(each.positions, tuple(map(placeholders.__getitem__, each.inputs)), recipe))
+        found.append(LateOutput(each.positions, tuple(map(placeholders.__getitem__, each.inputs)), recipe))
     if returned:
         _return(graph, returned)
     return found
@@ -226,7 +226,7 @@ def _put_back(graph: Graph, deferred: Deferred) -> Node:
 
 
 @dataclass(frozen=True)
-class Filled:
+class LateOutput:
     """Fills an output in each call."""
 
     positions: tuple[int, ...]
@@ -280,7 +280,7 @@ def _like(recipe: Recipe, arguments: Sequence[Any]) -> Tensor:
     return torch.empty_strided(result.shape, result.stride(), dtype=result.dtype, device="meta")
 
 
-def filling(compiled: Callable[..., Any], filled: Sequence[Filled]) -> Callable[..., Any]:
+def materializing(compiled: Callable[..., Any], filled: Sequence[LateOutput]) -> Callable[..., Any]:
     """Returns `compiled` with its outputs filled."""
     if not filled:
         return compiled

@@ -25,11 +25,11 @@ from liger_compile.graphs.aliasing import Mutations
 
 Compile = Callable[[Sequence[Any]], Callable[..., Any]]  # example inputs -> the compiled graph
 _PART_OF = "liger_compile_part_of"  # a key in the meta of a graph
-WITHOUT, CAUSAL, GENERAL = "without padding", "with causal masks", "generic"
+WITHOUT, CAUSAL, GENERIC = "without padding", "with causal masks", "generic"
 
 
 @dataclass(frozen=True)
-class Expected:
+class Assumption:
     """An assumption about an input: its value in most calls.
 
     Args:
@@ -56,18 +56,18 @@ class Expected:
         return bool((tensor == self.made_of(last)).all())
 
 
-ONES = Expected("of all ones", 0, ((torch.ones_like,),))
+ONES = Assumption("of all ones", 0, ((torch.ones_like,),))
 
 
-def _causal_masks(dtype: torch.dtype) -> Iterable[Expected]:
+def _causal_masks(dtype: torch.dtype) -> Iterable[Assumption]:
     """Yields the forms that a causal mask may have."""
-    yield Expected("that is causal", 2, ((torch.ones_like,), (torch.tril,)))
-    yield Expected(
+    yield Assumption("that is causal", 2, ((torch.ones_like,), (torch.tril,)))
+    yield Assumption(
         "that is causal", 2, ((torch.ones_like,), (torch.triu, 1))
     )  # ones at the masked-out positions
     if dtype.is_floating_point:
         for lowest in (torch.finfo(dtype).min, float("-inf")):
-            yield Expected("that is causal", 2, ((torch.full_like, lowest), (torch.triu, 1)))
+            yield Assumption("that is causal", 2, ((torch.full_like, lowest), (torch.triu, 1)))
 
 
 class Variant(NamedTuple):
@@ -88,29 +88,30 @@ def of_part(gm: GraphModule) -> Variant | None:
     return gm.meta.get(_PART_OF)
 
 
-def specialized(expected: Mapping[str, Expected]) -> Variant:
+def specialized_variant(assumptions: Mapping[str, Assumption]) -> Variant:
     """Returns the name and the note of the graph specialized for these assumptions."""
-    syncs = "one device sync" if len(expected) == 1 else f"up to {len(expected)} device syncs"
-    name = WITHOUT if set(expected.values()) == {ONES} else CAUSAL
+    syncs = "one device sync" if len(assumptions) == 1 else f"up to {len(assumptions)} device syncs"
+    name = WITHOUT if set(assumptions.values()) == {ONES} else CAUSAL
     return Variant(
         name,
-        f"specialized for {_said(expected)} (checked on every call, {syncs}); other calls use the {GENERAL} graph, "
+        f"specialized for {_said(assumptions)} (checked on every call, {syncs}); other calls use the {GENERIC} graph, "
         "which is compiled when a call first needs it and then has its own report",
     )
 
 
-def general(expected: Mapping[str, Expected]) -> Variant:
+def generic_variant(assumptions: Mapping[str, Assumption]) -> Variant:
     """Returns the name and the note of the generic graph."""
-    name, _ = specialized(expected)
+    name, _ = specialized_variant(assumptions)
     others = "padding" if name == WITHOUT else "other masks"
     return Variant(
-        GENERAL, f"generic: used by calls with {others}; calls with {_said(expected)} use the graph {name!r}"
+        GENERIC,
+        f"generic: used by calls with {others}; calls with {_said(assumptions)} use the graph {name!r}",
     )
 
 
-def _said(expected: Mapping[str, Expected]) -> str:
+def _said(assumptions: Mapping[str, Assumption]) -> str:
     names: dict[str, list[str]] = {}
-    for name, each in expected.items():
+    for name, each in assumptions.items():
         names.setdefault(each.words, []).append(name)
     return " and ".join(f"{' and '.join(those)} {words}" for words, those in names.items())
 
@@ -143,15 +144,15 @@ def is_symbolic(gm: GraphModule) -> bool:
     return any(isinstance(each, (torch.SymInt, torch.SymFloat, torch.SymBool)) for each in (*values, *sizes))
 
 
-def expected_inputs(
+def find_assumptions(
     gm: GraphModule, padding: Collection[str], masks: Collection[str] = (), example_inputs: Sequence[Any] = ()
-) -> dict[str, Expected]:
+) -> dict[str, Assumption]:
     """Returns the assumptions about the named values that are inputs of the graph.
 
     Padding masks are assumed to be all ones, other masks to have the causal form of the example.
     """
     mutations = Mutations(gm.graph)
-    found: dict[str, Expected] = {}
+    found: dict[str, Assumption] = {}
     for position, node in enumerate(gm.graph.find_nodes(op="placeholder")):
         if node.name not in (*padding, *masks) or not _only_read(node, gm.graph, mutations):
             continue
@@ -175,21 +176,21 @@ def _only_read(node: Node, graph: Graph, mutations: Mutations) -> bool:
     )
 
 
-def _causal_form(mask: Tensor) -> Expected | None:
+def _causal_form(mask: Tensor) -> Assumption | None:
     """Returns the form in which the mask is causal, or None."""
     if mask.dim() < 2 or mask.shape[-1] != mask.shape[-2]:
         return None
     return next((form for form in _causal_masks(mask.dtype) if form.is_it(mask)), None)
 
 
-def with_expected(gm: GraphModule, expected: Mapping[str, Expected]) -> GraphModule:
+def with_assumptions(gm: GraphModule, assumptions: Mapping[str, Assumption]) -> GraphModule:
     """Returns a copy of `gm` in which the assumed values replace these inputs, whatever the caller passes."""
     module = copied(gm)
     inputs = module.graph.find_nodes(op="placeholder")
-    for node in (node for node in inputs if node.name in expected):
+    for node in (node for node in inputs if node.name in assumptions):
         first, last = node, node
         with module.graph.inserting_before(inputs[-1].next):
-            for function, *arguments in expected[node.name].steps:
+            for function, *arguments in assumptions[node.name].steps:
                 value = last.meta["example_value"]
                 last = module.graph.call_function(function, (last, *arguments))
                 with value.fake_mode:
@@ -199,15 +200,15 @@ def with_expected(gm: GraphModule, expected: Mapping[str, Expected]) -> GraphMod
     return module
 
 
-def chosen_at_each_call(
+def dispatch(
     gm: GraphModule,
-    expected: Mapping[str, Expected],
-    special: Compile,
-    general: Compile,
+    assumptions: Mapping[str, Assumption],
+    specialized: Compile,
+    generic: Compile,
     example_inputs: Sequence[Any],
     later: Callable[[Compile], Callable[..., Any]],
 ) -> Callable[..., Any]:
-    """Returns a callable that runs the graph of `special` if these inputs of `gm` are as assumed, else of `general`.
+    """Returns a callable that runs `specialized` if these inputs of `gm` are as assumed, else `generic`.
 
     Each graph is compiled when it is first needed; if `gm` has dynamic shapes, both are compiled now.
 
@@ -216,20 +217,20 @@ def chosen_at_each_call(
         later: returns a callable that compiles for the inputs of its first call.
     """
     inputs = enumerate(gm.graph.find_nodes(op="placeholder"))
-    looked_at = [(position, expected[node.name]) for position, node in inputs if node.name in expected]
+    looked_at = [(position, assumptions[node.name]) for position, node in inputs if node.name in assumptions]
 
     def is_special(args: Sequence[Any]) -> bool:
         return all(_is(each, args[position]) for position, each in looked_at)
 
     needed = is_special(example_inputs)
-    compiles = {True: special, False: general}
+    compiles = {True: specialized, False: generic}
     callables = {needed: compiles[needed](example_inputs)}
     other = compiles[not needed]
     callables[not needed] = other(example_inputs) if is_symbolic(gm) else later(other)
     return lambda *args: callables[is_special(args)](*args)
 
 
-def _is(expected: Expected, tensor: Tensor) -> bool:
+def _is(assumptions: Assumption, tensor: Tensor) -> bool:
     """Returns whether a tensor is as assumed.
 
     False also if its value cannot be read: for a fake tensor, and during the capture of a CUDA graph.
@@ -239,4 +240,4 @@ def _is(expected: Expected, tensor: Tensor) -> bool:
     """
     if isinstance(tensor, FakeTensor) or (tensor.is_cuda and torch.cuda.is_current_stream_capturing()):
         return False
-    return expected.is_it(tensor)
+    return assumptions.is_it(tensor)

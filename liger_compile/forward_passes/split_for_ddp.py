@@ -120,9 +120,12 @@ def split(gm: GraphModule, example_inputs: Sequence[Any], cut: Cut, options: Opt
         reads_masks, is_symbolic = not options.skips("attention.causal"), specialize.is_symbolic(gm)
         whole = _Whole(gm)
         if reads_masks and options.padding == "auto" and not is_symbolic:
-            whole.expected = specialize.expected_inputs(gm, padding_in(gm.graph))
-        if whole.expected:
-            whole.generic, whole.special = specialize.copied(gm), specialize.with_expected(gm, whole.expected)
+            whole.assumptions = specialize.find_assumptions(gm, padding_in(gm.graph))
+        if whole.assumptions:
+            whole.generic, whole.special = (
+                specialize.copied(gm),
+                specialize.with_assumptions(gm, whole.assumptions),
+            )
         for module in filter(None, (whole.generic, whole.special)):
             if reads_masks:
                 make_masks_where_they_are_read(module.graph)
@@ -143,11 +146,11 @@ def split(gm: GraphModule, example_inputs: Sequence[Any], cut: Cut, options: Opt
     ) -> Callable[..., Any]:
         return cut(module, inputs, whole.places[module].may_begin, variant)
 
-    return specialize.chosen_at_each_call(
+    return specialize.dispatch(
         gm,
-        whole.expected,
-        special=partial(compiled, whole.special, specialize.specialized(whole.expected)),
-        general=partial(compiled, whole.generic, specialize.general(whole.expected)),
+        whole.assumptions,
+        specialized=partial(compiled, whole.special, specialize.specialized_variant(whole.assumptions)),
+        generic=partial(compiled, whole.generic, specialize.generic_variant(whole.assumptions)),
         example_inputs=example_inputs,
         later=compiling.when_called,
     )
@@ -159,7 +162,7 @@ class _Whole:
 
     generic: GraphModule
     special: GraphModule | None = None
-    expected: Mapping[str, specialize.Expected] = field(default_factory=dict)
+    assumptions: Mapping[str, specialize.Assumption] = field(default_factory=dict)
     places: dict[GraphModule, Places] = field(default_factory=dict)
 
 

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 from liger_compile.graphs.effects import calls_bodies, effect_of, written_arguments
 
 # Higher-order ops that pass their last positional arguments to the placeholders of their subgraph.
-BODIES = ("tag_activation_checkpoint", "invoke_subgraph")
+SUBGRAPH_OPS = ("tag_activation_checkpoint", "invoke_subgraph")
 
 
 def tensors_of(node: Node) -> list[torch.Tensor]:
@@ -152,7 +152,7 @@ class Mutations:
 
 def handed_to(call: Node, count: int) -> tuple[Any, ...] | None:
     """Returns the arguments for the `count` placeholders of the called graph, in order; None if not known."""
-    is_known = call.op == "call_module" or getattr(call.target, "__name__", "") in BODIES
+    is_known = call.op == "call_module" or getattr(call.target, "__name__", "") in SUBGRAPH_OPS
     if not is_known or (call.op == "call_module" and len(call.args) != count) or len(call.args) < count:
         return None
     return call.args[len(call.args) - count :]

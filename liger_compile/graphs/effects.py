@@ -163,8 +163,8 @@ _FUNCTIONAL = frozenset(
 
 def is_in_place(name: str) -> bool:
     """Returns whether an operator of this name writes into its first argument: x.mul_(y), x *= y, x[i] = y."""
-    bare = name.removeprefix("__").removesuffix("__") if name.startswith("__") else name
-    return bare in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
+    plain = name.removeprefix("__").removesuffix("__") if name.startswith("__") else name
+    return plain in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
 
 
 def calls_bodies(node: Node) -> bool:
@@ -288,8 +288,8 @@ def _of_method(name: str) -> Writes:
         return _into(0)
     if name in _IMPURE_METHODS:
         return EVERYTHING
-    bare = name.removeprefix("__").removesuffix("__")
-    is_operator = bare != name and (hasattr(operator, bare) or hasattr(operator, bare.removeprefix("r")))
+    plain = name.removeprefix("__").removesuffix("__")
+    is_operator = plain != name and (hasattr(operator, plain) or hasattr(operator, plain.removeprefix("r")))
     is_pure = is_operator or name in _PURE_METHODS or _is_listed(getattr(torch.Tensor, name, None))
     return NOTHING if is_pure else EVERYTHING
 

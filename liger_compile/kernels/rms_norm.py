@@ -117,7 +117,7 @@ def backward(
     return dx, dweight
 
 
-def backward_joined(
+def backward_fused(
     dys: Sequence[Tensor],
     ds: Tensor | None,
     x: Tensor,

@@ -10,7 +10,7 @@ gated_activation, so that Inductor fuses them with their neighbors. gated_mlp, c
 stay opaque, because their bodies loop over blocks of rows (blocks.py). embedding_backward and scale are used in
 backward only. Their in-place variants, add_embedding_backward and scale_in_place, are for backward_passes/. The
 backwards of rotary and norm_rotary have variants that backward_passes/ inlines late, and variants with a packed output
-(joined.py).
+(packed.py).
 
 This package does not import Triton.
 """
@@ -20,9 +20,9 @@ from . import (
     cross_entropy,
     embedding,
     gated_mlp,
-    joined,
     linear_cross_entropy,
     norm_rotary,
+    packed,
     pre_norm,
     rms_norm,
     rotary,
@@ -34,9 +34,9 @@ __all__ = [
     "cross_entropy",
     "embedding",
     "gated_mlp",
-    "joined",
     "linear_cross_entropy",
     "norm_rotary",
+    "packed",
     "pre_norm",
     "rms_norm",
     "rotary",

@@ -24,18 +24,18 @@ import torch
 from torch import Tensor
 
 from .precision import accumulation_dtype
-from .registration import whole_op
+from .registration import late_op
 from .rms_norm import input_gradient, inverse_root, is_normed_by_kernel, scaled, weight_gradient
 
 MOST_SUMMED = 3  # gradients that the kernel accepts
 
 
-@whole_op
+@late_op
 def pre_norm_statistics(x: Tensor, eps: float) -> Tensor:
     return inverse_root(x, eps)
 
 
-@whole_op
+@late_op
 def pre_norm(x: Tensor, rstd: Tensor, weight: Tensor | None, offset: float, casting: str) -> Tensor:
     return scaled(x, rstd, weight, offset, casting)
 
@@ -56,7 +56,7 @@ def _backward_of(
     return dx, weight_gradient(dy, x, weight, rstd.squeeze(-1))
 
 
-@whole_op
+@late_op
 def pre_norm_backward(
     dy: Tensor,
     x: Tensor,
@@ -70,8 +70,8 @@ def pre_norm_backward(
     return _backward_of(dy, None, x, rstd, weight, offset, needs_dweight)
 
 
-@whole_op
-def pre_norm_backward_joined(
+@late_op
+def pre_norm_backward_fused(
     dys: Sequence[Tensor],
     ds: Tensor | None,
     x: Tensor,
@@ -86,7 +86,7 @@ def pre_norm_backward_joined(
     if len(dys) <= MOST_SUMMED and is_normed_by_kernel(x, weight, ds, *dys, numbers=(offset,)):
         from ..kernels import rms_norm as kernels
 
-        return kernels.backward_joined(dys, ds, x, rstd, weight, offset, casting, needs_dweight, y_dtype)
+        return kernels.backward_fused(dys, ds, x, rstd, weight, offset, casting, needs_dweight, y_dtype)
     wide = accumulation_dtype(x.dtype)
     first, *others = (dy.to(wide) for dy in dys)
     dx, dweight = _backward_of(sum(others, start=first), ds, x, rstd, weight, offset, needs_dweight)

@@ -44,47 +44,47 @@ def opaque_op(fn: Callable[..., Any]) -> CustomOpDef:
     return _first_derivative_only(op, fn.__name__)
 
 
-BODIES: dict[Any, Callable[..., Any]] = {}  # of the ops that are inlined late
+LATE_OPS: dict[Any, Callable[..., Any]] = {}  # of the ops that are inlined late
 
-_keeps_whole = False
+_inlines_late = False
 
 
 @contextlib.contextmanager
-def keeping_backwards_whole() -> Iterator[None]:
+def inlining_late() -> Iterator[None]:
     """Call the opaque variants of `backward_op`s, while graphs are traced for `backward_passes/`."""
-    global _keeps_whole
-    before, _keeps_whole = (
-        _keeps_whole,
+    global _inlines_late
+    before, _inlines_late = (
+        _inlines_late,
         True,
     )  # not a context variable: autograd may call from its own thread
     try:
         yield
     finally:
-        _keeps_whole = before
+        _inlines_late = before
 
 
-def whole_op(fn: Callable[..., Any]) -> CustomOpDef:
+def late_op(fn: Callable[..., Any]) -> CustomOpDef:
     """Register an opaque op with a traceable body, which is also its fake. `backward_passes/` inlines the op late."""
     op = opaque_op(fn)
     op.register_fake(fn)
-    BODIES[op._opoverload] = outside_autocast(fn)
+    LATE_OPS[op._opoverload] = outside_autocast(fn)
     return op
 
 
 class backward_op:
-    """A traceable op, and its opaque variant NAME_whole, which is called under `keeping_backwards_whole`."""
+    """A traceable op, and its opaque variant NAME_late, which is called under `inlining_late`."""
 
     def __init__(self, fn: Callable[..., Any]) -> None:
         @functools.wraps(fn)
-        def whole(*args: Any, **kwargs: Any) -> Any:
+        def late(*args: Any, **kwargs: Any) -> Any:
             return fn(*args, **kwargs)
 
-        whole.__name__ = f"{fn.__name__}_whole"
+        late.__name__ = f"{fn.__name__}_late"
         self.body = fn
-        self._traceable, self._whole = traceable_op(fn), whole_op(whole)
+        self._traceable, self._late = traceable_op(fn), late_op(late)
 
     def __call__(self, *args: Any) -> Any:
-        return (self._whole if _keeps_whole else self._traceable)._opoverload(*args)
+        return (self._late if _inlines_late else self._traceable)._opoverload(*args)
 
 
 def mutating_op(*arguments: str) -> Callable[[Callable[..., Any]], CustomOpDef]:

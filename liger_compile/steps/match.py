@@ -67,7 +67,7 @@ def find_matches(
         skeleton = index.skeleton(pattern)
         if skeleton is None:
             continue
-        by_op.setdefault(skeleton.outputs[0].bare.op, []).append((pattern, skeleton))
+        by_op.setdefault(skeleton.outputs[0].uncast.op, []).append((pattern, skeleton))
 
     found: list[tuple[tuple[int, int], Match]] = []  # with its operations, without and with casts
     failed: list[_Attempt] = []
@@ -76,7 +76,7 @@ def find_matches(
         term = terms.of[node]
         if not isinstance(term, Term) or node in terms.passes_through or node.op == "placeholder":
             continue
-        for pattern, skeleton in by_op.get(term.bare.op, ()):
+        for pattern, skeleton in by_op.get(term.uncast.op, ()):
             if (pattern, node) in taken:
                 continue
             attempt = _Attempt(pattern, skeleton, index, node)
@@ -123,7 +123,7 @@ def _skeleton(pattern: Pattern) -> _Skeleton:
         optional = frozenset(name for name in tensors if "None" in str(pattern.parameters[name].annotation))
         with torch._subclasses.FakeTensorMode():
             outputs = _traced(pattern, {n: (tuple(examples[n].shape), examples[n].dtype) for n in tensors})
-        _skeletons[pattern] = _Skeleton(outputs, tensors, optional, outputs[0].bare.written())
+        _skeletons[pattern] = _Skeleton(outputs, tensors, optional, outputs[0].uncast.written())
     return _skeletons[pattern]
 
 
@@ -169,9 +169,11 @@ class _Index:
         for node in graph.nodes:
             term = terms.of[node]
             if isinstance(term, Term) and node not in terms.passes_through:
-                self.by_op.setdefault(term.bare.op, []).append(node)
+                self.by_op.setdefault(term.uncast.op, []).append(node)
         # The first compares with the skeleton of a pattern, the second with a search traced for the sizes of a place.
-        self.bare, self.sized = (Comparer(self.called, self.inside, has_sizes) for has_sizes in (False, True))
+        self.uncast, self.sized = (
+            Comparer(self.called, self.inside, has_sizes) for has_sizes in (False, True)
+        )
         self.factors = Comparer(self.called, self.inside, takes_rest=False)
         self._node_of: dict[Term, Node | None] = {}
         self._overwritten: dict[Term, Node | None] = {}
@@ -202,7 +204,7 @@ class _Index:
 
     def _rounded(self, term: Term) -> Sequence[Term]:
         """Returns the term; for an uncast term, the terms that equal it up to casts."""
-        return (term,) if term.dtype is not None else self.terms.space.same_bare.get(term, ())
+        return (term,) if term.dtype is not None else self.terms.space.same_uncast.get(term, ())
 
     def overwritten(self, term: Term) -> Node | None:
         """Returns the node whose value a term is after an in-place write; None if nothing wrote into the value."""
@@ -217,20 +219,20 @@ class _Index:
         node = self.overwritten(term)
         return None if node is None else self.terms.mutations.last_write(node)
 
-    def inside(self, bare: Term) -> Sequence[Term]:
+    def inside(self, uncast: Term) -> Sequence[Term]:
         """Returns the operands of an uncast term; for an opaque term, those of its node."""
-        if bare not in self._inside:
-            self._inside[bare] = self._find_inside(bare)
-        return self._inside[bare]
+        if uncast not in self._inside:
+            self._inside[uncast] = self._find_inside(uncast)
+        return self._inside[uncast]
 
-    def _find_inside(self, bare: Term) -> Sequence[Term]:
-        if (before := self.overwritten(bare)) is not None:
-            return [value.bare] if isinstance(value := self.terms.of[before], Term) else []
-        node = self.node_of(bare) if bare.op == "leaf" else None
+    def _find_inside(self, uncast: Term) -> Sequence[Term]:
+        if (before := self.overwritten(uncast)) is not None:
+            return [value.uncast] if isinstance(value := self.terms.of[before], Term) else []
+        node = self.node_of(uncast) if uncast.op == "leaf" else None
         if node is None:
-            return bare.args
+            return uncast.args
         values = (self.terms.of[arg] for arg in _call_of(node).all_input_nodes)
-        return [value.bare for value in values if isinstance(value, Term)]
+        return [value.uncast for value in values if isinstance(value, Term)]
 
     def called(self, term: Term) -> str:
         """Returns the name, for people, of the operation that made `term`, or of the input that it is."""
@@ -247,22 +249,22 @@ class _Index:
         node = self.node_of(term) if term.op == "leaf" else None
         return node is not None and node.op in ("call_function", "call_method")
 
-    def described(self, bare: Term) -> set[tuple[Any, Any]]:
-        """Returns the (shape, dtype) of each value that is `bare` up to casts, in the graph or one cheap step away."""
-        if bare not in self._described:
-            self._described[bare] = self._find_described(bare)
-        return self._described[bare]
+    def described(self, uncast: Term) -> set[tuple[Any, Any]]:
+        """Returns the (shape, dtype) of each value that equals `uncast` up to casts, here or one cheap step away."""
+        if uncast not in self._described:
+            self._described[uncast] = self._find_described(uncast)
+        return self._described[uncast]
 
-    def _find_described(self, bare: Term) -> set[tuple[Any, Any]]:
-        same = (term for term in self.terms.space.same_bare.get(bare, ()) if term.dtype is not None)
+    def _find_described(self, uncast: Term) -> set[tuple[Any, Any]]:
+        same = (term for term in self.terms.space.same_uncast.get(uncast, ()) if term.dtype is not None)
         found = {(term.shape, term.dtype) for term in same if self.terms.derive(term)}
-        if not found and bare.op == "mul" and len(bare.args) == 1 and bare.consts[1] == 1:
-            return self.described(bare.args[0])  # scaled by a number, for example -sin
+        if not found and uncast.op == "mul" and len(uncast.args) == 1 and uncast.consts[1] == 1:
+            return self.described(uncast.args[0])  # scaled by a number, for example -sin
         return found
 
     def formula(self, bindings: Bindings) -> Formula:
         """Returns a formula that writes the terms of the graph, and those of a pattern with these bindings."""
-        captures = {term.bare: name for name, term in bindings.items() if isinstance(term, Term)}
+        captures = {term.uncast: name for name, term in bindings.items() if isinstance(term, Term)}
         numbers = {name: value for name, value in bindings.items() if isinstance(value, float)}
         return Formula(self.called, self.is_call, captures, numbers)
 
@@ -272,7 +274,7 @@ class _Index:
         while waiting and len(found) < REGION:
             for arg in itertools.islice(waiting.popleft().all_input_nodes, REGION):
                 value = self.terms.of[arg]
-                is_inner = isinstance(value, Term) and value.bare not in captured
+                is_inner = isinstance(value, Term) and value.uncast not in captured
                 if is_inner and arg.op not in ("placeholder", "get_attr") and arg not in found:
                     found.add(arg)
                     waiting.append(arg)
@@ -326,7 +328,7 @@ class _Attempt:
         for places, wanted, _ in self.candidates():
             exact = next(self._outputs(self._exact, wanted, places), None)
             if exact is not None:
-                without_casts = sum(len(output.bare.operations()) for output in wanted)
+                without_casts = sum(len(output.uncast.operations()) for output in wanted)
                 self.size = without_casts, sum(len(output.operations()) for output in wanted)
                 return self._made(*exact)
         return None
@@ -335,8 +337,8 @@ class _Attempt:
         """Yields for each skeleton match the uncast terms of its outputs, search traced for it, and the bindings."""
         tried: set[tuple] = set()
         of = self.index.terms.of
-        for nodes, env in self._outputs(self._bare, [output.bare for output in self.skeleton.outputs]):
-            places = [of[node].bare for node in nodes]
+        for nodes, env in self._outputs(self._bare, [output.uncast for output in self.skeleton.outputs]):
+            places = [of[node].uncast for node in nodes]
             for tensors in self._assignments(env):
                 key = (*places, *tensors.items())
                 if key not in tried:
@@ -358,10 +360,10 @@ class _Attempt:
                 yield nodes, env
                 return
             wanted = outputs[len(nodes)]
-            for node in self.index.nearby(wanted.bare.op, self.root) if nodes else (self.root,):
+            for node in self.index.nearby(wanted.uncast.op, self.root) if nodes else (self.root,):
                 term = self.index.terms.of[node]
-                if node not in nodes and (places is None or term.bare is places[len(nodes)]):
-                    have = term if unifier.is_exact else term.bare
+                if node not in nodes and (places is None or term.uncast is places[len(nodes)]):
+                    have = term if unifier.is_exact else term.uncast
                     for extended in unifier.unify(wanted, have, env):
                         yield from extend((*nodes, node), extended)
 
@@ -373,13 +375,13 @@ class _Attempt:
         for _, wanted, env in self.candidates():
             formula = self.index.formula(env)
             moves = moved(roundings(wanted[0], formula), roundings(have, formula))
-            comparison = None if moves else self.index.sized.compare(wanted[0].bare, have.bare)
+            comparison = None if moves else self.index.sized.compare(wanted[0].uncast, have.uncast)
             found.append((comparison.differences if comparison else (), moves, env))
         return min(found, key=lambda each: len(each[0]) + len(each[1]), default=((), (), {}))
 
     def products(self) -> Sequence[Difference]:
         """Returns the factors that one capture would bind, and whose product the graph does not compute."""
-        want, have = self.skeleton.outputs[0].bare, self.index.terms.of[self.root].bare
+        want, have = self.skeleton.outputs[0].uncast, self.index.terms.of[self.root].uncast
         comparison = self.index.factors.compare(want, have)
         return [each for each in comparison.differences if each.kind == "rest"] if comparison else ()
 
@@ -398,11 +400,11 @@ class _Attempt:
         """Yields the shapes and dtypes that the captures of a skeleton match may have."""
         choices = []
         for name in self.skeleton.tensors:
-            bare = env.get(name)
-            if bare is None or bare.op == "none":
+            uncast = env.get(name)
+            if uncast is None or uncast.op == "none":
                 choices.append([(name, None)])
                 continue
-            choices.append([(name, each) for each in sorted(self.index.described(bare), key=str)])
+            choices.append([(name, each) for each in sorted(self.index.described(uncast), key=str)])
         yield from (dict(choice) for choice in itertools.islice(itertools.product(*choices), ASSIGNMENTS))
 
     def _exact_terms(self, tensors: dict[str, Any]) -> tuple[Term, ...] | None:
@@ -501,21 +503,21 @@ def _near_misses(failed: Sequence[_Attempt], matches: Sequence[Match], index: _I
     """Returns the best attempt for each place that no match covers, or only a smaller match behind extra operators."""
     covered: dict[Term, float] = {}  # the weight of the largest match at each term
     for match in matches:
-        weight = index.bare.weight(_skeleton(match.pattern).outputs[0].bare)
+        weight = index.uncast.weight(_skeleton(match.pattern).outputs[0].uncast)
         for node in match.nodes:
             if isinstance(term := index.terms.of[node], Term):
-                covered[term.bare] = max(weight, covered.get(term.bare, 0.0))
+                covered[term.uncast] = max(weight, covered.get(term.uncast, 0.0))
     compared: dict[tuple[str, Term], Comparison | None] = {}
     near: list[_Near] = []
     for attempt in failed:
-        want, have = attempt.skeleton.outputs[0].bare, index.terms.of[attempt.root].bare
+        want, have = attempt.skeleton.outputs[0].uncast, index.terms.of[attempt.root].uncast
         key = attempt.skeleton.text, have
         if key not in compared:
-            weight = index.bare.weight(want)
+            weight = index.uncast.weight(want)
             may_tell = (
                 have not in covered or covered[have] < weight * attempt.is_single
-            ) and index.bare.may_score(want, have, covered) >= NEAR_MISS * weight
-            compared[key] = index.bare.compare(want, have) if may_tell else None
+            ) and index.uncast.may_score(want, have, covered) >= NEAR_MISS * weight
+            compared[key] = index.uncast.compare(want, have) if may_tell else None
         comparison = compared[key]
         found = comparison and _Near.of(attempt, comparison, covered)
         if found:
@@ -550,8 +552,8 @@ class _Near:
     @staticmethod
     def of(attempt: _Attempt, comparison: Comparison, covered: Mapping[Term, float]) -> _Near | None:
         """Returns None if the place is not near enough, or is covered by a match."""
-        index, root = attempt.index, attempt.index.terms.of[attempt.root].bare
-        weight = index.bare.weight(attempt.skeleton.outputs[0].bare)
+        index, root = attempt.index, attempt.index.terms.of[attempt.root].uncast
+        weight = index.uncast.weight(attempt.skeleton.outputs[0].uncast)
         score = comparison.score / weight - FAULT * len(comparison.differences)
         if score < NEAR_MISS:
             return None
@@ -595,20 +597,22 @@ class _Near:
     def _culprit(self, different: Difference) -> Node:
         """Returns the first node that computes the different value; if the region has none, a node that reads it."""
         of = self.attempt.index.terms.of
-        bare = {node: of[node].bare for node in self.region}
+        uncast = {node: of[node].uncast for node in self.region}
         if different.kind == "power":
             factor = different.have, different.found
             return next(
-                (n for n, t in bare.items() if t.op == "mul" and factor in operands_of(t, "mul")[1]),
+                (n for n, t in uncast.items() if t.op == "mul" and factor in operands_of(t, "mul")[1]),
                 self.root,
             )
         if (writer := self.attempt.index.writer(different.have)) is not None:
             return writer
         for term in (different.have, different.around):
-            makes = (node for node in bare if bare[node] is term)
-            reads = (n for n in bare for arg in n.all_input_nodes if getattr(of[arg], "bare", None) is term)
+            makes = (node for node in uncast if uncast[node] is term)
+            reads = (
+                n for n in uncast for arg in n.all_input_nodes if getattr(of[arg], "uncast", None) is term
+            )
             alike = (
-                n for n in bare if bare[n].op == term.op
+                n for n in uncast if uncast[n].op == term.op
             )  # the same op in another shape, from before a view was moved through it
             if (node := next(itertools.chain(makes, reads, alike), None)) is not None:
                 return node

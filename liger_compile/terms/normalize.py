@@ -47,8 +47,8 @@ Factors = Mapping[Factor, int]
 
 def make_bare(space: Space, term: Term) -> Term:
     if term.op == "cast":
-        return term.args[0].bare
-    args = tuple(arg.bare for arg in term.args)
+        return term.args[0].uncast
+    args = tuple(arg.uncast for arg in term.args)
     if term.op == "mul":
         scalar, *powers = term.consts
         return mul(space, zip(args, powers, strict=True), scalar, None, term.shape)

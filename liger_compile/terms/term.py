@@ -1,8 +1,8 @@
 """Hash-consed terms for the mathematical values of nodes, so that equal mathematics is one object.
 
 A Term records the operation (`op`), its operands (`args`), its constants (`consts`) and its dtype, but never how the
-code spelled it. A cast is a term of its own, because rounding is part of the meaning. `bare` is the uncast term: the
-same mathematics, normalized again without any cast. Two terms with one `bare` differ in rounding only.
+code spelled it. A cast is a term of its own, because rounding is part of the meaning. `uncast` is the uncast term: the
+same mathematics, normalized again without any cast. Two terms with one `uncast` differ in rounding only.
 
 This file stores terms. build.py decides which term an operator makes; normalize.py decides which terms are equal.
 """
@@ -151,14 +151,14 @@ SHOWN = 6  # in a term's text: most nested operations, and most arguments of eac
 class Term:
     """One value. Only `Space.intern` creates terms, so that identity is equality."""
 
-    __slots__ = ("args", "bare", "consts", "dtype", "op", "run", "serial", "shape")
+    __slots__ = ("args", "consts", "dtype", "op", "run", "serial", "shape", "uncast")
 
     op: str
     args: tuple[Term, ...]
     consts: tuple[Any, ...]
     dtype: torch.dtype | None  # None in an uncast term and in a number
     shape: tuple[Size, ...]
-    bare: Term
+    uncast: Term
     serial: int  # order of creation, which sorts operands of sums and products; arguments precede users
     run: int  # length of the chain, from this term down, that a view or a cast may move past: see PASSED
 
@@ -235,8 +235,8 @@ class Space:
     ) -> None:
         self.rules, self.mul_rules = rules, mul_rules
         self._table: dict[tuple, Term] = {}
-        self._make_bare = make_bare
-        self.same_bare: dict[Term, list[Term]] = {}  # uncast term -> the terms that round it differently
+        self._make_uncast = make_bare
+        self.same_uncast: dict[Term, list[Term]] = {}  # uncast term -> the terms that round it differently
         self.parts: dict[Term, list[Term]] = {}  # term -> its views and slices
         self.better: dict[Term, Term] = {}  # term -> its rewrite by the rules
         self.found_out: dict[Any, Any] = {}  # cached results of indices.py, attention.py and normalize.py
@@ -260,8 +260,8 @@ class Space:
             term.serial = len(self._table)
             term.run = _run(op, args)
             self._table[key] = term
-            term.bare = term if dtype is None else self._make_bare(self, term)
-            self.same_bare.setdefault(term.bare, []).append(term)
+            term.uncast = term if dtype is None else self._make_uncast(self, term)
+            self.same_uncast.setdefault(term.uncast, []).append(term)
             if op in ("view", "slice"):
                 self.parts.setdefault(args[0], []).append(term)
         return term

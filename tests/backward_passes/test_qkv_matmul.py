@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from liger_compile import functional
 from liger_compile.backward_passes import DEFAULT_PASSES, Backward, run_passes
-from liger_compile.ops.registration import keeping_backwards_whole
+from liger_compile.ops.registration import inlining_late
 from liger_compile.report import clear_reports, reports
 from liger_compile.testing import precision
 
@@ -89,9 +89,9 @@ def test_three_products_become_one(options):
     function, seen = (lambda x: module(x.sin())), Seen()
     expected = differentiated(function, module, x)
     compiled = torch.compile(function, fullgraph=True, options={"post_grad_custom_post_pass": seen})
-    with keeping_backwards_whole():
+    with inlining_late():
         found = differentiated(compiled, module, x)
-    op = "norm_rotary_backward_joined" if options.get("normed") else "rotary_backward_joined"
+    op = "norm_rotary_backward_packed" if options.get("normed") else "rotary_backward_packed"
     assert (seen.graphs, seen.fewer_products) == ([[], [op]], [0, 4]), "of six products"
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
@@ -109,9 +109,9 @@ def test_under_autocast():
 
     eager = differentiated(function, module, x)
     compiled = torch.compile(function, fullgraph=True, options={"post_grad_custom_post_pass": seen})
-    with keeping_backwards_whole():
+    with inlining_late():
         found = differentiated(compiled, module, x)
-    assert (seen.graphs, seen.fewer_products) == ([[], ["rotary_backward_joined"]], [0, 4])
+    assert (seen.graphs, seen.fewer_products) == ([[], ["rotary_backward_packed"]], [0, 4])
     precision.assert_no_worse(found, eager, differentiated(lambda x: module(x.sin()), module, x))
 
 
@@ -124,7 +124,7 @@ def rows(x):
 
 def parts(dq, dk, dv, x, cos, sin):
     """Gradients of q, k and v as matrices, and x as one."""
-    q, k = _ours.rotary_backward_whole.default(dq, dk, cos, sin, "half", False, dq.dtype, dk.dtype)
+    q, k = _ours.rotary_backward_late.default(dq, dk, cos, sin, "half", False, dq.dtype, dk.dtype)
     return rows(q), rows(k), rows(dv), x.view(BATCH * TOKENS, HIDDEN)
 
 
@@ -184,7 +184,7 @@ def a_multiple(dq, dk, dv, x, wq, wk, wv, cos, sin):
 
 def rows_of_another_order(dq, dk, dv, x, wq, wk, wv, cos, sin):
     """Of heads, not of tokens."""
-    q, k = _ours.rotary_backward_whole.default(dq, dk, cos, sin, "half", False, dq.dtype, dk.dtype)
+    q, k = _ours.rotary_backward_late.default(dq, dk, cos, sin, "half", False, dq.dtype, dk.dtype)
     q, k = (each.reshape(BATCH * TOKENS, -1) for each in (q, k))
     return q @ wq + k @ wk
 
@@ -238,7 +238,7 @@ def written(function, **sizes):
     gm.recompile()
     for one, other in zip(*(tree_leaves(each(*arguments)) for each in (gm, function)), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
-    joined = gm.graph.find_nodes(op="call_function", target=_ours.rotary_backward_joined.default)
+    joined = gm.graph.find_nodes(op="call_function", target=_ours.rotary_backward_packed.default)
     return products_of(gm.graph), count, joined[0].args[2] is not None if joined else None
 
 
@@ -272,10 +272,10 @@ def test_opcheck_of_what_no_model_calls(has_rest):
     rest, weights = torch.randn(10, 7) if has_rest else None, (torch.rand(8), torch.rand(8))
     turned = *tables, "half", False, dq.dtype, dk.dtype
     normed = q, k, *weights, *tables, 1e-6, 0.0, True, True, True
-    torch.library.opcheck(_ours.rotary_backward_whole.default, (dq, dk, *turned))
-    torch.library.opcheck(_ours.rotary_backward_joined.default, (dq, dk, rest, 1, *turned))
-    torch.library.opcheck(_ours.norm_rotary_backward_whole.default, (dq, dk, *normed))
-    torch.library.opcheck(_ours.norm_rotary_backward_joined.default, (dq, dk, rest, 1, *normed))
+    torch.library.opcheck(_ours.rotary_backward_late.default, (dq, dk, *turned))
+    torch.library.opcheck(_ours.rotary_backward_packed.default, (dq, dk, rest, 1, *turned))
+    torch.library.opcheck(_ours.norm_rotary_backward_late.default, (dq, dk, *normed))
+    torch.library.opcheck(_ours.norm_rotary_backward_packed.default, (dq, dk, rest, 1, *normed))
 
 
 @pytest.mark.gpu

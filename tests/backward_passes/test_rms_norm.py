@@ -83,11 +83,11 @@ def inputs():
 def test_one_op_takes_all_of_it(mode, layers, passes_by):
     module = Block(layers, passes_by=passes_by, **mode)
     forward, backward = graphs_of(module, inputs())
-    assert (forward, backward) == (FORWARD, ["pre_norm_backward_joined"])
+    assert (forward, backward) == (FORWARD, ["pre_norm_backward_fused"])
 
 
 def test_without_a_weight():
-    assert graphs_of(Block(has_weight=False), inputs())[1] == ["pre_norm_backward_joined"]
+    assert graphs_of(Block(has_weight=False), inputs())[1] == ["pre_norm_backward_fused"]
 
 
 def test_with_frozen_weights():
@@ -102,7 +102,7 @@ def test_with_frozen_weights():
     )
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
-    assert seen.graphs[-1] == ["pre_norm_backward_joined"]
+    assert seen.graphs[-1] == ["pre_norm_backward_fused"]
 
 
 def test_more_gradients_than_the_kernel_takes():
@@ -117,7 +117,7 @@ def test_gradients_that_are_no_products():
 
 def test_sizes_that_are_not_known():
     forward, backward = graphs_of(Block(), inputs(), dynamic=True)
-    assert (forward, backward) == (FORWARD, ["pre_norm_backward_joined"])
+    assert (forward, backward) == (FORWARD, ["pre_norm_backward_fused"])
 
 
 class Spelled(Block):
@@ -161,7 +161,7 @@ def test_under_autocast():
     compiled = torch.compile(function, fullgraph=True, options={"post_grad_custom_post_pass": seen})
     found, eager = (differentiated(each, module, x) for each in (compiled, function))
     precision.assert_no_worse(found, eager, differentiated(module, module, x))
-    assert seen.graphs[-1] == ["pre_norm_backward_joined"]
+    assert seen.graphs[-1] == ["pre_norm_backward_fused"]
 
 
 def test_where_inductor_has_no_place_for_our_pass(monkeypatch):
@@ -295,7 +295,7 @@ def test_what_is_joined_and_what_is_left(function):
     gm.recompile()
     for one, other in zip(*(tree_leaves(each(*arguments)) for each in (gm, function)), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
-    joined = gm.graph.find_nodes(op="call_function", target=_ours.pre_norm_backward_joined.default)
+    joined = gm.graph.find_nodes(op="call_function", target=_ours.pre_norm_backward_fused.default)
     assert [(node.args[1] is not None, node.args[-1] is not None) for node in joined] == [
         each for each in [GRAPHS[function]] if each
     ]
@@ -305,8 +305,8 @@ def test_opcheck_of_what_no_model_calls():
     x, dy, weight = torch.randn(3, 8), torch.randn(3, 8), torch.rand(8)
     of = x, torch.rand(3, 1), weight, *MODE
     torch.library.opcheck(_ours.pre_norm_backward.default, (dy, *of, True))
-    torch.library.opcheck(_ours.pre_norm_backward_joined.default, ([dy, x], dy, *of, True, torch.bfloat16))
-    torch.library.opcheck(_ours.pre_norm_backward_joined.default, ([dy], None, *of, False, None))
+    torch.library.opcheck(_ours.pre_norm_backward_fused.default, ([dy, x], dy, *of, True, torch.bfloat16))
+    torch.library.opcheck(_ours.pre_norm_backward_fused.default, ([dy], None, *of, False, None))
 
 
 @pytest.mark.gpu

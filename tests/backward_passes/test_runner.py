@@ -191,7 +191,7 @@ def test_debug_logs_show_the_graph_before_and_after():
     first = next(text for text in shown if "changed the graph" in text)
     assert first.startswith("backward.qkv_matmul changed the graph of backward. Before:\n")
     before, after = first.split("\nAfter:\n")
-    assert "rotary_backward_joined" in after and "rotary_backward_joined" not in before
+    assert "rotary_backward_packed" in after and "rotary_backward_packed" not in before
 
 
 def test_names_are_one_kind():

@@ -77,7 +77,7 @@ class Joined(torch.autograd.Function):
         x, rstd, weight, y = ctx.saved_tensors
         *dys, ds = dys
         needs = weight is not None, y.dtype
-        dx, dweight, again = ops.pre_norm_backward_joined(dys, ds, x, rstd, weight, *ctx.mode, *needs)
+        dx, dweight, again = ops.pre_norm_backward_fused(dys, ds, x, rstd, weight, *ctx.mode, *needs)
         assert again.dtype == y.dtype
         torch.testing.assert_close(again, y, rtol=torch.finfo(y.dtype).eps, atol=1e-6)
         return None, None, dx, None if weight is None else dweight

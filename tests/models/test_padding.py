@@ -13,7 +13,7 @@ from harness import Step, assert_within, batch, compiled, gradients, replaced, s
 from torch import Tensor, nn
 
 import liger_compile
-from liger_compile.forward_passes.specialize import GENERAL, WITHOUT
+from liger_compile.forward_passes.specialize import GENERIC, WITHOUT
 
 EXACT = 1e-5
 LENGTHS = (24, 40, 17)
@@ -57,7 +57,7 @@ def check(
         args = (ids, labels, masks(ids)[name])
         assert_within(step(fast, model, *args), step(function, model, *args), EXACT)
     assert counts(WITHOUT, expected) == dict(expected)
-    assert counts(GENERAL, expected) == {
+    assert counts(GENERIC, expected) == {
         op: n for op, n in expected.items() if not op.startswith("attention")
     }
     assert len(liger_compile.reports()) == 2

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .dispatch import has_kernel
 from .norm_rotary import dweights_dtype, heads_axis_if_by_kernel, norm_rotary_backward
-from .registration import whole_op
+from .registration import late_op
 from .rotary import LAYOUTS, heads_axis_of_kernel, rotate_each
 
 
@@ -38,28 +38,28 @@ def _room(
     shapes = [_tokens_first(x, heads_axis).shape[2:] for x in (dq, dk)]
     widths = [shape.numel() for shape in shapes]
     columns = sum(widths) + (0 if rest is None else rest.shape[1])
-    joined = dq.new_empty((batch * num_tokens, columns), dtype=dtype)
+    packed = dq.new_empty((batch * num_tokens, columns), dtype=dtype)
     if rest is not None:
-        from ..kernels import joined as kernels
+        from ..kernels import packed as kernels
 
-        kernels.copy(rest, joined[:, sum(widths) :])
+        kernels.copy(rest, packed[:, sum(widths) :])
     starts = 0, widths[0]
     first, second = (
         _tokens_first(
-            joined[:, start : start + width].view(batch, num_tokens, *shape),
+            packed[:, start : start + width].view(batch, num_tokens, *shape),
             heads_axis,
         )
         for start, width, shape in zip(starts, widths, shapes, strict=True)
     )
-    return joined, (first, second)
+    return packed, (first, second)
 
 
 def _has_kernel(rest: Tensor | None) -> bool:
     return rest is None or (has_kernel(rest) and rest.stride(1) == 1)
 
 
-@whole_op
-def rotary_backward_joined(
+@late_op
+def rotary_backward_packed(
     dq: Tensor,
     dk: Tensor,
     rest: Tensor | None,
@@ -77,13 +77,13 @@ def rotary_backward_joined(
         return _join(rotate_each((dq, dk), dtypes, cos, sin, layout, half_tables, True), rest, heads_axis)
     from ..kernels import rotary as kernels
 
-    joined, parts = _room(dq, dk, rest, heads_axis, q_dtype)
+    packed, parts = _room(dq, dk, rest, heads_axis, q_dtype)
     kernels.rotate((dq, dk), dtypes, cos, sin, heads_axis, *LAYOUTS[layout], half_tables, True, parts)
-    return joined
+    return packed
 
 
-@whole_op
-def norm_rotary_backward_joined(
+@late_op
+def norm_rotary_backward_packed(
     dq: Tensor,
     dk: Tensor,
     rest: Tensor | None,
@@ -108,7 +108,7 @@ def norm_rotary_backward_joined(
         return _join(gradients, rest, heads_axis), dweights
     from ..kernels import norm_rotary as kernels
 
-    joined, parts = _room(dq, dk, rest, heads_axis, q.dtype)
+    packed, parts = _room(dq, dk, rest, heads_axis, q.dtype)
     dtype = dweights_dtype(q_weight, k_weight, needs_dweights)
     *_, dweights = kernels.backward(*inputs, dtype, heads_axis, parts)
-    return joined, dweights
+    return packed, dweights

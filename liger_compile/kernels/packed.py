@@ -1,4 +1,4 @@
-"""Copies rows into the packed matrix of ops/joined.py, beside the gradients of q and k."""
+"""Copies rows into the packed matrix of ops/packed.py, beside the gradients of q and k."""
 
 # A type checker does not see the type that Triton's decorator gives a kernel.
 # pyright: reportGeneralTypeIssues=false

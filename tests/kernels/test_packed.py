@@ -8,8 +8,8 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from liger_compile.kernels import joined as kernels
 from liger_compile.kernels import launch
+from liger_compile.kernels import packed as kernels
 
 from .bar import DTYPES, randn
 
@@ -54,7 +54,7 @@ def test_rotary(device, channels, heads_axis, rest_width, dtype):
     dq, dk, rest, cos, sin = inputs(channels, heads_axis, rest_width, device, dtype)
     mode = "half", False, dtype
     with patch.object(kernels, "launch", wraps=launch) as launched:
-        found = ops.rotary_backward_joined(dq, dk, rest, heads_axis, cos, sin, *mode, dtype)
+        found = ops.rotary_backward_packed(dq, dk, rest, heads_axis, cos, sin, *mode, dtype)
     assert launched.called == (rest is not None)
     assert_joined(found, ops.rotary_backward(dq, dk, cos, sin, *mode, dtype), rest, heads_axis)
 
@@ -67,7 +67,7 @@ def test_norm_rotary(device, heads_axis, rest_width, dtype):
     q, k = (heads(count, 16, heads_axis, device, dtype) for count in (HEADS, KV_HEADS))
     weights = [randn(16, device=device, dtype=dtype) for _ in range(2)]
     others = q, k, *weights, cos, sin, 1e-6, 0.0
-    found, dweights = ops.norm_rotary_backward_joined(dq, dk, rest, heads_axis, *others, True, True, True)
+    found, dweights = ops.norm_rotary_backward_packed(dq, dk, rest, heads_axis, *others, True, True, True)
     *gradients, expected = ops.norm_rotary_backward(dq, dk, *others, True, True, True)
     assert_joined(found, gradients, rest, heads_axis)
     assert_close(dweights, expected)
