@@ -195,7 +195,7 @@ def test_calls_without_padding_have_parts_of_their_own(process_group, monkeypatc
         expected = gradients(model, model, x, mask)
         torch.testing.assert_close(gradients(compiled, model, x, mask), expected)
         assert found() == ({first: parts[first]} if call == 0 else parts)
-    assert all("is all ones" in report.notes[0] for report in liger_compile.reports())
+    assert all("l_padding_ of all ones" in report.notes[0] for report in liger_compile.reports())
     looks = []
     look = specialize._is
     monkeypatch.setattr(specialize, "_is", lambda expected, mask: looks.append(mask) or look(expected, mask))
