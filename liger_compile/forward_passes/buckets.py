@@ -159,13 +159,16 @@ def _bytes_passing(nodes: Sequence[Node]) -> list[int]:
     sizes: dict[int | None, int] = {}
     made: dict[int | None, int] = {}
     read: dict[int | None, int] = {}
+    storages: dict[Node, set[int | None]] = {}  # once for each node: a split has many tensors and many users
     for at, node in enumerate(nodes):
+        storages[node] = set()
         for tensor in tensors_of(node):
             storage = storage_of(tensor)
+            storages[node].add(storage)
             made.setdefault(storage, -1 if node.op in ("placeholder", "get_attr") else at)
             sizes[storage] = 0 if storage is None else tensor.untyped_storage().nbytes()
         for each in node.all_input_nodes:
-            read.update((storage_of(tensor), at) for tensor in tensors_of(each))
+            read.update(dict.fromkeys(storages[each], at))
     changes = [0] * (len(nodes) + 1)
     for storage, at in made.items():
         end = read.get(storage, 0)
