@@ -1,4 +1,4 @@
-"""Each line in its room: imports go one way, and the private parts of torch are named in one file."""
+"""Each line in its room: imports go one way, and Inductor, functorch and versions are named in one file."""
 
 import ast
 import re
