@@ -39,7 +39,7 @@ from liger_compile.backward_passes import (
     Applied,
     Backward,
     Pass,
-    inline_whole_ops,
+    inline_late_ops,
     is_backward,
     run_passes,
 )
@@ -116,7 +116,7 @@ def compile_graph(
     # because the backward is compiled later.
     name = "unsafe_marked_cacheable_functions"
     patches[name] = {**patches.get(name, getattr(config, name)), "liger_compile": digest}
-    decompositions, kept_whole = None, contextlib.nullcontext()
+    decompositions, traced = None, contextlib.nullcontext()
     if backward and (backward.everywhere or _is_on_gpu(example_inputs)):
         if "backward.early_free" in backward.choices and "allow_buffer_reuse" not in patches:
             patches["allow_buffer_reuse"] = False
@@ -124,12 +124,12 @@ def compile_graph(
         with config.patch(patches):
             decompositions = _with_embedding_backward(select_decomp_table(), backward)
             passes = with_backward_passes(config.post_grad_custom_post_pass, backward)
-        if passes is None:  # AOTAutograd traces the bodies that `inline_whole_ops` would trace
+        if passes is None:  # AOTAutograd traces the bodies that `inline_late_ops` would trace
             decompositions.update(LATE_OPS)
         else:
             patches["post_grad_custom_post_pass"] = passes
-            kept_whole = inlining_late()
-    with kept_whole:
+            traced = inlining_late()
+    with traced:
         compiled: Any = compile_fx(gm, example_inputs, config_patches=patches, decompositions=decompositions)
     return compiled
 
@@ -195,7 +195,7 @@ def with_backward_passes(theirs: Any, backward: BackwardPlan) -> Any:
             if is_backward(graph):
                 given = Backward(graph, get_donated_idxs() or ())
                 backward.made(run_passes(given, backward.passes, fuel=backward.fuel, strict=backward.strict))
-            inline_whole_ops(graph, select_decomp_table(), backward.strict)
+            inline_late_ops(graph, select_decomp_table(), backward.strict)
 
         def uuid(self) -> Any:
             """Returns the key for the caches. It has the donated inputs: the setting behind them is in no other key."""

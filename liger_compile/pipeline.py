@@ -181,8 +181,9 @@ def _rewrite_one(
     found.late_outputs.extend(restore(graph, deferred, is_dropped=options.logits == "none"))
     if runs_once and options.recompute == "auto":  # a checkpoint already fixes what is recomputed
         mark_for_recompute(decisions)
-    if is_top and options.policy != "never":
-        keep_what_written_inputs_give(graph, mutations)
+    if is_top and options.policy != "never" and (marked := keep_what_written_inputs_give(graph, mutations)):
+        values = "1 value" if marked == 1 else f"{marked} values"
+        found.notes.append(f"{values} of inputs that the graph writes into may not be recomputed in backward")
     found.decisions.extend(decisions)
     found.near_misses.extend(missed)
 

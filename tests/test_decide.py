@@ -12,6 +12,8 @@ import liger_compile
 from liger_compile.pattern import Pattern
 from liger_compile.testing import graphs
 
+from .versions import INFERENCE_MODE
+
 torch.manual_seed(0)
 
 
@@ -691,18 +693,6 @@ def test_what_is_made_with_gradients_inside_of_a_call_without(run_liger):
         return run_liger(f, *args, inner="aot_eager")[0]
 
     torch.testing.assert_close(gradients_of(ours, GRAD, HEAD), gradients_of(torch.no_grad()(f), GRAD, HEAD))
-
-
-INFERENCE_MODE = pytest.param(
-    torch.inference_mode,
-    marks=pytest.mark.xfail(
-        torch.__version__ < (2, 13),
-        reason="torch 2.11's FunctionalTensor knows no base of what views an input in inference mode: a KeyError while "
-        "AOTAutograd traces, with any backend",
-        raises=torch._dynamo.exc.BackendCompilerFailed,
-        strict=True,
-    ),
-)
 
 
 @pytest.mark.parametrize("context", [torch.no_grad, INFERENCE_MODE])

@@ -549,6 +549,35 @@ def test_the_closure_of_a_step_makes_it(leaves, settings):
         later.sum()
 
 
+class _Sharpness(torch.optim.Optimizer):
+    """Calls forward twice in a step, around a step of another optimizer, and writes where no version counts it."""
+
+    def __init__(self, parameters, inner):
+        super().__init__(parameters, {})
+        self.inner = inner
+
+    def step(self, closure=None):
+        closure()
+        self.inner.step()
+        loss = closure()
+        for each in self.param_groups[0]["params"]:
+            each.data.sub_(each.grad)
+        return loss
+
+
+def test_the_closure_of_a_step_around_other_steps_makes_it(leaves):
+    x, w = leaves
+    seen = []
+
+    def closure():
+        seen.append((made(x, w), F.linear(x, w).detach()))
+        w.grad = torch.ones_like(w)
+
+    _Sharpness([w], torch.optim.SGD([w], lr=0.5, fused=True)).step(closure)
+    for t, expected in seen:
+        torch.testing.assert_close(t.detach() + 0, expected)
+
+
 def test_an_alias_in_inference_mode_has_a_version(leaves):
     x, w = leaves
     t = made(x, w)

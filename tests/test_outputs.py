@@ -7,6 +7,8 @@ import torch.nn.functional as F
 import liger_compile
 from liger_compile.runtime.lazy import LazyTensor
 
+from .versions import INFERENCE_MODE
+
 V, H = 32, 8
 
 
@@ -348,18 +350,6 @@ def test_logits_of_what_is_written_later_are_computed_in_the_graph(function):
     ]
     assert not isinstance(results[0][1], LazyTensor)
     torch.testing.assert_close(*results)
-
-
-INFERENCE_MODE = pytest.param(
-    torch.inference_mode,
-    marks=pytest.mark.xfail(
-        torch.__version__ < (2, 13),
-        reason="torch 2.11's FunctionalTensor knows no base of what views an input in inference mode: a KeyError while "
-        "AOTAutograd traces, with any backend",
-        raises=torch._dynamo.exc.BackendCompilerFailed,
-        strict=True,
-    ),
-)
 
 
 @pytest.mark.parametrize("context", (torch.no_grad, INFERENCE_MODE))

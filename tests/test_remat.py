@@ -77,3 +77,16 @@ def test_only_what_touches_a_written_input_is_kept():
     keep_what_written_inputs_give(module.graph, Mutations(module.graph))
     marked = {node.name for node in module.graph.nodes if "recompute" in node.meta}
     assert marked == {"read", "view", "add_", "getitem", "cos"}
+
+
+def test_what_may_not_be_recomputed_is_in_the_report(run_liger):
+    def function(x, buffer):
+        y = (buffer.clone() * x).sin()
+        buffer.add_(1)
+        return y.sum()
+
+    x, buffer = torch.randn(4, requires_grad=True), torch.randn(4)
+    _, (report,) = run_liger(function, x, buffer, inner="aot_eager")
+    assert any("inputs that the graph writes into may not be recomputed" in note for note in report.notes)
+    _, (report,) = run_liger(lambda x, buffer: (buffer * x).sin().sum(), x, buffer, inner="aot_eager")
+    assert not report.notes

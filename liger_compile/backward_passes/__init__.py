@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from liger_compile.backward_passes.in_place import add_embedding_rows_in_place, scale_in_place
-from liger_compile.backward_passes.inline_late import inline_whole_ops
+from liger_compile.backward_passes.inline_late import inline_late_ops
 from liger_compile.backward_passes.qkv_matmul import fuse_qkv_matmuls
 from liger_compile.backward_passes.rms_norm import fuse_rms_norms
 from liger_compile.backward_passes.runner import Applied, Backward, Pass, is_backward, run_passes
@@ -37,7 +37,7 @@ __all__ = [
     "Applied",
     "Backward",
     "Pass",
-    "inline_whole_ops",
+    "inline_late_ops",
     "is_backward",
     "run_passes",
 ]

@@ -22,7 +22,7 @@ from liger_compile.ops.registration import LATE_OPS
 NAME = "backward.inline_late"
 
 
-def inline_whole_ops(
+def inline_late_ops(
     graph: Graph, decompositions: Mapping[Any, Callable[..., Any]], strict: bool = False
 ) -> None:
     """Inlines the ops in `graph`.

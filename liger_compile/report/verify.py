@@ -365,4 +365,7 @@ def _without_culprit(call: _Call, reference: _Reference, found: Verification) ->
         if not all(row.is_right for row in rows)
         else "It differs without any rewrite too, and under stock torch.compile it does not: please report it."
     )
+    if choices := sorted({name for report in found.reports for name in report.backward.choices}):
+        names = ", ".join(map(repr, choices))
+        note += f' Fuel does not count the choices for backward ({names}); "liger.skip" leaves them out.'
     return Verification(found.rows, found.reference, found.reports, 0, (), note)

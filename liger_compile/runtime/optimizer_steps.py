@@ -21,7 +21,16 @@ from liger_compile.runtime.promise import Promise, storage_of
 # Not a WeakSet: its callbacks are Python functions, and Dynamo compiles them if a promise ends within a compiled call.
 _waiting: list[weakref.ref[Promise]] = []
 _lock = threading.Lock()
-_running = threading.local()  # storages: what this thread's current step changes, if the step calls a closure
+
+
+class _Running(threading.local):
+    """The steps of this thread that call a closure, by optimizer: the storages that each changes."""
+
+    def __init__(self) -> None:
+        self.steps: dict[int, set[int | None]] = {}
+
+
+_running = _Running()
 
 
 def waiting() -> list[Promise]:
@@ -33,8 +42,8 @@ def waiting() -> list[Promise]:
 def keep_before_steps(promise: Promise) -> None:
     """Preserve the promise's inputs before each step, for as long as the promise lives."""
     watch_steps()
-    if changing := getattr(_running, "storages", None):  # the closure of a step creates the promise
-        promise.keep(changing & promise.storages(), {})
+    if _running.steps:  # the closure of a step creates the promise; one step may run within another
+        promise.keep(set().union(*_running.steps.values()), {})
     with _lock:
         _waiting[:] = [reference for reference in _waiting if reference() is not None]
         _waiting.append(weakref.ref(promise))
@@ -52,7 +61,7 @@ def _before_step(optimizer: Any, args: Any, kwargs: Any) -> None:
     if torch.compiler.is_compiling():  # fingerprints detect the change instead
         return
     if any(map(callable, (*args[1:], *kwargs.values()))):
-        _running.storages = {storage_of(each) for each in _trained(optimizer)} - {None}
+        _running.steps[id(optimizer)] = {storage_of(each) for each in _trained(optimizer)} - {None}
     promises = waiting()
     storages = set().union(*(promise.storages() for promise in promises))
     if not storages:
@@ -65,7 +74,7 @@ def _before_step(optimizer: Any, args: Any, kwargs: Any) -> None:
 
 def _after_step(optimizer: Any, args: Any, kwargs: Any) -> None:
     if not torch.compiler.is_compiling():
-        _running.storages = None
+        _running.steps.pop(id(optimizer), None)
 
 
 def _trained(optimizer: Any) -> Iterator[Tensor]:

@@ -29,8 +29,9 @@ def mark_for_recompute(decisions: Iterable[Decision]) -> None:
             _mark(node, CheckpointPolicy.MUST_RECOMPUTE)
 
 
-def keep_what_written_inputs_give(graph: Graph, mutations: Mutations) -> None:
-    """Marks the nodes that read or write the memory of an input that `graph` writes into."""
+def keep_what_written_inputs_give(graph: Graph, mutations: Mutations) -> int:
+    """Marks the nodes that read or write the memory of an input that `graph` writes into; returns their number."""
+    marked = 0
     inputs = graph.find_nodes(op="placeholder")
     written = {each for node in inputs if not mutations.is_clean(node) for each in mutations.memory(node)}
     for node in graph.nodes if written else ():
@@ -38,6 +39,8 @@ def keep_what_written_inputs_give(graph: Graph, mutations: Mutations) -> None:
         is_size = node.meta.get("example_value") is not None and not tensors_of(node)
         if is_call and not is_size and any(written & mutations.memory(arg) for arg in node.all_input_nodes):
             _mark(node, CheckpointPolicy.MUST_SAVE)
+            marked += 1
+    return marked
 
 
 def _mark(node: Node, policy: CheckpointPolicy) -> None:

@@ -7,7 +7,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.utils import get_donated_idxs
 
-from liger_compile.backward_passes import DEFAULT_PASSES, Backward, inline_whole_ops, is_backward, run_passes
+from liger_compile.backward_passes import DEFAULT_PASSES, Backward, inline_late_ops, is_backward, run_passes
 
 
 def is_ours(node):
@@ -36,7 +36,7 @@ class Seen(CustomGraphPass):
             self.applied.append([each.name for each, _ in made])
         self.graphs.append(names_of_ours(graph))
         self.fewer_products.append(before - products_of(graph))
-        inline_whole_ops(graph, select_decomp_table(), strict=True)
+        inline_late_ops(graph, select_decomp_table(), strict=True)
         assert not any(map(is_ours, graph.nodes))
 
     def uuid(self):

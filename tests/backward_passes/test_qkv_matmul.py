@@ -7,7 +7,6 @@ import torch
 import torch._dynamo
 import torch.nn.functional as F
 from torch import nn
-from torch._inductor import config as inductor_config
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_leaves
 
@@ -18,6 +17,8 @@ from liger_compile.report import clear_reports, reports
 from liger_compile.testing import precision
 
 from .seen import Seen, products_of
+
+pytestmark = pytest.mark.usefixtures("uncached")
 
 QKV_MATMUL = DEFAULT_PASSES[0]
 _aten, _ours = torch.ops.aten, torch.ops.liger_compile
@@ -61,15 +62,6 @@ def differentiated(function, module, x):
     out = function(x)
     upstream = torch.linspace(-1, 1, out.numel(), device=out.device).view_as(out)
     return torch.autograd.grad(out, (x, *module.parameters()), upstream)
-
-
-@pytest.fixture(autouse=True)
-def fresh():
-    torch._dynamo.reset()
-    torch.manual_seed(0)
-    with inductor_config.patch(force_disable_caches=True):
-        yield
-    torch._dynamo.reset()
 
 
 CASES = {

@@ -8,7 +8,6 @@ import pytest
 import torch
 import torch._dynamo
 from torch import nn
-from torch._inductor import config as inductor_config
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_leaves
@@ -19,6 +18,8 @@ from liger_compile.report import clear_reports, reports
 from liger_compile.testing import precision
 
 from .seen import Seen, names_of_ours
+
+pytestmark = pytest.mark.usefixtures("uncached")
 
 RMS_NORM = DEFAULT_PASSES[1]
 _ours = torch.ops.liger_compile
@@ -51,15 +52,6 @@ def differentiated(function, module, x):
     out = function(x)
     upstream = torch.linspace(-1, 1, out.numel(), device=out.device, dtype=out.dtype).view_as(out)
     return out, *torch.autograd.grad(out, (x, *module.parameters()), upstream)
-
-
-@pytest.fixture(autouse=True)
-def fresh():
-    torch._dynamo.reset()
-    torch.manual_seed(0)
-    with inductor_config.patch(force_disable_caches=True):
-        yield
-    torch._dynamo.reset()
 
 
 def graphs_of(module, x, dynamic=False, function=None):

@@ -10,12 +10,13 @@ import torch
 import torch._dynamo
 import torch.nn.functional as F
 from torch import nn
-from torch._functorch import config as functorch_config
-from torch._inductor import config as inductor_config
 
 import liger_compile
+from liger_compile import backend
 from liger_compile.backward_passes import CHOICES, DEFAULT_PASSES, NAMES, Applied, Pass
 from liger_compile.compile import BackwardPlan, compile_graph
+
+pytestmark = pytest.mark.usefixtures("uncached")
 
 TOKENS, HIDDEN, VOCABULARY = 96, 16, 64
 
@@ -43,17 +44,6 @@ class Layer(nn.Module):
         out = F.scaled_dot_product_attention(self.rotated(q), self.rotated(k), v, is_causal=True)
         x = x + out.transpose(1, 2).flatten(2)
         return F.cross_entropy(F.linear(x, self.embedding.weight)[0], labels[0])
-
-
-@pytest.fixture(autouse=True)
-def fresh():
-    torch._dynamo.reset()
-    torch.manual_seed(0)
-    liger_compile.clear_reports()
-    # Compiled C++ is kept from test to test; graphs are compiled anew, for a cached one runs no passes.
-    with inductor_config.patch(fx_graph_cache=False), functorch_config.patch(enable_autograd_cache=False):
-        yield
-    torch._dynamo.reset()
 
 
 def stepped(**options):
@@ -217,3 +207,19 @@ def test_verify_names_a_wrong_pass(monkeypatch):
     found = liger_compile.verify(model, ids, ids, options=options)
     assert not found and [site.pattern for site in found.culprits] == ["backward.wrong"]
     assert "\"liger.skip\": ('backward.wrong',)" in str(found)
+
+
+def test_verify_says_what_fuel_does_not_count(monkeypatch):
+    """Nothing that fuel counts makes this difference: it is there without any."""
+    compile_graph = backend.compiling.compile_graph
+
+    def wrong(*args, **kwargs):
+        compiled = compile_graph(*args, **kwargs)
+        return lambda *inputs: [2 * compiled(*inputs)[0]]
+
+    monkeypatch.setattr(backend.compiling, "compile_graph", wrong)
+    model, ids = Layer(), torch.randint(VOCABULARY, (1, TOKENS))
+    options = {"liger.policy": "always", "liger.backward_passes": "always"}
+    found = liger_compile.verify(model, ids, ids, options=options)
+    assert not found and not found.culprits
+    assert "Fuel does not count the choices for backward ('backward.early_free')" in found.note

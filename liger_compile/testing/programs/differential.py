@@ -457,9 +457,11 @@ def _same(a: Any, b: Any) -> bool:
 
 
 def _distance(a: Any, b: Any) -> float:
-    """Returns the L2 distance relative to `a`; infinite if only one is finite, or if shape or dtype differ.
+    """Returns the L2 distance of the finite entries relative to `a`.
 
-    Infinities and NaN count as equal: if a gradient overflows, the order of sums determines which of them results."""
+    The distance is infinite if shape or dtype differ, or if an entry is infinite or NaN in one and not the same in the
+    other.
+    """
     if not (isinstance(a, Tensor) and isinstance(b, Tensor)) or (a.shape, a.dtype) != (b.shape, b.dtype):
         return float("inf")
     a, b = a.double(), b.double()
