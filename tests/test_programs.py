@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, Phase, find, given, settings
 from hypothesis import strategies as st
 
 from liger_compile import Pattern
-from liger_compile.testing.programs.differential import check, differences, run
+from liger_compile.testing.programs.differential import Outcome, check, differences, run
 from liger_compile.testing.programs.grammar import TEMPLATES
 from liger_compile.testing.programs.program import Call, Program, Statement
 from liger_compile.testing.programs.strategies import programs
@@ -110,3 +110,34 @@ def test_a_rounding_is_noise_and_a_constant_that_vanishes_is_not():
     assert not differences(eager, nudged[0], nudged=nudged)
     plain = Program((Statement("scaled"), Statement("squares")))
     assert differences(eager, run(plain, plain.function()), nudged=nudged)
+
+
+INF, NAN = float("inf"), float("nan")
+
+
+@pytest.mark.parametrize(
+    ("name", "eager", "ours", "is_right"),
+    [
+        ("gradient of head", (INF, 1.0), (NAN, 1.0), True),
+        ("gradient of head", (NAN, 1.0), (-INF, 1.0), True),
+        ("gradient of head", (INF, 1.0), (-INF, 1.0), False),
+        ("gradient of head", (INF, 1.0), (NAN, NAN), False),
+        ("gradient of head", (INF, 1.0), (NAN, 2.0), False),
+        ("gradient of head", (INF, 1.0), (0.0, 1.0), False),
+        ("output 0", (INF, 1.0), (NAN, 1.0), False),
+    ],
+)
+def test_only_gradients_may_be_nan_where_eager_mode_has_infinity(name, eager, ours, is_right):
+    outcomes = [Outcome({f"call 0: {name}": torch.tensor(values)}) for values in (eager, ours)]
+    assert (not differences(*outcomes)) == is_right
+
+
+def test_after_an_infinite_gradient_only_the_gradients_of_the_call_are_compared():
+    def outcome(first, second, weight):
+        values = {"gradient of head": first, "gradient of x": second, "head after it": weight}
+        return Outcome({f"call 0: {name}": torch.tensor(value) for name, value in values.items()})
+
+    eager = outcome(INF, 1.0, -INF)
+    assert not differences(eager, outcome(NAN, 1.0, NAN))
+    assert differences(eager, outcome(NAN, 2.0, NAN))
+    assert differences(eager, outcome(INF, 1.0, NAN))
