@@ -38,7 +38,7 @@ def rms_norm(
     eps: float | None = 1e-6,
     *,
     offset: float = 0.0,
-    casting: Literal["llama", "gemma"] = "llama",
+    casting: Literal["llama", "gemma"] = "gemma",
 ) -> Tensor:
     """Returns the root mean square normalization of x over the last dimension.
 
@@ -48,8 +48,8 @@ def rms_norm(
         eps: added to the mean of squares. None means the same as in `F.rms_norm`: the machine epsilon of the dtype
             of the statistics.
         offset: added to the weight, 1.0 for Gemma. Only with casting="gemma".
-        casting: where it rounds. "llama": `weight * (x / rms).to(x.dtype)`, as Hugging Face's LlamaRMSNorm.
-            "gemma": `(x / rms * (offset + weight)).to(x.dtype)`, as GemmaRMSNorm and, with offset 0, `F.rms_norm`.
+        casting: where it rounds. "gemma": `(x / rms * (offset + weight)).to(x.dtype)`, as `F.rms_norm` with offset 0,
+            and as GemmaRMSNorm. "llama": `weight * (x / rms).to(x.dtype)`, as Hugging Face's LlamaRMSNorm.
 
     Returns:
         (..., D), in x.dtype; with "llama" in the dtype that x and weight promote to.
@@ -69,7 +69,7 @@ def pre_norm(
     eps: float = 1e-6,
     *,
     offset: float = 0.0,
-    casting: Literal["llama", "gemma"] = "llama",
+    casting: Literal["llama", "gemma"] = "gemma",
 ) -> Tensor:
     """Returns the `rms_norm` of a residual stream, in models that backend="liger" compiles for a GPU.
 
@@ -89,7 +89,7 @@ def add_rms_norm(
     eps: float | None = 1e-6,
     *,
     offset: float = 0.0,
-    casting: Literal["llama", "gemma"] = "llama",
+    casting: Literal["llama", "gemma"] = "gemma",
 ) -> tuple[Tensor, Tensor]:
     """Adds the residual and normalizes the sum: returns `(y, s)` with `s = x + residual`, `y = rms_norm(s, ...)`.
 
@@ -154,7 +154,7 @@ def norm_rotary(
     eps: float = 1e-6,
     *,
     offset: float = 0.0,
-    casting: Literal["llama", "gemma"] = "llama",
+    casting: Literal["llama", "gemma"] = "gemma",
 ) -> tuple[Tensor, Tensor]:
     """Returns `rotary(rms_norm(q, q_weight, ...), rms_norm(k, k_weight, ...), cos, sin)`, in one pass over q and k.
 
@@ -207,8 +207,8 @@ def swiglu(
         down_bias: (O), or None.
 
     Returns:
-        (..., I), or with a down projection (..., O), in the dtype that gate and up promote to. `silu(gate) * up` is
-        computed in float32 and rounded once; the projection is `F.linear`.
+        (..., I), or with a down projection (..., O), in the dtype that gate and up promote to. It rounds where
+        `F.silu(gate) * up` and `F.linear` round.
 
     Source: Shazeer 2020, arXiv 2002.05202.
     """

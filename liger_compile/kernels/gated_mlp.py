@@ -106,6 +106,7 @@ def _forward_kernel(
     gate = tl.load(gate_ptr + rows * gate_stride + columns, mask, other=0.0).to(tl.float32)
     up = tl.load(up_ptr + rows * up_stride + columns, mask, other=0.0).to(tl.float32)
     act, _ = _activate(gate, ACTIVATION)
+    act = act.to(gate_ptr.dtype.element_ty).to(tl.float32)
     tl.store(h_ptr + rows * WIDTH + columns, act * up, mask)
 
 
@@ -134,6 +135,7 @@ def _backward_kernel(
     gate = tl.load(gate_ptr + rows * gate_stride + columns, mask, other=0.0).to(tl.float32)
     up = tl.load(up_ptr + rows * up_stride + columns, mask, other=0.0).to(tl.float32)
     act, slope = _activate(gate, ACTIVATION)
+    act = act.to(gate_ptr.dtype.element_ty).to(tl.float32)
     if dgate_ptr is not None:
         dgate_at = dgate_ptr + rows * (2 * WIDTH if PACKED else WIDTH) + columns
         tl.store(dgate_at, dh * up * slope, mask)

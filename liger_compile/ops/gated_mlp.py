@@ -8,8 +8,8 @@
 
 `activation` is "silu" (SwiGLU), "gelu" (exact) or "gelu_tanh" (GeGLU).
 
-Dtypes: act and the multiplication by up in float32 (float64 for float64), rounded once to the dtype that gate and up
-promote to. weight and bias must have that dtype. Saved for backward: gate, up, weight. Backward recomputes h, which
+Dtypes: h is rounded as PyTorch rounds the expression: act, computed in float32 (float64 for float64), to the dtype of
+gate, and the product to the dtype that gate and up promote to. weight and bias must have that dtype. Saved for backward: gate, up, weight. Backward recomputes h, which
 costs less than saving it; an eager MLP saves gate, up and h.
 
     dh = dy @ weight,  dgate = dh * up * act'(gate),  dup = dh * act(gate),  dweight = dy^T @ h,  dbias = sum(dy)
@@ -49,9 +49,7 @@ def act(gate: Tensor, activation: str) -> Tensor:
 
 def activate(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     """Return h, by the reference."""
-    dtype = torch.promote_types(gate.dtype, up.dtype)
-    wide = accumulation_dtype(dtype)
-    return (act(gate.to(wide), activation) * up.to(wide)).to(dtype)
+    return act(gate, activation) * up
 
 
 def gate_gradient(dh: Tensor, gate: Tensor, up: Tensor, activation: str) -> Tensor:
@@ -64,8 +62,7 @@ def gate_gradient(dh: Tensor, gate: Tensor, up: Tensor, activation: str) -> Tens
 
 
 def up_gradient(dh: Tensor, gate: Tensor, up: Tensor, activation: str) -> Tensor:
-    wide = accumulation_dtype(dh.dtype)
-    return (dh.to(wide) * act(gate.to(wide), activation)).to(up.dtype)
+    return (dh * act(gate, activation)).to(up.dtype)
 
 
 def is_gated_by_kernel(gate: Tensor, *others: Tensor | None) -> bool:

@@ -24,7 +24,7 @@ from .bar import (
     randn,
 )
 
-SPELLINGS = {"llama": (llama, {}), "gemma": (gemma, {"offset": 1.0, "casting": "gemma"})}
+SPELLINGS = {"llama": (llama, {"casting": "llama"}), "gemma": (gemma, {"offset": 1.0, "casting": "gemma"})}
 by_spelling = pytest.mark.parametrize("spelling", SPELLINGS)
 by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 

@@ -23,7 +23,7 @@ from .bar import (
     randn,
 )
 
-SPELLINGS = {"llama": (llama, {}), "gemma": (gemma, {"offset": 1.0, "casting": "gemma"})}
+SPELLINGS = {"llama": (llama, {"casting": "llama"}), "gemma": (gemma, {"offset": 1.0, "casting": "gemma"})}
 ops = torch.ops.liger_compile
 WIDTHS = [1, 3, 40, 96, 128, 1000, 1500]
 by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)

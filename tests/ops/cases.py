@@ -71,20 +71,23 @@ def norms() -> Iterator[Case]:
         return [randn(batch, tokens, D), randn(batch, tokens, D), randn(D)]
 
     gemma_mode = {"offset": 1.0, "casting": "gemma"}
-    yield Case("rms_norm.llama", lambda x, w: L.rms_norm(x, w, EPS), llama, x_weight)
+    yield Case("rms_norm.llama", lambda x, w: L.rms_norm(x, w, EPS, casting="llama"), llama, x_weight)
     yield Case("rms_norm.no_weight", lambda x: L.rms_norm(x, None, EPS), lambda x: llama(x, None), x)
     yield Case("rms_norm.gemma", lambda x, w: L.rms_norm(x, w, EPS, **gemma_mode), gemma, x_weight)
     yield Case(
         "rms_norm.torch",
-        lambda x, w: L.rms_norm(x, w, None, casting="gemma"),
+        lambda x, w: L.rms_norm(x, w, None),
         lambda x, w: F.rms_norm(x, (D,), w, None),
         x_weight,
     )
-    yield Case("pre_norm.llama", lambda x, w: L.pre_norm(x, w, EPS), llama, x_weight)
+    yield Case("pre_norm.llama", lambda x, w: L.pre_norm(x, w, EPS, casting="llama"), llama, x_weight)
     yield Case("pre_norm.no_weight", lambda x: L.pre_norm(x, None, EPS), lambda x: llama(x, None), x)
     yield Case("pre_norm.gemma", lambda x, w: L.pre_norm(x, w, EPS, **gemma_mode), gemma, x_weight)
     yield Case(
-        "add_rms_norm.llama", lambda x, r, w: L.add_rms_norm(x, r, w, EPS), add_then(llama), x_residual_weight
+        "add_rms_norm.llama",
+        lambda x, r, w: L.add_rms_norm(x, r, w, EPS, casting="llama"),
+        add_then(llama),
+        x_residual_weight,
     )
     yield Case(
         "add_rms_norm.no_weight", lambda x, r: L.add_rms_norm(x, r, None, EPS), add_then(llama), x_residual
