@@ -9,8 +9,8 @@
 `activation` is "silu" (SwiGLU), "gelu" (exact) or "gelu_tanh" (GeGLU).
 
 Dtypes: h is rounded as PyTorch rounds the expression: act, computed in float32 (float64 for float64), to the dtype of
-gate, and the product to the dtype that gate and up promote to. weight and bias must have that dtype. Saved for backward: gate, up, weight. Backward recomputes h, which
-costs less than saving it; an eager MLP saves gate, up and h.
+gate, and the product to the dtype that gate and up promote to. weight and bias must have that dtype. Saved for
+backward: gate, up, weight. Backward recomputes h, which costs less than saving it; an eager MLP saves gate, up and h.
 
     dh = dy @ weight,  dgate = dh * up * act'(gate),  dup = dh * act(gate),  dweight = dy^T @ h,  dbias = sum(dy)
 

@@ -18,7 +18,11 @@ REFUSED = [
     (TypeError, "expected x in a floating dtype, got torch.int64", lambda: L.rms_norm(target, None)),
     (ValueError, "expected a weight of shape (8,), got (4,)", lambda: L.rms_norm(x, w[:4])),
     (ValueError, "expected casting 'llama' or 'gemma', got 'none'", lambda: L.rms_norm(x, w, casting="none")),
-    (ValueError, "expected offset 0 with casting 'llama', got 1.0", lambda: L.rms_norm(x, w, offset=1.0, casting="llama")),
+    (
+        ValueError,
+        "expected offset 0 with casting 'llama', got 1.0",
+        lambda: L.rms_norm(x, w, offset=1.0, casting="llama"),
+    ),
     (
         ValueError,
         "expected offset 0 with no weight, got 1.0",
