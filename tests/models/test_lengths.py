@@ -43,6 +43,41 @@ def test_three_lengths_of_the_whole_zoo(specimen: Specimen, guards_of_ours) -> N
     check(specimen)
 
 
+# One of each kind: attention, norm, gate, experts, state space, encoder and decoder, and the hand-written ones.
+UNDER_INDUCTOR = (
+    *(
+        "bert_mlm",
+        "cohere",
+        "deepseek_v3",
+        "gemma2",
+        "gemma3",
+        "gpt2",
+        "gpt_neo",
+        "gpt_oss",
+        "llama",
+        "llama_eager",
+    ),
+    *(
+        "mamba2",
+        "marian",
+        "mixtral",
+        "olmo",
+        "phi3",
+        "qwen2_vl",
+        "qwen3",
+        "t5",
+        "torchtitan_packed",
+        "own_chunks",
+    ),
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", UNDER_INDUCTOR)
+def test_three_lengths_under_inductor(name: str, guards_of_ours) -> None:
+    check(BY_NAME[name], "inductor")
+
+
 def check(specimen: Specimen, inner: str = "aot_eager") -> float:
     """The largest error of a loss or gradient, at all lengths."""
     skip_if_missing(specimen.family)
