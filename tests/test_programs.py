@@ -141,3 +141,13 @@ def test_after_an_infinite_gradient_only_the_gradients_of_the_call_are_compared(
     assert not differences(eager, outcome(NAN, 1.0, NAN))
     assert differences(eager, outcome(NAN, 2.0, NAN))
     assert differences(eager, outcome(INF, 1.0, NAN))
+
+
+@pytest.mark.parametrize(("ours", "is_right"), [((8.0, 1.0), True), ((9.0, 1.0), False), ((8.0, 2.0), False)])
+def test_a_gradient_may_be_finite_where_eager_mode_overflows(ours, is_right):
+    def outcome(*values):
+        return Outcome({"call 0: gradient of x": torch.tensor(values)})
+
+    eager, scaled = outcome(NAN, 1.0), {0.25: outcome(2.0, 0.25)}
+    assert (not differences(eager, outcome(*ours), scaled=scaled)) == is_right
+    assert differences(eager, outcome(*ours))

@@ -13,6 +13,7 @@ import contextlib
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -30,6 +31,8 @@ EAGER, STOCK = "eager", "aot_eager"
 POLICIES = ("auto", "always", "never")
 # Relative distances (L2) up to which two runs count as equal without a further check.
 NEAR = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 4e-3}
+# Factors of incoming gradients with which eager mode shows whether an intermediate value overflowed in its backward.
+SCALES = (2.0**-40, 2.0**-120)
 NOISE = 8.0  # times the effect of one unit of rounding in the inputs on eager's own results
 DOCUMENTED = "cannot be computed any more"  # the error of values that can no longer be computed
 # torch.compile may save any value for backward, outputs too; eager code may then not write into it.
@@ -154,12 +157,14 @@ def run(
     device: str = "cpu",
     nudge: int = 0,
     dtype: str | None = None,
+    scale: float = 1.0,
 ) -> Outcome:
     """Makes the calls of a program with `function`, which is the program's function or a compiled one.
 
     Args:
         nudge: changes floating inputs and parameters by up to a unit of rounding, differently for each number.
         dtype: the dtype of parameters and inputs instead of the program's.
+        scale: a factor of the incoming gradients.
     """
     outcome = Outcome()
     kind = getattr(torch, dtype or program.dtype)
@@ -167,9 +172,8 @@ def run(
     with _no_warnings():
         try:
             for position, call in enumerate(program.calls):
-                _run_call(
-                    outcome, f"call {position}: ", program, call, function, parameters, kind, device, nudge
-                )
+                prefix = f"call {position}: "
+                _run_call(outcome, prefix, program, call, function, parameters, kind, device, nudge, scale)
         except Exception as error:
             outcome.error = f"{type(error).__name__}: {error}"
     return outcome
@@ -251,6 +255,7 @@ def _run_call(
     dtype: torch.dtype,
     device: str,
     nudge: int,
+    scale: float,
 ) -> None:
     see = outcome.seen
     inputs = _inputs(program, call, dtype, device, nudge)
@@ -267,7 +272,7 @@ def _run_call(
         if action == "copy, then write":
             copies[f"copy {len(copies)}"] = output.float() if output.dtype != torch.float32 else output.half()
         OUTPUT_ACTIONS[action](output)
-    _backward(outputs, call, device)
+    _backward(outputs, call, device, scale)
     step = STEPS[call.after_backward]
     trained = {id(each): each for each in parameters.values() if each.grad is not None}
     if step and trained:
@@ -290,7 +295,7 @@ def _run_call(
     see[f"{prefix}sharing"] = _sharing(outputs, {**parameters, **inputs})
 
 
-def _backward(outputs: Sequence[Tensor], call: Call, device: str) -> None:
+def _backward(outputs: Sequence[Tensor], call: Call, device: str, scale: float) -> None:
     roots = [each for each in outputs if each.requires_grad and each.is_floating_point()]
     chosen = [root for i, root in enumerate(roots) if call.roots >> i & 1] or roots[:1]
     if not chosen:
@@ -301,7 +306,7 @@ def _backward(outputs: Sequence[Tensor], call: Call, device: str) -> None:
         gradient = torch.randn(root.shape, generator=generator).to(root.dtype)
         if call.upstream != "random":
             gradient = torch.full_like(gradient, {"inf": float("inf"), "zero": 0.0}[call.upstream])
-        gradients.append(gradient.to(device))
+        gradients.append((gradient * scale).to(device))
     torch.autograd.backward(chosen, gradients)
 
 
@@ -398,13 +403,14 @@ def check(
         return Verdict("right", replaced=replaced)
     stock = _compiled(program, function, [STOCK], {}, device)[STOCK]
     nudged = [run(program, function, device, nudge=seed) for seed in (1, 2, 3, 4)]
+    scaled = {scale: run(program, function, device, scale=scale) for scale in SCALES}
     kind, wrong = "stock", []
     for variant, _ in suspicious:
         names = differences(eager, outcomes[variant], other=stock)
         if not names:
             continue
         kind = "noise"
-        names = differences(eager, outcomes[variant], other=stock, nudged=nudged)
+        names = differences(eager, outcomes[variant], other=stock, nudged=nudged, scaled=scaled)
         if names:
             wrong.append(Finding(variant, tuple(names)))
     return Verdict("wrong" if wrong else kind, tuple(wrong), replaced)
@@ -414,7 +420,12 @@ def check(
 
 
 def differences(
-    eager: Outcome, ours: Outcome, *, other: Outcome | None = None, nudged: Sequence[Outcome] = ()
+    eager: Outcome,
+    ours: Outcome,
+    *,
+    other: Outcome | None = None,
+    nudged: Sequence[Outcome] = (),
+    scaled: Mapping[float, Outcome] = MappingProxyType({}),
 ) -> list[str]:
     """Returns the differences from eager, in words.
 
@@ -422,6 +433,8 @@ def differences(
         other: a run whose values `ours` may have instead of eager's.
         nudged: eager runs on inputs that differ by a unit of rounding; distances up to NOISE times theirs are no
             difference.
+        scaled: eager runs, by the factor of their incoming gradients. Where one has a finite gradient and eager mode
+            has not, an intermediate value of eager mode's backward overflowed. `ours` may then have the finite one.
     """
     if other is not None and other.error and ours.error.split(":")[0] == other.error.split(":")[0]:
         return []
@@ -447,7 +460,11 @@ def differences(
         if other is not None and name in other.seen and _same(other.seen[name], mine):
             continue
         call, is_gradient, _ = name.partition("gradient of")
-        if is_gradient and _lost_alike(value, mine):
+        runs = [(scale, each.seen.get(name)) for scale, each in scaled.items()]
+        if is_gradient and (
+            _lost_alike(value, mine)
+            or any(_overflowed(value, mine, gradient, scale) for scale, gradient in runs)
+        ):
             last = call + is_gradient  # a step with such a gradient gives weights that are not finite
             continue
         distance = _distance(value, mine)
@@ -496,6 +513,14 @@ def _lost_alike(a: Any, b: Any) -> bool:
     if not torch.equal(a.isfinite(), b.isfinite()) or not either.any():
         return False
     return _same(a.masked_fill(either, 0.0), b.masked_fill(either, 0.0))
+
+
+def _overflowed(a: Any, b: Any, scaled: Any, scale: float) -> bool:
+    """Whether `b` has the finite entries of `a`, and elsewhere those of `scaled` without its factor."""
+    if not all(isinstance(each, Tensor) and each.shape == a.shape for each in (a, b, scaled)):
+        return False
+    finite, unscaled = a.isfinite(), (scaled.double() / scale).to(a.dtype)
+    return not finite.all() and _same(torch.where(finite, a, unscaled), b)
 
 
 def _words(value: Any) -> str:
