@@ -24,7 +24,7 @@ from torch import Tensor
 from bench.common import RESULTS, Row, file_name, machine, print_row, write_csv
 from bench.timing import Contender, interleave, spread
 from liger_compile import functional
-from liger_compile.ops import class_parts
+from liger_compile.ops import alignment
 from liger_compile.ops import linear_cross_entropy as op
 
 SHAPES = ((8192, 1024, 50257), (16384, 1024, 30522), (8192, 2048, 128257), (8192, 1001, 32001))
@@ -58,10 +58,10 @@ def dweight_of(x: Tensor, dlogits: Tensor, parts: list[slice]) -> Tensor:
     return dweight
 
 
-def by_parts(aligned: int | None) -> Mapping[str, Product]:
+def by_parts(aligned: int) -> Mapping[str, Product]:
     def parts(weight: Tensor) -> list[slice]:
-        with patch.object(class_parts, "ALIGNED", aligned):
-            return class_parts.class_parts(weight.shape[0], torch.device("cuda"))
+        with patch.object(alignment, "ALIGNED", aligned):
+            return alignment.class_parts(weight.shape[0], torch.device("cuda"))
 
     return {
         "product": lambda x, weight, dlogits: logits_of(x, weight, parts(weight)),
@@ -88,7 +88,7 @@ BY_COPIES: Mapping[str, Product] = {
 }
 
 WAYS: Mapping[str, Mapping[str, Product]] = {
-    "whole": by_parts(None),
+    "whole": by_parts(1),
     "parts of 8": by_parts(8),
     "parts of 64": by_parts(PITCH),
     "padded copies": BY_COPIES,
@@ -142,12 +142,12 @@ def losses(shape: tuple[int, int, int], device: torch.device, rounds: int) -> It
     target = torch.randint(0, classes, (tokens,), device=device)
 
     def step(
-        shape: tuple[int, int, int], function: Callable[..., Tensor], aligned: int | None
+        shape: tuple[int, int, int], function: Callable[..., Tensor], aligned: int
     ) -> Callable[[], list[Tensor]]:
         x, weight = tensors(shape, device)
 
         def run() -> list[Tensor]:
-            with patch.object(class_parts, "ALIGNED", aligned):
+            with patch.object(alignment, "ALIGNED", aligned):
                 loss = function(x, weight, target)
                 return [loss.detach(), *torch.autograd.grad(loss, (x, weight))]
 
@@ -155,11 +155,11 @@ def losses(shape: tuple[int, int, int], device: torch.device, rounds: int) -> It
 
     ours, round_shape = functional.linear_cross_entropy, (tokens, rounded(width), rounded(classes))
     stages = {
-        "whole": step(shape, ours, None),
+        "whole": step(shape, ours, 1),
         "parts of 8": step(shape, ours, 8),
         "parts of 64": step(shape, ours, PITCH),
-        "round": step(round_shape, ours, None),
-        "inductor": step(shape, torch.compile(plain, dynamic=False), None),
+        "round": step(round_shape, ours, 1),
+        "inductor": step(shape, torch.compile(plain, dynamic=False), 1),
     }
     exact = stages["whole"]()
     errors = {name: max(map(apart, run(), exact)) for name, run in stages.items() if name != "round"}

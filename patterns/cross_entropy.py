@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from liger_compile import functional
 from liger_compile.pattern import Match, Pattern
-from liger_compile.patterns.profit import needs_kernel
+from liger_compile.patterns.profit import bytes_of, few_logits, needs_kernel
 
 
 def _loss(logits, target, weight, ignore_index, reduction, label_smoothing):
@@ -64,7 +64,7 @@ def profit(match: Match) -> str | None:
         # 2 cores, torch 2.13.0, 2026-11-22: a step of a 2-layer Llama (1024 tokens, hidden 256, vocabulary 10240, fp32)
         # takes 1.07 of Inductor's time with the op and 1.01 without, and saves the same: the logits (profit_cpu.csv).
         return "on a CPU Inductor's own loss is faster, and keeps no more"
-    return needs_kernel(match)
+    return needs_kernel(match) or few_logits(match.result.device, bytes_of(match["logits"]))
 
 
 _EXAMPLES = {

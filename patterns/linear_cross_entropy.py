@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from liger_compile import functional
 from liger_compile.pattern import Match, Pattern
-from liger_compile.patterns.profit import needs_kernel
+from liger_compile.patterns.profit import few_logits, needs_kernel
 
 
 def _as_computed(logits):
@@ -50,7 +50,7 @@ def profit(match: Match) -> str | None:
                 "compile a function that returns only the loss" if returned else "take them from another call"
             )
             return f"the logits are needed elsewhere ({by}), so nothing would be saved; {advice} to fuse it"
-    return needs_kernel(match)
+    return needs_kernel(match) or few_logits(match.result.device, saved_bytes(match))
 
 
 def saved_bytes(match: Match) -> int | None:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
+
 BLOCK_BYTES = 2 * 2**20  # of float32; read on every call
 
 
-def split_rows(rows: int, most: int) -> list[slice]:
-    """Split `rows` rows evenly into slices of at most `most` rows."""
-    count = -(-rows // most)
-    return [slice(rows * i // count, rows * (i + 1) // count) for i in range(count)]
+def split_rows(rows: int, most: int, tile: int = 1) -> list[slice]:
+    """Split rows evenly into slices of at most `most` rows. Each slice begins at a multiple of `tile`."""
+    tiles = -(-rows // tile)
+    count = -(-tiles // max(most // tile, 1))
+    edges = [min(tiles * i // count * tile, rows) for i in range(count + 1)] if count else []
+    return [slice(start, stop) for start, stop in itertools.pairwise(edges)]
 
 
 def row_blocks(rows: int, width: int) -> list[slice]:

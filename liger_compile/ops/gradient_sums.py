@@ -18,6 +18,8 @@ from torch import Tensor
 from . import scaled_rows
 from .blocks import split_rows
 
+# Blocks begin at multiples of this on a GPU: a row of the block is a column of the logits, and unaligned ones are slow.
+ALIGNED_ROWS = 64
 BLOCK_BYTES = 8 * 2**20  # of a matmul result, and of an operand in float32, on a CPU
 
 
@@ -42,7 +44,8 @@ class ScaledRows:
 
     def add(self, rows: slice, a: Tensor, b: Tensor, is_first: bool) -> None:
         matrix, scales = self.matrix[rows], self.scales[rows]
-        for block in split_rows(matrix.shape[0], max(self.memory // (4 * matrix.shape[1]), 1)):
+        tile = ALIGNED_ROWS if matrix.is_cuda else 1
+        for block in split_rows(matrix.shape[0], max(self.memory // (4 * matrix.shape[1]), 1), tile):
             scaled_rows.store(wide_product(a[block], b), matrix[block], scales[block], adds=not is_first)
 
     def set(self, total: Tensor) -> None:

@@ -47,8 +47,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .alignment import class_parts, missing_columns, with_columns
 from .blocks import row_blocks, split_rows
-from .class_parts import class_parts
 from .dispatch import has_kernel
 from .gradient_sums import GradientSum, Plain, ScaledRows, Wide
 from .precision import accumulation_dtype
@@ -78,10 +78,8 @@ PRODUCT_SHARE = 8  # a chunk's memory divided by this is for matmul results in f
 
 def _chunks(x: Tensor, weight: Tensor, needs_dweight: bool, memory: int) -> list[slice]:
     rows = _chunk_rows(x, weight, needs_dweight, memory)
-    if x.device.type == "cpu":
-        return split_rows(x.shape[0], rows)
-    tiles = split_rows(-(-x.shape[0] // ROW_TILE), -(-rows // ROW_TILE))
-    return [slice(tile.start * ROW_TILE, min(tile.stop * ROW_TILE, x.shape[0])) for tile in tiles]
+    tile = 1 if x.device.type == "cpu" else ROW_TILE
+    return split_rows(x.shape[0], -(-rows // tile) * tile, tile)
 
 
 def _chunk_rows(x: Tensor, weight: Tensor, needs_dweight: bool, memory: int = 0) -> int:
@@ -195,6 +193,11 @@ def losses_and_gradients(
     memory: int,
 ) -> tuple[Tensor, Gradients]:
     """Return the losses of the tokens, and scale times the gradients of (losses * upstream).sum()."""
+    if columns := missing_columns(x):
+        wide = with_columns(x, columns), with_columns(weight, columns)
+        losses, made = losses_and_gradients(head, *wide, bias, target, upstream, scale, needs, memory)
+        dx, dweight = (gradient[..., : x.shape[1]].contiguous() for gradient in made[:2])
+        return losses, made._replace(dx=dx, dweight=dweight)
     needs_dx, needs_dweight, _ = needs
     chunks = _chunks(x, weight, needs_dweight, memory)
     on_chunk = _kernel_on_chunk if has_kernel(x, weight, bias, head.class_weight) else _reference_on_chunk

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from liger_compile import functional as L
-from liger_compile.ops import class_parts
+from liger_compile.ops import alignment, blocks
 from liger_compile.ops import linear_cross_entropy as op
 from liger_compile.testing import precision
 
@@ -93,21 +93,31 @@ def test_a_vocabulary_in_parts_is_no_worse_than_eager(device, small_chunks, monk
     assert_no_worse(leaves, target, 1, label_smoothing=0.1, reduction=reduction)
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_padded_hidden_size_is_no_worse_than_eager(device, small_chunks, monkeypatch, dtype, reduction):
+    monkeypatch.setattr(op, "missing_columns", lambda x: -x.shape[1] % 8)
+    *leaves, target = tensors(11, dtype, device, width=13)
+    assert_no_worse(leaves, target, 1, reduction=reduction)
+
+
 @pytest.mark.parametrize(
-    "aligned, classes, where, sizes",
-    [
-        (8, 37, "cuda", [32, 5]),
-        (8, 40, "cuda", [40]),
-        (8, 7, "cuda", [7]),
-        (None, 37, "cuda", [37]),
-        (8, 37, "cpu", [37]),
-    ],
+    "classes, where, sizes", [(37, "cuda", [32, 5]), (40, "cuda", [40]), (7, "cuda", [7]), (37, "cpu", [37])]
 )
-def test_parts_of_a_vocabulary(monkeypatch, aligned, classes, where, sizes):
-    monkeypatch.setattr(class_parts, "ALIGNED", aligned)
-    parts = class_parts.class_parts(classes, torch.device(where))
+def test_parts_of_a_vocabulary(classes, where, sizes):
+    parts = alignment.class_parts(classes, torch.device(where))
     assert [part.stop - part.start for part in parts] == sizes
     assert (parts[0].start, parts[-1].stop) == (0, classes)
+
+
+@pytest.mark.parametrize(
+    "rows, most, tile, sizes",
+    [(10, 4, 1, [3, 3, 4]), (0, 4, 1, []), (10, 4, 4, [4, 4, 2]), (7, 3, 4, [4, 3]), (8, 100, 4, [8])],
+)
+def test_rows_are_split_at_multiples(rows, most, tile, sizes):
+    slices = blocks.split_rows(rows, most, tile)
+    assert [part.stop - part.start for part in slices] == sizes
+    assert all(part.start % tile == 0 for part in slices)
 
 
 @pytest.mark.parametrize("needs", [(a, b, c) for a in (0, 1) for b in (0, 1) for c in (0, 1)], ids=str)

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from liger_compile import functional
+from liger_compile.patterns.profit import few_logits
 
 torch.manual_seed(0)
 
@@ -252,3 +253,13 @@ def test_a_cap_of_zero_is_no_cap(run_liger):
 
     result, _ = run_liger(f, X, W, LABELS)
     torch.testing.assert_close(result, f(X, W, LABELS))
+
+
+@pytest.mark.parametrize(
+    ("device", "mib", "is_left"),
+    [("cuda", 64, True), ("cuda", 65, False), ("cuda", None, False), ("cpu", 1, False)],
+)
+def test_few_logits_are_left_to_inductor_on_a_gpu(device, mib, is_left):
+    reason = few_logits(torch.device(device), mib and mib * 2**20)
+    assert (reason is not None) == is_left
+    assert not is_left or "64.0 MiB" in reason
