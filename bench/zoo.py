@@ -1,6 +1,6 @@
-"""What is found in each of many model families: `python -m tests.zoo` trains them all and writes docs/coverage.md.
+"""What is found in each of many model families: `python -m bench.zoo` trains them all and writes docs/coverage.md.
 
-`python -m tests.zoo llama gemma2` tries these and writes nothing. SPECIMENS has one line a family: how the model is
+`python -m bench.zoo llama gemma2` tries these and writes nothing. SPECIMENS has one line a family: how the model is
 made, how many sites there are in it, as read from its source, and which of them are left, and why. Nothing of this
 comes from the matcher; `present` counts the sites once more, by the modules and functions that run in eager mode.
 """
@@ -23,23 +23,32 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
-
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(Path(__file__).parent / "models"))  # where the imports below are
 
 import torch
 import transformers
-from families import BY_NAME, HEADS, INNER, LAYERS, VOCAB, WIDTH, Family, config, has_experts, hf, hf_loss
-from harness import batch, errors, step
-from own_styles import STYLES, Styled
 from torch import nn
 
 import liger_compile
+from bench.common import ROOT
 from liger_compile.backend import liger
 from liger_compile.patterns import DEFAULT_PATTERNS
 from liger_compile.report import GraphReport
+from tests.models.families import (
+    BY_NAME,
+    HEADS,
+    INNER,
+    LAYERS,
+    VOCAB,
+    WIDTH,
+    Family,
+    config,
+    has_experts,
+    hf,
+    hf_loss,
+)
+from tests.models.harness import batch, errors, step
+from tests.models.own_styles import STYLES, Styled
 
 KINDS = ("norms", "rotary", "mlps", "loss")
 WAYS = ("float32", "bfloat16", "autocast")
@@ -403,8 +412,7 @@ def _worth(pattern: str) -> dict[str, int]:
         "norm_rotary": {"norms": 2, "rotary": 2},
         "rotary": {"rotary": turned},
         "gated_mlp": {"mlps": 1},
-        "linear_cross_entropy": {"loss": 1},
-        "cross_entropy": {"loss": 1},
+        "linear_cross_entropy": {"loss": 1},  # fused with the head; cross_entropy alone does not count
     }.get(op, {})
 
 
@@ -557,7 +565,7 @@ def page(rows: Sequence[Row]) -> str:
         "",
         f"{len(rows)} families, tiny and with random weights, trained a step in float32, in bfloat16 and under "
         f'autocast, with `liger.policy="always"` (torch {torch.__version__}, '
-        f"transformers {transformers.__version__}). `python -m tests.zoo` does that and writes this page. Loss and "
+        f"transformers {transformers.__version__}). `python -m bench.zoo` does that and writes this page. Loss and "
         "every gradient are eager's in float32, and in half precision at most twice as far from what is exact as "
         "eager's; and Dynamo makes no more graphs than for another backend.",
         "",
@@ -633,7 +641,7 @@ def _examined(index: int, ways: Sequence[str]) -> tuple[dict[str, Runs], list[st
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m tests.zoo", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m bench.zoo", description=__doc__)
     parser.add_argument("names", nargs="*", help="families to try; if none, all are, and the page is written")
     parser.add_argument("--way", choices=WAYS, help="in this way only")
     parser.add_argument("--report", action="store_true", help="print what happened to each site")

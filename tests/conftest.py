@@ -1,8 +1,6 @@
 """What every test can ask for: a clean process, and what the backend did with a function."""
 
-import importlib
 import os
-from pathlib import Path
 from types import SimpleNamespace
 
 # Two cores, small tensors: threads cost more than they bring, and results do not depend on their number.
@@ -27,6 +25,15 @@ torch._dynamo.guards.profile_guard_manager = lambda *_: 0.0
 
 # What Inductor writes for a CPU compiles in half the time without vector instructions; what it writes is not ours.
 torch._inductor.config.cpp.simdlen = 1
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads its options
+def pytest_cmdline_main(config):
+    """The whole suite runs in two processes if pytest-xdist is installed. Options and named files go before."""
+    has_xdist = config.pluginmanager.hasplugin("xdist")
+    is_whole = config.args_source is not pytest.Config.ArgsSource.ARGS
+    if has_xdist and is_whole and config.option.numprocesses is None and not config.option.usepdb:
+        config.option.numprocesses = 2
 
 
 def pytest_collection_modifyitems(items):
@@ -94,13 +101,6 @@ def kept_for_backward():
         return sum(size for storage, size in sizes.items() if storage not in known), gradients
 
     return kept
-
-
-@pytest.fixture
-def module(monkeypatch):
-    """module(name) imports one of the benches, which are in the repository and not in the package."""
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[1]))
-    return lambda name: importlib.import_module(f"bench.{name}")
 
 
 @pytest.fixture

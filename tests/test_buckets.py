@@ -9,6 +9,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import liger_compile
+from bench.ddp_kept import kept_bytes
 from liger_compile.backend import liger
 from liger_compile.forward_passes import specialize
 from liger_compile.forward_passes.buckets import FEWEST_PARTS, make_masks_where_they_are_read, padding_in
@@ -254,9 +255,8 @@ def sites(kind):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_parts_begin_where_layers_do(process_group, dtype, monkeypatch, module):
+def test_parts_begin_where_layers_do(process_group, dtype, monkeypatch):
     """So that in every part MLPs are whole, and as little is kept as of the whole graph."""
-    kept_bytes = module("ddp_kept").kept_bytes
     torch.manual_seed(0)
     config = LlamaConfig(
         num_hidden_layers=FEWEST_PARTS,

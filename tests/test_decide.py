@@ -11,8 +11,7 @@ from torch.utils.checkpoint import checkpoint
 import liger_compile
 from liger_compile.pattern import Pattern
 from liger_compile.testing import graphs
-
-from .versions import INFERENCE_MODE
+from tests.helpers.versions import INFERENCE_MODE
 
 torch.manual_seed(0)
 

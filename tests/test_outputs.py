@@ -6,8 +6,7 @@ import torch.nn.functional as F
 
 import liger_compile
 from liger_compile.runtime.lazy import LazyTensor
-
-from .versions import INFERENCE_MODE
+from tests.helpers.versions import INFERENCE_MODE
 
 V, H = 32, 8
 

@@ -26,8 +26,7 @@ from liger_compile.patterns import DEFAULT_PATTERNS
 from liger_compile.terms.build import Terms
 from liger_compile.terms.identities import ELEMENTWISE
 from liger_compile.terms.term import LONGEST, PASSED
-
-from .large_graphs import KINDS, calls_of_one_body, recorded
+from tests.helpers.large_graphs import KINDS, calls_of_one_body, recorded
 
 QKV_MATMUL, RMS_NORM, *_ = DEFAULT_PASSES
 

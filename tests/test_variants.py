@@ -12,8 +12,7 @@ import torch.nn.functional as F
 import liger_compile
 from liger_compile.compile import when_called
 from liger_compile.forward_passes import specialize
-
-from .attending import (
+from tests.helpers.attending import (
     BATCH,
     LENGTH,
     OPTIONS,
@@ -339,7 +338,7 @@ import torch
 import torch._inductor.config
 import liger_compile
 from liger_compile.compile import cache_counts
-from attending import causal, compiled, differentiated, found, inputs, masks
+from tests.helpers.attending import causal, compiled, differentiated, found, inputs, masks
 
 torch._inductor.config.cpp.simdlen = 1  # as in conftest.py
 fast = compiled(causal, inner="inductor")

@@ -15,8 +15,7 @@ from liger_compile.backward_passes import DEFAULT_PASSES, Backward, run_passes
 from liger_compile.ops.registration import inlining_late
 from liger_compile.report import clear_reports, reports
 from liger_compile.testing import precision
-
-from .seen import Seen, products_of
+from tests.backward_passes.seen import Seen, products_of
 
 pytestmark = pytest.mark.usefixtures("uncached")
 

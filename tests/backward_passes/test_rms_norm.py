@@ -16,8 +16,7 @@ from liger_compile import functional
 from liger_compile.backward_passes import DEFAULT_PASSES, Backward, run_passes
 from liger_compile.report import clear_reports, reports
 from liger_compile.testing import precision
-
-from .seen import Seen, names_of_ours
+from tests.backward_passes.seen import Seen, names_of_ours
 
 pytestmark = pytest.mark.usefixtures("uncached")
 

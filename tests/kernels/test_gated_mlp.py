@@ -13,8 +13,7 @@ from liger_compile.ops.gated_mlp import gated_activation_backward, gated_mlp_bac
 
 pytest.importorskip("triton")
 from liger_compile.kernels import gated_mlp as kernels
-
-from .bar import (
+from tests.helpers.kernels import (
     DTYPES,
     assert_alike,
     assert_compiled_alike,

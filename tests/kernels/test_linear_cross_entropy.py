@@ -14,13 +14,11 @@ from liger_compile import functional as L
 from liger_compile.ops import alignment, blocks
 from liger_compile.ops import linear_cross_entropy as op
 from liger_compile.testing import precision
-
-from ..ops.cases import LOSSES, eager_loss
+from tests.ops.cases import LOSSES, eager_loss
 
 pytest.importorskip("triton")
 from liger_compile.kernels import scale as scale_kernels
-
-from .bar import assert_alike
+from tests.helpers.kernels import assert_alike
 
 V, H = 37, 16
 MIB = 2**20

@@ -8,13 +8,11 @@ import torch
 from liger_compile import functional as L
 from liger_compile.ops.rotary import MAX_CHANNELS
 from liger_compile.testing import precision
-
-from ..ops.cases import EPS, gemma, llama, norm_rotary
+from tests.ops.cases import EPS, gemma, llama, norm_rotary
 
 pytest.importorskip("triton")
 from liger_compile.kernels import norm_rotary as kernels
-
-from .bar import (
+from tests.helpers.kernels import (
     DTYPES,
     assert_alike,
     assert_compiled_alike,

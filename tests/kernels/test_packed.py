@@ -10,8 +10,7 @@ import torch
 pytest.importorskip("triton")
 from liger_compile.kernels import launch
 from liger_compile.kernels import packed as kernels
-
-from .bar import DTYPES, randn
+from tests.helpers.kernels import DTYPES, randn
 
 ops = torch.ops.liger_compile
 BATCH, TOKENS, HEADS, KV_HEADS = 2, 5, 3, 2

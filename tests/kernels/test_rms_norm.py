@@ -7,13 +7,11 @@ import torch
 
 from liger_compile import functional as L
 from liger_compile.ops.rms_norm import MAX_WIDTH
-
-from ..ops.cases import EPS, add_then, gemma, llama
+from tests.ops.cases import EPS, add_then, gemma, llama
 
 pytest.importorskip("triton")
 from liger_compile.kernels import rms_norm as kernels
-
-from .bar import (
+from tests.helpers.kernels import (
     DTYPES,
     assert_alike,
     assert_compiled_alike,

@@ -6,13 +6,11 @@ import pytest
 import torch
 
 from liger_compile import functional as L
-
-from ..ops.cases import complex_, half, interleaved, interleaved_to_half
+from tests.ops.cases import complex_, half, interleaved, interleaved_to_half
 
 pytest.importorskip("triton")
 from liger_compile.kernels import rotary as kernels
-
-from .bar import (
+from tests.helpers.kernels import (
     DTYPES,
     assert_compiled_alike,
     assert_no_worse_than_eager,

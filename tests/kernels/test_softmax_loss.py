@@ -15,8 +15,7 @@ from liger_compile.testing import precision
 
 pytest.importorskip("triton")
 from liger_compile.kernels import softmax_loss as kernels
-
-from .bar import assert_alike
+from tests.helpers.kernels import assert_alike
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 PLAIN = {"ignore_index": -100, "label_smoothing": 0.0, "logit_scale": 1.0, "softcap": None, "z_loss": 0.0}

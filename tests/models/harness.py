@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import transformers
-from families import VOCAB, Family
 from torch import Tensor, nn
 
 import liger_compile
+from tests.models.families import VOCAB, Family
 
 BATCH, LENGTH = 2, 24
 

@@ -6,11 +6,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from families import BY_NAME, FAMILIES, Family, has_experts
-from harness import assert_replaced, assert_within, batch, compiled, errors, step
 from torch import Tensor, nn
 
 import liger_compile
+from tests.models.families import BY_NAME, FAMILIES, Family, has_experts
+from tests.models.harness import assert_replaced, assert_within, batch, compiled, errors, step
 
 EXACT = 1e-5  # float32: what another order of the same sums may cost
 NUM_LOSSES = 24

@@ -9,12 +9,12 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-import zoo
-from families import hf
-from harness import assert_within, batch, errors, replaced, skip_if_missing, step
-from zoo import Specimen
 
 import liger_compile
+from bench import zoo
+from bench.zoo import Specimen
+from tests.models.families import hf
+from tests.models.harness import assert_within, batch, errors, replaced, skip_if_missing, step
 
 BY_NAME = {str(specimen): specimen for specimen in zoo.SPECIMENS}
 LENGTHS = (24, 32, 20)

@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from families import BY_NAME
-from harness import Step, assert_replaced, assert_within, batch, compiled, gradients, step
 from torch import Tensor, nn
 
 import liger_compile
+from tests.models.families import BY_NAME
+from tests.models.harness import Step, assert_replaced, assert_within, batch, compiled, gradients, step
 
 EXACT = 1e-5
 LLAMA = BY_NAME["llama"]

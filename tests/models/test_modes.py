@@ -9,14 +9,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from families import BY_NAME
-from harness import Step, assert_replaced, assert_within, batch, compiled, gradients, step
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 import liger_compile
 from liger_compile.compile import cache_counts
 from liger_compile.runtime import shared_zeros
+from tests.models.families import BY_NAME
+from tests.models.harness import Step, assert_replaced, assert_within, batch, compiled, gradients, step
 
 EXACT = 1e-5
 LENGTHS = (24, 40, 17)

@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from families import BY_NAME, HEADS, INNER, LAYERS, VOCAB, WIDTH
-from harness import Step, assert_within, batch, compiled, gradients, replaced, step
 from torch import Tensor, nn
 
 import liger_compile
 from liger_compile.forward_passes.specialize import GENERIC, WITHOUT
+from tests.models.families import BY_NAME, HEADS, INNER, LAYERS, VOCAB, WIDTH
+from tests.models.harness import Step, assert_within, batch, compiled, gradients, replaced, step
 
 EXACT = 1e-5
 LENGTHS = (24, 40, 17)

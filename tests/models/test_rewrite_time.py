@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-from families import BY_NAME
-from harness import batch, compiled
 
 import liger_compile
+from tests.models.families import BY_NAME
+from tests.models.harness import batch, compiled
 
 
 def test_linear_in_layers() -> None:

@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from families import BY_NAME, Family
-from harness import Step, assert_as_exact, assert_within, batch, step
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch.utils.checkpoint import checkpoint
-from zoo import KINDS, Runs, float64, fresh
+
+from bench.zoo import KINDS, Runs, float64, fresh
+from tests.models.families import BY_NAME, Family
+from tests.models.harness import Step, assert_as_exact, assert_within, batch, step
 
 EXACT = 1e-5
 LENGTHS = (24, 40, 17)

@@ -1,6 +1,6 @@
 """Of the zoo's families, those that differ most in how they spell things: what is found, and what it computes.
 
-The others, in half precision too, are `python -m tests.zoo`, whose result is docs/coverage.md.
+The others, in half precision too, are `python -m bench.zoo`, whose result is docs/coverage.md.
 """
 
 from __future__ import annotations
@@ -8,9 +8,10 @@ from __future__ import annotations
 import re
 
 import pytest
-import zoo
-from harness import skip_if_missing
-from zoo import Specimen
+
+from bench import zoo
+from bench.zoo import Specimen
+from tests.models.harness import skip_if_missing
 
 BY_NAME = {str(specimen): specimen for specimen in zoo.SPECIMENS}
 
@@ -55,7 +56,7 @@ def test_bfloat16(name: str) -> None:
 
 
 def test_what_the_page_says_is_what_the_table_says() -> None:
-    """The page is the table's, found and present; `python -m tests.zoo` makes sure that the table is right."""
+    """The page is the table's, found and present; `python -m bench.zoo` makes sure that the table is right."""
     rows = re.findall(r"^\| (\w+) \|(.*)\|$", zoo.PAGE.read_text(), re.MULTILINE)
     cells = {name: [cell.strip() for cell in rest.split(" | ")] for name, rest in rows}
     for specimen in zoo.SPECIMENS:

@@ -14,8 +14,7 @@ from liger_compile import functional as L
 from liger_compile.ops import blocks
 from liger_compile.ops import linear_cross_entropy as op
 from liger_compile.testing import precision
-
-from .cases import LOSSES, eager_loss
+from tests.ops.cases import LOSSES, eager_loss
 
 V, H = 37, 16
 
