@@ -158,6 +158,17 @@ def test_inputs_of_any_strides(device, view):
     assert_right("gemma", x, weight, residual)
 
 
+def test_rows_whose_offset_needs_more_than_32_bits(device):
+    """The memory between the rows is never touched, so that it takes address space alone."""
+    stride, rows = 2**29 + 8, 5
+    x, weight = randn(rows, 40, device=device, dtype=torch.float16), randn(40, device=device)
+    apart = torch.empty(rows * stride, dtype=torch.float16, device=device).view(rows, stride)[:, :40]
+    apart.copy_(x)
+    assert (rows - 1) * stride > 2**31
+    found, expected = (kernels.forward(each, None, weight, EPS, 0.0, "llama")[0] for each in (apart, x))
+    assert_alike(found, expected)
+
+
 def test_incoming_gradients_of_any_strides_and_absent_ones(device):
     x, residual, weight = (leaf(randn(*shape, device=device)) for shape in ((9, 96), (9, 96), (96,)))
 
