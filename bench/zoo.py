@@ -28,12 +28,14 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
+from torch.utils._pytree import tree_map
 
 import liger_compile
 from bench.common import ROOT
 from liger_compile.backend import liger
 from liger_compile.patterns import DEFAULT_PATTERNS
 from liger_compile.report import GraphReport
+from liger_compile.testing import precision
 from tests.models.families import (
     BY_NAME,
     HEADS,
@@ -47,7 +49,7 @@ from tests.models.families import (
     hf,
     hf_loss,
 )
-from tests.models.harness import batch, errors, step
+from tests.models.harness import Step, batch, errors, step
 from tests.models.own_styles import STYLES, Styled
 
 KINDS = ("norms", "rotary", "mlps", "loss")
@@ -429,7 +431,7 @@ def trained(specimen: Specimen, way: str) -> tuple[Runs, list[str]]:
     """What was found in a step, and what is wrong with its numbers.
 
     In float32 loss and gradients have to be eager's. In half precision, or where they are not, they have to be as close
-    to what is exact, within a factor of 2 in the mean square over some batches.
+    to what is exact, over some batches, by the numerics bar (liger_compile/testing/precision.py).
     """
     fresh()
     family, runs = specimen.family, Runs(specimen.inner if way == "float32" else "eager")
@@ -444,35 +446,30 @@ def trained(specimen: Specimen, way: str) -> tuple[Runs, list[str]]:
         seen = len(runs.reports)
         if max(errors(got, expected).values()) <= EXACT:
             return runs, []
-    ours: list[Mapping[str, float]] = []
-    eager: list[Mapping[str, float]] = []
-    exact = model if way == "autocast" else float64(family, dtype)
+    ours, eager, exact, problems = [], [], [], []
+    wide = model if way == "autocast" else float64(family, dtype)
     for seed in range(BATCHES):
         inputs = batch(family, seed=2 + seed)
-        truth = step(plainly, exact, *inputs)
+        exact.append(step(plainly, wide, *inputs))
         with context:
-            got, plain = step(compiled, model, *inputs), step(plainly, model, *inputs)
+            ours.append(step(compiled, model, *inputs))
+            eager.append(step(plainly, model, *inputs))
         seen = seen or len(runs.reports)
-        ours.append(errors(got, truth))
-        eager.append(errors(plain, truth))
-        if not _worse(ours, eager):
+        if not (problems := _worse(ours, eager, exact)):
             break
     del runs.reports[seen:], runs.attentions[seen:]
-    worse = _worse(ours, eager)
-    return runs, [f"{name} is {mine:.1e} off, eager's {theirs:.1e}" for name, (mine, theirs) in worse.items()]
+    return runs, problems
 
 
-Errors = Sequence[Mapping[str, float]]
-
-
-def _worse(ours: Errors, eager: Errors) -> dict[str, tuple[float, float]]:
-    """Where our error, in the mean square over the batches, is more than twice eager's: both."""
-
-    def over(found: Errors, name: str) -> float:
-        return (sum(each[name] ** 2 for each in found) / len(found)) ** 0.5
-
-    pairs = {name: (over(ours, name), over(eager, name)) for name in eager[0]}
-    return {name: (mine, theirs) for name, (mine, theirs) in pairs.items() if not mine <= 2 * theirs}
+def _worse(*of: Sequence[Step]) -> list[str]:
+    """What is wrong with our steps by the numerics bar, over all batches: of (ours, eager's, exact ones)."""
+    stacked = (tree_map(lambda *each: torch.stack(each), *map(tuple, steps)) for steps in of)
+    try:
+        for values in zip(*stacked, strict=True):  # losses, then gradients: a loss has a dtype of its own
+            precision.assert_no_worse(*values)
+    except AssertionError as error:
+        return [str(error)]
+    return []
 
 
 def float64(family: Family, dtype: torch.dtype) -> nn.Module:

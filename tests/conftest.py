@@ -1,5 +1,6 @@
 """What every test can ask for: a clean process, and what the backend did with a function."""
 
+import datetime
 import os
 from types import SimpleNamespace
 
@@ -34,6 +35,25 @@ def pytest_cmdline_main(config):
     is_whole = config.args_source is not pytest.Config.ArgsSource.ARGS
     if has_xdist and is_whole and config.option.numprocesses is None and not config.option.usepdb:
         config.option.numprocesses = 2
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--fuzz-seed",
+        type=int,
+        default=int(datetime.date.today().strftime("%Y%m%d")),
+        help="what the fuzzers draw from: other programs and spellings every day, the same ones for the same number",
+    )
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    if terminalreporter.stats.get("failed"):
+        terminalreporter.line(f"The fuzzers drew from this seed: --fuzz-seed {config.option.fuzz_seed}")
+
+
+@pytest.fixture
+def fuzz_seed(request):
+    return request.config.option.fuzz_seed
 
 
 def pytest_collection_modifyitems(items):

@@ -31,11 +31,11 @@ class Fault:
 
 
 FAULTS = {
-    "a cast does not count in the exact comparison": Fault(
-        "liger_compile/terms/unify.py",
-        "want.op != have.op or want.dtype != have.dtype or",
-        "want.op != have.op or",
-        ("tests/patterns/test_rms_norm.py::test_a_rounding_without_a_kernel_is_a_near_miss",),
+    "a rounding between two casts is dropped": Fault(
+        "liger_compile/terms/normalize.py",
+        '    if term.op == "cast" and widens(term.args[0].dtype, term.dtype):\n',
+        '    if term.op == "cast":\n',
+        ("tests/test_algebra.py::test_what_is_the_same_in_real_numbers_alone_is_another_term",),
     ),
     "views do not share memory": Fault(
         "liger_compile/graphs/aliasing.py",
@@ -53,19 +53,19 @@ FAULTS = {
         ("tests/test_aliasing.py::test_what_a_call_writes_into",),
     ),
     "a tensor written in place is captured": Fault(
-        "liger_compile/graphs/aliasing.py",
-        "            if at < len(writes) and writes[at] < last:\n",
-        "            if False:\n",
+        "liger_compile/steps/decide.py",
+        "        if at is not None and not (",
+        "        if False and not (",
         (
-            "tests/test_aliasing.py::test_a_write_into_an_alias_is_a_write_into_all",
-            "tests/test_decide.py::test_every_kind_of_write_is_seen",
+            "tests/test_decide.py::test_a_captured_tensor_written_in_place_is_left",
+            "tests/test_decide.py::test_what_is_written_in_place_is_captured_after_its_last_write",
         ),
     ),
     "a rotation has the wrong sign": Fault(
         "liger_compile/ops/rotary.py",
         "join_pairs(a * cos_a - b * sin_a, b * cos_b + a * sin_b, writes)",
         "join_pairs(a * cos_a + b * sin_a, b * cos_b + a * sin_b, writes)",
-        ("tests/ops/test_ops.py::test_no_worse_than_eager", "tests/kernels/test_rotary.py"),
+        ("tests/ops/test_ops.py::test_no_worse_than_eager",),
     ),
     "the backward of a rotation turns forward": Fault(
         "liger_compile/ops/rotary.py",

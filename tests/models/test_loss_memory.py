@@ -23,10 +23,13 @@ MULTIPLIES_BFLOAT16 = _CPU.exists() and re.search("avx512_bf16|amx_bf16", _CPU.r
         "float32",
         pytest.param(
             "bfloat16",
-            marks=pytest.mark.skipif(
-                not MULTIPLIES_BFLOAT16,
-                reason="the CPU's library multiplies float32 copies of the weight here, under either compiler",
-            ),
+            marks=[
+                pytest.mark.slow,
+                pytest.mark.skipif(
+                    not MULTIPLIES_BFLOAT16,
+                    reason="the CPU's library multiplies float32 copies of the weight here, under either compiler",
+                ),
+            ],
         ),
     ],
 )
