@@ -19,6 +19,8 @@ import torch._inductor.config
 import liger_compile
 from liger_compile import pipeline
 from liger_compile.ops import dispatch
+from liger_compile.testing import precision
+from tests.helpers.gradients import gradients_of
 
 # Dynamo measures how long the guards of each graph take, and empties the caches of the processor before: that is half
 # of the time of a small compilation, and nobody reads it.
@@ -170,41 +172,24 @@ def process_group():
 
 @pytest.fixture
 def liger_is_as_right_as_eager():
-    """check(function, *args, frozen=(), inner="aot_eager"): results and gradients against a float64 run.
-
-    The error (L2) may be twice that of eager code in the same dtype, plus a unit of rounding, for operations that may
-    be ordered differently. A single number, such as a loss, eager code may get right by luck: four units, or a
-    quarter of a unit of the dtype of the inputs, about what the rounding of the logits does to the mean of some.
-    """
+    """check(function, *args, frozen=(), inner="aot_eager"): results and gradients meet the numerics bar, and something
+    was replaced. All floating arguments get a gradient, but those at the positions `frozen`."""
 
     def check(function, *args, frozen=(), inner="aot_eager"):
-        exact = _differentiated(function, args, frozen, torch.float64)
-        eager = _differentiated(function, args, frozen)
+        def inputs():
+            return [
+                arg.requires_grad_(at not in frozen)
+                if isinstance(arg, torch.Tensor) and arg.is_floating_point()
+                else arg
+                for at, arg in enumerate(precision.copied(args))
+            ]
+
+        with precision.in_double():
+            exact = gradients_of(function, *precision.as_double(inputs()))
+        eager = gradients_of(function, *inputs())
         options = {"liger.inner": inner, "liger.strict": True, "liger.policy": "always"}
-        liger = _differentiated(torch.compile(function, backend="liger", options=options), args, frozen)
+        ours = gradients_of(torch.compile(function, backend="liger", options=options), *inputs())
         assert any(site.kind == "replace" for report in liger_compile.reports() for site in report.sites)
-        for wanted, plain, ours in zip(exact, eager, liger, strict=True):
-            assert ours.dtype == plain.dtype and ours.shape == plain.shape
-            unit = torch.finfo(ours.dtype).eps
-            if not wanted.dim():
-                unit = max(4 * unit, torch.finfo(args[0].dtype).eps / 4)
-            allowed = 2 * (plain.double() - wanted).norm() + unit * wanted.norm()
-            assert (ours.double() - wanted).norm() <= allowed
+        precision.assert_no_worse(ours, eager, exact)
 
     return check
-
-
-def _differentiated(function, args, frozen, dtype=None):
-    """The results of a function, and the gradients of all floating arguments that are not frozen."""
-    inputs = []
-    for position, arg in enumerate(args):
-        if isinstance(arg, torch.Tensor) and arg.is_floating_point():
-            arg = arg.detach().to(dtype or arg.dtype, copy=True).requires_grad_(position not in frozen)
-        inputs.append(arg)
-    results = function(*inputs)
-    results = results if isinstance(results, tuple) else (results,)
-    generator = torch.Generator().manual_seed(1)
-    upstream = [torch.randn(r.shape, generator=generator).to(args[0].dtype).to(r) for r in results]
-    wanted = [each for each in inputs if isinstance(each, torch.Tensor) and each.requires_grad]
-    gradients = torch.autograd.grad(results, wanted, upstream, allow_unused=True)
-    return [*(r.detach() for r in results), *(g for g in gradients if g is not None)]

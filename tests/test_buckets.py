@@ -13,6 +13,7 @@ from bench.ddp_kept import kept_bytes
 from liger_compile.backend import liger
 from liger_compile.forward_passes import specialize
 from liger_compile.forward_passes.buckets import FEWEST_PARTS, make_masks_where_they_are_read, padding_in
+from tests.models.harness import step
 
 BATCH, HEADS, LENGTH, SIZE = 2, 4, 12, 8
 OPTIONS = {"liger.inner": "aot_eager", "liger.strict": True, "liger.policy": "always"}
@@ -152,9 +153,8 @@ class Model(torch.nn.Module):
 
 
 def gradients(function, model, *args):
-    model.zero_grad()
-    function(*args).backward()
-    return tuple(parameter.grad.clone() for parameter in model.parameters())
+    """By backward(), whose hooks are DDP's."""
+    return step(lambda _, *args: function(*args), model, *args).gradients
 
 
 def found():

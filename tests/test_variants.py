@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -338,12 +339,13 @@ import torch
 import torch._inductor.config
 import liger_compile
 from liger_compile.compile import cache_counts
-from tests.helpers.attending import causal, compiled, differentiated, found, inputs, masks
+from tests.helpers.attending import causal, compiled, found, inputs, masks
+from tests.helpers.gradients import gradients_of
 
 torch._inductor.config.cpp.simdlen = 1  # as in conftest.py
 fast = compiled(causal, inner="inductor")
-ours = [differentiated(fast, *inputs(), mask) for mask in masks()]
-eager = [differentiated(causal, *inputs(), mask) for mask in masks()]
+ours = [gradients_of(fast, *inputs(), mask) for mask in masks()]
+eager = [gradients_of(causal, *inputs(), mask) for mask in masks()]
 torch.testing.assert_close(ours, eager)
 print(json.dumps({"found": found(), **cache_counts()}))
 """
@@ -356,7 +358,7 @@ def test_a_second_process_finds_both_in_the_cache(tmp_path):
         child = subprocess.run(
             [sys.executable, "-c", CHILD],
             env=environment,
-            cwd=os.path.dirname(__file__),
+            cwd=Path(__file__).parents[1],
             capture_output=True,
             text=True,
         )

@@ -14,6 +14,7 @@ from liger_compile import functional as L
 from liger_compile.ops import blocks
 from liger_compile.ops import linear_cross_entropy as op
 from liger_compile.testing import precision
+from tests.helpers.gradients import gradients_of
 from tests.ops.cases import LOSSES, eager_loss
 
 V, H = 37, 16
@@ -169,19 +170,15 @@ def test_many_chunks_are_no_worse_than_eager(small_chunks, name, dtype, tokens):
     chunks = op.split_rows(tokens, op._chunk_rows(x, weight, True))
     assert len(chunks) > (1 if tokens == 9 else op.ACCUMULATE_WIDE_ABOVE)
 
-    def outcome(function, *leaves):
-        loss = function(*leaves)
-        return loss, precision.gradients(loss, leaves)
-
     def eager(x, weight, bias):
         return eager_loss(F.linear(x, weight, bias), target, **LOSSES[name])
 
     inputs = (x, weight, bias)
-    ours = outcome(lambda *a: L.linear_cross_entropy(*a[:2], target, a[2], **LOSSES[name]), *inputs)
+    ours = gradients_of(lambda *a: L.linear_cross_entropy(*a[:2], target, a[2], **LOSSES[name]), *inputs)
     doubles = precision.as_double(inputs)
     with precision.in_double():
-        exact = outcome(eager, *doubles)
-    precision.assert_no_worse(ours, outcome(eager, *inputs), exact)
+        exact = gradients_of(eager, *doubles)
+    precision.assert_no_worse(ours, gradients_of(eager, *inputs), exact)
 
 
 def test_half_precision_is_better_than_eager_where_no_target_is_likely():
@@ -191,8 +188,7 @@ def test_half_precision_is_better_than_eager_where_no_target_is_likely():
     target = torch.randint(0, classes, (tokens,))
 
     def gradients(function, *tensors):
-        leaves = [t.detach().requires_grad_() for t in tensors]
-        return torch.autograd.grad(function(*leaves), leaves)
+        return gradients_of(function, *(t.detach().requires_grad_() for t in tensors))[1]
 
     exact = gradients(lambda x, w: F.cross_entropy(x @ w.t(), target), x.double(), weight.double())
     eager = gradients(lambda x, w: F.cross_entropy((x @ w.t()).float(), target), x, weight)
@@ -215,7 +211,7 @@ def test_float16_gradients_survive_until_the_loss_scale_multiplies_them():
 
     def gradients(function, *tensors):
         leaves = [t.detach().requires_grad_() for t in tensors]
-        return torch.autograd.grad(loss_scale * function(*leaves), leaves)
+        return gradients_of(lambda *leaves: loss_scale * function(*leaves), *leaves)[1]
 
     exact = gradients(lambda x, w: F.cross_entropy(x @ w.t(), target), x.double(), weight.double())
     eager = gradients(lambda x, w: F.cross_entropy((x @ w.t()).float(), target), x, weight)
