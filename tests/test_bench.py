@@ -55,9 +55,9 @@ def test_all_ways_to_an_odd_vocabulary_give_the_same(tmp_path, monkeypatch):
 
 def test_a_floor_is_the_bytes_at_the_rate_of_the_copy_and_the_gemms():
     took = {"copy": 0.5, "product": 3.0, "dx": 5.0, "dweight": 7.0}
-    floors = ops._floors(ops.OPS["gated_mlp"], (2, 10, 1), took)
+    floors = ops.floors_of(ops.OPS["gated_mlp"], (2, 10, 1), took)
     assert floors == {"forward": 3 * 20 * 0.5 + 3, "backward": 6 * 20 * 0.5 + 12, "both": 9 * 20 * 0.5 + 15}
-    floors = ops._floors(ops.OPS["cross_entropy"], (2, 10), took)
+    floors = ops.floors_of(ops.OPS["cross_entropy"], (2, 10), took)
     assert floors == {"forward": 10, "backward": 20, "both": 20}
 
 
@@ -97,12 +97,12 @@ def test_the_floor_of_a_step_is_all_its_gemms():
     flops = FlopCounterMode(display=False)
     floor = step.Floor(step.Case("tiny", "2x16", device="cpu"))
     with flops:
-        floor._run(lambda: None)
+        floor.run_marked(lambda: None)
     # Two layers: q and o 64 x 64, k and v 64 x 32, three of 64 x 96; and the head.
     weights = 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 96) + 64 * 128
     assert flops.get_flop_counts()["Global"][torch.ops.aten.mm] == 3 * 2 * 32 * weights
     # A layer: two norms after additions, rotary of 6 heads of 16, the gate; then the last norm, loss and embedding.
-    assert floor._elements == (
+    assert floor.elements == (
         32 * (2 * (2 * 4 * 64 + 2 * 6 * 16 + 3 * 96) + 2 * 64 + 2 * 128 + 2 * 64),
         32 * (2 * (2 * 4 * 64 + 2 * 6 * 16 + 6 * 96) + 3 * 64 + 64) + 128 * 64,
     )

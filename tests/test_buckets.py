@@ -198,8 +198,10 @@ def test_calls_without_padding_have_parts_of_their_own(process_group, monkeypatc
         assert found() == ({first: parts[first]} if call == 0 else parts)
     assert all("l_padding_ of all ones" in report.notes[0] for report in liger_compile.reports())
     looks = []
-    look = specialize._is
-    monkeypatch.setattr(specialize, "_is", lambda expected, mask: looks.append(mask) or look(expected, mask))
+    look = specialize.holds
+    monkeypatch.setattr(
+        specialize, "holds", lambda expected, mask: looks.append(mask) or look(expected, mask)
+    )
     compiled(x, padding)
     assert len(looks) == 1
 

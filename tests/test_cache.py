@@ -328,6 +328,7 @@ def test_installed_packages_and_torch_count_with_their_version():
 
 
 def test_the_built_in_patterns_cost_nothing(monkeypatch):
-    monkeypatch.setattr(sources, "_file", lambda path: 1 / 0)  # their files are in the digest of the package
+    # Private: no file may be read, since their files are in the digest of the package.
+    monkeypatch.setattr(sources, "_file", lambda path: 1 / 0)
     for pattern in patterns.DEFAULT_PATTERNS:
         assert sources.digests([pattern.search, pattern.replace, pattern.check, pattern.profit]) == []

@@ -35,10 +35,10 @@ PAGES.remove(ROOT / "README.md")  # test_readme.py runs it, in a process of its 
 
 @pytest.fixture
 def _registered_patterns_restored():
-    before = dict(registry._registered)
+    before = dict(registry.REGISTERED)
     yield
-    registry._registered.clear()
-    registry._registered.update(before)
+    registry.REGISTERED.clear()
+    registry.REGISTERED.update(before)
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)

@@ -220,7 +220,7 @@ def dispatch(
     looked_at = [(position, assumptions[node.name]) for position, node in inputs if node.name in assumptions]
 
     def is_special(args: Sequence[Any]) -> bool:
-        return all(_is(each, args[position]) for position, each in looked_at)
+        return all(holds(each, args[position]) for position, each in looked_at)
 
     needed = is_special(example_inputs)
     compiles = {True: specialized, False: generic}
@@ -230,7 +230,7 @@ def dispatch(
     return lambda *args: callables[is_special(args)](*args)
 
 
-def _is(assumptions: Assumption, tensor: Tensor) -> bool:
+def holds(assumptions: Assumption, tensor: Tensor) -> bool:
     """Returns whether a tensor is as assumed.
 
     False also if its value cannot be read: for a fake tensor, and during the capture of a CUDA graph.

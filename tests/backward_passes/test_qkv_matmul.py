@@ -243,6 +243,7 @@ def test_a_wide_matrix_is_not_copied():
 def test_a_term_that_is_turned_is_no_term(monkeypatch):
     """Of a square matrix, so that the shapes are as if it were one."""
     monkeypatch.setattr(f"{__name__}.TOKENS", HIDDEN // BATCH)
+    # Private: a graph this small does not pay, whatever the settings.
     monkeypatch.setattr("liger_compile.backward_passes.qkv_matmul._pays", lambda matrices: True)
     assert written(a_term_that_is_turned) == (2, 2, None)
     assert written(all_of_it) == (2, 6, True)

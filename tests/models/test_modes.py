@@ -196,7 +196,7 @@ def test_a_cache_that_is_returned(used: str) -> None:
     _, expected = trained(model)
     outputs, found = trained(compiled(model))
     assert_within(found, expected, EXACT)
-    assert hasattr(outputs.loss.grad_fn, shared_zeros._STRIDES)  # its backward makes the zeros
+    assert hasattr(outputs.loss.grad_fn, shared_zeros.STRIDES)  # its backward makes the zeros
 
 
 def test_fullgraph() -> None:

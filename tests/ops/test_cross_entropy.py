@@ -15,6 +15,7 @@ from liger_compile.ops import blocks
 from liger_compile.ops import linear_cross_entropy as op
 from liger_compile.testing import precision
 from tests.helpers.gradients import gradients_of
+from tests.helpers.pairwise import parametrize
 from tests.ops.cases import LOSSES, eager_loss
 
 V, H = 37, 16
@@ -155,19 +156,17 @@ def small_chunks(monkeypatch):
 )
 def test_chunks_on_a_cpu(dtype, width, needs_dweight, memory, rows):
     x, weight = (torch.empty(size, width, dtype=dtype) for size in (2048, 32000))
-    assert op._chunk_rows(x, weight, needs_dweight, memory) == rows
+    assert op.chunk_rows(x, weight, needs_dweight, memory) == rows
 
 
-@pytest.mark.parametrize("name", LOSSES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("tokens", [9, 601])
+@parametrize(name=[*LOSSES], dtype=[torch.float32, torch.bfloat16, torch.float16], tokens=[9, 601])
 def test_many_chunks_are_no_worse_than_eager(small_chunks, name, dtype, tokens):
     """601 tokens of width 16 are too many for few long chunks: dweight is summed in float32."""
     x = torch.randn(tokens, H).to(dtype).requires_grad_()
     weight, bias = (torch.randn(*shape).to(dtype).requires_grad_() for shape in ((V, H), (V,)))
     target = torch.randint(0, V, (tokens,))
     target[::4] = LOSSES[name].get("ignore_index", -100)
-    chunks = op.split_rows(tokens, op._chunk_rows(x, weight, True))
+    chunks = op.split_rows(tokens, op.chunk_rows(x, weight, True))
     assert len(chunks) > (1 if tokens == 9 else op.ACCUMULATE_WIDE_ABOVE)
 
     def eager(x, weight, bias):
