@@ -129,6 +129,7 @@ def test_scale_is_told_for_each_variant(tmp_path, monkeypatch):
     assert eager.scale() == {"longest": 96, "sequences": 6, "length": 16}
 
 
+@pytest.mark.slow
 def test_processes_at_once_take_turns(tmp_path):
     arguments = ["--model", "tiny", "--tokens", "2x16", "--layers", "1", "--device", "cpu", "--rounds", "1"]
     train_step.main([*arguments, "--variants", "floor,eager", "--at-once", "--out", str(tmp_path)])
@@ -136,6 +137,7 @@ def test_processes_at_once_take_turns(tmp_path):
     assert "error" not in floor and float(eager["of_floor"]) > 0 and "compile_s" not in eager
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_processes_that_share_the_work_have_the_numbers_of_one(tmp_path, parallel):

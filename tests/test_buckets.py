@@ -256,7 +256,7 @@ def sites(kind):
     return sorted(found)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
 def test_parts_begin_where_layers_do(process_group, dtype, monkeypatch):
     """So that in every part MLPs are whole, and as little is kept as of the whole graph."""
     torch.manual_seed(0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -25,7 +26,25 @@ EXACT = 1e-5  # float32: what another order of the same sums may cost
 NUM_LOSSES = 24
 
 
-@pytest.mark.parametrize("family", FAMILIES, ids=str)
+# What is of no other structure than a family before it is a slow test.
+ALIKE = {
+    "llama": ("mistral", "mistral_window", "qwen2", "meta_llama"),
+    "gemma2": ("gemma", "glm4"),
+    "phi": ("phi_written_out",),
+    "nanogpt_written_out": ("nanogpt", "gpt2_written_out"),
+    "torchtitan_packed": ("torchtitan",),
+}
+
+
+def cases(is_usual: Callable[[Family], bool]) -> list[Any]:
+    """All families; those that are not usual are slow tests."""
+    return [
+        pytest.param(family, id=str(family), marks=() if is_usual(family) else pytest.mark.slow)
+        for family in FAMILIES
+    ]
+
+
+@pytest.mark.parametrize("family", cases(lambda family: family.name not in sum(ALIKE.values(), ())))
 def test_float32(family: Family) -> None:
     model, inputs = family.build(), batch(family)
     expected = step(family.loss, model, *inputs)
@@ -34,18 +53,11 @@ def test_float32(family: Family) -> None:
     assert not near_misses()
 
 
-# Those with the same casts are left out: in bfloat16, nothing else would be tried of them.
-ROUNDED_ALIKE = {
-    "llama": ("mistral", "mistral_window", "qwen2", "llama_written_out", "meta_llama"),
-    "gemma2_window": ("gemma", "gemma2"),
-    "phi": ("olmo", "phi_written_out"),
-    "torchtitan": ("torchtitan_packed",),
-}
+# What users' bfloat16 adds to float32 are casts: these families differ in theirs.
+ROUNDED = ("llama", "mixtral", "qwen3", "gemma2_window", "phi", "t5", "torchtitan")
 
 
-@pytest.mark.parametrize(
-    "family", [each for each in FAMILIES if each.name not in sum(ROUNDED_ALIKE.values(), ())], ids=str
-)
+@pytest.mark.parametrize("family", cases(lambda family: family.name in ROUNDED))
 def test_bfloat16_is_as_exact_as_eager(family: Family) -> None:
     model, exact, inputs = family.build(torch.bfloat16), float64(family), batch(family)
     function = compiled(family.loss, "eager")  # test_float32 has AOTAutograd

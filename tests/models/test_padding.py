@@ -65,7 +65,9 @@ def check(
     assert len(liger_compile.reports()) == 2
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma"])
+@pytest.mark.parametrize(
+    "name", ["qwen3", *(pytest.param(name, marks=pytest.mark.slow) for name in ("llama", "gemma"))]
+)
 def test_decoders(name: str) -> None:
     family = BY_NAME[name]
     check(family.build(), batch(family), by_default(family.counts))
@@ -83,6 +85,7 @@ def test_gradient_checkpointing(order: tuple[str, ...]) -> None:
     check(model, batch(LLAMA), REPLACED, order=(*order, *order))
 
 
+@pytest.mark.slow
 def test_dynamic() -> None:
     model, fast = LLAMA.build(), compiled(loss, dynamic=True)
     for length in LENGTHS[:2]:
