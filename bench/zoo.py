@@ -573,7 +573,8 @@ def page(rows: Sequence[Row]) -> str:
         "counted in the models' source and by the modules that run in eager mode, not by the matcher. Rotary counts "
         "tensors: q and k are two. A gated MLP is an activation times another projection, so experts and the gates of "
         "gated norms are some. LayerNorm is none of the norms, but for Cohere's, which is an RMSNorm of what is left "
-        "when the mean is taken off. Loss counts losses that are fused with the head. Attention counts by pattern what was replaced: `scaled_dot_product_attention` "
+        "when the mean is taken off. Loss counts losses that are fused with the head. "
+        "Attention counts by pattern what was replaced: `scaled_dot_product_attention` "
         "with a mask, or attention that is written out; what is left of either, for the reasons in the last column; "
         "and calls without a mask, in which there is nothing to replace (`as it is`).",
         "",
