@@ -122,6 +122,7 @@ _GATED = {"feed_forward_proj": "gated-gelu", "decoder_start_token_id": 0}
 _NO_HALF = "Eager mode itself fails in bfloat16 unless some of its parameters or buffers stay in float32."
 
 _EINSUM = Left("Under autocast einsum takes the sum of squares in bfloat16, as no op does.", autocast=5)
+_BIASED_LOGITS = _never(1, "A buffer is added to the logits between head and loss: no pattern has that.")
 _LEFT: Mapping[str, Mapping[str, Left]] = {
     "inkling2_text": {
         "mlps": _never(
@@ -133,6 +134,8 @@ _LEFT: Mapping[str, Mapping[str, Left]] = {
             1, "Dynamo cannot trace the local mask, and runs head and loss in eager mode, with any backend."
         )
     },
+    "marian": {"loss": _BIASED_LOGITS},
+    "mbart": {"loss": _BIASED_LOGITS},
     "own_chunks": {
         "loss": _never(2, "Each loss takes a row of logits of one matmul, and is not fused with it.")
     },

@@ -31,6 +31,8 @@ EXACT = 1e-5
 LENGTHS = (24, 40, 17)
 LLAMA = BY_NAME["llama"]
 REPLACED = by_default(LLAMA.counts)
+# What is recomputed in a checkpointed layer is decided already, so that MLPs are not marked.
+CHECKPOINTED = {**REPLACED, "gated_mlp.swiglu_product": 2}
 
 
 def check(
@@ -48,7 +50,7 @@ def test_gradient_checkpointing_under_inductor() -> None:
     expected = step(LLAMA.loss, model, *inputs)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     assert_within(step(compiled(LLAMA.loss, "inductor"), model, *inputs), expected, EXACT)
-    assert_replaced(REPLACED)
+    assert_replaced(CHECKPOINTED)
 
 
 @pytest.mark.parametrize(
