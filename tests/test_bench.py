@@ -17,6 +17,7 @@ def rows_of(folder, pattern):
         return list(csv.DictReader(file))
 
 
+@pytest.mark.slow
 def test_every_op_is_what_eager_code_is(tmp_path):
     ops.main(
         ["--device", "cpu", "--variants", "eager,liger-compile", "--rounds", "3", "--out", str(tmp_path)]
@@ -81,6 +82,7 @@ def test_contenders_take_turns():
     assert timing.spread([4.0, 1.0, 2.0, 3.0, 5.0]) == (3.0, 2.0, 4.0)
 
 
+@pytest.mark.slow
 def test_training_steps_agree(tmp_path):
     arguments = ["--model", "tiny", "--tokens", "2x16", "--layers", "1", "--device", "cpu", "--rounds", "2"]
     options = ["--variants", "eager,only rotary", "--options", '{"liger.inner": "aot_eager"}']

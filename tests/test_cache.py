@@ -185,6 +185,7 @@ print(json.dumps(dict(
 """
 
 
+@pytest.mark.slow
 def test_what_the_backward_of_a_users_op_calls_in_other_files_is_in_the_key(tmp_path):
     (tmp_path / "their_op.py").write_text(USERS_OP)
     (tmp_path / "their_helper.py").write_text(USERS_HELPER)

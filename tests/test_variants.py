@@ -351,6 +351,7 @@ print(json.dumps({"found": found(), **cache_counts()}))
 """
 
 
+@pytest.mark.slow
 def test_a_second_process_finds_both_in_the_cache(tmp_path):
     environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
     told = []

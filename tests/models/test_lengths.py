@@ -24,7 +24,6 @@ CLOSE = 3e-5
 FEW = (
     "gpt2",  # sizes that come of size arithmetic, LayerNorm, a product with a bias
     "t5",  # a bias of positions, encoder and decoder
-    "deepseek_v3",  # experts, interleaved rotation
     "own_chunks",  # two losses
 )
 

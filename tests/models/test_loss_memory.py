@@ -16,6 +16,7 @@ _CPU = Path("/proc/cpuinfo")
 MULTIPLIES_BFLOAT16 = _CPU.exists() and re.search("avx512_bf16|amx_bf16", _CPU.read_text()) is not None
 
 
+@pytest.mark.slow  # tests/ops/test_cross_entropy.py measures the op alone
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize(
     "dtype",
@@ -23,13 +24,10 @@ MULTIPLIES_BFLOAT16 = _CPU.exists() and re.search("avx512_bf16|amx_bf16", _CPU.r
         "float32",
         pytest.param(
             "bfloat16",
-            marks=[
-                pytest.mark.slow,
-                pytest.mark.skipif(
-                    not MULTIPLIES_BFLOAT16,
-                    reason="the CPU's library multiplies float32 copies of the weight here, under either compiler",
-                ),
-            ],
+            marks=pytest.mark.skipif(
+                not MULTIPLIES_BFLOAT16,
+                reason="the CPU's library multiplies float32 copies of the weight here, under either compiler",
+            ),
         ),
     ],
 )

@@ -73,6 +73,7 @@ def test_decoders(name: str) -> None:
     check(family.build(), batch(family), by_default(family.counts))
 
 
+@pytest.mark.slow
 def test_inductor_with_padding_first() -> None:
     fast = compiled(loss, "inductor", fullgraph=True)
     check(LLAMA.build(), batch(LLAMA), REPLACED, order=("left", "none", "right", "none"), fast=fast)

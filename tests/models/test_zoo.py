@@ -45,7 +45,23 @@ SPELLINGS = (
 
 
 # What tests/patterns has in a smaller model too.
-SLOW = ("aya_vision", "flint", "glm4v", "gptj", "helium", "phi3", "stablelm", "t5", "zamba2", "own_unbind")
+SLOW = (
+    "afmoe",
+    "gte_mlm",
+    "hunyuan_v1_dense",
+    "llama_yarn",
+    "own_gptj",
+    "aya_vision",
+    "flint",
+    "glm4v",
+    "gptj",
+    "helium",
+    "phi3",
+    "stablelm",
+    "t5",
+    "zamba2",
+    "own_unbind",
+)
 
 
 def cases(names: Sequence[str]) -> list[Any]:
