@@ -404,6 +404,7 @@ def check(
     stock = _compiled(program, function, [STOCK], {}, device)[STOCK]
     nudged = [run(program, function, device, nudge=seed) for seed in (1, 2, 3, 4)]
     scaled = {scale: run(program, function, device, scale=scale) for scale in SCALES}
+    scaled[1.0] = run(program, function, device, dtype="float64")
     kind, wrong = "stock", []
     for variant, _ in suspicious:
         names = differences(eager, outcomes[variant], other=stock)
@@ -433,8 +434,8 @@ def differences(
         other: a run whose values `ours` may have instead of eager's.
         nudged: eager runs on inputs that differ by a unit of rounding; distances up to NOISE times theirs are no
             difference.
-        scaled: eager runs, by the factor of their incoming gradients. Where one has a finite gradient and eager mode
-            has not, an intermediate value of eager mode's backward overflowed. `ours` may then have the finite one.
+        scaled: eager runs, in other dtypes or by the factor of their incoming gradients. Where one has a finite
+            gradient and eager mode has not, a value of eager mode overflowed. `ours` may then have the finite one.
     """
     if other is not None and other.error and ours.error.split(":")[0] == other.error.split(":")[0]:
         return []
