@@ -38,9 +38,9 @@ def rms_norm(
 ) -> Tensor:
     """Returns the root mean square normalization of x over the last dimension.
 
-    It has kernels, for code that is not compiled. backend="liger" does not choose it, since the kernels of all norms gave
-    no clear gain in a step of a 4-layer Llama on an H200: 45.8 ms and 2.93 GiB, instead of 46.2 ms and 2.68 GiB by
-    Inductor's code, the lower quartiles of both 45.3 ms (patterns/rms_norm.py).
+    It has kernels, for code that is not compiled. backend="liger" does not choose it: the kernels of all norms gave no
+    clear gain in a step of a 4-layer Llama on an H200 (45.8 ms and 2.93 GiB, instead of 46.2 ms and 2.68 GiB by
+    Inductor's code, the lower quartiles of both 45.3 ms; patterns/rms_norm.py).
 
     Args:
         x: (..., D), any floating dtype. Statistics are computed in float32.
