@@ -316,6 +316,11 @@ def test_a_pattern_that_cannot_be_right_is_told_what_to_change(case):
         ("check", True, "check is True, a value of type bool; expected a function of a match, or None"),
         ("saves", 12, "saves is 12, a value of type int; expected a function of a match, or None"),
         ("is_loss", 1, "is_loss is 1, a value of type int; expected True or False"),
+        (
+            "has_near_misses",
+            "no",
+            "has_near_misses is 'no', a value of type str; expected True, False or None",
+        ),
     ],
 )
 def test_a_field_of_another_type_is_told(field, value, sentence):
