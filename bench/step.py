@@ -359,7 +359,7 @@ class Floor(Step):
 def traffic(model: Any, num_tokens: int) -> tuple[int, int]:
     """The elements that forward and backward must at least read and write, beside their GEMMs and attention.
 
-    Each op as op_table.py has it: norms and the additions before them, rotary, gated activation, loss; the embedding.
+    Norms and the additions before them, rotary, the gate of the MLP, loss; the embedding.
     """
     config = model.config
     hidden, inner, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers

@@ -80,6 +80,7 @@ _FIELDS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
         (lambda it: it is None or callable(it), "a function of a match, or None"),
     ),
     **dict.fromkeys(("is_cheap", "is_loss"), (lambda it: isinstance(it, bool), "True or False")),
+    "has_near_misses": (lambda it: it is None or isinstance(it, bool), "True, False or None"),
 }
 
 

@@ -150,17 +150,18 @@ def process_group():
 
 @pytest.fixture
 def liger_is_as_right_as_eager():
-    """check(function, *args, frozen=(), inner="aot_eager"): results and gradients against a float64 run.
+    """check(function, *args, frozen=(), inner="aot_eager", **options): results and gradients against a float64 run.
 
     The error (L2) may be twice that of eager code in the same dtype, plus a unit of rounding, for operations that may
     be ordered differently. A single number, such as a loss, eager code may get right by luck: four units, or a
     quarter of a unit of the dtype of the inputs, about what the rounding of the logits does to the mean of some.
     """
 
-    def check(function, *args, frozen=(), inner="aot_eager"):
+    def check(function, *args, frozen=(), inner="aot_eager", **options):
         exact = _differentiated(function, args, frozen, torch.float64)
         eager = _differentiated(function, args, frozen)
-        options = {"liger.inner": inner, "liger.strict": True, "liger.policy": "always"}
+        options = {"inner": inner, "strict": True, "policy": "always", **options}
+        options = {f"liger.{name}": value for name, value in options.items()}
         liger = _differentiated(torch.compile(function, backend="liger", options=options), args, frozen)
         assert any(site.kind == "replace" for report in liger_compile.reports() for site in report.sites)
         for wanted, plain, ours in zip(exact, eager, liger, strict=True):

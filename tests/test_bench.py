@@ -57,8 +57,10 @@ def test_all_ways_to_an_odd_vocabulary_give_the_same(module, tmp_path, monkeypat
 def test_a_floor_is_the_bytes_at_the_rate_of_the_copy_and_the_gemms(module):
     ops = module("ops")
     took = {"copy": 0.5, "product": 3.0, "dx": 5.0, "dweight": 7.0}
-    floors = ops._floors(ops.OPS["gated_mlp"], (2, 10, 1), took)
-    assert floors == {"forward": 3 * 20 * 0.5 + 3, "backward": 6 * 20 * 0.5 + 12, "both": 9 * 20 * 0.5 + 15}
+    floors = ops._floors(ops.OPS["linear_cross_entropy"], (2, 10, 1), took)
+    assert floors == {"forward": 3, "backward": 12, "both": 15}
+    floors = ops._floors(ops.OPS["rms_norm"], (2, 10), took)
+    assert floors == {"forward": 20, "backward": 30, "both": 50}
     floors = ops._floors(ops.OPS["cross_entropy"], (2, 10), took)
     assert floors == {"forward": 10, "backward": 20, "both": 20}
 

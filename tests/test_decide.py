@@ -179,6 +179,21 @@ def test_a_result_that_shares_written_memory_stays(run_liger, function):
 GATE, UP, DOWN = torch.randn(4, 12), torch.randn(4, 12), torch.randn(8, 12)
 
 
+def gated_product(gate, up):
+    return F.silu(gate) * up
+
+
+def gated_mlp(gate, up, down):
+    return F.linear(F.silu(gate) * up, down)
+
+
+_EXAMPLES = {"gate": torch.empty(3, 12), "up": torch.empty(3, 12)}
+GATED = (
+    Pattern("gated.product", gated_product, gated_product, _EXAMPLES),
+    Pattern("gated.mlp", gated_mlp, gated_mlp, {**_EXAMPLES, "down": torch.empty(8, 12)}),
+)
+
+
 @pytest.mark.parametrize(
     "gated",
     [
@@ -190,10 +205,10 @@ GATE, UP, DOWN = torch.randn(4, 12), torch.randn(4, 12), torch.randn(8, 12)
     ids=["linear", "view", "product", "written again"],
 )
 def test_a_write_into_what_is_read_there_alone_is_a_step(run_liger, liger_is_as_right_as_eager, gated):
-    _, reports = run_liger(gated, GATE, UP, DOWN)
+    _, reports = run_liger(gated, GATE, UP, DOWN, patterns=GATED)
     assert [site.kind for site in sites(reports)] == ["replace"]
     torch._dynamo.reset()
-    liger_is_as_right_as_eager(gated, GATE, UP, DOWN, frozen=(2,))
+    liger_is_as_right_as_eager(gated, GATE, UP, DOWN, frozen=(2,), patterns=GATED)
 
 
 def augmented(gate, up, down):
@@ -236,7 +251,7 @@ def activated_in_place(gate, up, down):
 
 
 def test_an_augmented_assignment_is_a_step_too(run_liger):
-    result, reports = run_liger(augmented, GATE, UP, DOWN)
+    result, reports = run_liger(augmented, GATE, UP, DOWN, patterns=GATED)
     assert [site.kind for site in sites(reports)] == ["replace"]
     torch.testing.assert_close(result, augmented(GATE, UP, DOWN))
 
@@ -246,7 +261,7 @@ def test_an_augmented_assignment_is_a_step_too(run_liger):
     [read_before, read_after, view_read_after, written_twice, part_written_before, activated_in_place],
 )
 def test_a_write_into_what_others_read_is_none(run_liger, function):
-    result, reports = run_liger(function, GATE.clone(), UP, DOWN)
+    result, reports = run_liger(function, GATE.clone(), UP, DOWN, patterns=GATED)
     assert not [site for site in sites(reports) if site.kind == "replace"]
     torch.testing.assert_close(result, function(GATE.clone(), UP, DOWN))
 
@@ -255,7 +270,7 @@ def test_a_product_that_is_rounded_when_it_is_written_is_not_one_of_rounded_fact
     def f(gate, up):
         return F.silu(gate).mul_(up)
 
-    result, reports = run_liger(f, GATE.bfloat16(), UP)
+    result, reports = run_liger(f, GATE.bfloat16(), UP, patterns=GATED)
     assert not [site for site in sites(reports) if site.kind == "replace"]
     torch.testing.assert_close(result, f(GATE.bfloat16(), UP), rtol=0, atol=0)
 
@@ -370,7 +385,7 @@ def test_a_copy_from_before_a_write_is_not_read_after_it(run_liger):
         gate.add_(1)
         return F.silu(h) * up
 
-    result, _ = run_liger(f, X.clone(), X)
+    result, _ = run_liger(f, X.clone(), X, patterns=GATED)
     torch.testing.assert_close(result, f(X.clone(), X))
 
 
@@ -732,7 +747,7 @@ def test_modes_that_are_over_do_not_matter(run_liger, detour):
         beside = DETOURS[detour](gate)
         return activated * up, beside.detach()
 
-    result, reports = run_liger(f, GATE, UP, inner="aot_eager")
+    result, reports = run_liger(f, GATE, UP, inner="aot_eager", patterns=GATED)
     torch.testing.assert_close(result, f(GATE, UP))
     kinds = [site.kind for site in sites(reports)]
     if detour == "grad":  # torch leaves a setting behind
@@ -752,7 +767,7 @@ def test_a_replacement_that_would_stand_in_another_mode_is_left(run_liger):
             scaled = y * 2
             return first, torch.erf(scaled)
 
-    result, reports = run_liger(f, GATE, UP)
+    result, reports = run_liger(f, GATE, UP, patterns=GATED)
     assert [site.kind for site in sites(reports)] == ["replace"] and not result.requires_grad
     torch._dynamo.reset()
     assert_left(run_liger, late, GATE, UP, reason="gradients are switched off between", patterns=(PAIR,))

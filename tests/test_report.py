@@ -271,7 +271,7 @@ def test_all_ops_of_a_replacement_are_named(run_liger):
     from liger_compile import functional
 
     def replace(x):
-        return functional.rms_norm(functional.rms_norm(x, None, 1e-6), None, 1e-6) * functional.swiglu(x, x)
+        return functional.rms_norm(functional.rms_norm(x, None, 1e-6), None, 1e-6) * functional.pre_norm(x)
 
     twice = Pattern(
         "twice.test",
@@ -281,7 +281,11 @@ def test_all_ops_of_a_replacement_are_named(run_liger):
     )
     _, (report,) = run_liger(lambda x: torch.erf(torch.erf(x)), torch.randn(2, 16), patterns=(twice,))
     (site,) = report.sites
-    assert sorted(site.ops) == ["liger_compile::gated_activation", "liger_compile::rms_norm"]
+    assert sorted(site.ops) == [
+        "liger_compile::pre_norm",
+        "liger_compile::pre_norm_statistics",
+        "liger_compile::rms_norm",
+    ]
 
 
 # Programs.

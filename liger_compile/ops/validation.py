@@ -29,14 +29,6 @@ def check_norm(name: str, x: Tensor, weight: Tensor | None, offset: float, casti
         )
 
 
-def check_same_shape(name: str, labels: str, left: Tensor, right: Tensor) -> None:
-    if differ(left.shape, right.shape):
-        raise ValueError(
-            f"{name}: expected {labels} of one shape, got {tuple(left.shape)} and {tuple(right.shape)}; "
-            "expand the smaller one"
-        )
-
-
 def check_rotary(
     name: str,
     q: Tensor,
@@ -97,30 +89,6 @@ def check_rotary_complex(q: Tensor, k: Tensor | None, freqs: Tensor | None) -> N
         raise TypeError(
             f"rotary_complex: expected q and k of one dtype, got {q.dtype} and {k.dtype}; rotate them one by one"
         )
-
-
-def check_gated(
-    name: str, gate: Tensor, up: Tensor | None, weight: Tensor | None, bias: Tensor | None
-) -> None:
-    check_floating(name, "gate", gate)
-    if up is None and statically_known_true(gate.shape[-1] % 2 != 0):
-        raise ValueError(
-            f"{name}: expected a packed gate of even width, got {gate.shape[-1]}; pass gate and up one by one"
-        )
-    if up is not None:
-        check_same_shape(name, "gate and up", gate, up)
-    if weight is None and bias is not None:
-        raise ValueError(f"{name}: expected down_bias with a down_weight, got it alone; pass both or neither")
-    if weight is None:
-        return
-    dtype = gate.dtype if up is None else torch.promote_types(gate.dtype, up.dtype)
-    if weight.dtype != dtype or (bias is not None and bias.dtype != dtype):
-        raise TypeError(
-            f"{name}: expected down_weight and down_bias in {dtype}, the dtype of gate and up, "
-            f"got {_dtypes(weight, bias)}; cast them"
-        )
-    check_linear(name, "down_weight", weight, gate.shape[-1] // 2 if up is None else gate.shape[-1])
-    check_vector(name, "down_bias", bias, weight.shape[0])
 
 
 def check_one_dtype(name: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:

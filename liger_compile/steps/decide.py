@@ -142,14 +142,22 @@ def _needs_gradient(match: Match) -> bool:
 def _without_covered(decisions: list[Decision], consumed: set[Node]) -> list[Decision]:
     """Keeps one decision per place, and every failure.
 
-    Drops a refusal if another pattern replaced the place, or if a larger pattern was refused there.
+    Drops a refusal if another pattern replaced the place, or if a larger pattern was refused there. Of patterns that
+    only mark, an MLP and the product in it are one place: a mark there, or else the larger refusal, is kept alone.
     """
     told: set[Node] = set()
+    marked = {
+        node for decision in decisions if decision.kind == "annotate" for node in decision.match.outputs
+    }
+    unmarked: set[Node] = set()
     kept = []
     for decision in decisions:
-        root = decision.match.outputs[0]
+        match, root = decision.match, decision.match.outputs[0]
         has_place = decision.kind != "leave" or decision.covers
         is_news = has_place or (root not in consumed and root not in told)
+        if not has_place and match.pattern.replace is None:
+            is_news = is_news and root not in unmarked and marked.isdisjoint(match.nodes)
+            unmarked.update(match.nodes)
         if is_news or decision.failed:
             kept.append(decision)
             if has_place or not decision.failed:

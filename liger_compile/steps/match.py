@@ -84,7 +84,7 @@ def find_matches(
             if match is not None:
                 found.append((attempt.size, match))
                 taken.update((pattern, output) for output in match.outputs)
-            elif pattern.replace is not None:  # a pattern that only marks values reports no near misses
+            elif _has_near_misses(pattern):
                 failed.append(attempt)
     order = {pattern: rank for rank, pattern in enumerate(patterns)}
     found.sort(  # of two equal sizes, first the match with more nodes: for example with a bias added separately
@@ -97,6 +97,10 @@ def find_matches(
     )
     matches = [match for _, match in found]
     return matches, [*index.failures, *_near_misses(failed, matches, index)]
+
+
+def _has_near_misses(pattern: Pattern) -> bool:
+    return pattern.replace is not None if pattern.has_near_misses is None else pattern.has_near_misses
 
 
 # Tracing search functions

@@ -21,8 +21,8 @@ from liger_compile.runtime import shared_zeros
 EXACT = 1e-5
 LENGTHS = (24, 40, 17)
 LLAMA = BY_NAME["llama"]
-# The first norm of a checkpointed layer is inside, and the add before it outside: a norm alone.
-CHECKPOINTED = {**LLAMA.counts, "add_rms_norm": 2, "rms_norm": 3}
+# What is recomputed in a checkpointed layer is decided already, so that MLPs are not marked.
+CHECKPOINTED = {**LLAMA.counts, "gated_mlp.swiglu": 0}
 
 
 def check(
@@ -198,9 +198,9 @@ def test_reduce_overhead() -> None:
     expected = step(LLAMA.loss, model, *inputs)
     for _ in range(3):
         assert_within(step(function, model, *inputs), expected, EXACT)
-    marked = ("gated_mlp.swiglu", "rms_norm", "add_rms_norm")  # what pays, by default
-    assert_replaced({op: count for op, count in LLAMA.counts.items() if op not in marked})
+    assert_replaced(LLAMA.counts)
     (report,) = liger_compile.reports()
+    marked = ("gated_mlp.swiglu", "rms_norm")  # what pays, by default
     assert report.count("annotate") == sum(LLAMA.counts[op] for op in marked)
 
 

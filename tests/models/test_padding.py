@@ -78,8 +78,8 @@ def test_inductor_with_padding_first() -> None:
 def test_gradient_checkpointing(order: tuple[str, ...]) -> None:
     model = LLAMA.build()
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    # The add before a layer's first norm is outside.
-    expected = {**LLAMA.counts, "add_rms_norm": 2, "rms_norm": 3}
+    # What is recomputed in a checkpointed layer is decided already, so that MLPs are not marked.
+    expected = {op: count for op, count in LLAMA.counts.items() if op != "gated_mlp.swiglu"}
     check(model, batch(LLAMA), expected, order=(*order, *order))
 
 
