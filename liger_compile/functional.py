@@ -4,7 +4,8 @@ Every function takes plain tensors, returns new tensors and supports first deriv
 precision out: ops compute in float32, and round where the docstring states it; float64 inputs are computed in float64.
 An ambient autocast changes nothing. The file of each op in liger_compile/ops/ states what it computes and saves.
 
-Letters: D model width or head dimension, R rotated channels, N tokens, H hidden size, V vocabulary.
+Letters: D model width or head dimension, R rotated channels, I inner width of an MLP, N tokens, H hidden size, V
+vocabulary.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .ops import validation  # also imports the ops, which register themselves
@@ -19,12 +21,14 @@ from .ops.precision import accumulation_dtype
 
 __all__ = [
     "cross_entropy",
+    "geglu",
     "linear_cross_entropy",
     "norm_rotary",
     "pre_norm",
     "rms_norm",
     "rotary",
     "rotary_complex",
+    "swiglu",
 ]
 
 
@@ -163,6 +167,41 @@ def rotary_complex(q: Tensor, k: Tensor | None = None, freqs: Tensor | None = No
     assert freqs is not None
     cos, sin = torch.view_as_real(freqs).unbind(-1)
     return rotary(q, k, cos, sin, layout="interleaved", half_tables=True, out_dtype=q.dtype)
+
+
+def swiglu(gate: Tensor, up: Tensor | None = None) -> Tensor:
+    """Returns `F.silu(gate) * up`, in plain PyTorch.
+
+    Inductor's code is as fast as a kernel of our own was, and backend="liger" recomputes the result in backward.
+
+    Args:
+        gate: (..., I); or, if up is None, (..., 2I) with the gate in its first half and up in its second half.
+        up: (..., I), or None.
+
+    Returns:
+        (..., I), in the dtype that gate and up promote to.
+
+    Source: Shazeer 2020, arXiv 2002.05202.
+    """
+    gate, up = _gate_and_up("swiglu", gate, up)
+    return F.silu(gate) * up
+
+
+def geglu(gate: Tensor, up: Tensor | None = None, *, approximate: Literal["none", "tanh"] = "none") -> Tensor:
+    """Returns `F.gelu(gate, approximate=approximate) * up`; otherwise as `swiglu`."""
+    gate, up = _gate_and_up("geglu", gate, up)
+    return F.gelu(gate, approximate=approximate) * up
+
+
+def _gate_and_up(name: str, gate: Tensor, up: Tensor | None) -> tuple[Tensor, Tensor]:
+    if up is not None:
+        return gate, up
+    if gate.shape[-1] % 2:
+        raise ValueError(
+            f"{name}: expected an even last dimension of gate without up, got {gate.shape[-1]}; pass up"
+        )
+    packed_gate, packed_up = gate.chunk(2, -1)
+    return packed_gate, packed_up
 
 
 def cross_entropy(
