@@ -6,6 +6,7 @@ than rounding, the Verification names the first rewrite that causes the differen
 
 from __future__ import annotations
 
+import json
 import textwrap
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import keystr, tree_flatten_with_path, tree_leaves
 
-from liger_compile.report import GraphReport, Site, reports
+from liger_compile.report import SCHEMA, GraphReport, Site, reports
 from liger_compile.testing import precision
 
 FACTOR = 2.0  # the numerics bar, as a multiple of the error of eager mode
@@ -80,8 +81,9 @@ class Verification:
         return self.is_right
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns lists, dictionaries, strings and numbers."""
-        return {
+        """Returns values that json.dumps accepts; docs/report_schema.md lists the fields."""
+        content = {
+            "schema": SCHEMA,
             "is_right": self.is_right,
             "reference": self.reference,
             "rows": [asdict(row) | {"is_right": row.is_right} for row in self.rows],
@@ -90,6 +92,7 @@ class Verification:
             "note": self.note,
             "reports": [report.to_dict() for report in self.reports],
         }
+        return json.loads(json.dumps(content))
 
     def __str__(self) -> str:
         wrong = sum(not row.is_right for row in self.rows)
