@@ -18,18 +18,18 @@ from liger_compile.report.explain import explain
 from liger_compile.report.verify import Verification, verify
 
 EXPLAIN_HELP = """\
-Print what backend="liger" does with a model of yours, without training or compiling it.
+Print what backend="liger" does with your model, without training or compiling it.
 """
 
 VERIFY_HELP = """\
-Run one training step of a model of yours in eager mode and under backend="liger", and compare outputs,
+Run one training step of your model in eager mode and under backend="liger", and compare outputs,
 gradients and what the step writes. Exit code 0 if all is right; if not, the first rewrite that makes a
 difference is named.
 """
 
 FACTORY_HELP = """
 FACTORY is a function of no arguments in MODULE, which is imported from the current directory or the
-Python path. It returns what to call and what to call it with:
+Python path. It returns the model and its arguments:
 
     def factory():
         model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=2))
@@ -60,13 +60,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     explain_parser = commands.add_parser(
         "explain",
-        help="print what is recognised and replaced in a model of yours",
+        help="print what is recognized and replaced in your model",
         description=EXPLAIN_HELP + FACTORY_HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     verify_parser = commands.add_parser(
         "verify",
-        help="compare one training step of a model of yours with eager mode",
+        help="compare one training step of your model with eager mode",
         description=VERIFY_HELP + FACTORY_HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -182,8 +182,8 @@ def _rewrite_one(
     if runs_once and options.recompute == "auto":  # a checkpoint already fixes what is recomputed
         mark_for_recompute(decisions)
     if is_top and options.policy != "never" and (marked := keep_what_written_inputs_give(graph, mutations)):
-        values = "1 value" if marked == 1 else f"{marked} values"
-        found.notes.append(f"{values} of inputs that the graph writes into may not be recomputed in backward")
+        values = "1 value is" if marked == 1 else f"{marked} values are"
+        found.notes.append(f"{values} saved for backward, because the graph writes into their inputs later")
     found.decisions.extend(decisions)
     found.near_misses.extend(missed)
 
@@ -191,7 +191,7 @@ def _rewrite_one(
 def _why_read(region: Region, options: Options) -> str | None:
     """Returns why logits that are computed in these modes are likely to be read, in a sentence."""
     if options.logits == "auto" and not region.has_gradients:
-        return "gradients are off, so it is an evaluation, which is likely to read them"
+        return "gradients are off, as in an evaluation, which is likely to read them"
     return None
 
 
@@ -240,7 +240,7 @@ def _why_logits_stay(options: Options, inductor_options: Mapping[str, Any]) -> s
     if options.logits == "eager":
         return "liger.logits is 'eager'"
     if options.logits == "auto" and uses_cudagraphs(options.mode, inductor_options):
-        return "the next replay of a CUDA graph would overwrite what they are computed from"
+        return "the next replay of a CUDA graph would overwrite the tensors that they are computed from"
     return None
 
 

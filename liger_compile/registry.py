@@ -91,7 +91,7 @@ def _refuse_taken_name(pattern: Pattern, others: Iterable[Pattern]) -> None:
             advice = "choose another name"
             if _registered.get(other.name) is other:
                 advice += (
-                    ", or have this one in its place: register_pattern(..., replace_existing=True), or "
+                    ", or replace the other one: register_pattern(..., replace_existing=True), or "
                     f"unregister_pattern({other.name!r}) first"
                 )
             raise ValueError(

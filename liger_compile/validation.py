@@ -107,7 +107,7 @@ def _check_parameters(pattern: Pattern) -> None:
             )
     names, examples = set(parameters), set(pattern.examples)
     if not names:
-        _refuse(pattern, "search has no parameters; what it computes from has to be captured by some")
+        _refuse(pattern, "search has no parameters; it needs one for each capture")
     if missing := sorted(names - examples):
         _refuse(
             pattern,
@@ -135,7 +135,7 @@ def _check_parameters_of_replace(pattern: Pattern, replace: Callable[..., Any]) 
     positional = {p.name for p in parameters if p.kind is p.POSITIONAL_ONLY}
     takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
     if (missing := sorted(set(pattern.parameters) - named)) and not takes_all:
-        has = "takes it by position alone" if missing[0] in positional else "does not"
+        has = "accepts it by position only" if missing[0] in positional else "does not"
         _refuse(
             pattern,
             f"search has the parameter {missing[0]!r} and replace {has}; replace is called with all captures by "
@@ -257,7 +257,7 @@ def _check_backward(pattern: Pattern, replace: Callable[..., Any]) -> None:
     if name := autograd_function(returned if isinstance(returned, tuple) else (returned,)):
         _refuse(
             pattern,
-            f"replace calls {name}, an autograd.Function, whose backward a graph cannot have; make it an op by "
+            f"replace calls {name}, an autograd.Function, whose backward cannot be part of a graph; make it an op by "
             "torch.library.custom_op and register_autograd",
         )
 
@@ -320,7 +320,7 @@ def _advice(error: Exception) -> str:
         )
     if "convert all Tensors to FakeTensors" in str(error):
         return "it uses a tensor that is none of its parameters; make it a parameter, or create it in the function"
-    return "it must run on tensors of the shapes of the examples, by torch functions alone"
+    return "it must run on tensors of the shapes of the examples, with torch functions only"
 
 
 def _used(term: Term) -> Iterator[str]:

@@ -265,8 +265,8 @@ def test_padding_is_told_from_what_else_is_not_known(is_dynamic):
         return (1.0 - p[:, None, None, :].float()) * torch.finfo(torch.float32).min
 
     for build, reason in (
-        (padded, "it is causal but for the padding in l_padding_"),
-        (to_none, "it hides nothing but for the padding in l_padding_"),
+        (padded, "it is causal except for the padding in l_padding_"),
+        (to_none, "it hides nothing except for the padding in l_padding_"),
     ):
         found, _ = meaning(build, is_dynamic=is_dynamic)
         assert (found.kind, found.reason, found.padding) == ("unknown", reason, ("l_padding_",))

@@ -37,13 +37,15 @@ def silent(*inputs):
 # RMSNorm
 
 
-@tells("rms_norm", "sum(x**2) stands where mean(x**2) is expected: this is an L2 norm", X)
+@tells("rms_norm", "sum(x**2) is found where mean(x**2) is expected: this is an L2 norm", X)
 def l2_norm(x):
     total = (x * x).sum(-1, keepdim=True)  # here
     return x * torch.rsqrt(total + 1e-6)
 
 
-@tells("rms_norm", "mean(x**2) + inf is shifted by inf, expected a number that float32 has in full", X, W)
+@tells(
+    "rms_norm", "mean(x**2) + inf is shifted by inf, expected a number that float32 represents exactly", X, W
+)
 def norm_with_an_infinite_eps(x, w):
     inverse = torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + torch.inf)  # here
     return w * (x * inverse)
@@ -60,22 +62,22 @@ def l2_norm_by_vector_norm(x):
     return x / x.norm(dim=-1, keepdim=True)  # here
 
 
-@tells("rms_norm", "var(...) stands where mean(x**2) is expected: this is LayerNorm", X, W)
+@tells("rms_norm", "var(...) is found where mean(x**2) is expected: this is LayerNorm", X, W)
 def layer_norm_by_variance(x, w):
-    centred = x - x.mean(-1, keepdim=True)
+    centered = x - x.mean(-1, keepdim=True)
     variance = x.var(-1, keepdim=True, unbiased=False)  # here
-    return w * (centred * torch.rsqrt(variance + 1e-6))
+    return w * (centered * torch.rsqrt(variance + 1e-6))
 
 
-@tells("rms_norm", "the mean is taken off in one of them only; LayerNorm takes it off in both", X, W)
+@tells("rms_norm", "the mean is subtracted in one of them only; LayerNorm subtracts it in both", X, W)
 def variance_without_centring(x, w):
-    centred = x - x.mean(-1, keepdim=True)
-    variance = centred.pow(2).mean(-1, keepdim=True)
+    centered = x - x.mean(-1, keepdim=True)
+    variance = centered.pow(2).mean(-1, keepdim=True)
     inverse = torch.rsqrt(variance + 1e-6)
     return w * (x * inverse)  # here
 
 
-@tells("rms_norm", "x and y stand where x, one tensor, is expected", X, Y, W)
+@tells("rms_norm", "x and y are found where x, one tensor, is expected", X, Y, W)
 def norm_of_another_tensor(x, y, w):
     inverse = torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + 1e-6)
     return w * (x * inverse)  # here
@@ -112,20 +114,20 @@ def eps_for_each_channel(x, w, e):
     return w * (x * torch.rsqrt(shifted))
 
 
-@tells("rms_norm", "clamp stands between mean and a product", X, W)
+@tells("rms_norm", "clamp is between mean and a product", X, W)
 def eps_as_a_bound(x, w):
     mean = x.pow(2).mean(-1, keepdim=True)
     mean = mean.clamp(min=1e-6)  # here
     return w * (x * torch.rsqrt(mean))
 
 
-@tells("rms_norm", "abs(x) stands where x**2 is expected", X, W)
+@tells("rms_norm", "abs(x) is found where x**2 is expected", X, W)
 def norm_of_absolute_values(x, w):
     size = x.abs()  # here
     return w * (x * torch.rsqrt(size.mean(-1, keepdim=True) + 1e-6))
 
 
-@tells("rms_norm", "x**4 stands where x**2 is expected", X, W)
+@tells("rms_norm", "x**4 is found where x**2 is expected", X, W)
 def fourth_power(x, w):
     power = x.pow(4)  # here
     return w * (x * torch.rsqrt(power.mean(-1, keepdim=True) + 1e-6))
@@ -137,7 +139,7 @@ def no_root(x, w):
     return w * (x / (mean + 1e-6))  # here
 
 
-@tells("rms_norm", "sqrt(mean(x**2) + 1e-06) stands where rsqrt(mean(x**2) + eps) is expected", X, W)
+@tells("rms_norm", "sqrt(mean(x**2) + 1e-06) is found where rsqrt(mean(x**2) + eps) is expected", X, W)
 def times_the_root(x, w):
     mean = x.pow(2).mean(-1, keepdim=True)
     root = torch.sqrt(mean + 1e-6)  # here
@@ -188,26 +190,26 @@ def rotate_half(x):
     return torch.cat((-second, first), -1)
 
 
-@tells("rotary", "x and y stand where q, one tensor, is expected", X, Y, COS, SIN)
+@tells("rotary", "x and y are found where q, one tensor, is expected", X, Y, COS, SIN)
 def rotates_another_tensor(x, y, cos, sin):
     turned = rotate_half(y)
     return x * cos + turned * sin  # here
 
 
-@tells("rotary", "roll(...) stands where rotate_half(q) is expected: nothing in it is negated", X, COS, SIN)
+@tells("rotary", "roll(...) is found where rotate_half(q) is expected: nothing in it is negated", X, COS, SIN)
 def rolled_halves(x, cos, sin):
     turned = x.roll(8, -1)  # here
     return x * cos + turned * sin
 
 
-@tells("rotary", "nothing in it is negated, so pairs are mirrored and not turned", X, COS, SIN)
+@tells("rotary", "nothing in it is negated, so pairs are mirrored instead of rotated", X, COS, SIN)
 def mirrored_halves(x, cos, sin):
     first, second = x.chunk(2, -1)
     turned = torch.cat((second, first), -1)  # here
     return x * cos + turned * sin
 
 
-@tells("rotary", "nothing in it is negated, so pairs are mirrored and not turned", X, COS, SIN)
+@tells("rotary", "nothing in it is negated, so pairs are mirrored instead of rotated", X, COS, SIN)
 def mirrored_pairs(x, cos, sin):
     turned = torch.stack((x[..., 1::2], x[..., ::2]), -1)
     turned = turned.flatten(-2)  # here
@@ -216,7 +218,7 @@ def mirrored_pairs(x, cos, sin):
 
 @tells(
     "rotary",
-    "cat(-q[..., 6:], q[..., :6]) stands where rotate_half(q) is expected: a rotation has",
+    "cat(-q[..., 6:], q[..., :6]) is found where rotate_half(q) is expected: a rotation has",
     X,
     COS,
     SIN,
@@ -226,14 +228,14 @@ def uneven_halves(x, cos, sin):
     return x * cos + turned * sin
 
 
-@tells("rotary", "cat(q[..., :8], -q[..., 8:]) stands where rotate_half(q) is expected", X, COS, SIN)
+@tells("rotary", "cat(q[..., :8], -q[..., 8:]) is found where rotate_half(q) is expected", X, COS, SIN)
 def halves_that_stay(x, cos, sin):
     first, second = x.chunk(2, -1)
     turned = torch.cat((first, -second), -1)  # here
     return x * cos + turned * sin
 
 
-@tells("rotary", "cat(-q[..., 8:], -q[..., :8]) stands where rotate_half(q) is expected", X, COS, SIN)
+@tells("rotary", "cat(-q[..., 8:], -q[..., :8]) is found where rotate_half(q) is expected", X, COS, SIN)
 def both_halves_negated(x, cos, sin):
     first, second = x.chunk(2, -1)
     turned = torch.cat((-second, -first), -1)  # here
@@ -248,7 +250,7 @@ def halves_with_two_plus_signs(x, cos, sin):
     return torch.cat((first, second), -1)
 
 
-@tells("rotary", "stand where cos, one tensor, is expected", X, COS_HALF, SIN_HALF, COS_HALF + 1)
+@tells("rotary", "are found where cos, one tensor, is expected", X, COS_HALF, SIN_HALF, COS_HALF + 1)
 def halves_by_two_tables(x, cos, sin, other):
     a, b = x.chunk(2, -1)
     first = a * cos - b * sin
@@ -258,7 +260,7 @@ def halves_by_two_tables(x, cos, sin, other):
 
 @tells(
     "rotary",
-    "freqs + view_as_complex(q) stands where freqs * view_as_complex(q) is expected",
+    "freqs + view_as_complex(q) is found where freqs * view_as_complex(q) is expected",
     X,
     torch.randn(5, 8).cfloat(),
 )
@@ -270,7 +272,8 @@ def shifted_complex_pairs(x, freqs):
 
 @tells(
     "rotary",
-    "s * cos stands where cos, one tensor, is expected, and is computed nowhere as one value; multiply these first",
+    "s * cos is found where cos, one tensor, is expected, and no node computes it as one value; multiply these factors "
+    "first",
     X,
     COS,
     SIN,
@@ -300,7 +303,7 @@ def rolled_with_a_row_of_signs(x, cos, sin, signs):
 
 @tells(
     "gated_mlp",
-    "sigmoid(gate) stands where silu(gate) is expected: this is GLU, or an output gate",
+    "sigmoid(gate) is found where silu(gate) is expected: this is GLU, or an output gate",
     X,
     Y,
     DOWN,
@@ -310,7 +313,7 @@ def output_gate(attended, gate, w):
     return F.linear(attended * gate, w)
 
 
-@tells("gated_mlp", "relu(gate) stands where silu(gate) is expected: this is ReGLU", X, Y, DOWN)
+@tells("gated_mlp", "relu(gate) is found where silu(gate) is expected: this is ReGLU", X, Y, DOWN)
 def reglu(gate, up, w):
     gate = F.relu(gate)  # here
     return F.linear(gate * up, w)
@@ -324,7 +327,7 @@ def squared_tanh_gate(gate, up, w):
 
 @tells(
     "gated_mlp",
-    "sigmoid(gate_up[..., 16:]) stands where silu(gate_up[..., :16]) is expected: this is GLU",
+    "sigmoid(gate_up[..., 16:]) is found where silu(gate_up[..., :16]) is expected: this is GLU",
     torch.randn(3, 5, 32),
     DOWN,
 )
@@ -341,31 +344,31 @@ def quick_gelu_gate_in_float32(gate, up, w):
     return F.linear((gate * slope).to(up.dtype) * up, w)
 
 
-@tells("gated_mlp", "up + silu(gate) stands where up * silu(gate) is expected", X, Y, DOWN)
+@tells("gated_mlp", "up + silu(gate) is found where up * silu(gate) is expected", X, Y, DOWN)
 def added_gate(gate, up, w):
     h = F.silu(gate) + up  # here
     return F.linear(h, w)
 
 
-@tells("gated_mlp", "softplus(gate) stands where silu(gate) is expected", X, Y, DOWN)
+@tells("gated_mlp", "softplus(gate) is found where silu(gate) is expected", X, Y, DOWN)
 def softplus_gate(gate, up, w):
     gate = F.softplus(gate)  # here
     return F.linear(gate * up, w)
 
 
-@tells("gated_mlp", "mish(gate) stands where silu(gate) is expected: this gates with Mish", X, Y, DOWN)
+@tells("gated_mlp", "mish(gate) is found where silu(gate) is expected: this gates with Mish", X, Y, DOWN)
 def mish_gate(gate, up, w):
     gate = F.mish(gate)  # here
     return F.linear(gate * up, w)
 
 
-@tells("gated_mlp", "hardsigmoid(gate) stands where silu(gate) is expected", X, Y, DOWN)
+@tells("gated_mlp", "hardsigmoid(gate) is found where silu(gate) is expected", X, Y, DOWN)
 def hardsigmoid_gate(gate, up, w):
     gate = F.hardsigmoid(gate)  # here
     return F.linear(gate * up, w)
 
 
-@tells("gated_mlp", "tanh(gate) stands where silu(gate) is expected: this is a tanh gate", X, Y, DOWN)
+@tells("gated_mlp", "tanh(gate) is found where silu(gate) is expected: this is a tanh gate", X, Y, DOWN)
 def tanh_gate(gate, up, w):
     gate = torch.tanh(gate)  # here
     return F.linear(gate * up, w)
@@ -390,14 +393,14 @@ def loss(logits, target):
     return F.cross_entropy(logits.view(-1, 16), target.view(-1))
 
 
-@tells("linear_cross_entropy", "clamp stands between linear and cross_entropy", X, DOWN, TARGET)
+@tells("linear_cross_entropy", "clamp is between linear and cross_entropy", X, DOWN, TARGET)
 def clamped_logits(x, w, target):
     logits = F.linear(x, w)
     logits = logits.clamp(-30, 30)  # here
     return loss(logits, target)
 
 
-@tells("linear_cross_entropy", "a mask stands between linear and cross_entropy", X, DOWN, TARGET)
+@tells("linear_cross_entropy", "a mask is between linear and cross_entropy", X, DOWN, TARGET)
 def masked_logits(x, w, target):
     logits = F.linear(x, w)
     logits = logits.masked_fill(w[0] > 0, -1e9)  # here
@@ -413,21 +416,21 @@ def learned_temperature(x, w, target, temperature):
     return loss(logits, target)
 
 
-@tells("linear_cross_entropy", "sigmoid stands between linear and a scaling", X, DOWN, TARGET)
+@tells("linear_cross_entropy", "sigmoid is between linear and a scaling", X, DOWN, TARGET)
 def softcap_by_sigmoid(x, w, target):
     logits = F.linear(x, w)
     logits = torch.sigmoid(logits / 7.5)  # here
     return loss(30 * logits, target)
 
 
-@tells("linear_cross_entropy", "a sum stands between linear and cross_entropy", X, DOWN, TARGET, Y)
+@tells("linear_cross_entropy", "a sum is between linear and cross_entropy", X, DOWN, TARGET, Y)
 def logits_with_a_prior(x, w, target, prior):
     logits = F.linear(x, w)
     logits = logits + prior  # here
     return loss(logits, target)
 
 
-@tells("linear_cross_entropy", "layer_norm stands between linear and cross_entropy", X, DOWN, TARGET)
+@tells("linear_cross_entropy", "layer_norm is between linear and cross_entropy", X, DOWN, TARGET)
 def normed_logits(x, w, target):
     logits = F.linear(x, w)
     logits = F.layer_norm(logits, (16,))  # here
@@ -436,7 +439,7 @@ def normed_logits(x, w, target):
 
 @tells(
     "linear_cross_entropy",
-    "a write in place (setitem) stands between linear and cross_entropy",
+    "a write in place (setitem) is between linear and cross_entropy",
     X,
     DOWN,
     TARGET,
@@ -449,7 +452,7 @@ def logits_written_over(x, w, target):
 
 @tells(
     "linear_cross_entropy",
-    "a write in place (setitem) stands between linear and cross_entropy",
+    "a write in place (setitem) is between linear and cross_entropy",
     X.to(HALF),
     DOWN.to(HALF),
     TARGET,
@@ -460,9 +463,7 @@ def logits_written_over_and_cast(x, w, target):
     return loss(logits.float(), target)
 
 
-@tells(
-    "linear_cross_entropy", "a write in place (div_) stands between linear and cross_entropy", X, DOWN, TARGET
-)
+@tells("linear_cross_entropy", "a write in place (div_) is between linear and cross_entropy", X, DOWN, TARGET)
 def logits_divided_in_place(x, w, target):
     logits = F.linear(x, w)
     logits.div_(2)  # here

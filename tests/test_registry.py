@@ -192,7 +192,7 @@ REFUSALS = {
     ),
     "no captures": (
         pattern(lambda: torch.ones(2)),
-        "search has no parameters; what it computes from has to be captured by some",
+        "search has no parameters; it needs one for each capture",
     ),
     "another name in replace": (
         pattern(lambda a: torch.relu(a), lambda x: torch.relu(x), a=torch.empty(2)),
@@ -201,7 +201,7 @@ REFUSALS = {
     ),
     "by position in replace": (
         pattern(lambda a: torch.relu(a), lambda a, /: torch.relu(a), a=torch.empty(2)),
-        "search has the parameter 'a' and replace takes it by position alone; replace is called with all captures by "
+        "search has the parameter 'a' and replace accepts it by position only; replace is called with all captures by "
         "name, so give it a parameter of this name",
     ),
     "one more in replace": (
@@ -211,13 +211,13 @@ REFUSALS = {
     ),
     "search that raises": (
         pattern(lambda a: {}["x"], a=torch.empty(2)),
-        "search could not be traced (KeyError: 'x'); it must run on tensors of the shapes of the examples, by torch "
-        "functions alone",
+        "search could not be traced (KeyError: 'x'); it must run on tensors of the shapes of the examples, with torch "
+        "functions only",
     ),
     "examples of shapes that do not fit": (
         pattern(lambda a, b: a @ b, a=torch.empty(2, 3), b=torch.empty(2, 3)),
         "search could not be traced (RuntimeError: a and b must have same reduction dim, but got [2, 3] X [2, 3].); "
-        "it must run on tensors of the shapes of the examples, by torch functions alone",
+        "it must run on tensors of the shapes of the examples, with torch functions only",
     ),
     "search that reads a value": (
         pattern(lambda a: a * a.sum().item(), a=torch.empty(2)),
@@ -274,7 +274,7 @@ REFUSALS = {
     ),
     "replacement by an autograd.Function": (
         pattern(lambda a: torch.relu(a), lambda a: Relu.apply(a), a=torch.empty(2)),
-        "replace calls Relu, an autograd.Function, whose backward a graph cannot have; make it an op by "
+        "replace calls Relu, an autograd.Function, whose backward cannot be part of a graph; make it an op by "
         "torch.library.custom_op and register_autograd",
     ),
     "search that returns a capture": (
@@ -384,7 +384,7 @@ def test_a_name_is_taken_once():
         register_pattern(other)
     assert str(error.value) == (
         f"pattern 'mine.gate': the name is taken by the pattern that searches for {__name__}.swish_gate, and this "
-        f"one searches for {__name__}.in_a_row; choose another name, or have this one in its place: "
+        f"one searches for {__name__}.in_a_row; choose another name, or replace the other one: "
         "register_pattern(..., replace_existing=True), or unregister_pattern('mine.gate') first"
     )
     assert patterns_in_use().count(MINE) == 1
@@ -663,7 +663,7 @@ def late_failure(a, b):
     return fails() if a.shape[0] == 2 else gated(a, b)
 
 
-EXPECTED_OF_SAVES = "expected a number of bytes from 0 on, or None where it is not known"
+EXPECTED_OF_SAVES = "expected a number of bytes, 0 or more, or None if it is not known"
 FAILURES = {
     "check": ({"check": fails}, "check of pattern 'mine.fails' fails here: KeyError: 'a bug of mine'"),
     "profit": ({"profit": fails}, "profit of pattern 'mine.fails' fails here: KeyError: 'a bug of mine'"),
@@ -683,17 +683,17 @@ FAILURES = {
     "check that is true": (
         {"check": lambda match: True},
         "check of pattern 'mine.fails' returned True, a value of type bool; expected None to accept, or a sentence "
-        "that says why not",
+        "with the reason",
     ),
     "check of an empty string": (
         {"check": lambda match: " "},
-        "check of pattern 'mine.fails' returned ' ', a value of type str; expected None to accept, or a sentence that "
-        "says why not",
+        "check of pattern 'mine.fails' returned ' ', a value of type str; expected None to accept, or a sentence "
+        "with the reason",
     ),
     "profit that is false": (
         {"profit": lambda match: False},
-        "profit of pattern 'mine.fails' returned False, a value of type bool; expected None to accept, a sentence that "
-        "says why not, or an Annotate",
+        "profit of pattern 'mine.fails' returned False, a value of type bool; expected None to accept, a sentence "
+        "with the reason, or an Annotate",
     ),
     **{
         f"saves {value!r}": (

@@ -204,7 +204,7 @@ def test_a_mask_in_a_checkpointed_layer_comes_from_outside():
         assert_as_in_eager(fast, model, *inputs(), mask)
     assert found() == [(specialize.WITHOUT, 2), (specialize.GENERIC, 0)]
     assert liger_compile.reports()[1].notes[1:] == (
-        "attention keeps its mask 2x: it is causal but for the padding in l_padding_",
+        "attention keeps its mask 2x: it is causal except for the padding in l_padding_",
     )
 
 

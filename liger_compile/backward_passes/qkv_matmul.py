@@ -100,7 +100,7 @@ def _fuse(graph: Graph, backward: Node) -> Applied | None:
     if not _pays(matrices):
         return None
 
-    what = f"the gradients of {len(matrices)} projections are one matrix product"
+    what = f"the gradients of {len(matrices)} projections are one matmul"
     applied = Applied(backward, what, traffic=_elements_saved(matrices) * tensor_of(q.term).dtype.itemsize)
     beside = None if rest is None else rest.term.args[0]
     if rest is not None:

@@ -166,7 +166,7 @@ def _discovery(_: str) -> Iterator[Finding]:
     if "liger" not in torch.compiler.list_backends(exclude_tags=()):
         yield Finding(
             "NO",
-            'torch.compile does not know backend="liger": no installed package has the entry point; install '
+            'torch.compile does not find backend="liger": no installed package has the entry point; install '
             "liger-compile with pip, a folder on the Python path is not enough",
         )
     elif values := sorted({entry.value for entry in entries} - {"liger_compile.backend:liger"}):
@@ -212,7 +212,7 @@ def _verdict(found: Verification, inner: str) -> Finding:
     if not found.reports:
         disabling = [name for name in DISABLING if os.environ.get(name, "0") not in ("", "0")]
         why = f": {disabling[0]} is set" if disabling else ""
-        return Finding("NO", f"torch.compile handed no graph to the backend{why}")
+        return Finding("NO", f"torch.compile passed no graph to the backend{why}")
     if not found.is_right:
         return Finding(
             "NO", f"a small model gives other numbers than eager mode; please report this text\n\n{found}"

@@ -53,13 +53,11 @@ def _general(difference: Difference, formula: Formula) -> str:
 
 
 def _op(it: Difference, formula: Formula) -> str:
-    return f"{formula(it.have)} stands where {formula(it.want)} is expected"
+    return f"{formula(it.have)} is found where {formula(it.want)} is expected"
 
 
 def _between(it: Difference, formula: Formula) -> str:
-    return (
-        f"{_noun(it.have, formula)} stands between {_noun(it.want, formula)} and {_noun(it.around, formula)}"
-    )
+    return f"{_noun(it.have, formula)} is between {_noun(it.want, formula)} and {_noun(it.around, formula)}"
 
 
 def _noun(term: Term, formula: Formula) -> str:
@@ -73,7 +71,7 @@ def _constant(it: Difference, formula: Formula) -> str:
     if it.name == "dims":
         return f"the {op} is taken over {_dims(it.found)}, expected over {_dims(it.expected)}"
     if op == "slice":
-        return f"{formula(it.have)} stands where {formula(it.want)} is expected"
+        return f"{formula(it.have)} is found where {formula(it.want)} is expected"
     if it.name == "shape":
         return f"its elements are in the shape {tuple(it.found)}, expected {tuple(it.expected)}"
     return f"{op} has {it.name or 'a constant'} {it.found!r}, expected {it.expected!r}"
@@ -86,7 +84,7 @@ def _dims(dims: Sequence[int]) -> str:
 def _numbers(it: Difference, formula: Formula) -> str:
     what = "scaled by" if it.want.op == "mul" else "shifted by"
     if isinstance(it.expected, Scalar):
-        return f"{formula(it.have)} is {what} {it.found:g}, expected a number that float32 has in full"
+        return f"{formula(it.have)} is {what} {it.found:g}, expected a number that float32 represents exactly"
     if it.found == -it.expected:
         return f"{formula(it.have)} has the other sign, expected {formula(it.want)}"
     return f"{formula(it.have)} is {what} {it.found:g}, expected {it.expected:g}"
@@ -94,7 +92,7 @@ def _numbers(it: Difference, formula: Formula) -> str:
 
 def _powers(it: Difference, formula: Formula) -> str:
     return (
-        f"{formula.power(it.have, it.found)} stands where {formula.power(it.want, it.expected)} is expected"
+        f"{formula.power(it.have, it.found)} is found where {formula.power(it.want, it.expected)} is expected"
     )
 
 
@@ -113,9 +111,7 @@ def _extra(it: Difference, formula: Formula) -> str:
 
 def _capture(it: Difference, formula: Formula) -> str:
     plain = Formula(formula.name, formula.is_call, {})
-    return (
-        f"{plain(it.found)} and {plain(it.expected)} stand where {it.want.consts[0]}, one tensor, is expected"
-    )
+    return f"{plain(it.found)} and {plain(it.expected)} are found where {it.want.consts[0]}, one tensor, is expected"
 
 
 def _rest(it: Difference, formula: Formula) -> str:
@@ -124,8 +120,8 @@ def _rest(it: Difference, formula: Formula) -> str:
         sorted((plain.power(*factor) for factor in it.found), key=lambda text: (len(text), text))
     )
     return (
-        f"{product} stands where {it.want.consts[0]}, one tensor, is expected, and is computed nowhere as one value; "
-        "multiply these first"
+        f"{product} is found where {it.want.consts[0]}, one tensor, is expected, and no node computes it as one value; "
+        "multiply these factors first"
     )
 
 
@@ -161,8 +157,8 @@ _GENERAL: Mapping[str, Callable[[Difference, Formula], str]] = {
 
 # (expected op, found op) -> the name of the found computation.
 WORDS: Mapping[tuple[str, str], str] = {
-    ("mean", "var"): "this is LayerNorm, which takes the mean off first",
-    ("mean", "std"): "this is LayerNorm, which takes the mean off first",
+    ("mean", "var"): "this is LayerNorm, which subtracts the mean first",
+    ("mean", "std"): "this is LayerNorm, which subtracts the mean first",
     ("mean", "amax"): "it normalizes by the largest channel, not by the root mean square",
     ("mean", "median"): "it normalizes by a median, not by the root mean square",
     ("silu", "sigmoid"): "this is GLU, or an output gate; SwiGLU gates with x * sigmoid(x)",
@@ -215,12 +211,12 @@ def _outside_the_root(it: Difference, formula: Formula) -> str | None:
     return "eps is added to the root, not under it" if is_root else "the root is missing"
 
 
-def _centred(it: Difference, formula: Formula) -> str | None:
+def _centered(it: Difference, formula: Formula) -> str | None:
     if it.kind != "capture":
         return None
     for term, other in ((it.found, it.expected), (it.expected, it.found)):
         if _takes_mean_off(term, other):
-            return "the mean is taken off in one of them only; LayerNorm takes it off in both"
+            return "the mean is subtracted in one of them only; LayerNorm subtracts it in both"
     return None
 
 
@@ -244,7 +240,9 @@ def _no_rotation(it: Difference, formula: Formula) -> str | None:
     if len(others) > 1:
         rows = " or ".join(sorted(others))
         return f"nothing in it is negated, and whether {rows} has the signs is not known; {definition}"
-    return "nothing in it is negated, so pairs are mirrored and not turned, unless the table has the signs"
+    return (
+        "nothing in it is negated, so pairs are mirrored instead of rotated, unless the table has the signs"
+    )
 
 
 FACTS: tuple[Callable[[Difference, Formula], str | None], ...] = (
@@ -252,6 +250,6 @@ FACTS: tuple[Callable[[Difference, Formula], str | None], ...] = (
     _l2_norm,
     _slope_of_gate,
     _outside_the_root,
-    _centred,
+    _centered,
     _no_rotation,
 )

@@ -36,7 +36,7 @@ MOST_NODES = (
 )
 _ADVICE = (
     "read them before the weights change, or compile with "
-    'options={"liger.logits": "eager"} to have them computed in the compiled graph'
+    'options={"liger.logits": "eager"} to compute them in the compiled graph'
 )
 
 _MOST_LIKES = 1024  # layouts (for example sequence lengths) that are remembered
@@ -238,9 +238,7 @@ class LateOutput:
         which = ", ".join(map(str, self.positions))
         if self.recipe is None:
             return f"the logits (graph output {which}) are None: liger.logits is 'none'"
-        return (
-            f"the logits (graph output {which}) are computed when they are read; liger.logits says otherwise"
-        )
+        return f"the logits (graph output {which}) are computed on the first read; the option liger.logits changes this"
 
     def fill(self, outputs: list[Any], inputs: Sequence[Any]) -> None:
         """Puts a LazyTensor in place of the returned hidden state."""

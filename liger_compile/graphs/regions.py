@@ -103,7 +103,7 @@ class Regions:
         entered: dict[Node, Region] = {}
         region = calls[0] if calls else around()
         if len({_modes(each) for each in calls}) > 1:
-            self.why_uncertain = "the calls of the body that it is in run in several modes"
+            self.why_uncertain = "the calls of its subgraph run in several modes"
         for position, node in enumerate(graph.nodes):
             self.of[node] = replace(region, stream=_stream_of(node))
             if is_switch(node):
@@ -295,8 +295,8 @@ def in_words(switch: Node) -> str:
     if _effect(name) in (_begin_transform, _end_transform):
         return f"a transform of torch.func {change}"
     if _effect(name) is None:
-        return f"{name} is called, which may change how what follows runs,"
-    return f"{name} changes how what follows runs"
+        return f"{name} is called, which may change the modes of later operations,"
+    return f"{name} changes the modes of later operations"
 
 
 _BEGINNINGS = (_enter_inference_mode, _enter_autocast, _begin_transform)

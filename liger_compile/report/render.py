@@ -33,7 +33,7 @@ def details(report: GraphReport) -> list[str]:
     nearest_first = sorted(report.near_misses, key=lambda near: -near.score)
     groups = _grouped(nearest_first, key=lambda near: (near.pattern, near.reason, near.place.source))
     rows = [_near_row(group) for group in groups[:MAX_NEAR_MISSES]]
-    lines += _section("Near misses: look like a pattern, and are left because they differ from it", rows)
+    lines += _section("Near misses: similar to a pattern, not replaced because they differ from it", rows)
     if len(groups) > MAX_NEAR_MISSES:
         lines.append(f"  and {len(groups) - MAX_NEAR_MISSES} more, in to_dict()")
     groups = _grouped(report.backward.sites, key=lambda site: (site.pattern, site.reason))

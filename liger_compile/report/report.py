@@ -169,7 +169,12 @@ class GraphReport:
     def to_dict(self) -> dict[str, Any]:
         """Returns the report as values that json.dumps accepts; docs/report_schema.md lists the fields."""
         counts = {kind: self.count(kind) for kind in ("replace", "annotate", "leave")}
-        content = {"schema": SCHEMA, **dataclasses.asdict(self), "counts": counts, "saved_bytes": self.saved_bytes}
+        content = {
+            "schema": SCHEMA,
+            **dataclasses.asdict(self),
+            "counts": counts,
+            "saved_bytes": self.saved_bytes,
+        }
         return json.loads(json.dumps(content))
 
     def __str__(self) -> str:

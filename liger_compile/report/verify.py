@@ -105,7 +105,7 @@ class Verification:
             *self._table(),
         ]
         if self.culprits:
-            lines += ["", f"The first rewrite that makes it differ (liger.fuel={self.fuel}):"]
+            lines += ["", f"The first rewrite that causes a difference (liger.fuel={self.fuel}):"]
             lines += [f"  {site.pattern}   {_where(site)}" for site in self.culprits]
             names = ", ".join(repr(name) for name in dict.fromkeys(site.pattern for site in self.culprits))
             lines += [
@@ -241,7 +241,7 @@ class _Reference:
         try:
             with precision.in_double():
                 exact = call.run(precision.as_double)
-            return _Reference(eager, exact, (), "Errors are those against a float64 run, relative (L2).")
+            return _Reference(eager, exact, (), "Errors are differences from a float64 run, relative (L2).")
         except Exception as error:
             nudged = [call.run(partial(_nudged, seed=seed)) for seed in range(NUDGES)]
             why = str(error).strip().splitlines()[:1]
@@ -364,9 +364,9 @@ def _more(after: Sequence[GraphReport], before: Sequence[GraphReport]) -> tuple[
 def _without_culprit(call: _Call, reference: _Reference, found: Verification) -> Verification:
     rows, _ = _compare(call, reference, {}, "inductor")
     note = (
-        "It differs without any rewrite too, and so it does under stock torch.compile: the difference is Inductor's."
+        "The step also differs without any rewrite, and under stock torch.compile: the difference is Inductor's."
         if not all(row.is_right for row in rows)
-        else "It differs without any rewrite too, and under stock torch.compile it does not: please report it."
+        else "The step also differs without any rewrite, but not under stock torch.compile: please report it."
     )
     if choices := sorted({name for report in found.reports for name in report.backward.choices}):
         names = ", ".join(map(repr, choices))

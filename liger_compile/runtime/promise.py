@@ -62,7 +62,7 @@ class Recipe:
         )
 
 
-CHANGED_IN_PLACE = "was changed in place (by an optimizer's step, say)"
+CHANGED_IN_PLACE = "was changed in place (for example by an optimizer's step)"
 CHANGED_UNSEEN = (
     "was changed (through another output that shares its memory, .data, NumPy, a raw pointer, or by an optimizer that "
     "has no step hooks)"

@@ -97,7 +97,7 @@ def _but_for_inputs(space: Space, mask: Term, queries: Size, keys: Size, why: st
         return Meaning("unknown", why, padding=padding, masks=masks)
     if kind not in _BUT_FOR_PADDING:
         return None
-    reason = f"it {_BUT_FOR_PADDING[kind]} but for the padding in {' and '.join(padding)}"
+    reason = f"it {_BUT_FOR_PADDING[kind]} except for the padding in {' and '.join(padding)}"
     return Meaning("unknown", reason, padding=padding)
 
 
@@ -242,7 +242,7 @@ class _Reader:
         key = (read.__name__, term, at)
         if key not in self.known:
             if self.depth == MAX_DEPTH:
-                raise UnreadError(f"it is made in more than {MAX_DEPTH} steps")
+                raise UnreadError(f"it is computed in more than {MAX_DEPTH} steps")
             if len(self.known) > MAX_READ:
                 raise UnreadError(f"it is made of more than {MAX_READ} parts")
             self.depth += 1
@@ -523,10 +523,10 @@ class _Reader:
 def _elsewhere(term: Term) -> str:
     """Returns a description of a mask that the positions of this graph do not determine."""
     if term.op != "leaf" or MADE_HERE in term.consts:
-        return "made in this graph, in a way that proofs about masks do not follow"
+        return "computed in this graph by operations that proofs about masks do not support"
     if _is_floating(term):
-        return "a bias, or a mask that was made elsewhere"
-    return "padding, packed sequences, or a mask that was made elsewhere"
+        return "a bias, or a mask from outside this graph"
+    return "padding, packed sequences, or a mask from outside this graph"
 
 
 def _is_floating(term: Term) -> bool:

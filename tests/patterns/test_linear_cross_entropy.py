@@ -169,7 +169,7 @@ def test_logits_that_are_returned_prevent_it_and_the_report_says_so(run_liger):
     result, (report,) = run_liger(f, X, W, LABELS, policy="auto", logits="eager")
     (site,) = report.sites
     assert site.kind == "leave" and site.pattern.startswith("linear_cross_entropy.")
-    assert "the logits are needed elsewhere (the graph returns them)" in site.reason
+    assert "the logits are used elsewhere (the graph returns them)" in site.reason
     torch.testing.assert_close(result, f(X, W, LABELS))
 
 
