@@ -4,7 +4,7 @@
 
     options.md               the table, from liger_compile/options.py
     functional.md, api.md    from the docstrings of the public names
-    architecture.md          the line of each stop: `name`, [`file.py:12`](../file.py#L12)
+    architecture.md          the line of each stop: `name`, `file.py:12`
 
 tests/test_reference.py checks that nothing is out of date.
 """
@@ -27,8 +27,8 @@ DOCS = Path(__file__).parent
 ROOT = DOCS.parent
 GENERATED = "<!-- Written by `python docs/update.py`: edit the source instead. -->"
 BETWEEN = re.compile(rf"(?<={re.escape(GENERATED)}\n).*?(?=<!-- End -->)", re.DOTALL)
-# `Terms`, [`liger_compile/terms/build.py:60`](../liger_compile/terms/build.py#L60)
-STOP = re.compile(r"`(?P<name>[\w.]+)`, \[`(?P<file>[\w/]+\.py):(?P<line>\d+)`\]\(\.\./[\w/]+\.py#L\d+\)")
+# `Terms`, `liger_compile/terms/build.py:60`
+STOP = re.compile(r"`(?P<name>[\w.]+)`(?P<gap>,\s+)`(?P<file>[\w/]+\.py):(?P<line>\d+)`")
 INTERNAL = ("of_variant", "with_notes")  # methods that only the backend calls
 SECTION = re.compile(r"^(Args|Returns|Raises):\n((?:^ +.*\n?|^\n)+)", re.MULTILINE)
 
@@ -123,7 +123,7 @@ def with_lines(text: str) -> str:
             line = definitions(path).get(name) if path.exists() else None
             if line:
                 file = path.relative_to(ROOT).as_posix()
-                return f"`{name}`, [`{file}:{line}`](../{file}#L{line})"
+                return f"`{name}`{found['gap']}`{file}:{line}`"
         raise LookupError(
             f"no file defines {name!r}, which the page places in {found['file']}: edit the page"
         )

@@ -47,10 +47,10 @@ def test_the_generated_pages_have_every_option_and_name():
 
 
 def test_lines_follow_a_definition_that_has_moved():
-    page = "`Options`, [`liger_compile/nowhere.py:7`](../liger_compile/nowhere.py#L7)"
+    page = "`Options`,\n`liger_compile/nowhere.py:7`"
     moved = update.with_lines(page)
     line = update.definitions(ROOT / "liger_compile" / "options.py")["Options"]
-    assert moved == f"`Options`, [`liger_compile/options.py:{line}`](../liger_compile/options.py#L{line})"
+    assert moved == f"`Options`,\n`liger_compile/options.py:{line}`"
     with pytest.raises(LookupError, match="no file defines 'NoSuchName'"):
         update.with_lines(page.replace("Options", "NoSuchName"))
 
@@ -71,6 +71,11 @@ def test_a_name_that_a_page_places_in_a_file_is_defined_there(page: Path):
     for name, file in PLACED.findall(page.read_text()):
         paths = [*(ROOT / "liger_compile").rglob(file), *ROOT.glob(file)]
         assert any(name in update.definitions(path) for path in paths), f"{file} does not define {name}"
+
+
+def test_the_walk_has_its_stops_and_no_other_lines():
+    page = (DOCS / "architecture.md").read_text()
+    assert len(update.STOP.findall(page)) == len(re.findall(r"\.py:\d+`", page)) > 30
 
 
 # The schema.
