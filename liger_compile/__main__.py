@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import importlib
 import importlib.util
 import json
@@ -49,13 +48,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     demo_parser = commands.add_parser(
         "demo",
-        help="train a small Llama three ways and compare losses and memory (about three minutes)",
-        description="Train a small Llama on the source of Python's standard library three ways: eager, "
+        help="train a small Llama in three ways and compare losses and memory (about three minutes)",
+        description="Train a small Llama on the source of Python's standard library in three ways: eager, "
         "stock torch.compile and backend='liger'. Prints the losses, the peak memory of each and what was "
         "rewritten. Exit code 0 if the losses agree.",
     )
-    for field in dataclasses.fields(demo.Sizes):
-        demo_parser.add_argument(f"--{field.name}", type=int, default=field.default, help=argparse.SUPPRESS)
+    for name, size in demo.Sizes()._asdict().items():
+        demo_parser.add_argument(f"--{name}", type=int, default=size, help=argparse.SUPPRESS)
     demo_parser.add_argument("--compiler", default="inductor", help=argparse.SUPPRESS)
 
     explain_parser = commands.add_parser(
@@ -89,10 +88,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     chosen = parser.parse_args(arguments)
     if chosen.command == "demo":
-        if not importlib.util.find_spec("transformers"):
-            parser.error("the demo needs transformers; install it with: pip install 'liger-compile[demo]'")
-        sizes = {field.name: getattr(chosen, field.name) for field in dataclasses.fields(demo.Sizes)}
-        return demo.main(demo.Sizes(**sizes), chosen.compiler)
+        if missing := [name for name in ("transformers", "rich") if not importlib.util.find_spec(name)]:
+            needs = " and ".join(missing)
+            parser.error(f"the demo needs {needs}; install with: pip install 'liger-compile[demo]'")
+        sizes = demo.Sizes(*(getattr(chosen, name) for name in demo.Sizes._fields))
+        return demo.main(sizes, chosen.compiler)
     if chosen.command in ("explain", "verify"):
         try:
             model, args, kwargs = _call_of(chosen.target)

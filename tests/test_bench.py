@@ -194,6 +194,14 @@ def test_curves_are_compared_with_what_rounding_does(module):
     assert ours["max_difference"] == pytest.approx(2 * ours["mean_difference"]) == pytest.approx(0.015)
 
 
+def test_the_vocabulary_of_a_text_loses_nothing(module):
+    text = "def f(x):\n    return some_name + 'caf\u00e9 \u4f60'\n\n" * 3 + "rareword"
+    vocabulary = module("convergence").Vocabulary(text, 256 + 12)
+    ids = vocabulary.encode(text)
+    assert vocabulary.decode(ids) == text
+    assert max(ids) < 256 + 12 and len(ids) < len(text)
+
+
 def test_training_with_liger_converges_as_eager_does(module, tmp_path):
     arguments = ["--device", "cpu", "--model", "tiny", "--steps", "3", "--batch", "2x16"]
     assert module("convergence").main([*arguments, "--compiler", "aot_eager", "--out", str(tmp_path)]) == 0

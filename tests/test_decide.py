@@ -327,7 +327,7 @@ def test_which_mode_changes_and_where(run_liger, first, then, what):
             with then():
                 return w * (x * torch.rsqrt(variance + 1e-6))
 
-    reason = f"{what} between variance and add, and a replacement runs in one mode; compute the whole pattern on one side"
+    reason = f"{what} between variance and add, and a replacement runs in one mode; compute the whole pattern on one"
     assert_left(run_liger, f, X, W, reason=reason)
 
 

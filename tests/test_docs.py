@@ -58,21 +58,22 @@ def _without_inductor(monkeypatch):
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)
 @pytest.mark.usefixtures("_registered_patterns_restored", "_without_inductor")
 def test_a_page_is_a_program_that_prints_what_it_shows(path, tmp_path):
-    namespace = {"__name__": path.stem}
-    source = tmp_path / f"{path.stem}.py"  # Dynamo reads the source of what it traces
-    written, printed = "", None
-    for language, lines_above, content in blocks_of(path):
+    blocks, lines = blocks_of(path), [""] * path.read_text().count("\n")
+    for language, above, content in blocks:
         if language == "python":
-            # The lines are those of the page, so that tracebacks name them.
-            blank = "\n" * (lines_above - written.count("\n"))
-            written += blank + content
-            source.write_text(written)
-            code = compile("\n" * lines_above + content, str(source), "exec")
+            lines[above : above + content.count("\n")] = content.splitlines()
+    source = tmp_path / f"{path.stem}.py"  # Dynamo and tracebacks read it; a line has its number on the page
+    source.write_text("\n".join(lines))
+    namespace = {"__name__": path.stem}
+    printed = None
+    for language, above, content in blocks:
+        if language == "python":
+            code = compile("\n" * above + content, str(source), "exec")
             with contextlib.redirect_stdout(io.StringIO()) as stream:
                 exec(code, namespace)
             printed = stream.getvalue()
         elif language == "text":
-            assert without_figures(printed) == without_figures(content), f"{path.name}:{lines_above}"
+            assert without_figures(printed) == without_figures(content), f"{path.name}:{above}"
 
 
 def test_pages_with_code_are_found():

@@ -12,8 +12,11 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
+import shutil
+import sysconfig
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -21,7 +24,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import liger_compile
-from liger_compile.cli.demo import inductor_needs
 from liger_compile.ops.dispatch import has_kernel
 from liger_compile.options import Options, parse
 from liger_compile.report.verify import Verification, verify
@@ -180,6 +182,17 @@ def _discovery(_: str) -> Iterator[Finding]:
             "--",
             f"pip installed version {installed}, but Python imports {liger_compile.__version__}; install again",
         )
+
+
+def inductor_needs() -> str | None:
+    """Returns what Inductor lacks on this machine, or None."""
+    if torch.cuda.is_available():
+        return None if importlib.util.find_spec("triton") else "triton is not installed"
+    if not any(shutil.which(compiler) for compiler in (os.environ.get("CXX", "g++"), "clang++", "cl")):
+        return "there is no C++ compiler (g++ or clang++)"
+    if not Path(sysconfig.get_paths()["include"], "Python.h").exists():
+        return "Python's C headers (Python.h) are not installed"
+    return None
 
 
 def _compiler(inner: str) -> Iterator[Finding]:
