@@ -91,7 +91,7 @@ def rewritten(
     """
     describe_operands(gm)
     generic = run_steps(specialize.copied(gm), patterns, options, inductor_options)
-    is_readable = not any(isinstance(each, FakeTensor) for each in example_inputs)
+    is_readable = not any(isinstance(value, FakeTensor) for value in example_inputs)
     if options.padding != "auto" or not is_readable or specialize.of_part(gm):
         return generic, None
     assumptions = specialize.find_assumptions(gm, generic.padding, generic.masks, example_inputs)
@@ -152,10 +152,12 @@ def _rewrite_one(
     if is_top:
         found.notes.extend(notes_on_logits(graph, terms))
         logits = logits_in(graph, terms)
-        staying = {each: why_logits_stay or _why_read(regions.of[each.head], options) for each in logits}
+        staying = {
+            output: why_logits_stay or _why_read(regions.of[output.head], options) for output in logits
+        }
         reasons = dict.fromkeys(filter(None, staying.values()))
         found.notes.extend(f"the logits are computed in the graph: {why}" for why in reasons)
-        deferred = take_out([each for each, why in staying.items() if not why], terms)
+        deferred = take_out([output for output, why in staying.items() if not why], terms)
     matches, missed = find_matches(graph, patterns, terms, strict=options.strict)
     decided = partial(
         decide,
@@ -251,13 +253,13 @@ def _backward_plan(options: Options, fuel: int | None, report: GraphReport) -> B
 
     def made(changes: Iterable[tuple[Pass, Applied]]) -> None:
         sites = [
-            site_of_pass(each.name, applied.node, applied.what, applied.memory, applied.traffic)
-            for each, applied in changes
+            site_of_pass(one_pass.name, applied.node, applied.what, applied.memory, applied.traffic)
+            for one_pass, applied in changes
         ]
         report.backward.add(report.name, sites)
 
     return BackwardPlan(
-        passes=tuple(each for each in DEFAULT_PASSES if not options.skips(each.name)),
+        passes=tuple(one_pass for one_pass in DEFAULT_PASSES if not options.skips(one_pass.name)),
         choices=tuple(name for name in CHOICES if not options.skips(name)),
         fuel=fuel,
         strict=options.strict,

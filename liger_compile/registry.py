@@ -39,7 +39,7 @@ def register_pattern(pattern: Pattern, *, replace_existing: bool = False) -> Non
             "write Pattern(name=..., search=..., replace=..., examples=...), and register several one by one"
         )
     registered = [
-        each for name, each in _registered.items() if not (replace_existing and name == pattern.name)
+        other for name, other in _registered.items() if not (replace_existing and name == pattern.name)
     ]
     _refuse_taken_name(pattern, (*default_patterns(), *_installed(), *registered))
     validate(pattern)

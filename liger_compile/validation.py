@@ -68,18 +68,18 @@ def _tracing() -> Iterator[None]:
 
 # The requirement of each field: a test, and text that completes "expected ...".
 _FIELDS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
-    "name": (lambda it: isinstance(it, str) and bool(it.strip()), "a name such as 'rms_norm.llama'"),
+    "name": (lambda value: isinstance(value, str) and bool(value.strip()), "a name such as 'rms_norm.llama'"),
     "search": (callable, "a function"),
-    "replace": (lambda it: it is None or callable(it), "a function or None"),
+    "replace": (lambda value: value is None or callable(value), "a function or None"),
     "examples": (
-        lambda it: isinstance(it, Mapping) and all(isinstance(key, str) for key in it),
+        lambda value: isinstance(value, Mapping) and all(isinstance(key, str) for key in value),
         "a dictionary from the names of the parameters of search to example values",
     ),
     **dict.fromkeys(
         ("check", "profit", "saves"),
-        (lambda it: it is None or callable(it), "a function of a match, or None"),
+        (lambda value: value is None or callable(value), "a function of a match, or None"),
     ),
-    **dict.fromkeys(("is_cheap", "is_loss"), (lambda it: isinstance(it, bool), "True or False")),
+    **dict.fromkeys(("is_cheap", "is_loss"), (lambda value: isinstance(value, bool), "True or False")),
 }
 
 
@@ -275,11 +275,11 @@ def _faults(
 
 def _check_returned(pattern: Pattern, function: str, returned: Any) -> tuple[torch.Tensor, ...]:
     results = returned if isinstance(returned, tuple) else (returned,)
-    wrong = next((each for each in results if not isinstance(each, torch.Tensor)), None)
+    wrong = next((result for result in results if not isinstance(result, torch.Tensor)), None)
     if wrong is not None or not results or returned is None:
-        what = "an empty tuple" if isinstance(returned, tuple) and not returned else described(wrong)
+        words = "an empty tuple" if isinstance(returned, tuple) and not returned else described(wrong)
         within = " in a tuple" if isinstance(returned, tuple) and returned else ""
-        _refuse(pattern, f"{function} could not be traced (it returns {what}{within}); {_RETURNS}")
+        _refuse(pattern, f"{function} could not be traced (it returns {words}{within}); {_RETURNS}")
     return results
 
 

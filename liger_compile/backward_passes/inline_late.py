@@ -52,7 +52,7 @@ def _inline(graph: Graph, node: Node, decompositions: Mapping[Any, Callable[...,
         )
         return LATE_OPS[node.target](*args, **kwargs)
 
-    values = [each.meta["val"] for each in inputs]
+    values = [node.meta["val"] for node in inputs]
     with detect_fake_mode(values) or contextlib.nullcontext():
         traced = make_fx(body, dict(decompositions))(*values).graph
     if traced.find_nodes(op="get_attr"):

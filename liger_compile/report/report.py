@@ -231,9 +231,9 @@ def _site(decision: Decision) -> Site:
     )
 
 
-def site_of_pass(name: str, node: Node, what: str, memory: int, traffic: int) -> Site:
+def site_of_pass(name: str, node: Node, text: str, memory: int, traffic: int) -> Site:
     """Returns the site of a pass: `memory` bytes are no longer allocated, about `traffic` bytes no longer moved."""
-    reason = f"{what}; about {size(traffic)} less is read and written" if traffic else what
+    reason = f"{text}; about {size(traffic)} less is read and written" if traffic else text
     return Site(
         pattern=name,
         kind="replace",

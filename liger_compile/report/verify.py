@@ -274,7 +274,7 @@ class _Reference:
         norm = torch.where(exact.isfinite(), exact, 0).double().norm().item() or 1.0
         eager_error, allowed = precision.error_of(eager, eager, exact), precision.bound(eager, exact, FACTOR)
         if self.exact is None:
-            others = [precision.error_of(each[name], eager, eager) for each in self.nudged]
+            others = [precision.error_of(run[name], eager, eager) for run in self.nudged]
             eager_error = max(others)
             allowed = NOISE * eager_error + precision.bound(eager, eager)
         return replace(
@@ -303,7 +303,7 @@ def _nudged(tree: Any, seed: int) -> Any:
                 tensor.mul_((1 + way * torch.finfo(tensor.dtype).eps).to(tensor.dtype))
 
     copied = precision.copied(tree)
-    for tensor in {id(each): each for each in _named(copied).values()}.values():
+    for tensor in {id(tensor): tensor for tensor in _named(copied).values()}.values():
         nudge(tensor)
     return copied
 

@@ -291,7 +291,7 @@ def _is_private(node: Node, match: Match, mutations: Mutations) -> bool:
     if is_lent or not mutations.is_known(node):
         return False
     sharing = (n for n in match.nodes if n not in match.outputs and memory & mutations.memory(n))
-    return all(user in inside for each in sharing for user in each.users)
+    return all(user in inside for node in sharing for user in node.users)
 
 
 def _refuse_late_captures(match: Match, context: _Context) -> str | None:

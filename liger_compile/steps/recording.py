@@ -179,7 +179,7 @@ class Recorder(TorchFunctionMode):
 
     def _size(self, value: torch.SymInt) -> Node:
         """Returns a node for a symbolic size: the size of a tensor that the replacement has."""
-        for tensor in [each for each in self.alive if isinstance(each, torch.Tensor)]:
+        for tensor in [value for value in self.alive if isinstance(value, torch.Tensor)]:
             for dim, size in enumerate(tensor.shape):
                 if isinstance(size, torch.SymInt) and size_of(size) == size_of(value):
                     node = self.graph.call_method("size", (self.node_of[id(tensor)], dim))
@@ -256,7 +256,7 @@ def _name(func: Any) -> str:
 
 def _without_gradients(func: Any, args: tuple, kwargs: dict) -> Any:
     """Runs a higher-order op without gradients: only shapes are needed, and it would trace the gradient too."""
-    tensors = [each for each in tree_leaves((args, kwargs)) if isinstance(each, torch.Tensor)]
+    tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
     needs_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
     with torch.no_grad():
         out = func(*args, **kwargs)

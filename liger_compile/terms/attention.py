@@ -60,7 +60,7 @@ def attention(
     if type(dropout_p) is float and dropout_p:
         dropout_p = Draw(dropout_p)
     # Autocast casts the operands without a node in the graph.
-    q, k, v = (normalize.cast(call.space, each, call.dtype) for each in (query, key, value))
+    q, k, v = (normalize.cast(call.space, tensor, call.dtype) for tensor in (query, key, value))
     mask = call.space.none if attn_mask is None else attn_mask
     consts = (is_causal, dropout_p, const_of(scale))
     return _attention(call.space, "keeps its mask", mask, q, k, v, consts, call.shape)
@@ -81,7 +81,7 @@ def _attention(
         return None
     if k.shape[:2] != v.shape[:2] or k.shape[:1] != q.shape[:1] or shape != (*q.shape[:-1], v.shape[-1]):
         return None  # also excludes a mask with a larger batch, whose rows see different keys
-    if not all(isinstance(each.shape[dim], int) for each in (q, k, v) for dim in (1, 3)):
+    if not all(isinstance(tensor.shape[dim], int) for tensor in (q, k, v) for dim in (1, 3)):
         if mask is space.none:
             return None
         term = space.intern("attention_of_any_heads", (mask, q, k, v), consts, q.dtype, shape)
@@ -110,8 +110,8 @@ def _canonical(space: Space, mask: Term, meaning: Meaning) -> Term:
     return space.intern(names[meaning.kind], (), consts, torch.bool, ())
 
 
-def _noted(space: Space, term: Term, what: str, reason: str, meaning: Meaning | None = None) -> Term:
-    space.found_out["note", term] = Note(what, reason, meaning)
+def _noted(space: Space, term: Term, outcome: str, reason: str, meaning: Meaning | None = None) -> Term:
+    space.found_out["note", term] = Note(outcome, reason, meaning)
     return term
 
 
@@ -375,5 +375,5 @@ def notes_in(space: Space, terms: Iterable[Any]) -> list[Note]:
 
 def sentences(notes: Iterable[Note]) -> Iterator[str]:
     """Yields one sentence for each distinct note."""
-    for (what, reason), times in Counter((note.what, note.reason) for note in notes).items():
-        yield f"attention {what} {times}x: {reason}"
+    for (outcome, reason), times in Counter((note.what, note.reason) for note in notes).items():
+        yield f"attention {outcome} {times}x: {reason}"

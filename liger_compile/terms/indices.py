@@ -267,7 +267,7 @@ class _Reader:
         if term.op == "mul" and term.consts[0] == Scalar(1.0) and all(p >= 1 for p in term.consts[1:]):
             return self._every(self.truth(factor, at) for factor in term.args)
         if term.op == "add" and term.consts[0] == Scalar(0.0):  # a sum of booleans is true if any of them is
-            return self.not_(self._every(self.not_(self.truth(each, at)) for each in term.args))
+            return self.not_(self._every(self.not_(self.truth(part, at)) for part in term.args))
         if term.op == "masks":
             return self._every(self._lets_through(mask, at) for mask in term.args)
         if term.op == "full":
