@@ -224,7 +224,7 @@ def test_logits_of_a_loss_elsewhere_are_noted(run_liger):
     assert not report.notes
 
 
-def test_a_head_is_told_by_the_tokens_that_the_graph_embeds(run_liger):
+def test_a_head_is_recognized_by_the_vocabulary_that_the_graph_embeds(run_liger):
     table, head, up = torch.nn.Embedding(24, 16), torch.nn.Linear(16, 24), torch.nn.Linear(16, 160)
     ids = torch.tensor([1, 2, 3])
     _, (report,) = run_liger(lambda ids: head(table(ids).tanh()), ids)  # not much wider than the model

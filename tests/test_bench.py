@@ -129,7 +129,7 @@ def test_the_largest_that_fits_is_found_to_an_eighth(module, limit):
     assert found == min(limit, 2048) or limit < 8 or found > limit - max(limit // 8, 1)
 
 
-def test_scale_is_told_for_each_variant(module, tmp_path, monkeypatch):
+def test_scale_is_measured_for_each_variant(module, tmp_path, monkeypatch):
     step = module("step")
     monkeypatch.setattr(step.Step, "fits", lambda self, batch, length: batch * length <= 100)
     eager = step.Step(step.Case("tiny", "2x16", device="cpu"), step.VARIANTS["eager"])

@@ -279,7 +279,7 @@ def test_symbolic_sizes(how):
     assert found() == BOTH * (1 if how == "dynamic=True" else 2)
 
 
-def test_the_note_says_when_it_runs():
+def test_the_note_states_the_calls_that_use_the_graph():
     fast = compiled(attend)
     for mask in (ones().tril(), changed(ones().tril())):
         fast(*inputs(), mask)

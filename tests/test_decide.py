@@ -594,7 +594,7 @@ def _doubles(nested):
     ],
     ids=["packet", "of a view", "foreach", "hidden", "numpy", "checkpoint", "statistics", "vmap"],
 )
-def test_a_write_that_no_schema_tells_is_seen(run_liger, write):
+def test_a_write_that_no_schema_declares_is_found(run_liger, write):
     def f(x, w):
         y = x * 1
         before = norm(y, w)
@@ -673,7 +673,7 @@ def gradients_of(function, *args):
 
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("around", [contextlib.nullcontext, torch.enable_grad])
-def test_what_is_made_without_gradients_stands_in_for_nothing(run_liger, context, around):
+def test_values_computed_without_gradients_replace_no_others(run_liger, context, around):
     def f(x, w):
         with around():
             return loss_and_scale(context)(x, w)

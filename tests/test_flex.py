@@ -299,7 +299,7 @@ LEFT = {
 
 
 @pytest.mark.parametrize("function", LEFT)
-def test_what_is_left_says_why(run_liger, function):
+def test_attention_that_is_left_has_a_reason(run_liger, function):
     torch.manual_seed(0)
     result, (report,) = run_liger(function, *inputs(groups=HEADS))
     assert not report.sites

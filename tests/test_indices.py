@@ -260,7 +260,7 @@ def test_reasons_name_what_was_not_read():
 
 
 @pytest.mark.parametrize("is_dynamic", [False, True], ids=["static", "dynamic"])
-def test_padding_is_told_from_what_else_is_not_known(is_dynamic):
+def test_padding_is_distinguished_from_other_unknown_masks(is_dynamic):
     def to_none(x, y, p):
         return (1.0 - p[:, None, None, :].float()) * torch.finfo(torch.float32).min
 
@@ -308,7 +308,7 @@ def test_as_many_queries_as_keys(is_dynamic):
     assert found.kind == "unknown" and "its shape" in found.reason
 
 
-def test_attention_says_why_it_keeps_its_mask():
+def test_attention_that_keeps_its_mask_has_a_reason():
     found = []
 
     def backend(gm, _):

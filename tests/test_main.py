@@ -77,7 +77,7 @@ def test_explain_for_programs(folder: Path):
         ("my_model:nothing", "return (model, kwargs) or (model, args, kwargs)"),
     ],
 )
-def test_explain_says_what_is_wrong_with_its_argument(folder: Path, target: str, sentence: str):
+def test_explain_states_the_fault_of_its_argument(folder: Path, target: str, sentence: str):
     done = run("explain", target, cwd=folder)
     assert done.returncode == 2 and sentence in done.stderr
 

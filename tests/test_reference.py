@@ -173,7 +173,7 @@ def test_changes_in_backward_have_the_fields_of_the_page():
         ({"saved_bytes": None}, r"\.saved_bytes: None is no int"),
     ],
 )
-def test_a_field_that_is_not_as_the_page_says_is_found(change: dict[str, Any], problem: str):
+def test_a_field_that_differs_from_the_page_is_found(change: dict[str, Any], problem: str):
     content = GraphReport("0/0", 2, (), ()).to_dict()
     assert problems(content, "Report") == []
     assert re.search(problem, "\n".join(problems(content | change, "Report")))

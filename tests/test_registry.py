@@ -285,7 +285,7 @@ REFUSALS = {
 
 
 @pytest.mark.parametrize("case", REFUSALS)
-def test_a_pattern_that_cannot_be_right_is_told_what_to_change(case):
+def test_an_invalid_pattern_is_refused_with_advice(case):
     wrong, sentence = REFUSALS[case]
     with pytest.raises(ValueError) as error:
         register_pattern(wrong)
@@ -314,18 +314,18 @@ def test_a_pattern_that_cannot_be_right_is_told_what_to_change(case):
         ("is_loss", 1, "is_loss is 1, a value of type int; expected True or False"),
     ],
 )
-def test_a_field_of_another_type_is_told(field, value, sentence):
+def test_a_field_of_the_wrong_type_is_refused(field, value, sentence):
     with pytest.raises(TypeError, match=re.escape(sentence)):
         register_pattern(dataclasses.replace(MINE, **{field: value}))
 
 
 @pytest.mark.parametrize("given", [swish_gate, (MINE,), None])
-def test_what_is_no_pattern_is_told(given):
+def test_a_value_that_is_no_pattern_is_refused(given):
     with pytest.raises(TypeError, match=r"register_pattern: expected a Pattern, got .*; write Pattern"):
         register_pattern(given)
 
 
-def test_a_tensor_of_a_closure_is_told():
+def test_a_tensor_of_a_closure_is_refused():
     table = torch.ones(2)
     sentence = (
         r"it uses a tensor that is none of its parameters; make it a parameter, or create it in the function$"
@@ -425,7 +425,7 @@ def test_two_options_of_one_name_are_refused():
         patterns_in_use((MINE, dataclasses.replace(MINE, search=in_a_row)))
 
 
-def test_unregistering_says_what_is_registered():
+def test_unregistering_an_unknown_name_lists_the_registered_names():
     with pytest.raises(KeyError, match=r"no registered pattern is named 'mine.gate'; registered are: none"):
         unregister_pattern("mine.gate")
     register_pattern(MINE)

@@ -93,7 +93,7 @@ def test_layers_are_folded_into_one_group():
     ]
 
 
-def test_what_is_left_alone_says_why_and_is_not_counted_as_saved():
+def test_sites_left_alone_have_a_reason_and_save_nothing():
     gm = layer_graph(layers=3)
     first, second, third = matches(gm, "rms_norm.llama")
     reason = "the weight is changed between the norm and its use, so the norm has to be computed where it is"
@@ -246,7 +246,7 @@ def test_the_path_through_a_wrapper_that_has_a_getattr_of_its_own():
     assert site.place.module == "base_model.0" and site.place.module_class == "Norm"
 
 
-def test_frames_of_pytorch_itself_are_not_where_the_user_looks():
+def test_a_place_is_outside_of_pytorch():
     gm = layer_graph(layers=1)
     (match,) = matches(gm, "rms_norm.torch")
     inside = os.path.join(os.path.dirname(torch.__file__), "nn/modules/normalization.py")
@@ -420,7 +420,7 @@ def test_inside_of_a_checkpoint_nothing_would_have_been_kept(policy: str):
     assert reported(forward, policy=policy).saved_bytes == 0
 
 
-def test_explain_tells_what_inductor_would_be_given():
+def test_explain_reports_the_graph_for_inductor():
     (report,) = explain(Layer(), torch.randn(2, 5, 8)).graphs
     assert saved(report) == KEPT
 
@@ -533,7 +533,7 @@ def test_explain_reports_one_call_and_puts_everything_back():
     assert json.loads(json.dumps(again.to_dict())) == again.to_dict()
 
 
-def test_explain_tells_of_graph_breaks():
+def test_explain_reports_graph_breaks():
     def broken(x: torch.Tensor) -> torch.Tensor:
         y = x * 2
         torch._dynamo.graph_break()

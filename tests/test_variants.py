@@ -305,7 +305,7 @@ def test_reports_say_which_graph_is_whose():
     assert without.to_dict()["variant"] == "without padding"
 
 
-def test_explain_tells_of_the_call_that_it_makes():
+def test_explain_reports_the_variant_of_its_call():
     (graph,) = liger_compile.explain(causal, *inputs(), masks()[0]).graphs
     assert graph.variant == specialize.WITHOUT
     (graph,) = liger_compile.explain(causal, *inputs(), masks()[1]).graphs

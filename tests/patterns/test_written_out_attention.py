@@ -338,7 +338,7 @@ STAYS = {
 
 
 @pytest.mark.parametrize("name", STAYS)
-def test_what_stays_says_why(run_liger, name):
+def test_attention_that_stays_written_out_has_a_reason(run_liger, name):
     function, reason = STAYS[name]
     result, sites, (note,) = sites_and_notes(run_liger, function, *inputs())
     assert not sites and note.startswith(f"attention stays written out {reason}")
