@@ -413,9 +413,9 @@ class _Reader:
         """Returns torch.diff of positions along a dimension, with one prepended element or none."""
         (source, before), (dim,) = term.args, term.consts
 
-        def read(what: Term, where: Linear) -> Linear:
+        def read(positions: Term, where: Linear) -> Linear:
             moved = (*at[: len(at) + dim], where, *at[len(at) + dim + 1 :])
-            return self._single(self.number(what, moved), term)
+            return self._single(self.number(positions, moved), term)
 
         here = at[dim]
         if before.op == "none":
