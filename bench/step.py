@@ -344,8 +344,8 @@ class Floor(Step):
                 torch.mm(self._rows[outer], weight, out=self._products[inner])
                 torch.mm(self._rows[outer].t(), self._rows[inner], out=self._gradients[weight.shape])
             self._copy(self._elements[1])
-        for each in attended:
-            torch.autograd.grad(each, self._qkv, self._upstream)
+        for output in attended:
+            torch.autograd.grad(output, self._qkv, self._upstream)
         mark()
 
     def _copy(self, elements: int) -> None:

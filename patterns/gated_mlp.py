@@ -52,7 +52,7 @@ def check(match: Match) -> str | None:
     return None
 
 
-_MARKED = "Inductor fuses the gate with its neighbours; h is cheap to compute again in backward"
+_MARKED = "Inductor fuses the gate with its neighbors; h is cheap to recompute in backward"
 
 
 def profit(match: Match) -> str | Annotate:

@@ -47,9 +47,11 @@ def profit(match: Match) -> str | None:
             returned = any(user.op == "output" for user in users)
             by = "the graph returns them" if returned else f"{users[0].name} reads them"
             advice = (
-                "compile a function that returns only the loss" if returned else "take them from another call"
+                "compile a function that returns only the loss"
+                if returned
+                else "compute them in another call"
             )
-            return f"the logits are needed elsewhere ({by}), so nothing would be saved; {advice} to fuse it"
+            return f"the logits are used elsewhere ({by}), so fusion would save nothing; {advice} to fuse head and loss"
     return needs_kernel(match) or few_logits(match.result.device, saved_bytes(match))
 
 

@@ -131,7 +131,7 @@ def test_the_largest_that_fits_is_found_to_an_eighth(module, limit):
     assert found == min(limit, 2048) or limit < 8 or found > limit - max(limit // 8, 1)
 
 
-def test_scale_is_told_for_each_variant(module, tmp_path, monkeypatch):
+def test_scale_is_measured_for_each_variant(module, tmp_path, monkeypatch):
     step = module("step")
     monkeypatch.setattr(step.Step, "fits", lambda self, batch, length: batch * length <= 100)
     eager = step.Step(step.Case("tiny", "2x16", device="cpu"), step.VARIANTS["eager"])
@@ -194,6 +194,14 @@ def test_curves_are_compared_with_what_rounding_does(module):
     ours = convergence.compared(curves)[convergence.OURS]
     assert ours["of_nudged"] == pytest.approx(1.5) and ours["of_other_weights"] == pytest.approx(0.15)
     assert ours["max_difference"] == pytest.approx(2 * ours["mean_difference"]) == pytest.approx(0.015)
+
+
+def test_the_vocabulary_of_a_text_loses_nothing(module):
+    text = "def f(x):\n    return some_name + 'caf\u00e9 \u4f60'\n\n" * 3 + "rareword"
+    vocabulary = module("convergence").Vocabulary(text, 256 + 12)
+    ids = vocabulary.encode(text)
+    assert vocabulary.decode(ids) == text
+    assert max(ids) < 256 + 12 and len(ids) < len(text)
 
 
 def test_training_with_liger_converges_as_eager_does(module, tmp_path):

@@ -342,9 +342,7 @@ def test_which_mode_changes_and_where(run_liger, first, then, what):
             with then():
                 return w * (x * torch.rsqrt(variance + 1e-6))
 
-    reason = (
-        f"{what} between variance and add, and a replacement runs in one mode; compute all of it on one side"
-    )
+    reason = f"{what} between variance and add, and a replacement runs in one mode; compute the whole pattern on one"
     assert_left(run_liger, f, X, W, reason=reason)
 
 
@@ -421,7 +419,7 @@ def test_a_view_of_an_input_stays_one(run_liger):
     def f(x):
         return x.transpose(0, 1) * 2
 
-    assert_left(run_liger, f, X, reason="is a view of an input, and has to stay one", patterns=(swap,))
+    assert_left(run_liger, f, X, reason="is a view of an input, and must stay a view", patterns=(swap,))
 
 
 def test_an_output_that_is_needed_before_the_last_input_is_left(run_liger):
@@ -439,7 +437,7 @@ def test_a_loss_in_a_checkpoint_body_is_left(run_liger):
         return checkpoint(loss, x, w, target, use_reentrant=False)
 
     args = torch.randn(4, 8, requires_grad=True), torch.randn(11, 8), torch.tensor([1, 2, 3, 4])
-    assert_left(run_liger, f, *args, reason="a loss inside a checkpoint body runs twice")
+    assert_left(run_liger, f, *args, reason="a loss inside a checkpoint runs twice")
 
 
 def test_a_norm_in_a_checkpoint_body_is_replaced(run_liger):
@@ -472,7 +470,7 @@ def test_profit_refuses_with_its_sentence_unless_the_policy_is_always(run_liger)
         return F.cross_entropy(logits, target), logits.exp()
 
     args = torch.randn(4, 8), torch.randn(11, 8), torch.tensor([1, 2, 3, 4])
-    reason = "the logits are needed elsewhere (exp reads them)"
+    reason = "the logits are used elsewhere (exp reads them)"
     reports = assert_left(run_liger, f, *args, reason=reason, policy="auto")
     assert len(sites(reports)) == 1
     torch._dynamo.reset()
@@ -573,7 +571,13 @@ def test_marks_are_left_to_the_user_in_a_checkpoint_body(run_liger):
         return checkpoint(squared_relu_mlp, x, w, down, use_reentrant=False)
 
     args = torch.randn(4, 8, requires_grad=True), torch.randn(32, 8), torch.randn(8, 32)
-    assert_left(run_liger, f, *args, reason="recomputes has been decided already", patterns=(SQUARED_RELU,))
+    assert_left(
+        run_liger,
+        f,
+        *args,
+        reason="the checkpoint already determines what is recomputed",
+        patterns=(SQUARED_RELU,),
+    )
 
 
 # Writes that the schema of one overload does not tell
@@ -605,7 +609,7 @@ def _doubles(nested):
     ],
     ids=["packet", "of a view", "foreach", "hidden", "numpy", "checkpoint", "statistics", "vmap"],
 )
-def test_a_write_that_no_schema_tells_is_seen(run_liger, write):
+def test_a_write_that_no_schema_declares_is_found(run_liger, write):
     def f(x, w):
         y = x * 1
         before = norm(y, w)
@@ -684,7 +688,7 @@ def gradients_of(function, *args):
 
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("around", [contextlib.nullcontext, torch.enable_grad])
-def test_what_is_made_without_gradients_stands_in_for_nothing(run_liger, context, around):
+def test_values_computed_without_gradients_replace_no_others(run_liger, context, around):
     def f(x, w):
         with around():
             return loss_and_scale(context)(x, w)

@@ -150,7 +150,7 @@ def _launch_backward(
     x, dys = rows_of(x), [rows_of(dy) for dy in dys]
     ds = None if ds is None else rows_of(ds)
     num_rows, width = x.shape
-    launched = config(width, max(each.itemsize for each in (x, *dys)))
+    launched = config(width, max(tensor.itemsize for tensor in (x, *dys)))
     num_programs: Any = torch.sym_min(
         num_multiprocessors(x.device) * launched.programs, triton.cdiv(num_rows, launched.rows)
     )
@@ -158,7 +158,7 @@ def _launch_backward(
     sums = x.new_empty((num_programs, width), dtype=torch.float32) if needs_dweight else None
     dy, *others = dys
     second, third = (*others, *(None,) * (2 - len(others)))
-    strides = (0 if each is None else each.stride(0) for each in (dy, second, third, ds, x))
+    strides = (0 if tensor is None else tensor.stride(0) for tensor in (dy, second, third, ds, x))
     launch(_backward_kernel)[(num_programs,)](
         dy,
         second,

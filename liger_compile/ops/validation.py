@@ -128,7 +128,7 @@ def check_loss(
     if not is_flat and differ(target.shape, rows.shape[:-1]):
         raise ValueError(
             f"{name}: expected one target for each row of {label}, shape {tuple(rows.shape[:-1])}, got "
-            f"{tuple(target.shape)}; drop or pad what has no counterpart"
+            f"{tuple(target.shape)}; drop or pad the surplus"
         )
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(
