@@ -17,8 +17,11 @@ Rows go to bench/results/convergence_<device>.csv; bench.plot draws them.
 from __future__ import annotations
 
 import argparse
+import re
 import sys
+import sysconfig
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +33,6 @@ import liger_compile
 from bench.common import RESULTS, Row, file_name, machine, merge_csv, print_row
 from bench.models import MODELS
 from bench.train_step import PACKAGES
-from liger_compile.cli.demo import Vocabulary, library_source
 
 EAGER, NUDGED, OTHER_WEIGHTS, OURS = "eager", "eager, nudged", "eager, other weights", "liger-compile"
 KEYS = ("device", "torch", "transformers", "model", "batch", "dtype", "run", "step")
@@ -104,6 +106,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
         f"backend='liger' is {'within' if is_noise else 'BEYOND'} the noise between two seeds of eager code"
     )
     return 0 if is_noise and replaced else 1
+
+
+class Vocabulary:
+    """The most frequent words, runs of punctuation and runs of blanks of a text; all other text as bytes."""
+
+    _PIECE = re.compile(r" ?(?:[A-Z]?[a-z]+|[A-Z]+|\d|[^\w\s]+)|\s+|.")
+
+    def __init__(self, text: str, size: int) -> None:
+        frequent = Counter(self._PIECE.findall(text)).most_common(size - 256)
+        self._ids = {piece: 256 + rank for rank, (piece, _) in enumerate(frequent)}
+        self._pieces = [bytes([byte]) for byte in range(256)] + [piece.encode() for piece, _ in frequent]
+
+    def encode(self, text: str) -> list[int]:
+        """Returns the token ids of a text."""
+        ids: list[int] = []
+        for piece in self._PIECE.findall(text):
+            known = self._ids.get(piece)
+            ids.extend(piece.encode() if known is None else (known,))
+        return ids
+
+    def decode(self, ids: list[int]) -> str:
+        """Returns the text of token ids."""
+        return b"".join(self._pieces[i] for i in ids).decode()
+
+
+def library_source() -> str:
+    """Returns some million characters of text that every Python has: the modules of its standard library."""
+    files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
+    return "\n".join(file.read_text(encoding="utf-8", errors="replace") for file in files)
 
 
 def train(

@@ -70,17 +70,6 @@ def liger_rms_norm(x: Tensor, weight: Tensor) -> Tensor:
     return liger_rms_norm(x, weight, 1e-6)
 
 
-def eager_add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    s = residual + x
-    return eager_rms_norm(s, weight), s
-
-
-def liger_add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    from liger_kernel.transformers.functional import liger_fused_add_rms_norm
-
-    return liger_fused_add_rms_norm(x, residual, weight, 1e-6)
-
-
 # Rotary embedding
 
 
@@ -243,27 +232,6 @@ def our_embedding(indices: Tensor, table: Tensor) -> Tensor:
     return found
 
 
-# Gated MLP
-
-
-def eager_gated_activation(gate: Tensor, up: Tensor) -> Tensor:
-    return F.silu(gate) * up
-
-
-def liger_gated_activation(gate: Tensor, up: Tensor) -> Tensor:
-    from liger_kernel.transformers.functional import liger_swiglu
-
-    return liger_swiglu(gate, up)
-
-
-def eager_gated_mlp(gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
-    return F.linear(eager_gated_activation(gate, up), down)
-
-
-def liger_gated_mlp(gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
-    return F.linear(liger_gated_activation(gate, up), down)
-
-
 # Losses
 
 
@@ -345,17 +313,6 @@ OPS: Mapping[str, Op] = {
         make=lambda n, h: (activation(n, h), weight(h)),
         variants={"eager": eager_rms_norm, "liger-kernel": liger_rms_norm, OURS: functional.rms_norm},
         elements=lambda n, h: {"forward": 2 * n * h, "backward": 3 * n * h},
-    ),
-    "add_rms_norm": Op(  # rows, hidden
-        shapes=_NORM_SHAPES,
-        tiny=(8, 32),
-        make=lambda n, h: (activation(n, h), activation(n, h), weight(h)),
-        variants={
-            "eager": eager_add_rms_norm,
-            "liger-kernel": liger_add_rms_norm,
-            OURS: functional.add_rms_norm,
-        },
-        elements=lambda n, h: {"forward": 4 * n * h, "backward": 4 * n * h},
     ),
     "rotary": Op(  # batch, length, heads, heads of k, width of a head
         shapes=((4, 2048, 32, 8, 64), (2, 4096, 32, 8, 128), (8, 1024, 16, 8, 128)),
@@ -453,25 +410,5 @@ OPS: Mapping[str, Op] = {
         variants={"eager": F.embedding, OURS: our_embedding},
         # Backward writes zeros, and reads and writes the rows of the tokens.
         elements=lambda n, r, w: {"forward": 2 * n * w, "backward": r * w + 3 * n * w},
-    ),
-    "gated_activation": Op(  # tokens, inner width
-        shapes=((8192, 8192), (8192, 14336)),
-        tiny=(8, 32),
-        make=lambda n, i: (activation(n, i), activation(n, i)),
-        variants={
-            "eager": eager_gated_activation,
-            "liger-kernel": liger_gated_activation,
-            OURS: functional.swiglu,
-        },
-        elements=lambda n, i: {"forward": 3 * n * i, "backward": 5 * n * i},
-    ),
-    "gated_mlp": Op(  # tokens, inner width, hidden
-        shapes=((8192, 8192, 2048), (8192, 14336, 4096)),
-        tiny=(8, 32, 16),
-        make=lambda n, i, o: (activation(n, i), activation(n, i), weight(o, i)),
-        variants={"eager": eager_gated_mlp, "liger-kernel": liger_gated_mlp, OURS: functional.swiglu},
-        # Backward writes the product again, for the gradient of the weight: it is not kept.
-        elements=lambda n, i, o: {"forward": 3 * n * i, "backward": 6 * n * i},
-        gemms=lambda n, i, o: (n, i, o),
     ),
 }

@@ -112,7 +112,7 @@ def measure(op: Op, shape: tuple[int, ...], chosen: argparse.Namespace) -> Itera
         took["copy"] *= dtype.itemsize / (2 * _copied_bytes(device))  # of an element
     floors = floors_of(op, shape, took)
 
-    timed_by = {each.name: each.timed_by for each in contenders}
+    timed_by = {contender.name: contender.timed_by for contender in contenders}
     for name, fact in facts.items():
         if "error" in fact:
             yield {"variant": name, "pass": "", **fact}

@@ -1,9 +1,10 @@
-"""Draws the figures of docs/ from the CSVs of bench/results.
+"""Draws figures from the CSVs of bench/results.
 
-    python -m bench.plot                    of every ops_*.csv, train_step_*.csv and convergence_*.csv there
-    python -m bench.plot ops_nvidia_h200    of this one
+    python -m bench.plot                    for every ops_*.csv, train_step_*.csv and convergence_*.csv there
+    python -m bench.plot ops_nvidia_h200    for one file
 
-One figure for each op, docs/<file>_<op>.svg, and one for the training steps and the loss curves, docs/<file>.svg.
+Training steps and loss curves go to docs/<file>.svg, the chart of the README to docs/<file>_overview.svg. The figures
+of ops go to bench/figures/<file>_<op>.svg, which git ignores.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from matplotlib.axes import Axes
 from bench.common import RESULTS, ROOT
 
 DOCS = ROOT / "docs"
+FIGURES = ROOT / "bench" / "figures"
 COLORS = {
     "eager": "#9e9e9e",
     "inductor": "#1f77b4",
@@ -31,7 +33,9 @@ COLORS = {
 }
 
 
-def main(names: Sequence[str] = (), results: Path = RESULTS, docs: Path = DOCS) -> None:
+def main(
+    names: Sequence[str] = (), results: Path = RESULTS, docs: Path = DOCS, figures: Path = FIGURES
+) -> None:
     # The same figures give the same files.
     matplotlib.use("svg")
     plt.rcParams.update({"svg.hashsalt": "liger-compile", "svg.fonttype": "none", "font.size": 9})
@@ -41,9 +45,11 @@ def main(names: Sequence[str] = (), results: Path = RESULTS, docs: Path = DOCS) 
         rows = pd.read_csv(path)
         if path.stem.startswith("ops_"):
             for op, of_op in rows.groupby("op", sort=False):
-                _draw_op(str(op), of_op, docs / f"{path.stem}_{op}.svg")
+                figures.mkdir(exist_ok=True)
+                _draw_op(str(op), of_op, figures / f"{path.stem}_{op}.svg")
         elif path.stem.startswith("train_step_"):
             _draw_steps(rows, docs / f"{path.stem}.svg")
+            _draw_overview(rows, docs / f"{path.stem}_overview.svg")
         elif path.stem.startswith("convergence_"):
             _draw_curves(rows, docs / f"{path.stem}.svg")
 
@@ -51,7 +57,7 @@ def main(names: Sequence[str] = (), results: Path = RESULTS, docs: Path = DOCS) 
 def _draw_op(op: str, rows: pd.DataFrame, path: Path) -> None:
     """Time over the floor of each pass, and the memory of the whole."""
     rows = rows[rows["median_ms"].notna()]
-    passes = [each for each in ("forward", "backward", "both") if each in set(rows["pass"])]
+    passes = [name for name in ("forward", "backward", "both") if name in set(rows["pass"])]
     has_memory = rows["extra_mib"].notna().any()
     if not passes:
         return
@@ -82,6 +88,29 @@ def _draw_steps(rows: pd.DataFrame, path: Path) -> None:
     _bars(axes[1], rows, "case", "peak_gib", "GiB above the weights, at the peak")
     figure.suptitle(f"forward + backward, {rows['device'].iloc[0]}, torch {rows['torch'].iloc[0]}")
     _save(figure, axes, path)
+
+
+def _draw_overview(rows: pd.DataFrame, path: Path) -> None:
+    """Time and peak memory of whole models as shares of stock torch.compile, for the README."""
+    usual = (rows["returns"] == "model") & (rows["use_cache"] == "off") & (rows["attention_mask"] == "none")
+    rows = rows[usual & (rows["layers"] == rows.groupby("model")["layers"].transform("max"))]
+    cases = list(dict.fromkeys(zip(rows["model"], rows["tokens"], strict=True)))
+    bars = {"liger-kernel": "liger-kernel", "liger-compile": 'backend="liger"'}
+    titles = {"time_of_inductor": "time of a step", "peak_of_inductor": "peak memory above the weights"}
+    figure, axes = plt.subplots(1, 2, figsize=(8.4, 2.7), sharey=True)
+    for ax, (column, title) in zip(axes, titles.items(), strict=True):
+        for offset, (variant, label) in zip((-0.2, 0.2), bars.items(), strict=True):
+            of_variant = rows[rows["variant"] == variant].set_index(["model", "tokens"])[column]
+            shares = [of_variant.loc[case] for case in cases]
+            places = [index + offset for index in range(len(cases))]
+            drawn = ax.barh(places, shares, 0.38, label=label, color=COLORS[variant])
+            ax.bar_label(drawn, [f"{share:.2f}" for share in shares], padding=2, fontsize=7)
+        ax.axvline(1, color="black", linewidth=0.8)
+        ax.set_title(f"{title} (torch.compile = 1)", fontsize=9)
+        ax.spines[["top", "right"]].set_visible(False)
+    axes[0].set_yticks(range(len(cases)), [f"{model}, {tokens.replace('x', '×')}" for model, tokens in cases])
+    axes[0].invert_yaxis()
+    _save(figure, list(axes), path)
 
 
 def _draw_curves(rows: pd.DataFrame, path: Path) -> None:
@@ -129,7 +158,7 @@ def _bars(
             whiskers = [heights - of_variant[low] / unit, of_variant[high] / unit - heights]
         x = [index + (place - (len(variants) - 1) / 2) * width for index in range(len(groups))]
         ax.bar(x, heights, width, yerr=whiskers, label=variant, color=COLORS[variant], error_kw={"lw": 0.8})
-    ax.set_xticks(range(len(groups)), [str(each).replace("x", "×") for each in groups], fontsize=7)
+    ax.set_xticks(range(len(groups)), [str(name).replace("x", "×") for name in groups], fontsize=7)
     if any(len(str(group)) > 9 for group in groups):
         plt.setp(ax.get_xticklabels(), rotation=20, ha="right", rotation_mode="anchor")
     ax.set_title(title, fontsize=9)

@@ -160,7 +160,7 @@ def measure(
         sets = ops._buffers(op, shape, device.type == "cpu")
         contenders = [ops._floor(op, shape, device)]
     # Not its graph, whose nodes for the weights would tie captures to this stream.
-    reference = [each.detach() for each in timing.step(op.variants["eager"], ops._copies(sets[0]))]
+    reference = [tensor.detach() for tensor in timing.step(op.variants["eager"], ops._copies(sets[0]))]
     facts: dict[str, Row] = {}
     for name in PEERS if device.type == "cuda" else ():
         function = (
@@ -218,7 +218,7 @@ def _contender(
 def _times(samples: Mapping[str, Sequence[float]], floors: Mapping[str, float]) -> Row:
     row: Row = {}
     for stage, milliseconds in samples.items():
-        median, low, high = (1000 * each for each in spread(milliseconds))
+        median, low, high = (1000 * time for time in spread(milliseconds))
         row[f"{stage}_us"], row[f"{stage}_low_us"] = round(median, 2), round(low, 2)
         row[f"{stage}_high_us"] = round(high, 2)
         row[f"{stage}_of_floor"] = round(median / 1000 / floors[stage], 3)
@@ -242,8 +242,8 @@ def _compiling(
 
     @functools.cache
     def wait() -> None:
-        for each in done:
-            each.exception()
+        for future in done:
+            future.exception()
         pool.shutdown()  # their memory on the GPU too
 
     try:
@@ -259,7 +259,7 @@ def _compile(work: Sequence[tuple[str, int, str, str]]) -> None:
         with contextlib.suppress(Exception), torch.no_grad():  # whoever measures it meets the error again
             with ops._factories(torch.device("cuda"), getattr(torch, dtype)):
                 args = OPS[op].make(2, 256, 32, 8, channels)
-            upstream = [torch.empty_like(each) for each in tiled.forward(*args)]
+            upstream = [torch.empty_like(tensor) for tensor in tiled.forward(*args)]
             tiled.results({CHOSEN: None, **tiled.tiles(channels)}[name], upstream, args)
 
 

@@ -344,8 +344,8 @@ class Floor(Step):
                 torch.mm(self._rows[outer], weight, out=self._products[inner])
                 torch.mm(self._rows[outer].t(), self._rows[inner], out=self._gradients[weight.shape])
             self._copy(self.elements[1])
-        for each in attended:
-            torch.autograd.grad(each, self._qkv, self._upstream)
+        for output in attended:
+            torch.autograd.grad(output, self._qkv, self._upstream)
         mark()
 
     def _copy(self, elements: int) -> None:
@@ -359,7 +359,7 @@ class Floor(Step):
 def traffic(model: Any, num_tokens: int) -> tuple[int, int]:
     """The elements that forward and backward must at least read and write, beside their GEMMs and attention.
 
-    Each op as op_table.py has it: norms and the additions before them, rotary, gated activation, loss; the embedding.
+    Norms and the additions before them, rotary, the gate of the MLP, loss; the embedding.
     """
     config = model.config
     hidden, inner, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers

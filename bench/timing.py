@@ -54,16 +54,16 @@ def interleave(contenders: Sequence[Contender], rounds: int, seconds: float) -> 
 
     Stops after `rounds`, or earlier when `seconds` have passed, but not before the third round.
     """
-    found: Samples = {each.name: {stage: [] for stage in each.stages} for each in contenders}
+    found: Samples = {contender.name: {stage: [] for stage in contender.stages} for contender in contenders}
     begin = time.perf_counter()
     for done in range(rounds):
         if done >= 3 and time.perf_counter() - begin > seconds:
             break
         first = done % len(contenders)  # each comes after each other one
-        for each in itertools.chain(contenders[first:], contenders[:first]):
-            each.prepare()
-            for stage, milliseconds in _TIMERS[each.timed_by](each.stages).items():
-                found[each.name][stage].append(milliseconds / each.calls)
+        for contender in itertools.chain(contenders[first:], contenders[:first]):
+            contender.prepare()
+            for stage, milliseconds in _TIMERS[contender.timed_by](contender.stages).items():
+                found[contender.name][stage].append(milliseconds / contender.calls)
     return found
 
 
@@ -103,9 +103,9 @@ def captured(
         def prepare() -> None:
             with torch.no_grad():
                 refill()
-                for each in itertools.chain.from_iterable(upstream):
-                    if each.dim():
-                        randomize(each)
+                for gradient in itertools.chain.from_iterable(upstream):
+                    if gradient.dim():
+                        randomize(gradient)
 
         backward(outputs)  # compiles what is compiled
         del outputs
@@ -184,8 +184,8 @@ def upstream_of(out: Any) -> list[Tensor]:
 
     with torch.no_grad():
         return [
-            torch.empty_like(each).copy_(random(each.shape)) if each.dim() else torch.ones_like(each)
-            for each in _floats(out)
+            torch.empty_like(tensor).copy_(random(tensor.shape)) if tensor.dim() else torch.ones_like(tensor)
+            for tensor in _floats(out)
         ]
 
 
@@ -244,7 +244,7 @@ def _waits(run: Callable[[], Any]) -> bool:
 
 
 def _floats(out: Sequence[Tensor]) -> list[Tensor]:
-    return [each for each in out if each.requires_grad]
+    return [tensor for tensor in out if tensor.requires_grad]
 
 
 def _tuple(out: Any) -> tuple[Tensor, ...]:

@@ -125,15 +125,15 @@ def products(shape: tuple[int, int, int], device: torch.device, rounds: int) -> 
     arguments = (x.detach()[chunk], weight.detach(), dlogits)
     round_shape = (chunk.stop, rounded(width), rounded(classes))
     round_arguments = (
-        *(each.detach() for each in tensors(round_shape, device)),
+        *(tensor.detach() for tensor in tensors(round_shape, device)),
         randn(chunk.stop, rounded(classes), device=device),
     )
-    for what in BY_COPIES:
-        stages = {name: _stage(way[what], arguments) for name, way in WAYS.items()}
-        stages["round"] = _stage(WAYS["whole"][what], round_arguments)
-        exact = WAYS["whole"][what](*(each.float() for each in arguments))
-        errors = {name: apart(way[what](*arguments), exact) for name, way in WAYS.items()}
-        yield from _rows(shape, what, stages, errors, device, rounds)
+    for stage in BY_COPIES:
+        stages = {name: _stage(way[stage], arguments) for name, way in WAYS.items()}
+        stages["round"] = _stage(WAYS["whole"][stage], round_arguments)
+        exact = WAYS["whole"][stage](*(tensor.float() for tensor in arguments))
+        errors = {name: apart(way[stage](*arguments), exact) for name, way in WAYS.items()}
+        yield from _rows(shape, stage, stages, errors, device, rounds)
 
 
 def losses(shape: tuple[int, int, int], device: torch.device, rounds: int) -> Iterator[Row]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import importlib
 import importlib.util
 import json
@@ -18,18 +17,18 @@ from liger_compile.report.explain import explain
 from liger_compile.report.verify import Verification, verify
 
 EXPLAIN_HELP = """\
-Print what backend="liger" does with a model of yours, without training or compiling it.
+Print what backend="liger" does with your model, without training or compiling it.
 """
 
 VERIFY_HELP = """\
-Run one training step of a model of yours in eager mode and under backend="liger", and compare outputs,
+Run one training step of your model in eager mode and under backend="liger", and compare outputs,
 gradients and what the step writes. Exit code 0 if all is right; if not, the first rewrite that makes a
 difference is named.
 """
 
 FACTORY_HELP = """
 FACTORY is a function of no arguments in MODULE, which is imported from the current directory or the
-Python path. It returns what to call and what to call it with:
+Python path. It returns the model and its arguments:
 
     def factory():
         model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=2))
@@ -49,24 +48,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     demo_parser = commands.add_parser(
         "demo",
-        help="train a small Llama three ways and compare losses and memory (about three minutes)",
-        description="Train a small Llama on the source of Python's standard library three ways: eager, "
+        help="train a small Llama in three ways and compare losses and memory (about three minutes)",
+        description="Train a small Llama on the source of Python's standard library in three ways: eager, "
         "stock torch.compile and backend='liger'. Prints the losses, the peak memory of each and what was "
         "rewritten. Exit code 0 if the losses agree.",
     )
-    for field in dataclasses.fields(demo.Sizes):
-        demo_parser.add_argument(f"--{field.name}", type=int, default=field.default, help=argparse.SUPPRESS)
+    for name, size in demo.Sizes()._asdict().items():
+        demo_parser.add_argument(f"--{name}", type=int, default=size, help=argparse.SUPPRESS)
     demo_parser.add_argument("--compiler", default="inductor", help=argparse.SUPPRESS)
 
     explain_parser = commands.add_parser(
         "explain",
-        help="print what is recognised and replaced in a model of yours",
+        help="print what is recognized and replaced in your model",
         description=EXPLAIN_HELP + FACTORY_HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     verify_parser = commands.add_parser(
         "verify",
-        help="compare one training step of a model of yours with eager mode",
+        help="compare one training step of your model with eager mode",
         description=VERIFY_HELP + FACTORY_HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -89,10 +88,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     chosen = parser.parse_args(arguments)
     if chosen.command == "demo":
-        if not importlib.util.find_spec("transformers"):
-            parser.error("the demo needs transformers; install it with: pip install 'liger-compile[demo]'")
-        sizes = {field.name: getattr(chosen, field.name) for field in dataclasses.fields(demo.Sizes)}
-        return demo.main(demo.Sizes(**sizes), chosen.compiler)
+        if missing := [name for name in ("transformers", "rich") if not importlib.util.find_spec(name)]:
+            needs = " and ".join(missing)
+            parser.error(f"the demo needs {needs}; install with: pip install 'liger-compile[demo]'")
+        sizes = demo.Sizes(*(getattr(chosen, name) for name in demo.Sizes._fields))
+        return demo.main(sizes, chosen.compiler)
     if chosen.command in ("explain", "verify"):
         try:
             model, args, kwargs = _call_of(chosen.target)

@@ -136,7 +136,9 @@ def compile_graph(
 
 def _on_their_device(compiled: Callable[..., Any], inputs: Sequence[Any]) -> Callable[..., Any]:
     """Sets the current device: Triton launches a traced graph's kernels there; Inductor's code names the device."""
-    device = next((each.device for each in inputs if isinstance(each, torch.Tensor) and each.is_cuda), None)
+    device = next(
+        (value.device for value in inputs if isinstance(value, torch.Tensor) and value.is_cuda), None
+    )
     if device is None:
         return compiled
 
@@ -149,7 +151,7 @@ def _on_their_device(compiled: Callable[..., Any], inputs: Sequence[Any]) -> Cal
 
 
 def _is_on_gpu(inputs: Sequence[Any]) -> bool:
-    return any(isinstance(each, torch.Tensor) and each.is_cuda for each in inputs)
+    return any(isinstance(value, torch.Tensor) and value.is_cuda for value in inputs)
 
 
 class _Decompositions(dict[Any, Callable[..., Any]]):
@@ -199,7 +201,7 @@ def with_backward_passes(theirs: Any, backward: BackwardPlan) -> Any:
 
         def uuid(self) -> Any:
             """Returns the key for the caches. It has the donated inputs: the setting behind them is in no other key."""
-            names = [each.name for each in backward.passes]
+            names = [one_pass.name for one_pass in backward.passes]
             return [package_hash(), names, backward.fuel, get_donated_idxs()]
 
     if theirs is None:
@@ -324,7 +326,9 @@ def cache_key(gm: GraphModule, patterns: Iterable[Pattern] = (), key: str = "") 
 def package_hash() -> str:
     """Returns a digest of all our source files, by content: an editable install changes without a new version."""
     packages = map(importlib.import_module, ("liger_compile", "liger_compile.patterns"))
-    files = sorted({file for one in packages for root in one.__path__ for file in Path(root).rglob("*.py")})
+    files = sorted(
+        {file for package in packages for root in package.__path__ for file in Path(root).rglob("*.py")}
+    )
     return _digest(f"{file.name} {_file_hash(file)}" for file in files)
 
 

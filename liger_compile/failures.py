@@ -21,6 +21,6 @@ def or_as_it_came(rewritten: Callable[[], T], untouched: Callable[[str], T], *, 
     except Exception as error:
         if strict:
             raise
-        why = f"{what} is compiled as it came, because rewriting it failed: {type(error).__name__}: {error}"
+        why = f"{what} is compiled unchanged, because the rewriter failed: {type(error).__name__}: {error}"
         warnings.warn(f"liger_compile: {why}; liger.strict=True raises instead", stacklevel=3)
         return untouched(why)

@@ -3,7 +3,8 @@
 In: the `mode` and the `options` that torch.compile passes to a backend. Out: our options, whose names begin with
 "liger.", validated once; and Inductor's options, unchanged and not inspected.
 
-`Options` is the single list of the options. Parsing, the error texts and `describe()` all read its fields.
+`Options` is the single list of the options. Parsing, the error texts, `describe()` and
+docs/options.md all read its fields.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import difflib
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import Field, dataclass, field, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 from liger_compile.pattern import Pattern
 
@@ -61,51 +62,67 @@ class Options:
     policy: str = _option(
         "auto",
         _one_of("auto", "always", "never"),
-        "Replace what pays, everything that is proven equal, or nothing (and report only).",
+        "The matches to replace: those that pay, all that are proven equal, or none.",
     )
     inner: str = _option(
         "inductor",
         _one_of("inductor", "aot_eager", "eager", "report"),
-        "What compiles the rewritten graph. All but the first are for debugging; under 'report' nothing does, and the "
-        "report is that of 'inductor'.",
+        "The compiler of the rewritten graph. 'aot_eager' and 'eager' are for debugging. Under 'report' the rewritten "
+        "graph runs without a compiler, and the report is that of 'inductor'.",
     )
     mode: str | None = _option(
-        None, _MODE, "As torch.compile(mode=...), which torch.compile refuses next to options."
+        None,
+        _MODE,
+        "The mode of torch.compile. torch.compile accepts either mode or options; with options, give the mode here.",
     )
-    patterns: tuple[Pattern, ...] = _option((), _PATTERNS, "Patterns to use besides the registered ones.")
+    patterns: tuple[Pattern, ...] = _option(
+        (), _PATTERNS, "Patterns for this compilation, in addition to the registered patterns."
+    )
     skip: tuple[str, ...] = _option(
         (),
         _NAMES,
-        'Patterns and passes not to use: one by its name, or all of an op as in "rotary", all passes as in "backward".',
+        'Patterns and passes to leave out: a name, all patterns of an op ("rotary"), or all passes over backward '
+        '("backward").',
     )
-    fuel: int | None = _option(None, _COUNT, "Stop after so many rewrites, to bisect.", env="LIGER_FUEL")
+    fuel: int | None = _option(
+        None,
+        _COUNT,
+        "The number of rewrites in a graph after which the rewriter stops, first in forward, then in backward; to "
+        "bisect a difference.",
+        env="LIGER_FUEL",
+    )
     loss_memory: int | None = _option(
         None,
         _BYTES,
-        "Bytes for a chunk of logits in linear_cross_entropy, instead of its default: less memory, or more speed.",
+        "The memory for a chunk of logits in linear_cross_entropy. Less memory costs time. None selects a default.",
     )
     logits: str = _option(
         "auto",
         _one_of("auto", "eager", "none"),
-        "Logits returned beside a loss that does without them: computed when read, in the compiled graph, or None.",
+        "Logits that are returned beside their loss: 'auto' computes them on the first read, 'eager' computes them in "
+        "the compiled graph, 'none' returns None instead.",
     )
     recompute: str = _option(
         "auto",
         _one_of("auto", "off"),
-        "Compute what is cheap again in backward instead of keeping it, or keep what Inductor would.",
+        "'auto' recomputes the results of norms and activations in backward instead of keeping them; 'off' leaves the "
+        "choice to Inductor.",
     )
     padding: str = _option(
         "auto",
         _one_of("auto", "general"),
-        "Compile a graph of its own for calls without padding or with causal masks, or one graph for all calls.",
+        "'auto' compiles a specialization for calls without padding, or with causal masks, and a generic graph for "
+        "other calls; 'general' compiles one graph for all calls.",
     )
     backward_passes: str = _option(
         "auto",
         _one_of("auto", "always", "never"),
-        "Run passes over the graph of backward: on GPUs, on every device (to debug them), or on none.",
+        "Passes over the graph of backward: on GPUs, on every device (for debugging), or on none.",
     )
     strict: bool = _option(
-        False, _FLAG, "Raise if the rewriter fails, instead of compiling the graph as it came."
+        False,
+        _FLAG,
+        "Raise if the rewriter fails, instead of compiling the captured graph unchanged with a warning.",
     )
 
     @property
@@ -134,7 +151,7 @@ class Options:
         ]
 
 
-_FIELDS: Mapping[str, Field[Any]] = {PREFIX + one.name: one for one in fields(Options)}
+_FIELDS: Mapping[str, Field[Any]] = {PREFIX + option.name: option for option in fields(Options)}
 
 
 def parse(mode: str | None, options: Mapping[str, Any] | None) -> tuple[Options, dict[str, Any]]:
@@ -154,38 +171,56 @@ def parse(mode: str | None, options: Mapping[str, Any] | None) -> tuple[Options,
     return Options(**{**chosen, "mode": chosen.get("mode") or mode}), inductors
 
 
+class Description(NamedTuple):
+    """An option in words: its key, default (as `repr`), accepted values and effect."""
+
+    key: str
+    default: str
+    accepts: str
+    effect: str
+
+
+def descriptions() -> list[Description]:
+    """Returns the options in words, in order."""
+    described = []
+    for key, option in _FIELDS.items():
+        kind, text, env = (option.metadata[name] for name in ("kind", "help", "env"))
+        effect = f"{text} Environment: {env}." if env else text
+        described.append(Description(key, repr(option.default), kind.accepts, effect))
+    return described
+
+
 def describe() -> str:
-    """Returns the options as text for people, two lines each."""
-    lines = []
-    for key, one in _FIELDS.items():
-        env = f" Environment: {one.metadata['env']}." if one.metadata["env"] else ""
-        lines.append(f"{key}: {one.metadata['kind'].accepts}; default {one.default!r}.")
-        lines.append(f"    {one.metadata['help']}{env}")
-    return "\n".join(lines)
+    """Returns the options as text, two lines each."""
+    return "\n".join(
+        f"{option.key}: {option.accepts}; default {option.default}.\n    {option.effect}"
+        for option in descriptions()
+    )
 
 
 def _from_environment() -> dict[str, Any]:
     chosen: dict[str, Any] = {}
-    for one in _FIELDS.values():
-        variable = one.metadata["env"]
+    for option in _FIELDS.values():
+        variable = option.metadata["env"]
         text = os.environ.get(variable) if variable else None
         if text:
             value = int(text) if text.isdecimal() else text
-            chosen[one.name] = _validated(f"environment variable {variable}", value, one)
+            chosen[option.name] = _validated(f"environment variable {variable}", value, option)
     return chosen
 
 
-def _validated(where: str, value: Any, one: Field[Any]) -> Any:
-    kind: _Kind = one.metadata["kind"]
+def _validated(where: str, value: Any, option: Field[Any]) -> Any:
+    kind: _Kind = option.metadata["kind"]
     if kind.contains(value):
         return value
     raise ValueError(
         f"{where}: expected {kind.accepts}, got {value!r}; "
-        f"pass what is expected, or leave it out for the default, {one.default!r}"
+        f"pass an accepted value, or leave it out for the default, {option.default!r}"
     )
 
 
 def _unknown(key: str) -> str:
-    close = difflib.get_close_matches(key.removeprefix(PREFIX), [one.name for one in fields(Options)], n=1)
+    names = [option.name for option in fields(Options)]
+    close = difflib.get_close_matches(key.removeprefix(PREFIX), names, n=1)
     advice = f"did you mean {PREFIX + close[0]!r}?" if close else "use one of the options below."
     return f"unknown option {key!r}; {advice}\n{describe()}"

@@ -91,7 +91,7 @@ def rewritten(
     """
     describe_operands(gm)
     generic = run_steps(specialize.copied(gm), patterns, options, inductor_options)
-    is_readable = not any(isinstance(each, FakeTensor) for each in example_inputs)
+    is_readable = not any(isinstance(value, FakeTensor) for value in example_inputs)
     if options.padding != "auto" or not is_readable or specialize.of_part(gm):
         return generic, None
     assumptions = specialize.find_assumptions(gm, generic.padding, generic.masks, example_inputs)
@@ -152,10 +152,12 @@ def _rewrite_one(
     if is_top:
         found.notes.extend(notes_on_logits(graph, terms))
         logits = logits_in(graph, terms)
-        staying = {each: why_logits_stay or _why_read(regions.of[each.head], options) for each in logits}
+        staying = {
+            output: why_logits_stay or _why_read(regions.of[output.head], options) for output in logits
+        }
         reasons = dict.fromkeys(filter(None, staying.values()))
         found.notes.extend(f"the logits are computed in the graph: {why}" for why in reasons)
-        deferred = take_out([each for each, why in staying.items() if not why], terms)
+        deferred = take_out([output for output, why in staying.items() if not why], terms)
     matches, missed = find_matches(graph, patterns, terms, strict=options.strict)
     decided = partial(
         decide,
@@ -182,8 +184,8 @@ def _rewrite_one(
     if runs_once and options.recompute == "auto":  # a checkpoint already fixes what is recomputed
         mark_for_recompute(decisions)
     if is_top and options.policy != "never" and (marked := keep_what_written_inputs_give(graph, mutations)):
-        values = "1 value" if marked == 1 else f"{marked} values"
-        found.notes.append(f"{values} of inputs that the graph writes into may not be recomputed in backward")
+        values = "1 value is" if marked == 1 else f"{marked} values are"
+        found.notes.append(f"{values} saved for backward, because the graph writes into their inputs later")
     found.decisions.extend(decisions)
     found.near_misses.extend(missed)
 
@@ -191,7 +193,7 @@ def _rewrite_one(
 def _why_read(region: Region, options: Options) -> str | None:
     """Returns why logits that are computed in these modes are likely to be read, in a sentence."""
     if options.logits == "auto" and not region.has_gradients:
-        return "gradients are off, so it is an evaluation, which is likely to read them"
+        return "gradients are off, as in an evaluation, which is likely to read them"
     return None
 
 
@@ -240,7 +242,7 @@ def reason_to_keep_logits(options: Options, inductor_options: Mapping[str, Any])
     if options.logits == "eager":
         return "liger.logits is 'eager'"
     if options.logits == "auto" and uses_cudagraphs(options.mode, inductor_options):
-        return "the next replay of a CUDA graph would overwrite what they are computed from"
+        return "the next replay of a CUDA graph would overwrite the tensors that they are computed from"
     return None
 
 
@@ -251,13 +253,13 @@ def _backward_plan(options: Options, fuel: int | None, report: GraphReport) -> B
 
     def made(changes: Iterable[tuple[Pass, Applied]]) -> None:
         sites = [
-            site_of_pass(each.name, applied.node, applied.what, applied.memory, applied.traffic)
-            for each, applied in changes
+            site_of_pass(one_pass.name, applied.node, applied.what, applied.memory, applied.traffic)
+            for one_pass, applied in changes
         ]
         report.backward.add(report.name, sites)
 
     return BackwardPlan(
-        passes=tuple(each for each in DEFAULT_PASSES if not options.skips(each.name)),
+        passes=tuple(one_pass for one_pass in DEFAULT_PASSES if not options.skips(one_pass.name)),
         choices=tuple(name for name in CHOICES if not options.skips(name)),
         fuel=fuel,
         strict=options.strict,

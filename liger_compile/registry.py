@@ -39,7 +39,7 @@ def register_pattern(pattern: Pattern, *, replace_existing: bool = False) -> Non
             "write Pattern(name=..., search=..., replace=..., examples=...), and register several one by one"
         )
     registered = [
-        each for name, each in REGISTERED.items() if not (replace_existing and name == pattern.name)
+        other for name, other in REGISTERED.items() if not (replace_existing and name == pattern.name)
     ]
     _refuse_taken_name(pattern, (*default_patterns(), *installed_patterns(), *registered))
     validate(pattern)
@@ -91,7 +91,7 @@ def _refuse_taken_name(pattern: Pattern, others: Iterable[Pattern]) -> None:
             advice = "choose another name"
             if REGISTERED.get(other.name) is other:
                 advice += (
-                    ", or have this one in its place: register_pattern(..., replace_existing=True), or "
+                    ", or replace the other one: register_pattern(..., replace_existing=True), or "
                     f"unregister_pattern({other.name!r}) first"
                 )
             raise ValueError(

@@ -41,7 +41,7 @@ _OURS = __name__.partition(".")[0]
 
 def digests(functions: Iterable[Any]) -> list[str]:
     """Returns digests of `functions` and of all that they reach, sorted. Stable between processes."""
-    stack = [each for each in functions if each is not None]
+    stack = [function for function in functions if function is not None]
     found: set[str] = set()
     for function in stack:  # passed by the caller, so their files count wherever they are installed
         code = code_of(function)
@@ -74,7 +74,9 @@ def _own(value: Any) -> Iterator[str]:
             yield from _file(path)
         if isinstance(value, FunctionType) and not _is_foreign(value):
             yield _digest(_bytecode(value.__code__))
-    elif plain := sorted(f"{key!r} {each!r}" for key, each in _members(value) if isinstance(each, _PLAIN)):
+    elif plain := sorted(
+        f"{key!r} {member!r}" for key, member in _members(value) if isinstance(member, _PLAIN)
+    ):
         yield _digest(plain)
 
 
@@ -96,7 +98,7 @@ def _reached(value: Any) -> Iterator[Any]:
     elif isinstance(value, property):
         yield value.fget
     elif not isinstance(value, (ModuleType, torch.Tensor)):
-        yield from (each for _, each in _members(value))
+        yield from (member for _, member in _members(value))
         yield from (type(value), *(getattr(value, name, None) for name in _HELD))
 
 
@@ -107,7 +109,7 @@ def _members(value: Any) -> Iterable[tuple[Any, Any]]:
     if isinstance(value, (list, tuple)):
         return list(enumerate(value))[:LARGEST]
     if isinstance(value, (set, frozenset)):
-        return [(each if isinstance(each, _PLAIN) else "", each) for each in list(value)[:LARGEST]]
+        return [(member if isinstance(member, _PLAIN) else "", member) for member in list(value)[:LARGEST]]
     return ()
 
 
@@ -123,7 +125,7 @@ def _named(function: FunctionType) -> dict[str, Any]:
         except ValueError:  # not assigned yet
             continue
     found |= {op: definition for op, definition in OPDEFS.items() if set(op.split("::")) <= set(names)}
-    modules = {name: each for name, each in found.items() if isinstance(each, ModuleType)}
+    modules = {name: value for name, value in found.items() if isinstance(value, ModuleType)}
     seen: set[str] = set()
     while modules:
         path, module = modules.popitem()
@@ -132,7 +134,7 @@ def _named(function: FunctionType) -> dict[str, Any]:
         seen.add(module.__name__)
         within = {f"{path}.{name}": vars(module)[name] for name in names if name in vars(module)}
         found |= within
-        modules |= {name: each for name, each in within.items() if isinstance(each, ModuleType)}
+        modules |= {name: value for name, value in within.items() if isinstance(value, ModuleType)}
     return found
 
 

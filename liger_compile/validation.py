@@ -68,18 +68,19 @@ def _tracing() -> Iterator[None]:
 
 # The requirement of each field: a test, and text that completes "expected ...".
 _FIELDS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
-    "name": (lambda it: isinstance(it, str) and bool(it.strip()), "a name such as 'rms_norm.llama'"),
+    "name": (lambda value: isinstance(value, str) and bool(value.strip()), "a name such as 'rms_norm.llama'"),
     "search": (callable, "a function"),
-    "replace": (lambda it: it is None or callable(it), "a function or None"),
+    "replace": (lambda value: value is None or callable(value), "a function or None"),
     "examples": (
-        lambda it: isinstance(it, Mapping) and all(isinstance(key, str) for key in it),
+        lambda value: isinstance(value, Mapping) and all(isinstance(key, str) for key in value),
         "a dictionary from the names of the parameters of search to example values",
     ),
     **dict.fromkeys(
         ("check", "profit", "saves"),
-        (lambda it: it is None or callable(it), "a function of a match, or None"),
+        (lambda value: value is None or callable(value), "a function of a match, or None"),
     ),
-    **dict.fromkeys(("is_cheap", "is_loss"), (lambda it: isinstance(it, bool), "True or False")),
+    **dict.fromkeys(("is_cheap", "is_loss"), (lambda value: isinstance(value, bool), "True or False")),
+    "has_near_misses": (lambda value: value is None or isinstance(value, bool), "True, False or None"),
 }
 
 
@@ -107,7 +108,7 @@ def _check_parameters(pattern: Pattern) -> None:
             )
     names, examples = set(parameters), set(pattern.examples)
     if not names:
-        _refuse(pattern, "search has no parameters; what it computes from has to be captured by some")
+        _refuse(pattern, "search has no parameters; it needs one for each capture")
     if missing := sorted(names - examples):
         _refuse(
             pattern,
@@ -135,7 +136,7 @@ def _check_parameters_of_replace(pattern: Pattern, replace: Callable[..., Any]) 
     positional = {p.name for p in parameters if p.kind is p.POSITIONAL_ONLY}
     takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
     if (missing := sorted(set(pattern.parameters) - named)) and not takes_all:
-        has = "takes it by position alone" if missing[0] in positional else "does not"
+        has = "accepts it by position only" if missing[0] in positional else "does not"
         _refuse(
             pattern,
             f"search has the parameter {missing[0]!r} and replace {has}; replace is called with all captures by "
@@ -257,7 +258,7 @@ def _check_backward(pattern: Pattern, replace: Callable[..., Any]) -> None:
     if name := autograd_function(returned if isinstance(returned, tuple) else (returned,)):
         _refuse(
             pattern,
-            f"replace calls {name}, an autograd.Function, whose backward a graph cannot have; make it an op by "
+            f"replace calls {name}, an autograd.Function, whose backward cannot be part of a graph; make it an op by "
             "torch.library.custom_op and register_autograd",
         )
 
@@ -275,11 +276,11 @@ def _faults(
 
 def _check_returned(pattern: Pattern, function: str, returned: Any) -> tuple[torch.Tensor, ...]:
     results = returned if isinstance(returned, tuple) else (returned,)
-    wrong = next((each for each in results if not isinstance(each, torch.Tensor)), None)
+    wrong = next((result for result in results if not isinstance(result, torch.Tensor)), None)
     if wrong is not None or not results or returned is None:
-        what = "an empty tuple" if isinstance(returned, tuple) and not returned else described(wrong)
+        words = "an empty tuple" if isinstance(returned, tuple) and not returned else described(wrong)
         within = " in a tuple" if isinstance(returned, tuple) and returned else ""
-        _refuse(pattern, f"{function} could not be traced (it returns {what}{within}); {_RETURNS}")
+        _refuse(pattern, f"{function} could not be traced (it returns {words}{within}); {_RETURNS}")
     return results
 
 
@@ -320,7 +321,7 @@ def _advice(error: Exception) -> str:
         )
     if "convert all Tensors to FakeTensors" in str(error):
         return "it uses a tensor that is none of its parameters; make it a parameter, or create it in the function"
-    return "it must run on tensors of the shapes of the examples, by torch functions alone"
+    return "it must run on tensors of the shapes of the examples, with torch functions only"
 
 
 def _used(term: Term) -> Iterator[str]:

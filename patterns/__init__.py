@@ -6,7 +6,6 @@ liger_compile.patterns: `import patterns` from the repository's root would creat
 
 from liger_compile.pattern import Pattern
 from liger_compile.patterns import (
-    add_rms_norm,
     attention,
     cross_entropy,
     gated_mlp,
@@ -19,7 +18,6 @@ from liger_compile.patterns import (
 )
 
 DEFAULT_PATTERNS: tuple[Pattern, ...] = (
-    *add_rms_norm.PATTERNS,
     *rms_norm.PATTERNS,
     *rotary.PATTERNS,
     *norm_rotary.PATTERNS,

@@ -108,8 +108,8 @@ def _differs(match: Match) -> str | None:
     scale = match["scale"]
     if scale is not None and scale <= 0:  # kernels add the flag's -inf before they scale
         return (
-            f"its scale is {scale}, which with a flag in the mask's place gives NaN or what the mask hides; "
-            "negate q instead"
+            f"its scale is {scale}, which with the causal flag instead of the mask gives NaN or hidden "
+            "values; negate q instead"
         )
     if (unusual := _unusual_scale(match)) is not None:
         return unusual
@@ -126,8 +126,8 @@ def _unusual_scale(match: Match) -> str | None:
     if not isinstance(scale, float) or LEAST_SCALE <= abs(scale) <= MOST_SCALE:
         return None
     return (
-        f"its scale is {scale:g}, expected one from {LEAST_SCALE:g} to {MOST_SCALE:g}: beyond that kernels round "
-        "otherwise than what stands there"
+        f"its scale is {scale:g}, expected one from {LEAST_SCALE:g} to {MOST_SCALE:g}: beyond that, kernels round "
+        "differently from this code"
     )
 
 
@@ -141,7 +141,7 @@ def _costs_more(match: Match) -> str | None:
         and isinstance(q.shape[-2], int)
         and q.shape[-2] < 128
     ):
-        return "on a CPU, in float32, for fewer than 128 tokens it takes no longer written out (0.66 of 0.76 ms for 32)"
+        return "on a CPU, in float32, below 128 tokens, it is no slower written out (0.66 against 0.76 ms for 32)"
     return _weights_used_elsewhere(match)
 
 
@@ -190,7 +190,7 @@ def _window_mask(q, window):
 
 def _flex(q, k, v, scale, softcap=None, window=None, inner=None):
     if inner == "inductor" and q.device.type != "cuda":
-        raise ValueError("Inductor trains with flex_attention on NVIDIA GPUs only")
+        raise ValueError("Inductor has a backward of flex_attention on NVIDIA GPUs only")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     return flex.windowed_attention(q, k, v, scale=scale, window=window, softcap=softcap)
 
@@ -198,7 +198,7 @@ def _flex(q, k, v, scale, softcap=None, window=None, inner=None):
 def _fits_flex(match: Match) -> str | None:
     q, v = match["q"], match["v"]
     if isinstance(match["scale"], torch.SymFloat):
-        return "its scale is known at run time only, as dynamic=True makes it"
+        return "its scale is known at run time only, as under dynamic=True"
     if (unusual := _unusual_scale(match)) is not None:
         return unusual
     if "window" in match.captures and match["window"] < 1:
@@ -213,7 +213,7 @@ def _fits_flex(match: Match) -> str | None:
 def _flex_pays(match: Match) -> str | None:
     q = match["q"]
     if q.device.type != "cuda":
-        return "flex_attention, which knows windows and capped scores, is trained on NVIDIA GPUs only"
+        return "flex_attention, which supports windows and capped scores, has a backward on NVIDIA GPUs only"
     fewest = FEWEST["softcap" in match.captures, q.dtype in flex.HALF]
     if isinstance(q.shape[-2], int) and q.shape[-2] < fewest:
         return f"for fewer than {fewest} tokens the blocks of flex_attention do not pay"

@@ -76,23 +76,15 @@ _EXAMPLES = {
     "label_smoothing": 0.1,
 }
 
-PATTERNS = (
+PATTERNS = tuple(
     Pattern(
-        name="cross_entropy.upcast",
-        search=upcast,
-        replace=replace_upcast,
+        name=f"cross_entropy.{search.__name__}",
+        search=search,
+        replace=replace,
         profit=profit,
         saves=lambda match: 0,
         examples=_EXAMPLES,
         is_loss=True,
-    ),
-    Pattern(
-        name="cross_entropy.as_is",
-        search=as_is,
-        replace=replace_as_is,
-        profit=profit,
-        saves=lambda match: 0,
-        examples=_EXAMPLES,
-        is_loss=True,
-    ),
+    )
+    for search, replace in ((upcast, replace_upcast), (as_is, replace_as_is))
 )

@@ -5,15 +5,17 @@ Shapes   gate and up (..., I), or packed gate_up (..., 2I) with gate first; weig
 Sources  Shazeer 2020, "GLU Variants Improve Transformer"; Llama's LlamaMLP, Gemma's GemmaMLP, Phi-3's packed MLP;
          GPT-OSS, which clamps gate and up, and multiplies the activation by up + 1
 
-With the down projection, the op saves gate and up for backward and recomputes h; Inductor alone also saves h.
+No op computes it: Inductor's code is as fast as a kernel. The match is marked for recompute, so that backward keeps
+gate and up, and not h; Inductor alone also keeps h.
 """
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 
-from liger_compile import functional
 from liger_compile.pattern import Annotate, Match, Pattern
-from liger_compile.patterns.profit import bytes_of, kept_bytes, recomputed_input
+from liger_compile.patterns.profit import bytes_of, is_returned, kept_bytes, recomputed_input
 
 
 def swiglu(gate, up):
@@ -30,12 +32,12 @@ def swiglu_upcast(gate, up):
 
 
 def quick_geglu(gate, up, slope: float):
-    """GEGLU by the sigmoid approximation. No op computes it; the match is only marked for recompute."""
+    """GEGLU by the sigmoid approximation."""
     return gate * torch.sigmoid(slope * gate) * up
 
 
 def squared_reglu(gate, up):
-    """Gated squared ReLU. No op computes it; the match is only marked for recompute."""
+    """Gated squared ReLU."""
     return F.relu(gate).square() * up
 
 
@@ -50,23 +52,26 @@ def check(match: Match) -> str | None:
     return None
 
 
-_MARKED = "Inductor fuses the gate with its neighbours; h is cheap to compute again in backward"
+_MARKED = "Inductor fuses the gate with its neighbors; h is cheap to recompute in backward"
 
 
 def profit(match: Match) -> str | Annotate:
     """Mark h for recompute: Inductor recomputes it in backward, in the kernel that needs it.
 
     H200, torch 2.11.0, triton 3.6.0, bf16, 2026-11-22, a step of a Llama of 4 layers, hidden 2048, inner 8192, 4 x 2048
-    tokens: 48.5 ms and 3.17 GiB marked, 49.7 ms and 3.17 GiB as an op, 48.7 ms and 3.67 GiB by Inductor alone; on
+    tokens: 48.5 ms and 3.17 GiB marked, 49.7 ms and 3.17 GiB by a kernel, 48.7 ms and 3.67 GiB by Inductor alone; on
     2026-11-26, marked and unmarked, 45.9 ms and 2.65 GiB, 45.3 ms and 3.14 GiB, and Qwen3-0.6B, 4 layers, 8 x 1024,
     21.5 ms and 1.80 GiB, 22.2 ms and 1.98 GiB (profit_nvidia_h200.csv). On two CPU cores (torch 2.13.0, 2 layers,
-    hidden 256, 1024 tokens, bf16) a step with the op takes 1.06 times as long as a marked step.
+    hidden 256, 1024 tokens, bf16) a step by an op takes 1.06 times as long as a marked step.
     """
     return recomputed_input(match, _MARKED)
 
 
-def marked(match: Match) -> Annotate:
-    """Mark the elementwise part alone for recompute, whatever reads it."""
+def marked(match: Match) -> str | Annotate:
+    """Mark the elementwise part alone for recompute, unless h is a result of the graph and would be kept anyway."""
+    (h,) = match.outputs
+    if is_returned(h) and kept_bytes(h) != 0:
+        return f"{h.name} is returned and kept by the caller, so there is nothing to save"
     return Annotate(_MARKED)
 
 
@@ -104,87 +109,28 @@ def geglu_mlp_packed(gate_up, weight, bias: torch.Tensor | None, approximate: st
     return F.linear(geglu(gate, up, approximate), weight, bias)
 
 
+def _pattern(name: str, search: Callable, profit: Callable, **options) -> Pattern:
+    fields = {"check": check, "has_near_misses": True, **options}
+    return Pattern(f"gated_mlp.{name}", search, None, profit=profit, saves=saved_bytes, **fields)
+
+
 PATTERNS = (
-    Pattern(
-        name="gated_mlp.swiglu",
-        search=swiglu_mlp,
-        replace=lambda gate, up, weight, bias: functional.swiglu(gate, up, weight, bias),
-        check=check,
-        profit=profit,
-        saves=saved_bytes,
-        examples={**_GATE_AND_UP, **_DOWN},
-    ),
-    Pattern(
-        name="gated_mlp.swiglu_packed",
-        search=swiglu_mlp_packed,
-        replace=lambda gate_up, weight, bias: functional.swiglu(gate_up, None, weight, bias),
-        check=check,
-        profit=profit,
-        saves=saved_bytes,
-        examples={**_PACKED, **_DOWN},
-    ),
-    Pattern(
-        name="gated_mlp.geglu",
-        search=geglu_mlp,
-        replace=lambda gate, up, weight, bias, approximate: functional.geglu(
-            gate, up, weight, bias, approximate=approximate
-        ),
-        check=check,
-        profit=profit,
-        saves=saved_bytes,
-        examples={**_GATE_AND_UP, **_DOWN, **_GELU},
-    ),
-    Pattern(
-        name="gated_mlp.geglu_packed",
-        search=geglu_mlp_packed,
-        replace=lambda gate_up, weight, bias, approximate: functional.geglu(
-            gate_up, None, weight, bias, approximate=approximate
-        ),
-        check=check,
-        profit=profit,
-        saves=saved_bytes,
-        examples={**_PACKED, **_DOWN, **_GELU},
-    ),
+    _pattern("swiglu", swiglu_mlp, profit, examples={**_GATE_AND_UP, **_DOWN}),
+    _pattern("swiglu_packed", swiglu_mlp_packed, profit, examples={**_PACKED, **_DOWN}),
+    _pattern("geglu", geglu_mlp, profit, examples={**_GATE_AND_UP, **_DOWN, **_GELU}),
+    _pattern("geglu_packed", geglu_mlp_packed, profit, examples={**_PACKED, **_DOWN, **_GELU}),
     # The elementwise part alone, where h is not read by a linear layer (an expert's grouped matmul, dropout).
-    Pattern(
-        name="gated_mlp.swiglu_product",
-        search=swiglu,
-        replace=lambda gate, up: functional.swiglu(gate, up),
-        check=check,
-        saves=lambda match: 0,
-        examples=_GATE_AND_UP,
-    ),
-    Pattern(
-        name="gated_mlp.swiglu_product_upcast",
-        search=swiglu_upcast,
-        replace=lambda gate, up: functional.swiglu(gate, up),
-        check=check,
-        saves=lambda match: 0,
-        examples=_GATE_AND_UP,
-    ),
-    Pattern(
-        name="gated_mlp.geglu_product",
-        search=geglu,
-        replace=lambda gate, up, approximate: functional.geglu(gate, up, approximate=approximate),
-        check=check,
-        saves=lambda match: 0,
-        examples={**_GATE_AND_UP, **_GELU},
-    ),
-    Pattern(
-        name="gated_mlp.quick_geglu_product",
-        search=quick_geglu,
-        replace=None,
-        profit=marked,
-        saves=saved_bytes,
+    _pattern("swiglu_product", swiglu, marked, examples=_GATE_AND_UP),
+    _pattern("swiglu_product_upcast", swiglu_upcast, marked, examples=_GATE_AND_UP),
+    _pattern("geglu_product", geglu, marked, examples={**_GATE_AND_UP, **_GELU}),
+    # Almost any product resembles these.
+    _pattern(
+        "quick_geglu_product",
+        quick_geglu,
+        marked,
+        check=None,
+        has_near_misses=False,
         examples={**_GATE_AND_UP, "slope": 1.702},
     ),
-    Pattern(
-        name="gated_mlp.squared_reglu_product",
-        search=squared_reglu,
-        replace=None,
-        check=check,
-        profit=marked,
-        saves=saved_bytes,
-        examples=_GATE_AND_UP,
-    ),
+    _pattern("squared_reglu_product", squared_reglu, marked, has_near_misses=False, examples=_GATE_AND_UP),
 )

@@ -47,9 +47,11 @@ def profit(match: Match) -> str | None:
             returned = any(user.op == "output" for user in users)
             by = "the graph returns them" if returned else f"{users[0].name} reads them"
             advice = (
-                "compile a function that returns only the loss" if returned else "take them from another call"
+                "compile a function that returns only the loss"
+                if returned
+                else "compute them in another call"
             )
-            return f"the logits are needed elsewhere ({by}), so nothing would be saved; {advice} to fuse it"
+            return f"the logits are used elsewhere ({by}), so fusion would save nothing; {advice} to fuse head and loss"
     return needs_kernel(match) or few_logits(match.result.device, saved_bytes(match))
 
 
@@ -64,7 +66,7 @@ def _pattern(rounding: str, has_softcap: bool, is_negative: bool = False) -> Pat
     after_head, before_loss = _ROUNDINGS[rounding]
 
     def loss_of(logits, target, class_weight, ignore_index, reduction, label_smoothing):
-        return F.cross_entropy(
+        loss = F.cross_entropy(
             before_loss(logits).reshape(-1, logits.shape[-1]),
             target.reshape(-1),
             class_weight,
@@ -72,6 +74,7 @@ def _pattern(rounding: str, has_softcap: bool, is_negative: bool = False) -> Pat
             reduction=reduction,
             label_smoothing=label_smoothing,
         )
+        return -loss if is_negative else loss  # negative: log-probabilities, gathered from a log_softmax
 
     def search(
         x,
@@ -86,20 +89,6 @@ def _pattern(rounding: str, has_softcap: bool, is_negative: bool = False) -> Pat
     ):
         logits = after_head(F.linear(x, weight, bias)) * scale
         return loss_of(logits, target, class_weight, ignore_index, reduction, label_smoothing)
-
-    def search_negative(
-        x,
-        weight,
-        bias: torch.Tensor | None,
-        target,
-        class_weight: torch.Tensor | None,
-        scale: float,
-        ignore_index: int,
-        reduction: str,
-        label_smoothing: float,
-    ):
-        """Log-probabilities, gathered from a log_softmax."""
-        return -search(x, weight, bias, target, class_weight, scale, ignore_index, reduction, label_smoothing)
 
     def search_softcap(
         x,
@@ -123,7 +112,6 @@ def _pattern(rounding: str, has_softcap: bool, is_negative: bool = False) -> Pat
         loss = loss.to(x.dtype) if not rounding else loss
         return -loss if is_negative else loss
 
-    by_name = {"plain": search, "softcap": search_softcap, "log_probability": search_negative}
     name = "softcap" if has_softcap else "log_probability" if is_negative else "plain"
     examples = {
         "x": torch.empty(6, 8),
@@ -139,7 +127,7 @@ def _pattern(rounding: str, has_softcap: bool, is_negative: bool = False) -> Pat
     }
     return Pattern(
         name=f"linear_cross_entropy.{name}{rounding}",
-        search=by_name[name],
+        search=search_softcap if has_softcap else search,
         replace=replace,
         profit=profit,
         saves=saved_bytes,

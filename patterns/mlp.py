@@ -34,7 +34,7 @@ def squared_relu(x, weight, bias: torch.Tensor | None):
 
 def profit(match: Match) -> str | Annotate:
     """Mark the activation for recompute (measured in gated_mlp.py): one pass over x, which backward reads anyway."""
-    return recomputed_input(match, "the activation is cheap to compute again in backward")
+    return recomputed_input(match, "the activation is cheap to recompute in backward")
 
 
 def saved_bytes(match: Match) -> int | None:

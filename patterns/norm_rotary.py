@@ -28,7 +28,7 @@ def check(match: Match) -> str | None:
             return f"{name} has the shape {tuple(match[name].shape)}, expected {tuple(channels)}"
     for name in ("cos", "sin"):
         if match[name].shape[-1:] != channels or channels[0] % 2:
-            return f"{name} has {match[name].shape[-1]} channels, which is no angle for each pair of {channels[0]}"
+            return f"{name} has {match[name].shape[-1]} channels, which is not one angle for each pair of {channels[0]}"
     return rotary.check(match)
 
 
@@ -46,7 +46,7 @@ def profit(match: Match) -> str | None:
     """
     captured = [match[name] for name in match.captures]
     if not has_kernel(*(value for value in captured if isinstance(value, torch.Tensor))):
-        return "the op has no kernel here, and nothing is gained without one"
+        return "the op has no kernel here, and does not pay without one"
     for node in match.escaping():
         value = node.meta.get("example_value")
         if isinstance(value, torch.Tensor) and value.shape[-1:] == match["q"].shape[-1:]:

@@ -88,7 +88,7 @@ def profit(match: Match) -> Annotate | None:
 def marked(match: Match) -> Annotate:
     """Mark a norm that Inductor computes for recompute."""
     return Annotate(
-        "Inductor fuses the norm with its neighbours; its result is cheap to compute again in backward"
+        "Inductor fuses the norm with its neighbors; its result is cheap to recompute in backward"
     )
 
 

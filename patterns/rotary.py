@@ -67,7 +67,7 @@ def check(match: Match) -> str | None:
     """Require tables that need no gradient."""
     for name in ("cos", "sin", "freqs"):
         if name in match.captures and match[name].requires_grad:
-            return f"{name} requires a gradient, which the op does not make"
+            return f"{name} requires a gradient, which the op does not compute"
     return None
 
 
@@ -78,7 +78,7 @@ def _check_width(is_half: bool, is_partial: bool) -> Callable[[Match], str | Non
         cos, sin, channels = match["cos"].shape[-1], match["sin"].shape[-1], match["q"].shape[-1]
         turned = 2 * cos if is_half else cos
         if cos != sin or turned % 2 or (turned > channels if is_partial else turned != channels):
-            return f"cos and sin have {cos} and {sin} channels, which is no angle for each pair of {channels}"
+            return f"cos and sin have {cos} and {sin} channels, which is not one angle for each pair of {channels}"
         return check(match)
 
     return check_width

@@ -172,10 +172,10 @@ def process_group():
 
 @pytest.fixture
 def liger_is_as_right_as_eager():
-    """check(function, *args, frozen=(), inner="aot_eager"): results and gradients meet the numerics bar, and something
-    was replaced. All floating arguments get a gradient, but those at the positions `frozen`."""
+    """check(function, *args, frozen=(), inner="aot_eager", **options): results and gradients meet the numerics bar,
+    and something was replaced. All floating arguments get a gradient, but those at the positions `frozen`."""
 
-    def check(function, *args, frozen=(), inner="aot_eager"):
+    def check(function, *args, frozen=(), inner="aot_eager", **options):
         def inputs():
             return [
                 arg.requires_grad_(at not in frozen)
@@ -187,7 +187,8 @@ def liger_is_as_right_as_eager():
         with precision.in_double():
             exact = gradients_of(function, *precision.as_double(inputs()))
         eager = gradients_of(function, *inputs())
-        options = {"liger.inner": inner, "liger.strict": True, "liger.policy": "always"}
+        options = {"inner": inner, "strict": True, "policy": "always", **options}
+        options = {f"liger.{name}": value for name, value in options.items()}
         ours = gradients_of(torch.compile(function, backend="liger", options=options), *inputs())
         assert any(site.kind == "replace" for report in liger_compile.reports() for site in report.sites)
         precision.assert_no_worse(ours, eager, exact)

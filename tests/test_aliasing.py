@@ -138,7 +138,7 @@ def test_what_a_call_writes_into(expected, target, args, kwargs):
     assert written(call(target, *args, **kwargs)) == expected
 
 
-def test_every_write_that_a_schema_tells_is_found():
+def test_every_write_that_a_schema_declares_is_found():
     missed, dispatched = [], set(torch._C._dispatch_get_all_op_names())
     for schema in torch._C._jit_get_all_schemas():
         name = schema.name.removeprefix("aten::")

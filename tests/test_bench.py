@@ -56,8 +56,10 @@ def test_all_ways_to_an_odd_vocabulary_give_the_same(tmp_path, monkeypatch):
 
 def test_a_floor_is_the_bytes_at_the_rate_of_the_copy_and_the_gemms():
     took = {"copy": 0.5, "product": 3.0, "dx": 5.0, "dweight": 7.0}
-    floors = ops.floors_of(ops.OPS["gated_mlp"], (2, 10, 1), took)
-    assert floors == {"forward": 3 * 20 * 0.5 + 3, "backward": 6 * 20 * 0.5 + 12, "both": 9 * 20 * 0.5 + 15}
+    floors = ops.floors_of(ops.OPS["linear_cross_entropy"], (2, 10, 1), took)
+    assert floors == {"forward": 3, "backward": 12, "both": 15}
+    floors = ops.floors_of(ops.OPS["rms_norm"], (2, 10), took)
+    assert floors == {"forward": 20, "backward": 30, "both": 50}
     floors = ops.floors_of(ops.OPS["cross_entropy"], (2, 10), took)
     assert floors == {"forward": 10, "backward": 20, "both": 20}
 
@@ -125,7 +127,7 @@ def test_the_largest_that_fits_is_found_to_an_eighth(limit):
     assert found == min(limit, 2048) or limit < 8 or found > limit - max(limit // 8, 1)
 
 
-def test_scale_is_told_for_each_variant(tmp_path, monkeypatch):
+def test_scale_is_measured_for_each_variant(tmp_path, monkeypatch):
     monkeypatch.setattr(step.Step, "fits", lambda self, batch, length: batch * length <= 100)
     eager = step.Step(step.Case("tiny", "2x16", device="cpu"), step.VARIANTS["eager"])
     assert eager.scale() == {"longest": 96, "sequences": 6, "length": 16}
@@ -186,6 +188,14 @@ def test_curves_are_compared_with_what_rounding_does():
     ours = convergence.compared(curves)[convergence.OURS]
     assert ours["of_nudged"] == pytest.approx(1.5) and ours["of_other_weights"] == pytest.approx(0.15)
     assert ours["max_difference"] == pytest.approx(2 * ours["mean_difference"]) == pytest.approx(0.015)
+
+
+def test_the_vocabulary_of_a_text_loses_nothing():
+    text = "def f(x):\n    return some_name + 'caf\u00e9 \u4f60'\n\n" * 3 + "rareword"
+    vocabulary = convergence.Vocabulary(text, 256 + 12)
+    ids = vocabulary.encode(text)
+    assert vocabulary.decode(ids) == text
+    assert max(ids) < 256 + 12 and len(ids) < len(text)
 
 
 def test_training_with_liger_converges_as_eager_does(tmp_path):

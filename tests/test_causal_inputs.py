@@ -1,4 +1,4 @@
-"""Masks that are made elsewhere, and causal in most calls: in a graph before, in a buffer."""
+"""Masks from outside the graph that are causal in most calls: in a graph before, in a buffer."""
 
 import ctypes
 import threading
@@ -278,14 +278,14 @@ def test_symbolic_sizes(how):
     assert found() == BOTH * (1 if how == "dynamic=True" else 2)
 
 
-def test_the_note_says_when_it_runs():
+def test_the_note_states_the_calls_that_use_the_graph():
     fast = compiled(attend)
     for mask in (ones().tril(), changed(ones().tril())):
         fast(*inputs(), mask)
     special, general = liger_compile.reports()
     assert "specialized for l_mask_ that is causal" in special.notes[0]
     assert "used by calls with other masks" in general.notes[0]
-    assert "made elsewhere" in general.notes[1]
+    assert "from outside this graph" in general.notes[1]
 
 
 def test_options_that_leave_nothing_to_choose():

@@ -61,7 +61,7 @@ def test_a_torch_that_compiles_nothing_is_a_fault():
     env = os.environ | {"TORCHDYNAMO_DISABLE": "1"}
     done = subprocess.run(command, text=True, capture_output=True, timeout=400, env=env)
     assert done.returncode == 1
-    assert "NO   torch.compile handed no graph to the backend: TORCHDYNAMO_DISABLE is set" in done.stdout
+    assert "NO   torch.compile passed no graph to the backend: TORCHDYNAMO_DISABLE is set" in done.stdout
 
 
 def with_versions(monkeypatch, **versions):
@@ -93,7 +93,7 @@ def test_a_later_torch_than_was_tested_is_no_fault(examined, monkeypatch):
 def test_a_missing_entry_point_is_a_fault(examined, monkeypatch):
     monkeypatch.setattr(torch.compiler, "list_backends", lambda exclude_tags=(): ["inductor"])
     code, printed = examined()
-    assert code == 1 and 'NO   torch.compile does not know backend="liger"' in printed
+    assert code == 1 and 'NO   torch.compile does not find backend="liger"' in printed
 
 
 def test_a_second_backend_of_this_name_is_a_fault(examined, monkeypatch):
@@ -125,7 +125,7 @@ def test_options_from_the_environment(examined, monkeypatch, name, value, code, 
 @pytest.mark.parametrize(
     ("found", "sentence"),
     [
-        (Verification((), "", ()), "NO   torch.compile handed no graph to the backend"),
+        (Verification((), "", ()), "NO   torch.compile passed no graph to the backend"),
         (RuntimeError("no kernel\nfor it"), "NO   a small model does not compile: RuntimeError: no kernel"),
     ],
 )

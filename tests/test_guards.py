@@ -56,7 +56,7 @@ def test_a_check_that_only_a_guard_answers_refuses():
     assert any("whether it may be replaced: it depends on sizes" in line for line in told()), told()
 
 
-def test_a_search_that_only_a_guard_traces_is_told():
+def test_a_search_that_needs_a_guard_is_reported():
     freqs = torch.polar(torch.ones(5, 8), torch.rand(5, 8))
     compiled(rotary.complex_)(torch.randn(2, 5, 16), freqs)
     assert any("rotary.complex: whether it is this computation for all sizes" in line for line in told()), (

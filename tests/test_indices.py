@@ -260,13 +260,13 @@ def test_reasons_name_what_was_not_read():
 
 
 @pytest.mark.parametrize("is_dynamic", [False, True], ids=["static", "dynamic"])
-def test_padding_is_told_from_what_else_is_not_known(is_dynamic):
+def test_padding_is_distinguished_from_other_unknown_masks(is_dynamic):
     def to_none(x, y, p):
         return (1.0 - p[:, None, None, :].float()) * torch.finfo(torch.float32).min
 
     for build, reason in (
-        (padded, "it is causal but for the padding in l_padding_"),
-        (to_none, "it hides nothing but for the padding in l_padding_"),
+        (padded, "it is causal except for the padding in l_padding_"),
+        (to_none, "it hides nothing except for the padding in l_padding_"),
     ):
         found, _ = meaning(build, is_dynamic=is_dynamic)
         assert (found.kind, found.reason, found.padding) == ("unknown", reason, ("l_padding_",))
@@ -308,7 +308,7 @@ def test_as_many_queries_as_keys(is_dynamic):
     assert found.kind == "unknown" and "its shape" in found.reason
 
 
-def test_attention_says_why_it_keeps_its_mask():
+def test_attention_that_keeps_its_mask_has_a_reason():
     found = []
 
     def backend(gm, _):

@@ -478,7 +478,7 @@ def test_what_dynamo_does_not_write_is_refused():
         inline_subgraphs(made(lambda graph, call: graph.call_function(len, (call,))))
     gm = made(lambda graph, call: graph.call_function(operator.getitem, (call, 0)))
     gm.body = None
-    with pytest.raises(ValueError, match="calls no graph that its module has"):
+    with pytest.raises(ValueError, match="calls a graph that its module does not have"):
         inline_subgraphs(gm)
 
 

@@ -59,7 +59,7 @@ METADATA = {
 
 
 @pytest.mark.parametrize("name", METADATA)
-def test_what_it_looks_like_costs_nothing(leaves, name):
+def test_shape_and_dtype_need_no_values(leaves, name):
     function = Counted()
     assert METADATA[name](made(*leaves, function)) == METADATA[name](F.linear(*leaves))
     assert function.calls == 0
@@ -467,7 +467,7 @@ def test_threads_that_read_at_once_compute_it_once():
     assert not wrong
 
 
-def test_printing_shows_the_values_or_says_why_not(leaves):
+def test_printing_shows_the_values_or_the_reason_for_none(leaves):
     assert str(made(X, W)) == str(F.linear(X, W))
     assert repr(made(*leaves)).startswith(repr(F.linear(*leaves).detach()).removesuffix(")"))
     t = made(*leaves)
@@ -678,7 +678,7 @@ UNSEEN = {
 
 @pytest.mark.parametrize("name", UNSEEN)
 @pytest.mark.parametrize("which", ("head", "hidden state"))
-def test_a_change_that_no_version_shows_is_an_error_that_says_what_to_do(leaves, name, which):
+def test_a_change_without_a_version_raises_an_error_with_advice(leaves, name, which):
     given = (leaves[0], leaves[1]) if which == "head" else (leaves[1], leaves[0])
     t = lazy(
         Recipe(F.linear, "logits", "read them before"),
@@ -738,7 +738,7 @@ def test_in_a_cuda_graph_that_is_recorded_it_is_computed_at_once(monkeypatch):
     assert type(made(X, W)) is torch.Tensor
 
 
-def test_a_weight_that_changed_in_between_is_an_error_that_says_what_to_do(leaves):
+def test_a_weight_changed_before_the_read_raises_an_error_with_advice(leaves):
     t = made(*leaves)
     with torch.no_grad():
         leaves[1].add_(1)
@@ -746,7 +746,7 @@ def test_a_weight_that_changed_in_between_is_an_error_that_says_what_to_do(leave
         t.argmax()
 
 
-def test_a_weight_that_was_freed_in_between_is_an_error_that_says_what_to_do(leaves):
+def test_a_weight_freed_before_the_read_raises_an_error_with_advice(leaves):
     t = made(*leaves)
     leaves[1].untyped_storage().resize_(0)
     with pytest.raises(RuntimeError, match=r"\(16, 8\).* was freed .*liger.logits.: .eager"):

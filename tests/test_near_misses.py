@@ -18,7 +18,7 @@ DOWN, TARGET = torch.randn(16, 16), torch.randint(0, 16, (3, 5))
 TOLD, SILENT = [], []
 
 
-def tells(pattern, sentence, *inputs, patterns=()):
+def reports(pattern, sentence, *inputs, patterns=()):
     def add(function):
         TOLD.append(pytest.param(function, pattern, sentence, inputs, patterns, id=function.__name__))
         return function
@@ -37,114 +37,116 @@ def silent(*inputs):
 # RMSNorm
 
 
-@tells("rms_norm", "sum(x**2) stands where mean(x**2) is expected: this is an L2 norm", X)
+@reports("rms_norm", "sum(x**2) is found where mean(x**2) is expected: this is an L2 norm", X)
 def l2_norm(x):
     total = (x * x).sum(-1, keepdim=True)  # here
     return x * torch.rsqrt(total + 1e-6)
 
 
-@tells("rms_norm", "mean(x**2) + inf is shifted by inf, expected a number that float32 has in full", X, W)
+@reports(
+    "rms_norm", "mean(x**2) + inf is shifted by inf, expected a number that float32 represents exactly", X, W
+)
 def norm_with_an_infinite_eps(x, w):
     inverse = torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + torch.inf)  # here
     return w * (x * inverse)
 
 
-@tells("rms_norm", "this is an L2 norm, which does not divide by the number of channels", X, W)
+@reports("rms_norm", "this is an L2 norm, which does not divide by the number of channels", X, W)
 def weighted_l2_norm(x, w):
     total = x.pow(2).sum(-1, keepdim=True)  # here
     return w * (x * torch.rsqrt(total + 1e-6))
 
 
-@tells("rms_norm", "this is an L2 norm", X)
+@reports("rms_norm", "this is an L2 norm", X)
 def l2_norm_by_vector_norm(x):
     return x / x.norm(dim=-1, keepdim=True)  # here
 
 
-@tells("rms_norm", "var(...) stands where mean(x**2) is expected: this is LayerNorm", X, W)
+@reports("rms_norm", "var(...) is found where mean(x**2) is expected: this is LayerNorm", X, W)
 def layer_norm_by_variance(x, w):
-    centred = x - x.mean(-1, keepdim=True)
+    centered = x - x.mean(-1, keepdim=True)
     variance = x.var(-1, keepdim=True, unbiased=False)  # here
-    return w * (centred * torch.rsqrt(variance + 1e-6))
+    return w * (centered * torch.rsqrt(variance + 1e-6))
 
 
-@tells("rms_norm", "the mean is taken off in one of them only; LayerNorm takes it off in both", X, W)
+@reports("rms_norm", "the mean is subtracted in one of them only; LayerNorm subtracts it in both", X, W)
 def variance_without_centring(x, w):
-    centred = x - x.mean(-1, keepdim=True)
-    variance = centred.pow(2).mean(-1, keepdim=True)
+    centered = x - x.mean(-1, keepdim=True)
+    variance = centered.pow(2).mean(-1, keepdim=True)
     inverse = torch.rsqrt(variance + 1e-6)
     return w * (x * inverse)  # here
 
 
-@tells("rms_norm", "x and y stand where x, one tensor, is expected", X, Y, W)
+@reports("rms_norm", "x and y are found where x, one tensor, is expected", X, Y, W)
 def norm_of_another_tensor(x, y, w):
     inverse = torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + 1e-6)
     return w * (x * inverse)  # here
 
 
-@tells("rms_norm", "the mean is taken over dimension -2, expected over dimension -1", X, W)
+@reports("rms_norm", "the mean is taken over dimension -2, expected over dimension -1", X, W)
 def norm_over_tokens(x, w):
     mean = x.pow(2).mean(-2, keepdim=True)  # here
     return w * (x * torch.rsqrt(mean + 1e-6))
 
 
-@tells("rms_norm", "the mean is taken over dimensions -2, -1, expected over dimension -1", X, W)
+@reports("rms_norm", "the mean is taken over dimensions -2, -1, expected over dimension -1", X, W)
 def norm_over_all_but_the_batch(x, w):
     mean = x.pow(2).mean((-2, -1), keepdim=True)  # here
     return w * (x * torch.rsqrt(mean + 1e-6))
 
 
-@tells("rms_norm", "eps is added to the root, not under it", X, W)
+@reports("rms_norm", "eps is added to the root, not under it", X, W)
 def eps_outside_the_root(x, w):
     root = x.pow(2).mean(-1, keepdim=True).sqrt()
     return w * (x / (root + 1e-6))  # here
 
 
-@tells("rms_norm", "nothing is added to mean(x**2), expected eps", X, W)
+@reports("rms_norm", "nothing is added to mean(x**2), expected eps", X, W)
 def no_eps(x, w):
     mean = x.pow(2).mean(-1, keepdim=True)  # here
     return w * (x * torch.rsqrt(mean))
 
 
-@tells("rms_norm", "e is added, expected a number, eps", X, W, torch.rand(16))
+@reports("rms_norm", "e is added, expected a number, eps", X, W, torch.rand(16))
 def eps_for_each_channel(x, w, e):
     mean = x.pow(2).mean(-1, keepdim=True)
     shifted = mean + e  # here
     return w * (x * torch.rsqrt(shifted))
 
 
-@tells("rms_norm", "clamp stands between mean and a product", X, W)
+@reports("rms_norm", "clamp is between mean and a product", X, W)
 def eps_as_a_bound(x, w):
     mean = x.pow(2).mean(-1, keepdim=True)
     mean = mean.clamp(min=1e-6)  # here
     return w * (x * torch.rsqrt(mean))
 
 
-@tells("rms_norm", "abs(x) stands where x**2 is expected", X, W)
+@reports("rms_norm", "abs(x) is found where x**2 is expected", X, W)
 def norm_of_absolute_values(x, w):
     size = x.abs()  # here
     return w * (x * torch.rsqrt(size.mean(-1, keepdim=True) + 1e-6))
 
 
-@tells("rms_norm", "x**4 stands where x**2 is expected", X, W)
+@reports("rms_norm", "x**4 is found where x**2 is expected", X, W)
 def fourth_power(x, w):
     power = x.pow(4)  # here
     return w * (x * torch.rsqrt(power.mean(-1, keepdim=True) + 1e-6))
 
 
-@tells("rms_norm", "the root is missing", X, W)
+@reports("rms_norm", "the root is missing", X, W)
 def no_root(x, w):
     mean = x.pow(2).mean(-1, keepdim=True)
     return w * (x / (mean + 1e-6))  # here
 
 
-@tells("rms_norm", "sqrt(mean(x**2) + 1e-06) stands where rsqrt(mean(x**2) + eps) is expected", X, W)
+@reports("rms_norm", "sqrt(mean(x**2) + 1e-06) is found where rsqrt(mean(x**2) + eps) is expected", X, W)
 def times_the_root(x, w):
     mean = x.pow(2).mean(-1, keepdim=True)
     root = torch.sqrt(mean + 1e-6)  # here
     return w * (x * root)
 
 
-@tells("rms_norm", "it normalizes by the largest channel, not by the root mean square", X, W)
+@reports("rms_norm", "it normalizes by the largest channel, not by the root mean square", X, W)
 def largest_channel(x, w):
     largest = x.pow(2).amax(-1, keepdim=True)  # here
     return w * (x * torch.rsqrt(largest + 1e-6))
@@ -153,27 +155,27 @@ def largest_channel(x, w):
 # RMSNorm, rounded elsewhere
 
 
-@tells("rms_norm", "x**2 is computed in bfloat16, expected in float32", X.to(HALF), W.to(HALF))
+@reports("rms_norm", "x**2 is computed in bfloat16, expected in float32", X.to(HALF), W.to(HALF))
 def norm_without_upcast(x, w):
     square = x.pow(2)  # here
     return w * (x * torch.rsqrt(square.mean(-1, keepdim=True) + 1e-6))
 
 
-@tells("rms_norm", "x**2 is computed in bfloat16, expected in float32", X.to(HALF), W.to(HALF))
+@reports("rms_norm", "x**2 is computed in bfloat16, expected in float32", X.to(HALF), W.to(HALF))
 def square_before_the_upcast(x, w):
     square = x.pow(2)  # here
     inverse = torch.rsqrt(square.float().mean(-1, keepdim=True) + 1e-6)
     return w * (x.float() * inverse).to(x.dtype)
 
 
-@tells("rms_norm", "mean(x**2) is rounded to bfloat16, expected not to be", X.to(HALF), W.to(HALF))
+@reports("rms_norm", "mean(x**2) is rounded to bfloat16, expected not to be", X.to(HALF), W.to(HALF))
 def rounded_mean(x, w):
     mean = x.float().pow(2).mean(-1, keepdim=True)
     mean = mean.to(x.dtype)  # here
     return w * (x.float() * torch.rsqrt(mean.float() + 1e-6)).to(x.dtype)
 
 
-@tells("rms_norm", "mean(x**2) + 1e-06 is rounded to bfloat16, expected not to be", X.to(HALF), W.to(HALF))
+@reports("rms_norm", "mean(x**2) + 1e-06 is rounded to bfloat16, expected not to be", X.to(HALF), W.to(HALF))
 def rounded_sum(x, w):
     shifted = x.float().pow(2).mean(-1, keepdim=True) + 1e-6
     shifted = shifted.to(x.dtype)  # here
@@ -188,35 +190,37 @@ def rotate_half(x):
     return torch.cat((-second, first), -1)
 
 
-@tells("rotary", "x and y stand where q, one tensor, is expected", X, Y, COS, SIN)
+@reports("rotary", "x and y are found where q, one tensor, is expected", X, Y, COS, SIN)
 def rotates_another_tensor(x, y, cos, sin):
     turned = rotate_half(y)
     return x * cos + turned * sin  # here
 
 
-@tells("rotary", "roll(...) stands where rotate_half(q) is expected: nothing in it is negated", X, COS, SIN)
+@reports(
+    "rotary", "roll(...) is found where rotate_half(q) is expected: nothing in it is negated", X, COS, SIN
+)
 def rolled_halves(x, cos, sin):
     turned = x.roll(8, -1)  # here
     return x * cos + turned * sin
 
 
-@tells("rotary", "nothing in it is negated, so pairs are mirrored and not turned", X, COS, SIN)
+@reports("rotary", "nothing in it is negated, so pairs are mirrored instead of rotated", X, COS, SIN)
 def mirrored_halves(x, cos, sin):
     first, second = x.chunk(2, -1)
     turned = torch.cat((second, first), -1)  # here
     return x * cos + turned * sin
 
 
-@tells("rotary", "nothing in it is negated, so pairs are mirrored and not turned", X, COS, SIN)
+@reports("rotary", "nothing in it is negated, so pairs are mirrored instead of rotated", X, COS, SIN)
 def mirrored_pairs(x, cos, sin):
     turned = torch.stack((x[..., 1::2], x[..., ::2]), -1)
     turned = turned.flatten(-2)  # here
     return x * cos + turned * sin
 
 
-@tells(
+@reports(
     "rotary",
-    "cat(-q[..., 6:], q[..., :6]) stands where rotate_half(q) is expected: a rotation has",
+    "cat(-q[..., 6:], q[..., :6]) is found where rotate_half(q) is expected: a rotation has",
     X,
     COS,
     SIN,
@@ -226,21 +230,21 @@ def uneven_halves(x, cos, sin):
     return x * cos + turned * sin
 
 
-@tells("rotary", "cat(q[..., :8], -q[..., 8:]) stands where rotate_half(q) is expected", X, COS, SIN)
+@reports("rotary", "cat(q[..., :8], -q[..., 8:]) is found where rotate_half(q) is expected", X, COS, SIN)
 def halves_that_stay(x, cos, sin):
     first, second = x.chunk(2, -1)
     turned = torch.cat((first, -second), -1)  # here
     return x * cos + turned * sin
 
 
-@tells("rotary", "cat(-q[..., 8:], -q[..., :8]) stands where rotate_half(q) is expected", X, COS, SIN)
+@reports("rotary", "cat(-q[..., 8:], -q[..., :8]) is found where rotate_half(q) is expected", X, COS, SIN)
 def both_halves_negated(x, cos, sin):
     first, second = x.chunk(2, -1)
     turned = torch.cat((-second, -first), -1)  # here
     return x * cos + turned * sin
 
 
-@tells("rotary", "sin * q[..., :8] has the other sign", X, COS_HALF, SIN_HALF)
+@reports("rotary", "sin * q[..., :8] has the other sign", X, COS_HALF, SIN_HALF)
 def halves_with_two_plus_signs(x, cos, sin):
     a, b = x.chunk(2, -1)
     first = a * cos + b * sin
@@ -248,7 +252,7 @@ def halves_with_two_plus_signs(x, cos, sin):
     return torch.cat((first, second), -1)
 
 
-@tells("rotary", "stand where cos, one tensor, is expected", X, COS_HALF, SIN_HALF, COS_HALF + 1)
+@reports("rotary", "are found where cos, one tensor, is expected", X, COS_HALF, SIN_HALF, COS_HALF + 1)
 def halves_by_two_tables(x, cos, sin, other):
     a, b = x.chunk(2, -1)
     first = a * cos - b * sin
@@ -256,9 +260,9 @@ def halves_by_two_tables(x, cos, sin, other):
     return torch.cat((first, second), -1)
 
 
-@tells(
+@reports(
     "rotary",
-    "freqs + view_as_complex(q) stands where freqs * view_as_complex(q) is expected",
+    "freqs + view_as_complex(q) is found where freqs * view_as_complex(q) is expected",
     X,
     torch.randn(5, 8).cfloat(),
 )
@@ -268,9 +272,10 @@ def shifted_complex_pairs(x, freqs):
     return torch.view_as_real(pairs).flatten(-2)
 
 
-@tells(
+@reports(
     "rotary",
-    "s * cos stands where cos, one tensor, is expected, and is computed nowhere as one value; multiply these first",
+    "s * cos is found where cos, one tensor, is expected, and no node computes it as one value; multiply these factors "
+    "first",
     X,
     COS,
     SIN,
@@ -282,7 +287,7 @@ def scaled_rotation(t, cos, sin, s):
     return first + second
 
 
-@tells(
+@reports(
     "rotary",
     "nothing in it is negated, and whether signs or sin has the signs is not known; a rotation has cat((-second_half",
     X,
@@ -298,9 +303,9 @@ def rolled_with_a_row_of_signs(x, cos, sin, signs):
 # Gated MLP
 
 
-@tells(
+@reports(
     "gated_mlp",
-    "sigmoid(gate) stands where silu(gate) is expected: this is GLU, or an output gate",
+    "sigmoid(gate) is found where silu(gate) is expected: this is GLU, or an output gate",
     X,
     Y,
     DOWN,
@@ -310,21 +315,21 @@ def output_gate(attended, gate, w):
     return F.linear(attended * gate, w)
 
 
-@tells("gated_mlp", "relu(gate) stands where silu(gate) is expected: this is ReGLU", X, Y, DOWN)
+@reports("gated_mlp", "relu(gate) is found where silu(gate) is expected: this is ReGLU", X, Y, DOWN)
 def reglu(gate, up, w):
     gate = F.relu(gate)  # here
     return F.linear(gate * up, w)
 
 
-@tells("gated_mlp", "this gates with the square of tanh", X, Y, DOWN)
+@reports("gated_mlp", "this gates with the square of tanh", X, Y, DOWN)
 def squared_tanh_gate(gate, up, w):
     gate = torch.tanh(gate)  # here
     return F.linear(gate.square() * up, w)
 
 
-@tells(
+@reports(
     "gated_mlp",
-    "sigmoid(gate_up[..., 16:]) stands where silu(gate_up[..., :16]) is expected: this is GLU",
+    "sigmoid(gate_up[..., 16:]) is found where silu(gate_up[..., :16]) is expected: this is GLU",
     torch.randn(3, 5, 32),
     DOWN,
 )
@@ -333,7 +338,7 @@ def packed_glu(gate_up, w):
     return F.linear(h, w)
 
 
-@tells(
+@reports(
     "gated_mlp", "this is the quick GELU, silu with a slope of 1.702", X.to(HALF), Y.to(HALF), DOWN.to(HALF)
 )
 def quick_gelu_gate_in_float32(gate, up, w):
@@ -341,37 +346,37 @@ def quick_gelu_gate_in_float32(gate, up, w):
     return F.linear((gate * slope).to(up.dtype) * up, w)
 
 
-@tells("gated_mlp", "up + silu(gate) stands where up * silu(gate) is expected", X, Y, DOWN)
+@reports("gated_mlp", "up + silu(gate) is found where up * silu(gate) is expected", X, Y, DOWN)
 def added_gate(gate, up, w):
     h = F.silu(gate) + up  # here
     return F.linear(h, w)
 
 
-@tells("gated_mlp", "softplus(gate) stands where silu(gate) is expected", X, Y, DOWN)
+@reports("gated_mlp", "softplus(gate) is found where silu(gate) is expected", X, Y, DOWN)
 def softplus_gate(gate, up, w):
     gate = F.softplus(gate)  # here
     return F.linear(gate * up, w)
 
 
-@tells("gated_mlp", "mish(gate) stands where silu(gate) is expected: this gates with Mish", X, Y, DOWN)
+@reports("gated_mlp", "mish(gate) is found where silu(gate) is expected: this gates with Mish", X, Y, DOWN)
 def mish_gate(gate, up, w):
     gate = F.mish(gate)  # here
     return F.linear(gate * up, w)
 
 
-@tells("gated_mlp", "hardsigmoid(gate) stands where silu(gate) is expected", X, Y, DOWN)
+@reports("gated_mlp", "hardsigmoid(gate) is found where silu(gate) is expected", X, Y, DOWN)
 def hardsigmoid_gate(gate, up, w):
     gate = F.hardsigmoid(gate)  # here
     return F.linear(gate * up, w)
 
 
-@tells("gated_mlp", "tanh(gate) stands where silu(gate) is expected: this is a tanh gate", X, Y, DOWN)
+@reports("gated_mlp", "tanh(gate) is found where silu(gate) is expected: this is a tanh gate", X, Y, DOWN)
 def tanh_gate(gate, up, w):
     gate = torch.tanh(gate)  # here
     return F.linear(gate * up, w)
 
 
-@tells(
+@reports(
     "gated_mlp",
     "silu(gate) is computed in float32, expected in bfloat16",
     X.to(HALF),
@@ -390,21 +395,21 @@ def loss(logits, target):
     return F.cross_entropy(logits.view(-1, 16), target.view(-1))
 
 
-@tells("linear_cross_entropy", "clamp stands between linear and cross_entropy", X, DOWN, TARGET)
+@reports("linear_cross_entropy", "clamp is between linear and cross_entropy", X, DOWN, TARGET)
 def clamped_logits(x, w, target):
     logits = F.linear(x, w)
     logits = logits.clamp(-30, 30)  # here
     return loss(logits, target)
 
 
-@tells("linear_cross_entropy", "a mask stands between linear and cross_entropy", X, DOWN, TARGET)
+@reports("linear_cross_entropy", "a mask is between linear and cross_entropy", X, DOWN, TARGET)
 def masked_logits(x, w, target):
     logits = F.linear(x, w)
     logits = logits.masked_fill(w[0] > 0, -1e9)  # here
     return loss(logits, target)
 
 
-@tells(
+@reports(
     "linear_cross_entropy", "1 / temperature is one factor more than expected", X, DOWN, TARGET, torch.rand(1)
 )
 def learned_temperature(x, w, target, temperature):
@@ -413,30 +418,30 @@ def learned_temperature(x, w, target, temperature):
     return loss(logits, target)
 
 
-@tells("linear_cross_entropy", "sigmoid stands between linear and a scaling", X, DOWN, TARGET)
+@reports("linear_cross_entropy", "sigmoid is between linear and a scaling", X, DOWN, TARGET)
 def softcap_by_sigmoid(x, w, target):
     logits = F.linear(x, w)
     logits = torch.sigmoid(logits / 7.5)  # here
     return loss(30 * logits, target)
 
 
-@tells("linear_cross_entropy", "a sum stands between linear and cross_entropy", X, DOWN, TARGET, Y)
+@reports("linear_cross_entropy", "a sum is between linear and cross_entropy", X, DOWN, TARGET, Y)
 def logits_with_a_prior(x, w, target, prior):
     logits = F.linear(x, w)
     logits = logits + prior  # here
     return loss(logits, target)
 
 
-@tells("linear_cross_entropy", "layer_norm stands between linear and cross_entropy", X, DOWN, TARGET)
+@reports("linear_cross_entropy", "layer_norm is between linear and cross_entropy", X, DOWN, TARGET)
 def normed_logits(x, w, target):
     logits = F.linear(x, w)
     logits = F.layer_norm(logits, (16,))  # here
     return loss(logits, target)
 
 
-@tells(
+@reports(
     "linear_cross_entropy",
-    "a write in place (setitem) stands between linear and cross_entropy",
+    "a write in place (setitem) is between linear and cross_entropy",
     X,
     DOWN,
     TARGET,
@@ -447,9 +452,9 @@ def logits_written_over(x, w, target):
     return loss(logits, target)
 
 
-@tells(
+@reports(
     "linear_cross_entropy",
-    "a write in place (setitem) stands between linear and cross_entropy",
+    "a write in place (setitem) is between linear and cross_entropy",
     X.to(HALF),
     DOWN.to(HALF),
     TARGET,
@@ -460,8 +465,8 @@ def logits_written_over_and_cast(x, w, target):
     return loss(logits.float(), target)
 
 
-@tells(
-    "linear_cross_entropy", "a write in place (div_) stands between linear and cross_entropy", X, DOWN, TARGET
+@reports(
+    "linear_cross_entropy", "a write in place (div_) is between linear and cross_entropy", X, DOWN, TARGET
 )
 def logits_divided_in_place(x, w, target):
     logits = F.linear(x, w)
@@ -480,7 +485,7 @@ ATTEND = Pattern(
 )
 
 
-@tells("attend", "softmax has dim -2, expected -1", torch.randn(3, 5, 5), X, patterns=(ATTEND,))
+@reports("attend", "softmax has dim -2, expected -1", torch.randn(3, 5, 5), X, patterns=(ATTEND,))
 def softmax_over_queries(scores, v):
     weights = torch.softmax(scores, 1)  # here
     return weights @ v
@@ -591,12 +596,12 @@ def a_loss_of_given_logits(logits, target):
 
 
 @pytest.mark.parametrize(("function", "inputs"), SILENT)
-def test_nothing_is_told(run_liger, function, inputs):
+def test_no_near_miss_is_reported(run_liger, function, inputs):
     _, (report,) = run_liger(function, *inputs)
     assert not report.near_misses, report
 
 
-def test_two_places_are_told_once_each(run_liger):
+def test_one_difference_in_two_places_is_printed_once(run_liger):
     _, (report,) = run_liger(lambda x, y: (l2_norm(x), l2_norm(y)), X, Y)
     assert len(report.near_misses) == 2 and len({near.reason for near in report.near_misses}) == 1
     assert str(report).count("this is an L2 norm") == 1

@@ -66,7 +66,7 @@ def test_accepted(key, value):
         ("strict", 1),
     ],
 )
-def test_a_wrong_value_is_told_what_was_expected_what_came_and_what_to_do(key, value):
+def test_a_wrong_value_raises_expected_received_and_advice(key, value):
     with pytest.raises(ValueError) as error:
         parse(None, {f"liger.{key}": value})
     message = str(error.value)
@@ -75,7 +75,7 @@ def test_a_wrong_value_is_told_what_was_expected_what_came_and_what_to_do(key, v
     assert message.endswith(f"leave it out for the default, {getattr(Options(), key)!r}")
 
 
-def test_an_unknown_option_is_told_the_closest_and_all_others():
+def test_an_unknown_option_raises_the_closest_and_all_names():
     with pytest.raises(
         ValueError, match=r"unknown option 'liger.polcy'; did you mean 'liger.policy'\?"
     ) as error:

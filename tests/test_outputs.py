@@ -174,7 +174,7 @@ def test_none_drops_them():
 
 
 @pytest.mark.parametrize("case", ("option", "no_grad"))
-def test_logits_that_stay_in_the_graph_prevent_the_fusion_and_the_report_says_why(case):
+def test_logits_in_the_graph_prevent_fusion_with_a_reason(case):
     function = compiled(head_and_loss, **({"logits": "eager"} if case == "option" else {}))
     x, w, labels = arguments()
     with torch.set_grad_enabled(case == "option"):
@@ -280,7 +280,7 @@ def test_after_an_optimizers_step_logits_are_those_from_before(step, inner):
     assert "grad_fn" in repr(logits) and "cannot be computed" not in repr(logits)
 
 
-def test_a_weight_that_was_written_unseen_is_an_error_and_printing_says_so():
+def test_an_undeclared_write_to_a_weight_raises_and_is_printed():
     x, w, labels = arguments()
     _, logits = compiled(head_and_loss)(x, w, labels)
     w.data.mul_(0.5)

@@ -153,7 +153,7 @@ def test_a_call_that_nobody_knows_begins_a_region_like_no_other():
     regions = Regions(module.graph)
     first = next(node for node in module.graph.nodes if node.target == "sin")
     assert is_switch(switch) and regions.of[first] != regions.of[last]
-    assert in_words(switch) == "_unheard_of is called, which may change how what follows runs,"
+    assert in_words(switch) == "_unheard_of is called, which may change the modes of later operations,"
 
 
 @pytest.mark.parametrize(
@@ -180,7 +180,7 @@ def test_a_body_runs_in_the_modes_of_its_call(context):
     assert {inside.of[node] for node in body.graph.nodes} == {outside.of[call]}
     assert inside.why_uncertain is None
     others = Regions(body.graph, [outside.of[call], Region(grad_mode=True, inference_mode=True)])
-    assert others.why_uncertain == "the calls of the body that it is in run in several modes"
+    assert others.why_uncertain == "the calls of its subgraph run in several modes"
 
 
 def test_entering_a_region():

@@ -93,13 +93,13 @@ def test_layers_are_folded_into_one_group():
     ]
 
 
-def test_what_is_left_alone_says_why_and_is_not_counted_as_saved():
+def test_sites_left_alone_have_a_reason_and_save_nothing():
     gm = layer_graph(layers=3)
     first, second, third = matches(gm, "rms_norm.llama")
     reason = "the weight is changed between the norm and its use, so the norm has to be computed where it is"
     decisions = [
         Decision(first, "replace"),
-        Decision(second, "annotate", "Inductor fuses this norm with its neighbours", saved_bytes=100),
+        Decision(second, "annotate", "Inductor fuses this norm with its neighbors", saved_bytes=100),
         Decision(third, "leave", reason, saved_bytes=10**9),
     ]
     report = GraphReport.of(gm, decisions)
@@ -114,7 +114,7 @@ def test_what_is_left_alone_says_why_and_is_not_counted_as_saved():
         "Left to Inductor, marked as cheap to recompute",
         "  rms_norm.llama   1x   100 B   model.layers.1.norm (LlamaRMSNorm)",
         "                                modeling_llama.py:66  bf16[2, 8, 32]",
-        "      Inductor fuses this norm with its neighbours",
+        "      Inductor fuses this norm with its neighbors",
         "",
         "Left alone",
         "  rms_norm.llama   1x      model.layers.2.norm (LlamaRMSNorm)",
@@ -134,7 +134,7 @@ def test_near_misses_show_the_line_that_differs_nearest_first():
     report = GraphReport.of(gm, [], [far, *near])
     assert lines_of(report)[1:] == [
         "",
-        "Near misses: look like a pattern, and are left because they differ from it",
+        "Near misses: similar to a pattern, not replaced because they differ from it",
         "  rms_norm.gemma   2x   88% alike   model.layers.{0..1}.norm (LlamaRMSNorm)",
         "                                    modeling_llama.py:65  return self.weight * hidden_states",
         "      expected 1 + weight, found weight",
@@ -161,7 +161,7 @@ def test_notes_are_wrapped_and_nothing_found_is_one_line():
     assert str(GraphReport.of(gm, [])) == (
         "liger_compile  graph ?, 4 nodes: 0 replaced, 0 left alone, 0 near misses"
     )
-    lines = lines_of(GraphReport.of(gm, [], notes=["graph output 3 looks like logits " * 5]))
+    lines = lines_of(GraphReport.of(gm, [], notes=["graph output 3 may be logits of 64 classes " * 5]))
     assert lines[1:3] == ["", "Notes"]
     assert lines[3].startswith("  - graph output") and lines[4].startswith("    ")
     assert all(len(line) <= 110 for line in lines)
@@ -246,7 +246,7 @@ def test_the_path_through_a_wrapper_that_has_a_getattr_of_its_own():
     assert site.place.module == "base_model.0" and site.place.module_class == "Norm"
 
 
-def test_frames_of_pytorch_itself_are_not_where_the_user_looks():
+def test_a_place_is_outside_of_pytorch():
     gm = layer_graph(layers=1)
     (match,) = matches(gm, "rms_norm.torch")
     inside = os.path.join(os.path.dirname(torch.__file__), "nn/modules/normalization.py")
@@ -271,7 +271,7 @@ def test_all_ops_of_a_replacement_are_named(run_liger):
     from liger_compile import functional
 
     def replace(x):
-        return functional.rms_norm(functional.rms_norm(x, None, 1e-6), None, 1e-6) * functional.swiglu(x, x)
+        return functional.rms_norm(functional.rms_norm(x, None, 1e-6), None, 1e-6) * functional.pre_norm(x)
 
     twice = Pattern(
         "twice.test",
@@ -281,7 +281,11 @@ def test_all_ops_of_a_replacement_are_named(run_liger):
     )
     _, (report,) = run_liger(lambda x: torch.erf(torch.erf(x)), torch.randn(2, 16), patterns=(twice,))
     (site,) = report.sites
-    assert sorted(site.ops) == ["liger_compile::gated_activation", "liger_compile::rms_norm"]
+    assert sorted(site.ops) == [
+        "liger_compile::pre_norm",
+        "liger_compile::pre_norm_statistics",
+        "liger_compile::rms_norm",
+    ]
 
 
 # Programs.
@@ -402,7 +406,7 @@ def test_one_layer_that_is_trained_keeps_its_input():
 def test_the_eager_compiler_takes_no_marks():
     report = reported(Layer(), inner="eager")
     assert saved(report) == {}
-    assert all("liger.inner='eager' takes no marks" in site.reason for site in report.sites)
+    assert all("liger.inner='eager' ignores marks" in site.reason for site in report.sites)
 
 
 def test_marks_that_are_switched_off_save_nothing():
@@ -420,7 +424,7 @@ def test_inside_of_a_checkpoint_nothing_would_have_been_kept(policy: str):
     assert reported(forward, policy=policy).saved_bytes == 0
 
 
-def test_explain_tells_what_inductor_would_be_given():
+def test_explain_reports_the_graph_for_inductor():
     (report,) = explain(Layer(), torch.randn(2, 5, 8)).graphs
     assert saved(report) == KEPT
 
@@ -533,7 +537,7 @@ def test_explain_reports_one_call_and_puts_everything_back():
     assert json.loads(json.dumps(again.to_dict())) == again.to_dict()
 
 
-def test_explain_tells_of_graph_breaks():
+def test_explain_reports_graph_breaks():
     def broken(x: torch.Tensor) -> torch.Tensor:
         y = x * 2
         torch._dynamo.graph_break()

@@ -69,7 +69,7 @@ def test_a_wrong_replacement_is_caught_by_the_fuzzer():
             assert_mutant_is_safe(WRONG["another function"], Random(seed))
 
 
-def test_a_wrong_count_is_told_with_the_report(x):
+def test_a_wrong_count_fails_with_the_report(x):
     with pytest.raises(
         AssertionError, match=r"expected \{'right': 2\} to be replaced, got \{'right': 1\}\nliger_compile"
     ):
@@ -78,7 +78,7 @@ def test_a_wrong_count_is_told_with_the_report(x):
         assert_rewrites(gate, x, expect={}, patterns=(RIGHT,))
 
 
-def test_a_refusal_that_is_none_is_told(x):
+def test_a_replacement_instead_of_a_refusal_fails(x):
     with pytest.raises(AssertionError, match=r"expected no right to be replaced, got \['right.test'\]"):
         assert_refuses(gate, x, pattern="right", patterns=(RIGHT,))
     with pytest.raises(AssertionError, match="got no such place"):

@@ -204,7 +204,7 @@ def test_a_mask_in_a_checkpointed_layer_comes_from_outside():
         assert_as_in_eager(fast, model, *inputs(), mask)
     assert found() == [(specialize.WITHOUT, 2), (specialize.GENERIC, 0)]
     assert liger_compile.reports()[1].notes[1:] == (
-        "attention keeps its mask 2x: it is causal but for the padding in l_padding_",
+        "attention keeps its mask 2x: it is causal except for the padding in l_padding_",
     )
 
 
@@ -305,7 +305,7 @@ def test_reports_say_which_graph_is_whose():
     assert without.to_dict()["variant"] == "without padding"
 
 
-def test_explain_tells_of_the_call_that_it_makes():
+def test_explain_reports_the_variant_of_its_call():
     (graph,) = liger_compile.explain(causal, *inputs(), masks()[0]).graphs
     assert graph.variant == specialize.WITHOUT
     (graph,) = liger_compile.explain(causal, *inputs(), masks()[1]).graphs

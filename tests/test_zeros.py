@@ -84,7 +84,7 @@ def test_zeros_are_not_copied():
 
 
 def test_parameters_do_not_share_a_gradient(compiled):
-    """Backward returns the gradient of the second output as it came, and that of the third."""
+    """Backward returns the gradient of the second output unchanged, and that of the third."""
     x, y, w = leaves((SIZE, SIZE), (SIZE, SIZE), SIZE)
     function = compiled(lambda x, y, w: ((w * 2).sum(), x + 1, y.view(-1) + 1))
     function(x, y, w)[0].backward()

@@ -28,7 +28,7 @@ CHOICES: Mapping[str, str] = {
 }
 
 # All that `liger.skip` may name here.
-NAMES = (*(each.name for each in DEFAULT_PASSES), *CHOICES)
+NAMES = (*(passed.name for passed in DEFAULT_PASSES), *CHOICES)
 
 __all__ = [
     "CHOICES",

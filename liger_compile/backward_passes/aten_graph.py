@@ -74,7 +74,7 @@ def terms_of(node: Any) -> list[Node]:
     while waiting:
         term = waiting.pop()
         chain = origin(term, RESHAPES)
-        first: Any = next(each for each in chain if each.target not in RESHAPES or len(each.users) > 1)
+        first: Any = next(node for node in chain if node.target not in RESHAPES or len(node.users) > 1)
         if not is_sum(first) or len(first.users) > 1:
             found.append(term)
         else:
@@ -97,9 +97,9 @@ def call(graph: Graph, target: Any, *args: Any) -> Node:
 
 def move_before(first: Node, node: Any) -> None:
     """Moves a node before `first`, with the nodes that it is a view of, if they come later."""
-    for each in reversed(origin(node)):
-        if each > first:
-            first.prepend(each)
+    for part in reversed(origin(node)):
+        if part > first:
+            first.prepend(part)
 
 
 def erase_unused(graph: Graph, nodes: Iterable[Node | None], *targets: Any) -> None:

@@ -68,7 +68,7 @@ def _added_to(graph: Graph, node: Node, own: Collection[Node]) -> Node | None:
     if reader.target is _aten.addmm.default and reader.args[0] is node:
         total: Any = _product_of(graph, reader)  # Inductor makes an addmm of a matmul and a sum
     elif reader.target is _aten.add.Tensor:
-        total = next((each for each in reader.args if each is not node), None)
+        total = next((addend for addend in reader.args if addend is not node), None)
     else:
         return None
     if not _may_be_written(total, reader, own) or not _is_alike(total, reader):
@@ -92,12 +92,12 @@ def _may_be_written(total: Any, reader: Node, own: Collection[Node]) -> bool:
     """Returns whether only `reader` reads `total` or memory that it shares. An earlier scaling in place may read it."""
     if not isinstance(total, Node):
         return False
-    if [each for each in total.users if each.target is not _ours.scale_in_place.default] != [reader]:
+    if [user for user in total.users if user.target is not _ours.scale_in_place.default] != [reader]:
         return False
     made_by: Any = total
     if total.target is operator.getitem:
         made_by = total.all_input_nodes[0]
-        if any(each is not total and each.args == total.args for each in made_by.users):
+        if any(user is not total and user.args == total.args for user in made_by.users):
             return False
     is_ours = getattr(made_by.target, "namespace", "") == _ours.name
     return total in own or made_by.target in _MAKES_MEMORY or is_ours

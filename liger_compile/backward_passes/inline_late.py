@@ -52,11 +52,11 @@ def _inline(graph: Graph, node: Node, decompositions: Mapping[Any, Callable[...,
         )
         return LATE_OPS[node.target](*args, **kwargs)
 
-    values = [each.meta["val"] for each in inputs]
+    values = [node.meta["val"] for node in inputs]
     with detect_fake_mode(values) or contextlib.nullcontext():
         traced = make_fx(body, dict(decompositions))(*values).graph
     if traced.find_nodes(op="get_attr"):
-        raise NotImplementedError(f"{node.target} makes a constant, for which the graph has no place")
+        raise NotImplementedError(f"{node.target} creates a constant, which cannot be added to the graph")
     placeholders = traced.find_nodes(op="placeholder")
     with graph.inserting_before(node):
         results: Any = graph.graph_copy(traced, dict(zip(placeholders, inputs, strict=True)))

@@ -95,13 +95,13 @@ def _fuse(graph: Graph, backward: Node) -> Applied | None:
         return None
     first = min((*q.reads, *k.reads))  # Nodes compare by position
     others = [term for term in summed if term not in (q.term, k.term)]
-    rest = next((each for each in map(_matrix_of, others) if _fits(each, q, first)), None)
+    rest = next((matrix for matrix in map(_matrix_of, others) if _fits(matrix, q, first)), None)
     matrices = [q, k] if rest is None else [q, k, rest]
     if not _pays(matrices):
         return None
 
-    what = f"the gradients of {len(matrices)} projections are one matrix product"
-    applied = Applied(backward, what, traffic=_elements_saved(matrices) * tensor_of(q.term).dtype.itemsize)
+    text = f"the gradients of {len(matrices)} projections are one matmul"
+    applied = Applied(backward, text, traffic=_elements_saved(matrices) * tensor_of(q.term).dtype.itemsize)
     beside = None if rest is None else rest.term.args[0]
     if rest is not None:
         reads = [reader for reader in rest.reads if reader > backward]
@@ -231,7 +231,7 @@ def _summed_with(term: Node) -> list[Node]:
 def _only_read_here(node: Node) -> Node | None:
     """Returns the node that this one is a view of, if neither it nor a view has another reader."""
     chain = before_widening(node)
-    return chain[-1] if all(len(each.users) == 1 for each in chain) else None
+    return chain[-1] if all(len(node.users) == 1 for node in chain) else None
 
 
 def _pays(matrices: Sequence[_Matrix]) -> bool:
@@ -276,7 +276,7 @@ def _fuse_terms(graph: Graph, packed: Node, terms: Sequence[Node]) -> list[Node]
             summand, (reader,) = term, term.users
             while reader.target is not add:
                 summand, (reader,) = reader, reader.users
-            (other,) = (each for each in reader.all_input_nodes if each is not summand)
+            (other,) = (addend for addend in reader.all_input_nodes if addend is not summand)
             reader.replace_all_uses_with(other)
             graph.erase_node(reader)
             unused.append(summand)

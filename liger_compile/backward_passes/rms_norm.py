@@ -53,7 +53,7 @@ def fuse_rms_norms(backward: Backward) -> Iterator[Applied]:
 def _fuse(graph: Graph, backward: Node) -> Applied | None:
     dy, *of, needs_dweight = backward.args
     dys = [term for part in terms_of(dy) for term in terms_of(_unwidened(part))]
-    if len(dys) > MOST_SUMMED or not all(_is_in_memory(origin(each)[-1]) for each in dys):
+    if len(dys) > MOST_SUMMED or not all(_is_in_memory(origin(gradient)[-1]) for gradient in dys):
         return None  # a compiler better computes other gradients where they are read
     dx, dweight = result(backward, 0), result(backward, 1)
     total, ds = _added_to(dx, backward)
@@ -64,13 +64,16 @@ def _fuse(graph: Graph, backward: Node) -> Applied | None:
 
     y_dtype, ys = _read_as(norm)
     with graph.inserting_before(backward):
-        dys, ds = [_shaped(graph, each, dy) for each in dys], None if ds is None else _shaped(graph, ds, dy)
+        dys, ds = (
+            [_shaped(graph, gradient, dy) for gradient in dys],
+            None if ds is None else _shaped(graph, ds, dy),
+        )
         args = dys, ds, *of, needs_dweight, y_dtype
         fused = call(graph, _ours.pre_norm_backward_fused.default, *args)
         new_dx, new_dweight, y = (call(graph, operator.getitem, fused, which) for which in range(3))
         if total is not None:
             new_dx = _shaped(graph, new_dx, total)
-    replaced = ((total or dx, new_dx), (dweight, new_dweight), *((each, y) for each in ys))
+    replaced = ((total or dx, new_dx), (dweight, new_dweight), *((norm, y) for norm in ys))
     for old, new in replaced:
         if old is not None:
             old.replace_all_uses_with(new)
@@ -80,10 +83,10 @@ def _fuse(graph: Graph, backward: Node) -> Applied | None:
     erase_unused(graph, unused, _backward, _norm)
     # One sum is written and read once less; so is x, from which the norm is recomputed.
     sums = len(dys) - 1 + (ds is not None)
-    what = f"one kernel with {sums} {'sum' if sums == 1 else 'sums'}" + (
+    text = f"one kernel with {sums} {'sum' if sums == 1 else 'sums'}" + (
         " and the norm" if norm is not None else ""
     )
-    return Applied(backward, what, traffic=(2 * sums + (norm is not None)) * bytes_of(new_dx))
+    return Applied(backward, text, traffic=(2 * sums + (norm is not None)) * bytes_of(new_dx))
 
 
 def _shaped(graph: Graph, node: Node, other: Any) -> Node:
@@ -122,7 +125,7 @@ def _added_to(dx: Node | None, backward: Node) -> tuple[Node | None, Node | None
     while node is not None and len(node.users) == 1:
         (user,) = node.users
         if is_sum(user):
-            (other,) = (each for each in user.all_input_nodes if each is not node)
+            (other,) = (addend for addend in user.all_input_nodes if addend is not node)
             return (user, other) if other < backward else (None, None)
         node = user if user.target in RESHAPES else None
     return None, None

@@ -76,23 +76,23 @@ def run_passes(
         strict: reraise the exception of a pass. Otherwise a warning names the pass, and its earlier changes stay.
     """
     made: list[tuple[Pass, Applied]] = []
-    for each in passes:
+    for current in passes:
         before = len(made)
         text = str(backward.graph) if _log.isEnabledFor(logging.DEBUG) else ""
         try:
-            changes = each.run(backward)
+            changes = current.run(backward)
             while fuel is None or len(made) < fuel:
-                made.append((each, next(changes)))
+                made.append((current, next(changes)))
         except StopIteration:
             pass
         except Exception as error:
             if strict:
                 raise
-            warn_of_failure(each.name, error)
+            warn_of_failure(current.name, error)
         if text and len(made) > before:
             _log.debug(
                 "%s changed the graph of backward. Before:\n%s\nAfter:\n%s",
-                each.name,
+                current.name,
                 text,
                 str(backward.graph),
             )

@@ -12,8 +12,11 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
+import shutil
+import sysconfig
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -21,7 +24,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import liger_compile
-from liger_compile.cli.demo import inductor_needs
 from liger_compile.ops.dispatch import has_kernel
 from liger_compile.options import Options, parse
 from liger_compile.report.verify import Verification, verify
@@ -166,7 +168,7 @@ def _discovery(_: str) -> Iterator[Finding]:
     if "liger" not in torch.compiler.list_backends(exclude_tags=()):
         yield Finding(
             "NO",
-            'torch.compile does not know backend="liger": no installed package has the entry point; install '
+            'torch.compile does not find backend="liger": no installed package has the entry point; install '
             "liger-compile with pip, a folder on the Python path is not enough",
         )
     elif values := sorted({entry.value for entry in entries} - {"liger_compile.backend:liger"}):
@@ -180,6 +182,17 @@ def _discovery(_: str) -> Iterator[Finding]:
             "--",
             f"pip installed version {installed}, but Python imports {liger_compile.__version__}; install again",
         )
+
+
+def inductor_needs() -> str | None:
+    """Returns what Inductor lacks on this machine, or None."""
+    if torch.cuda.is_available():
+        return None if importlib.util.find_spec("triton") else "triton is not installed"
+    if not any(shutil.which(compiler) for compiler in (os.environ.get("CXX", "g++"), "clang++", "cl")):
+        return "there is no C++ compiler (g++ or clang++)"
+    if not Path(sysconfig.get_paths()["include"], "Python.h").exists():
+        return "Python's C headers (Python.h) are not installed"
+    return None
 
 
 def _compiler(inner: str) -> Iterator[Finding]:
@@ -212,7 +225,7 @@ def _verdict(found: Verification, inner: str) -> Finding:
     if not found.reports:
         disabling = [name for name in DISABLING if os.environ.get(name, "0") not in ("", "0")]
         why = f": {disabling[0]} is set" if disabling else ""
-        return Finding("NO", f"torch.compile handed no graph to the backend{why}")
+        return Finding("NO", f"torch.compile passed no graph to the backend{why}")
     if not found.is_right:
         return Finding(
             "NO", f"a small model gives other numbers than eager mode; please report this text\n\n{found}"

@@ -140,7 +140,10 @@ class Comparer:
     def compare(self, want: Term, have: Term) -> Comparison | None:
         """Returns the comparison, or None if `have` lacks a tensor of `want`: then it is no near miss."""
         found = self._compare(want, have, Comparison(0.0, {}), have)
-        if any(each.kind == "missing" and self._is_given(each.want) for each in found.differences):
+        if any(
+            difference.kind == "missing" and self._is_given(difference.want)
+            for difference in found.differences
+        ):
             return None
         return found.differing(tuple(dict.fromkeys(found.differences)))
 
@@ -176,7 +179,7 @@ class Comparer:
             seen, waiting = {have}, deque([have])
             while waiting and len(seen) < NEAR:
                 inside = itertools.islice(self.inside(waiting.popleft()), NEAR)
-                new = [each for each in dict.fromkeys(inside) if each not in seen and each not in spoken_for]
+                new = [term for term in dict.fromkeys(inside) if term not in seen and term not in spoken_for]
                 seen.update(new)
                 waiting.extend(new)
             self._near[have] = frozenset(map(self.name, seen))
@@ -300,8 +303,8 @@ class Comparer:
         """Pairs each operand of the pattern with the most similar one: inner terms first, then captures."""
         wanted, left, found = operands_of(want, want.op)[1], [*operands], so_far
         outside = have if len(operands) > 1 or want.op == have.op else around
-        inner = sorted((each for each in wanted if each[0].op != "var"), key=self._worth)
-        captures = [each for each in wanted if each[0].op == "var"]
+        inner = sorted((item for item in wanted if item[0].op != "var"), key=self._worth)
+        captures = [item for item in wanted if item[0].op == "var"]
         for position, (term, power) in enumerate(inner):
             ways = [(operand, self._compare(term, operand[0], found, outside)) for operand in left]
             ways = [way for way in ways if way[1].score > found.score or not self.weight(term)] or [

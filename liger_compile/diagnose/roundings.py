@@ -73,4 +73,4 @@ def moved(want: Mapping[str, Rounding], have: Mapping[str, Rounding]) -> list[Mo
             is_other = (expected.computed, expected.rounded) != (found.computed, found.rounded)
         if is_other:
             different.append(Moved(text, expected, found))
-    return sorted(different, key=lambda each: (each.found is None, len(each.value)))
+    return sorted(different, key=lambda move: (move.found is None, len(move.value)))

@@ -21,12 +21,12 @@ TOLD = 2  # most differences in one sentence
 
 def telling(differences: Sequence[Difference], formula: Formula) -> Sequence[Difference]:
     """Returns the differences that have a fact in FACTS, or all of them if none has."""
-    return [each for each in differences if _fact(each, formula)] or differences
+    return [difference for difference in differences if _fact(difference, formula)] or differences
 
 
 def sentence(differences: Sequence[Difference], formula: Formula) -> str:
     """Returns the text of the differences, with their facts."""
-    facts = [(_general(each, formula), _fact(each, formula)) for each in differences]
+    facts = [(_general(difference, formula), _fact(difference, formula)) for difference in differences]
     return _joined([f"{general}: {fact}" if fact else general for general, fact in facts])
 
 
@@ -52,14 +52,12 @@ def _general(difference: Difference, formula: Formula) -> str:
 # Sentences that apply to any term.
 
 
-def _op(it: Difference, formula: Formula) -> str:
-    return f"{formula(it.have)} stands where {formula(it.want)} is expected"
+def _op(diff: Difference, formula: Formula) -> str:
+    return f"{formula(diff.have)} is found where {formula(diff.want)} is expected"
 
 
-def _between(it: Difference, formula: Formula) -> str:
-    return (
-        f"{_noun(it.have, formula)} stands between {_noun(it.want, formula)} and {_noun(it.around, formula)}"
-    )
+def _between(diff: Difference, formula: Formula) -> str:
+    return f"{_noun(diff.have, formula)} is between {_noun(diff.want, formula)} and {_noun(diff.around, formula)}"
 
 
 def _noun(term: Term, formula: Formula) -> str:
@@ -68,76 +66,75 @@ def _noun(term: Term, formula: Formula) -> str:
     return {"add": "a sum", "mul": "a product", "where": "a mask"}.get(term.op) or formula.name(term)
 
 
-def _constant(it: Difference, formula: Formula) -> str:
-    op = formula.name(it.have)
-    if it.name == "dims":
-        return f"the {op} is taken over {_dims(it.found)}, expected over {_dims(it.expected)}"
+def _constant(diff: Difference, formula: Formula) -> str:
+    op = formula.name(diff.have)
+    if diff.name == "dims":
+        return f"the {op} is taken over {_dims(diff.found)}, expected over {_dims(diff.expected)}"
     if op == "slice":
-        return f"{formula(it.have)} stands where {formula(it.want)} is expected"
-    if it.name == "shape":
-        return f"its elements are in the shape {tuple(it.found)}, expected {tuple(it.expected)}"
-    return f"{op} has {it.name or 'a constant'} {it.found!r}, expected {it.expected!r}"
+        return f"{formula(diff.have)} is found where {formula(diff.want)} is expected"
+    if diff.name == "shape":
+        return f"its elements are in the shape {tuple(diff.found)}, expected {tuple(diff.expected)}"
+    return f"{op} has {diff.name or 'a constant'} {diff.found!r}, expected {diff.expected!r}"
 
 
 def _dims(dims: Sequence[int]) -> str:
     return f"dimension{'s' if len(dims) > 1 else ''} {', '.join(map(str, dims))}"
 
 
-def _numbers(it: Difference, formula: Formula) -> str:
-    what = "scaled by" if it.want.op == "mul" else "shifted by"
-    if isinstance(it.expected, Scalar):
-        return f"{formula(it.have)} is {what} {it.found:g}, expected a number that float32 has in full"
-    if it.found == -it.expected:
-        return f"{formula(it.have)} has the other sign, expected {formula(it.want)}"
-    return f"{formula(it.have)} is {what} {it.found:g}, expected {it.expected:g}"
+def _numbers(diff: Difference, formula: Formula) -> str:
+    words = "scaled by" if diff.want.op == "mul" else "shifted by"
+    if isinstance(diff.expected, Scalar):
+        return f"{formula(diff.have)} is {words} {diff.found:g}, expected a number that float32 represents exactly"
+    if diff.found == -diff.expected:
+        return f"{formula(diff.have)} has the other sign, expected {formula(diff.want)}"
+    return f"{formula(diff.have)} is {words} {diff.found:g}, expected {diff.expected:g}"
 
 
-def _powers(it: Difference, formula: Formula) -> str:
+def _powers(diff: Difference, formula: Formula) -> str:
+    found, expected = formula.power(diff.have, diff.found), formula.power(diff.want, diff.expected)
+    return f"{found} is found where {expected} is expected"
+
+
+def _missing(diff: Difference, formula: Formula) -> str:
+    if isinstance(diff.expected, Scalar):
+        return f"nothing is added to {formula(diff.have)}, expected {formula.number(diff.expected)}"
+    return f"{formula(diff.have)} lacks {formula.power(diff.want, diff.expected)}"
+
+
+def _extra(diff: Difference, formula: Formula) -> str:
+    text = formula.power(diff.have, diff.found)
+    if diff.want.op == "add" and diff.expected.powers:
+        return f"{text} is added, expected a number, {formula.number(diff.expected)}"
+    return f"{text} is one {'addend' if diff.want.op == 'add' else 'factor'} more than expected"
+
+
+def _capture(diff: Difference, formula: Formula) -> str:
+    plain, capture = Formula(formula.name, formula.is_call, {}), diff.want.consts[0]
     return (
-        f"{formula.power(it.have, it.found)} stands where {formula.power(it.want, it.expected)} is expected"
+        f"{plain(diff.found)} and {plain(diff.expected)} are found where {capture}, one tensor, is expected"
     )
 
 
-def _missing(it: Difference, formula: Formula) -> str:
-    if isinstance(it.expected, Scalar):
-        return f"nothing is added to {formula(it.have)}, expected {formula.number(it.expected)}"
-    return f"{formula(it.have)} lacks {formula.power(it.want, it.expected)}"
-
-
-def _extra(it: Difference, formula: Formula) -> str:
-    text = formula.power(it.have, it.found)
-    if it.want.op == "add" and it.expected.powers:
-        return f"{text} is added, expected a number, {formula.number(it.expected)}"
-    return f"{text} is one {'addend' if it.want.op == 'add' else 'factor'} more than expected"
-
-
-def _capture(it: Difference, formula: Formula) -> str:
-    plain = Formula(formula.name, formula.is_call, {})
-    return (
-        f"{plain(it.found)} and {plain(it.expected)} stand where {it.want.consts[0]}, one tensor, is expected"
-    )
-
-
-def _rest(it: Difference, formula: Formula) -> str:
+def _rest(diff: Difference, formula: Formula) -> str:
     plain = Formula(formula.name, formula.is_call, {})
     product = " * ".join(
-        sorted((plain.power(*factor) for factor in it.found), key=lambda text: (len(text), text))
+        sorted((plain.power(*factor) for factor in diff.found), key=lambda text: (len(text), text))
     )
     return (
-        f"{product} stands where {it.want.consts[0]}, one tensor, is expected, and is computed nowhere as one value; "
-        "multiply these first"
+        f"{product} is found where {diff.want.consts[0]}, one tensor, is expected, and no node computes it as one "
+        "value; multiply these factors first"
     )
 
 
-def _moved(it: Moved) -> str:
-    expected, found = it.expected, it.found
+def _moved(rounding: Moved) -> str:
+    expected, found = rounding.expected, rounding.found
     if expected and found and expected.computed != found.computed:
-        return f"{it.value} is computed in {_dtype(found.computed)}, expected in {_dtype(expected.computed)}"
+        return f"{rounding.value} is computed in {_dtype(found.computed)}, expected in {_dtype(expected.computed)}"
     if found and found.rounded:
         instead = f"to {_dtype(expected.rounded)}" if expected and expected.rounded else "not to be"
-        return f"{it.value} is rounded to {_dtype(found.rounded)}, expected {instead}"
+        return f"{rounding.value} is rounded to {_dtype(found.rounded)}, expected {instead}"
     assert expected is not None, "one of them rounds"
-    return f"{it.value} is not rounded to {_dtype(expected.rounded)}, expected to be"
+    return f"{rounding.value} is not rounded to {_dtype(expected.rounded)}, expected to be"
 
 
 def _dtype(dtype: torch.dtype | None) -> str:
@@ -161,8 +158,8 @@ _GENERAL: Mapping[str, Callable[[Difference, Formula], str]] = {
 
 # (expected op, found op) -> the name of the found computation.
 WORDS: Mapping[tuple[str, str], str] = {
-    ("mean", "var"): "this is LayerNorm, which takes the mean off first",
-    ("mean", "std"): "this is LayerNorm, which takes the mean off first",
+    ("mean", "var"): "this is LayerNorm, which subtracts the mean first",
+    ("mean", "std"): "this is LayerNorm, which subtracts the mean first",
     ("mean", "amax"): "it normalizes by the largest channel, not by the root mean square",
     ("mean", "median"): "it normalizes by a median, not by the root mean square",
     ("silu", "sigmoid"): "this is GLU, or an output gate; SwiGLU gates with x * sigmoid(x)",
@@ -174,12 +171,12 @@ WORDS: Mapping[tuple[str, str], str] = {
 }
 
 
-def _known_words(it: Difference, formula: Formula) -> str | None:
-    if it.kind != "op" or _slope_of_gate(it, formula):
+def _known_words(diff: Difference, formula: Formula) -> str | None:
+    if diff.kind != "op" or _slope_of_gate(diff, formula):
         return None
-    if _is_squared(it.have, it.around):
-        return f"this gates with the square of {formula.name(it.have)}"
-    return WORDS.get((it.want.op, formula.name(it.have)))
+    if _is_squared(diff.have, diff.around):
+        return f"this gates with the square of {formula.name(diff.have)}"
+    return WORDS.get((diff.want.op, formula.name(diff.have)))
 
 
 def _is_squared(term: Term, around: Term) -> bool:
@@ -193,34 +190,34 @@ _DEFINITIONS: Mapping[str, str] = {
 }
 
 
-def _l2_norm(it: Difference, formula: Formula) -> str | None:
-    is_square = it.have.args and it.have.args[0].op == "mul" and 2 in it.have.args[0].consts[1:]
-    if it.kind == "op" and (it.want.op, it.have.op) == ("mean", "sum") and is_square:
+def _l2_norm(diff: Difference, formula: Formula) -> str | None:
+    is_square = diff.have.args and diff.have.args[0].op == "mul" and 2 in diff.have.args[0].consts[1:]
+    if diff.kind == "op" and (diff.want.op, diff.have.op) == ("mean", "sum") and is_square:
         return "this is an L2 norm, which does not divide by the number of channels"
     return None
 
 
-def _slope_of_gate(it: Difference, formula: Formula) -> str | None:
-    if it.kind != "op" or it.want.op not in ("silu", "gelu") or it.have.op != "sigmoid":
+def _slope_of_gate(diff: Difference, formula: Formula) -> str | None:
+    if diff.kind != "op" or diff.want.op not in ("silu", "gelu") or diff.have.op != "sigmoid":
         return None
-    inner = it.have.args[0]
-    is_scaled = inner.op == "mul" and len(inner.args) == 1 and inner.args[0] in it.around.args
+    inner = diff.have.args[0]
+    is_scaled = inner.op == "mul" and len(inner.args) == 1 and inner.args[0] in diff.around.args
     return f"this is the quick GELU, silu with a slope of {inner.consts[0].value:g}" if is_scaled else None
 
 
-def _outside_the_root(it: Difference, formula: Formula) -> str | None:
-    if it.kind != "power" or it.have.op != "add" or (it.expected, it.found) != (-0.5, -1):
+def _outside_the_root(diff: Difference, formula: Formula) -> str | None:
+    if diff.kind != "power" or diff.have.op != "add" or (diff.expected, diff.found) != (-0.5, -1):
         return None
-    is_root = any(arg.op == "mul" and 0.5 in arg.consts[1:] for arg in it.have.args)
+    is_root = any(arg.op == "mul" and 0.5 in arg.consts[1:] for arg in diff.have.args)
     return "eps is added to the root, not under it" if is_root else "the root is missing"
 
 
-def _centred(it: Difference, formula: Formula) -> str | None:
-    if it.kind != "capture":
+def _centered(diff: Difference, formula: Formula) -> str | None:
+    if diff.kind != "capture":
         return None
-    for term, other in ((it.found, it.expected), (it.expected, it.found)):
+    for term, other in ((diff.found, diff.expected), (diff.expected, diff.found)):
         if _takes_mean_off(term, other):
-            return "the mean is taken off in one of them only; LayerNorm takes it off in both"
+            return "the mean is subtracted in one of them only; LayerNorm subtracts it in both"
     return None
 
 
@@ -231,20 +228,24 @@ def _takes_mean_off(term: Any, x: Any) -> bool:
     return len(others) == 1 and others[0].op == "mul" and others[0].args[0].op == "mean"
 
 
-def _no_rotation(it: Difference, formula: Formula) -> str | None:
-    if it.kind != "op" or it.want.op not in _DEFINITIONS:
+def _no_rotation(diff: Difference, formula: Formula) -> str | None:
+    if diff.kind != "op" or diff.want.op not in _DEFINITIONS:
         return None
-    definition = _DEFINITIONS[it.want.op]
-    joined = it.have.args[0] if it.have.op == "view" else it.have
+    definition = _DEFINITIONS[diff.want.op]
+    joined = diff.have.args[0] if diff.have.op == "view" else diff.have
     signs = [part.op == "mul" and part.consts[0].value < 0 for part in joined.args]
     if any(signs) or not (joined.op == "cat" or formula.name(joined) == "roll"):
         return definition
     plain = Formula(formula.name, formula.is_call, {})
-    others = [plain(arg) for arg in it.around.args if arg is not it.have] if it.around.op == "mul" else []
+    others = (
+        [plain(arg) for arg in diff.around.args if arg is not diff.have] if diff.around.op == "mul" else []
+    )
     if len(others) > 1:
         rows = " or ".join(sorted(others))
         return f"nothing in it is negated, and whether {rows} has the signs is not known; {definition}"
-    return "nothing in it is negated, so pairs are mirrored and not turned, unless the table has the signs"
+    return (
+        "nothing in it is negated, so pairs are mirrored instead of rotated, unless the table has the signs"
+    )
 
 
 FACTS: tuple[Callable[[Difference, Formula], str | None], ...] = (
@@ -252,6 +253,6 @@ FACTS: tuple[Callable[[Difference, Formula], str | None], ...] = (
     _l2_norm,
     _slope_of_gate,
     _outside_the_root,
-    _centred,
+    _centered,
     _no_rotation,
 )

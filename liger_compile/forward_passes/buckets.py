@@ -140,9 +140,9 @@ def _bytes_of_parameters(nodes: Sequence[Node]) -> list[int]:
     seen: set[Node] = set()
     sizes = []
     for node in nodes:
-        new = {each for each in node.all_input_nodes if _is_parameter(each)} - seen
+        new = {source for source in node.all_input_nodes if _is_parameter(source)} - seen
         seen |= new
-        sizes.append(sum(each.meta["example_value"].untyped_storage().nbytes() for each in new))
+        sizes.append(sum(parameter.meta["example_value"].untyped_storage().nbytes() for parameter in new))
     return sizes
 
 
@@ -167,8 +167,8 @@ def _bytes_passing(nodes: Sequence[Node]) -> list[int]:
             storages[node].add(storage)
             made.setdefault(storage, -1 if node.op in ("placeholder", "get_attr") else at)
             sizes[storage] = 0 if storage is None else tensor.untyped_storage().nbytes()
-        for each in node.all_input_nodes:
-            read.update(dict.fromkeys(storages[each], at))
+        for source in node.all_input_nodes:
+            read.update(dict.fromkeys(storages[source], at))
     changes = [0] * (len(nodes) + 1)
     for storage, at in made.items():
         end = read.get(storage, 0)

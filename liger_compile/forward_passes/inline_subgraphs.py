@@ -85,7 +85,7 @@ def _calls(module: GraphModule) -> Iterator[tuple[Node, GraphModule]]:
         if node.op == "call_function" and getattr(node.target, "__name__", "") == "invoke_subgraph":
             body = graph_of(node.args[0])
             if body is None:
-                raise ValueError(f"{node.format_node()} calls no graph that its module has")
+                raise ValueError(f"{node.format_node()} calls a graph that its module does not have")
             yield node, body
 
 

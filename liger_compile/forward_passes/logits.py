@@ -36,7 +36,7 @@ MOST_NODES = (
 )
 _ADVICE = (
     "read them before the weights change, or compile with "
-    'options={"liger.logits": "eager"} to have them computed in the compiled graph'
+    'options={"liger.logits": "eager"} to compute them in the compiled graph'
 )
 
 _MOST_LIKES = 1024  # layouts (for example sequence lengths) that are remembered
@@ -73,7 +73,7 @@ def logits_in(graph: Graph, terms: Terms) -> list[Logits]:
     heads = {head_of.get(loss.args[0].uncast) for loss in losses} - {None}
     outputs = graph.output_node().args[0]
     found = []
-    nodes = [each for each in outputs if isinstance(each, Node)] if isinstance(outputs, tuple) else []
+    nodes = [value for value in outputs if isinstance(value, Node)] if isinstance(outputs, tuple) else []
     sharing = Counter(storage for node in dict.fromkeys(nodes) for storage in storages_of(node))
     for node in dict.fromkeys(nodes):
         if any(sharing[storage] > 1 for storage in storages_of(node)):
@@ -148,10 +148,10 @@ def take_out(found: Sequence[Logits], terms: Terms) -> list[Deferred]:
     positions: dict[Any, list[int]] = {}
     for position, node in enumerate(graph.output_node().args[0]):  # pyright: ignore[reportArgumentType]
         positions.setdefault(node, []).append(position)
-    deferred = [_deferred(each, positions[each.output], terms) for each in found]
-    _return(graph, {at: each.hidden for each in found for at in positions[each.output]})
-    for each in found:
-        for node in reversed(each.nodes):
+    deferred = [_deferred(logits, positions[logits.output], terms) for logits in found]
+    _return(graph, {at: logits.hidden for logits in found for at in positions[logits.output]})
+    for logits in found:
+        for node in reversed(logits.nodes):
             if not node.users and not node._erased:
                 terms.forget(node)
                 graph.erase_node(node)
@@ -178,7 +178,7 @@ def _return(graph: Graph, values: Mapping[int, Node | None]) -> None:
     output = graph.output_node()
     (outputs,) = output.args
     assert isinstance(outputs, tuple)
-    output.args = (tuple(values.get(at, each) for at, each in enumerate(outputs)),)
+    output.args = (tuple(values.get(at, value) for at, value in enumerate(outputs)),)
 
 
 def restore(graph: Graph, deferred: Sequence[Deferred], is_dropped: bool) -> list[LateOutput]:
@@ -190,17 +190,19 @@ def restore(graph: Graph, deferred: Sequence[Deferred], is_dropped: bool) -> lis
     placeholders = {node: at for at, node in enumerate(graph.find_nodes(op="placeholder"))}
     found = []
     returned: dict[int, Node | None] = {}
-    for each in deferred:
-        if not each.head._erased:
-            returned.update(dict.fromkeys(each.positions, _put_back(graph, each)))
+    for removed in deferred:
+        if not removed.head._erased:
+            returned.update(dict.fromkeys(removed.positions, _put_back(graph, removed)))
             continue
         if is_dropped:
-            returned.update(dict.fromkeys(each.positions))
-        for node in each.recipe.nodes:
+            returned.update(dict.fromkeys(removed.positions))
+        for node in removed.recipe.nodes:
             node.meta.clear()  # fake tensors
-        function = GraphModule(torch.nn.Module(), each.recipe)
-        recipe = None if is_dropped else Recipe(function, "logits", _ADVICE, each.autocast)
-        found.append(LateOutput(each.positions, tuple(map(placeholders.__getitem__, each.inputs)), recipe))
+        function = GraphModule(torch.nn.Module(), removed.recipe)
+        recipe = None if is_dropped else Recipe(function, "logits", _ADVICE, removed.autocast)
+        found.append(
+            LateOutput(removed.positions, tuple(map(placeholders.__getitem__, removed.inputs)), recipe)
+        )
     if returned:
         _return(graph, returned)
     return found
@@ -238,9 +240,7 @@ class LateOutput:
         which = ", ".join(map(str, self.positions))
         if self.recipe is None:
             return f"the logits (graph output {which}) are None: liger.logits is 'none'"
-        return (
-            f"the logits (graph output {which}) are computed when they are read; liger.logits says otherwise"
-        )
+        return f"the logits (graph output {which}) are computed on the first read; the option liger.logits changes this"
 
     def fill(self, outputs: list[Any], inputs: Sequence[Any]) -> None:
         """Puts a LazyTensor in place of the returned hidden state."""
@@ -287,8 +287,8 @@ def materializing(compiled: Callable[..., Any], filled: Sequence[LateOutput]) ->
 
     def call(*inputs: Any) -> tuple[Any, ...]:
         outputs = list(compiled(*inputs))
-        for each in filled:
-            each.fill(outputs, inputs)
+        for late in filled:
+            late.fill(outputs, inputs)
         return tuple(outputs)
 
     return call

@@ -111,9 +111,9 @@ def generic_variant(assumptions: Mapping[str, Assumption]) -> Variant:
 
 def _said(assumptions: Mapping[str, Assumption]) -> str:
     names: dict[str, list[str]] = {}
-    for name, each in assumptions.items():
-        names.setdefault(each.words, []).append(name)
-    return " and ".join(f"{' and '.join(those)} {words}" for words, those in names.items())
+    for name, assumption in assumptions.items():
+        names.setdefault(assumption.words, []).append(name)
+    return " and ".join(f"{' and '.join(inputs)} {words}" for words, inputs in names.items())
 
 
 def copied(gm: GraphModule) -> GraphModule:
@@ -141,7 +141,9 @@ def is_symbolic(gm: GraphModule) -> bool:
     """Returns whether it has dynamic shapes: Dynamo then adds guards, and adds none after the backend has run."""
     values = [node.meta.get("example_value") for node in gm.graph.nodes]
     sizes = [size for v in values if isinstance(v, torch.Tensor) for size in (*v.shape, *v.stride())]
-    return any(isinstance(each, (torch.SymInt, torch.SymFloat, torch.SymBool)) for each in (*values, *sizes))
+    return any(
+        isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)) for value in (*values, *sizes)
+    )
 
 
 def find_assumptions(
@@ -220,7 +222,7 @@ def dispatch(
     looked_at = [(position, assumptions[node.name]) for position, node in inputs if node.name in assumptions]
 
     def is_special(args: Sequence[Any]) -> bool:
-        return all(holds(each, args[position]) for position, each in looked_at)
+        return all(holds(assumption, args[position]) for position, assumption in looked_at)
 
     needed = is_special(example_inputs)
     compiles = {True: specialized, False: generic}

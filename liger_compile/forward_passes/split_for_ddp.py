@@ -101,7 +101,7 @@ def before_ddp_cuts(backend: Callable[..., Any]) -> None:
         chain = list(_unwrapped(self.backend_compile_fn))
         if chain[-1] is not backend:
             return method(self, gm, example_inputs, **kwargs)
-        given = next((each.kwargs for each in chain if hasattr(each, "kwargs")), {})
+        given = next((function.kwargs for function in chain if hasattr(function, "kwargs")), {})
         chosen, _ = parse(given.get("mode"), given.get("options"))
         return split(gm, example_inputs, Cut(self, method, kwargs), chosen)
 

@@ -80,8 +80,8 @@ class Mutations:
         written = list(written_arguments(node))
         if effect_of(node).moves_memory:
             # The fake tensor shows the final state; its earlier aliases are among its neighbors.
-            near = {each for arg in written for each in (arg, *arg.users, *arg.all_input_nodes)}
-            self._everywhere.update(*(storages_of(each) for each in near))
+            near = {node for arg in written for node in (arg, *arg.users, *arg.all_input_nodes)}
+            self._everywhere.update(*(storages_of(node) for node in near))
         storages = set().union(*(self.memory(arg) for arg in written))
         return storages | (self._written_in_bodies(node) if _has_bodies(node) else set())
 

@@ -48,8 +48,8 @@ class Writes:
 
 
 def _into(*arguments: int | str, when: tuple[int, str] | None = None) -> Writes:
-    positions = frozenset(each for each in arguments if isinstance(each, int))
-    return Writes(positions, frozenset(each for each in arguments if isinstance(each, str)), when)
+    positions = frozenset(argument for argument in arguments if isinstance(argument, int))
+    return Writes(positions, frozenset(argument for argument in arguments if isinstance(argument, str)), when)
 
 
 NOTHING = Writes()
@@ -305,7 +305,7 @@ def _overloads(name: str) -> tuple[torch._ops.OpOverload, ...]:
     packet = getattr(torch.ops.aten, name, None) if name.isidentifier() else None
     if not isinstance(packet, torch._ops.OpOverloadPacket):
         return ()
-    return tuple(each for each in _of_packet(packet) if each.name() in _dispatched())
+    return tuple(overload for overload in _of_packet(packet) if overload.name() in _dispatched())
 
 
 def _of_packet(packet: torch._ops.OpOverloadPacket) -> tuple[torch._ops.OpOverload, ...]:

@@ -42,7 +42,7 @@ def no_guards(of: Any) -> Iterator[None]:
 
     def refuse(expr: Any, _: Any) -> None:
         if any(symbol.is_integer for symbol in expr.free_symbols):
-            raise GuardError(f"it depends on sizes, by {expr}, that are known at run time only")
+            raise GuardError(f"it depends on sizes that are known at run time only: {expr}")
 
     disabled, _log.disabled = _log.disabled, True  # it logs the errors that are raised there
     try:

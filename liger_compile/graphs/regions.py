@@ -59,7 +59,7 @@ class Region:
 
     def autocast_on(self, device: str) -> tuple[str, torch.dtype] | None:
         """Returns (device type, dtype) of autocast on a device type; None if it is disabled."""
-        return next((each for each in self.autocast if each[0] == device), None)
+        return next((setting for setting in self.autocast if setting[0] == device), None)
 
     @contextlib.contextmanager
     def entered(self) -> Iterator[None]:
@@ -102,8 +102,8 @@ class Regions:
         self.why_uncertain: str | None = None  # a sentence, if the modes of the graph are not known
         entered: dict[Node, Region] = {}
         region = calls[0] if calls else around()
-        if len({_modes(each) for each in calls}) > 1:
-            self.why_uncertain = "the calls of the body that it is in run in several modes"
+        if len({_modes(region) for region in calls}) > 1:
+            self.why_uncertain = "the calls of its subgraph run in several modes"
         for position, node in enumerate(graph.nodes):
             self.of[node] = replace(region, stream=_stream_of(node))
             if is_switch(node):
@@ -156,7 +156,7 @@ def is_switch(node: Node) -> bool:
     """Returns whether a node is a call without tensor inputs and outputs that may have side effects."""
     if node.op not in ("call_function", "call_method") or _name(node) in _HARMLESS:
         return False
-    if any(_holds_tensor(each.meta.get("example_value")) for each in (node, *node.all_input_nodes)):
+    if any(_holds_tensor(other.meta.get("example_value")) for other in (node, *node.all_input_nodes)):
         return False
     namespace = getattr(node.target, "namespace", None) or getattr(node.target, "_qualified_op_name", "")
     if namespace and not namespace.startswith("aten"):
@@ -197,7 +197,7 @@ def _exit_inference_mode(switch: Node, region: Region, _: int, entered: Mapping[
 
 def _enter_autocast(switch: Node, region: Region, *_: Any) -> Region:
     device, dtype, is_on = switch.args[:3]
-    others = [each for each in region.autocast if each[0] != device]
+    others = [setting for setting in region.autocast if setting[0] != device]
     own = [(device, dtype or torch.get_autocast_dtype(str(device)))] if is_on else []
     return replace(region, autocast=tuple(sorted([*others, *own], key=str)))
 
@@ -208,7 +208,7 @@ def _exit_autocast(switch: Node, region: Region, _: int, entered: Mapping[Node, 
 
 def _begun(switch: Node, region: Region, entered: Mapping[Node, Region]) -> Region:
     """Returns the region before the call that a switch receives as its argument and ends."""
-    return next((entered[each] for each in switch.all_input_nodes if each in entered), region)
+    return next((entered[source] for source in switch.all_input_nodes if source in entered), region)
 
 
 def _begin_transform(switch: Node, region: Region, position: int, _: Any) -> Region:
@@ -295,8 +295,8 @@ def in_words(switch: Node) -> str:
     if _effect(name) in (_begin_transform, _end_transform):
         return f"a transform of torch.func {change}"
     if _effect(name) is None:
-        return f"{name} is called, which may change how what follows runs,"
-    return f"{name} changes how what follows runs"
+        return f"{name} is called, which may change the modes of later operations,"
+    return f"{name} changes the modes of later operations"
 
 
 _BEGINNINGS = (_enter_inference_mode, _enter_autocast, _begin_transform)

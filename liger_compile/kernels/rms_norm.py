@@ -1,8 +1,9 @@
-"""RMSNorm, alone and after a residual addition: the kernels of ops/rms_norm.py and ops/add_rms_norm.py.
+"""RMSNorm: the kernels of ops/rms_norm.py and ops/pre_norm.py.
 
-A row stays in registers between its two passes. In half precision, forward therefore moves 4 bytes per element (8 with
-the residual) and backward 6 (8). A wide row has its own program. For narrow rows, such as the heads of a query norm, a
-program processes several rows. A width that is not a power of two is covered by a power of two and a smaller one.
+A row stays in registers between its two passes. In half precision, forward therefore moves 4 bytes per element, and
+backward 6, or 8 with the gradient that bypasses the norm. A wide row has its own program. For narrow rows, such as the
+heads of a query norm, a program processes several rows. A width that is not a power of two is covered by a power of two
+and a smaller one.
 
 Backward computes both gradients in one pass. A fixed number of programs loops over the rows, and each program keeps a
 sum of dweight in float32. A second kernel adds the sums in a fixed order, so that the result is deterministic.
@@ -64,28 +65,22 @@ def rows_of(x: Tensor) -> Tensor:
 
 
 def forward(
-    x: Tensor, residual: Tensor | None, weight: Tensor | None, eps: float, offset: float, casting: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (y, s, rstd), where s is the sum x + residual, or x itself if there is no residual."""
-    shape = x.shape
-    s = x if residual is None else x.new_empty(shape, dtype=torch.promote_types(x.dtype, residual.dtype))
-    y_dtype = s.dtype if weight is None or casting != "llama" else torch.promote_types(s.dtype, weight.dtype)
-    y = x.new_empty(shape, dtype=y_dtype)
-    rstd = x.new_empty(shape[:-1], dtype=torch.float32)
+    x: Tensor, weight: Tensor | None, eps: float, offset: float, casting: str
+) -> tuple[Tensor, Tensor]:
+    """Return (y, rstd)."""
+    y_dtype = x.dtype if weight is None or casting != "llama" else torch.promote_types(x.dtype, weight.dtype)
+    y = x.new_empty(x.shape, dtype=y_dtype)
+    rstd = x.new_empty(x.shape[:-1], dtype=torch.float32)
     x = rows_of(x)
-    residual = None if residual is None else rows_of(residual)
     num_rows, width = x.shape
     launched = config(width, x.itemsize)
     launch(_forward_kernel)[(triton.cdiv(num_rows, launched.rows),)](
         x,
-        residual,
         None if weight is None else weight.contiguous(),
         y,
-        None if residual is None else s,
         rstd,
         num_rows,
         x.stride(0),
-        0 if residual is None else residual.stride(0),
         WIDTH=width,
         EPS=eps,
         OFFSET=offset,
@@ -95,12 +90,11 @@ def forward(
         TAIL=launched.tail,
         num_warps=launched.num_warps,
     )
-    return y, s, rstd
+    return y, rstd
 
 
 def backward(
     dy: Tensor,
-    ds: Tensor | None,
     x: Tensor,
     weight: Tensor | None,
     rstd: Tensor,
@@ -108,11 +102,10 @@ def backward(
     needs_dx: bool,
     needs_dweight: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Return (dx, dweight), each empty where not needed. ds, if given, is added to dx; x is then the sum s."""
+    """Return (dx, dweight), each empty where not needed."""
     dx = x.new_empty(x.shape if needs_dx else 0)
-    ds = ds if needs_dx else None
     dweight = _launch_backward(
-        [dy], ds, x, weight, rstd, offset, dx if needs_dx else None, None, False, needs_dweight
+        [dy], None, x, weight, rstd, offset, dx if needs_dx else None, None, False, needs_dweight
     )
     return dx, dweight
 
@@ -157,7 +150,7 @@ def _launch_backward(
     x, dys = rows_of(x), [rows_of(dy) for dy in dys]
     ds = None if ds is None else rows_of(ds)
     num_rows, width = x.shape
-    launched = config(width, max(each.itemsize for each in (x, *dys)))
+    launched = config(width, max(tensor.itemsize for tensor in (x, *dys)))
     num_programs: Any = torch.sym_min(
         num_multiprocessors(x.device) * launched.programs, triton.cdiv(num_rows, launched.rows)
     )
@@ -165,7 +158,7 @@ def _launch_backward(
     sums = x.new_empty((num_programs, width), dtype=torch.float32) if needs_dweight else None
     dy, *others = dys
     second, third = (*others, *(None,) * (2 - len(others)))
-    strides = (0 if each is None else each.stride(0) for each in (dy, second, third, ds, x))
+    strides = (0 if tensor is None else tensor.stride(0) for tensor in (dy, second, third, ds, x))
     launch(_backward_kernel)[(num_programs,)](
         dy,
         second,
@@ -211,19 +204,16 @@ def sum_of_programs(sums: Tensor, dtype: torch.dtype) -> Tensor:
 
 @triton.jit
 def _forward_kernel(
-    x_ptr,  # (N, D), as are residual, y and s; residual and s are None if there is no residual
-    residual_ptr,
+    x_ptr,  # (N, D), as is y
     weight_ptr,  # (D) or None
     y_ptr,
-    s_ptr,
     rstd_ptr,  # (N)
     num_rows,
     x_stride,
-    residual_stride,
     WIDTH: tl.constexpr,
     EPS: tl.constexpr,
     OFFSET: tl.constexpr,
-    ROUNDS_FIRST: tl.constexpr,  # before the weight, to the dtype of s
+    ROUNDS_FIRST: tl.constexpr,  # before the weight, to the dtype of x
     ROWS: tl.constexpr,
     MAIN: tl.constexpr,
     TAIL: tl.constexpr,
@@ -232,38 +222,24 @@ def _forward_kernel(
     begin(OVERLAPS)
     rows = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
     is_row = rows < num_rows
+    x_at = x_ptr + rows * x_stride
     main = tl.arange(0, MAIN)[None, :]
     main_mask = is_row & (main < WIDTH)
-    s_main = _read(x_ptr, residual_ptr, s_ptr, rows, main, main_mask, x_stride, residual_stride, WIDTH)
-    squares = tl.sum(s_main * s_main, 1, keep_dims=True)
+    x_main = tl.load(x_at + main, main_mask, other=0.0).to(tl.float32)
+    squares = tl.sum(x_main * x_main, 1, keep_dims=True)
     if TAIL:
         tail = MAIN + tl.arange(0, TAIL)[None, :]
         tail_mask = is_row & (tail < WIDTH)
-        s_tail = _read(x_ptr, residual_ptr, s_ptr, rows, tail, tail_mask, x_stride, residual_stride, WIDTH)
-        squares += tl.sum(s_tail * s_tail, 1, keep_dims=True)
+        x_tail = tl.load(x_at + tail, tail_mask, other=0.0).to(tl.float32)
+        squares += tl.sum(x_tail * x_tail, 1, keep_dims=True)
     rstd = tl.rsqrt(squares / WIDTH + EPS)
     tl.store(rstd_ptr + rows, rstd, is_row)
-    if s_ptr is None:
-        dtype: tl.constexpr = x_ptr.dtype.element_ty
-    else:
-        dtype: tl.constexpr = s_ptr.dtype.element_ty
-    y_main = _weighted(s_main * rstd, weight_ptr, main, dtype, WIDTH, OFFSET, ROUNDS_FIRST)
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    y_main = _weighted(x_main * rstd, weight_ptr, main, dtype, WIDTH, OFFSET, ROUNDS_FIRST)
     tl.store(y_ptr + rows * WIDTH + main, y_main, main_mask)
     if TAIL:
-        y_tail = _weighted(s_tail * rstd, weight_ptr, tail, dtype, WIDTH, OFFSET, ROUNDS_FIRST)
+        y_tail = _weighted(x_tail * rstd, weight_ptr, tail, dtype, WIDTH, OFFSET, ROUNDS_FIRST)
         tl.store(y_ptr + rows * WIDTH + tail, y_tail, tail_mask)
-
-
-@triton.jit
-def _read(x_ptr, residual_ptr, s_ptr, rows, columns, mask, x_stride, residual_stride, WIDTH: tl.constexpr):
-    """Return a tile of s; if s is a sum, also store it."""
-    s = tl.load(x_ptr + rows * x_stride + columns, mask, other=0.0).to(tl.float32)
-    if residual_ptr is not None:
-        s += tl.load(residual_ptr + rows * residual_stride + columns, mask, other=0.0).to(tl.float32)
-        rounded = s.to(s_ptr.dtype.element_ty)
-        tl.store(s_ptr + rows * WIDTH + columns, rounded, mask)
-        s = rounded.to(tl.float32)
-    return s
 
 
 @triton.jit

@@ -5,21 +5,18 @@ implementation wherever dispatch.py finds no kernel. The ops that a pattern inse
 mutate no input, and no output aliases an input. Call them through liger_compile.functional; a graph contains them as
 `torch.ops.liger_compile.<name>.default`.
 
-There are two kinds of op (registration.py). AOTAutograd traces through rms_norm, add_rms_norm, rotary, norm_rotary and
-gated_activation, so that Inductor fuses them with their neighbors. gated_mlp, cross_entropy and linear_cross_entropy
-stay opaque, because their bodies loop over blocks of rows (blocks.py). embedding_backward and scale are used in
-backward only. Their in-place variants, add_embedding_backward and scale_in_place, are for backward_passes/. The
-backwards of rotary and norm_rotary have variants that backward_passes/ inlines late, and variants with a packed output
-(packed.py).
+There are two kinds of op (registration.py). AOTAutograd traces through rms_norm, rotary and norm_rotary, so that
+Inductor fuses them with their neighbors. cross_entropy and linear_cross_entropy stay opaque, because their bodies loop
+over blocks of rows (blocks.py). embedding_backward and scale are used in backward only. Their in-place variants,
+add_embedding_backward and scale_in_place, are for backward_passes/. The backwards of rotary and norm_rotary have
+variants that backward_passes/ inlines late, and variants with a packed output (packed.py).
 
 This package does not import Triton.
 """
 
 from . import (
-    add_rms_norm,
     cross_entropy,
     embedding,
-    gated_mlp,
     linear_cross_entropy,
     norm_rotary,
     packed,
@@ -30,10 +27,8 @@ from . import (
 )
 
 __all__ = [
-    "add_rms_norm",
     "cross_entropy",
     "embedding",
-    "gated_mlp",
     "linear_cross_entropy",
     "norm_rotary",
     "packed",

@@ -167,7 +167,7 @@ def _largest_logit(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Return an upper bound of |logits| (), from the norms of the rows of x and weight."""
     if not x.numel():
         return x.new_zeros((), dtype=torch.float32)
-    lengths = [torch.linalg.vector_norm(each, dim=1, dtype=torch.float32).amax() for each in (x, weight)]
+    lengths = [torch.linalg.vector_norm(tensor, dim=1, dtype=torch.float32).amax() for tensor in (x, weight)]
     product = lengths[0] * lengths[1]
     return product if bias is None else product + bias.abs().amax()
 
@@ -175,8 +175,8 @@ def _largest_logit(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def _undo(made: Gradients, counted: Tensor, rest: Tensor | None) -> None:
     """Change the scales, and dbias, so that backward computes the gradients by multiplying with the scales."""
     if rest is not None:
-        for each in (made.dbias, made.token_scales, made.class_scales):
-            each.mul_(rest)
+        for tensor in (made.dbias, made.token_scales, made.class_scales):
+            tensor.mul_(rest)
     if made.token_scales.numel():
         made.token_scales.masked_fill_(~counted, 0)
 

@@ -126,7 +126,7 @@ def _launching_directly(fn: Callable[..., Any]) -> Callable[..., Any]:
 def second_derivative_error(name: str) -> RuntimeError:
     return RuntimeError(
         f"{name}: expected to be differentiated once, got a second derivative; "
-        "run what needs second derivatives without liger_compile"
+        "run the code that needs second derivatives without liger_compile"
     )
 
 

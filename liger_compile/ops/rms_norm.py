@@ -89,8 +89,7 @@ def rms_norm(
     if is_normed_by_kernel(x, weight, numbers=(eps, offset)):
         from ..kernels import rms_norm as kernels
 
-        y, _, rstd = kernels.forward(x, None, weight, eps, offset, casting)
-        return y, rstd
+        return kernels.forward(x, weight, eps, offset, casting)
     return normalize(x, weight, eps, offset, casting)
 
 
@@ -108,7 +107,7 @@ def rms_norm_backward(
     if is_normed_by_kernel(x, dy, weight, numbers=(offset,)):
         from ..kernels import rms_norm as kernels
 
-        return kernels.backward(dy, None, x, weight, rstd, offset, needs_dx, needs_dweight)
+        return kernels.backward(dy, x, weight, rstd, offset, needs_dx, needs_dweight)
     dx = input_gradient(dy, x, weight, rstd, offset).to(x.dtype) if needs_dx else x.new_empty(0)
     if weight is None or not needs_dweight:
         return dx, x.new_empty(0)

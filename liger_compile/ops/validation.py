@@ -29,14 +29,6 @@ def check_norm(name: str, x: Tensor, weight: Tensor | None, offset: float, casti
         )
 
 
-def check_same_shape(name: str, labels: str, left: Tensor, right: Tensor) -> None:
-    if differ(left.shape, right.shape):
-        raise ValueError(
-            f"{name}: expected {labels} of one shape, got {tuple(left.shape)} and {tuple(right.shape)}; "
-            "expand the smaller one"
-        )
-
-
 def check_rotary(
     name: str,
     q: Tensor,
@@ -99,30 +91,6 @@ def check_rotary_complex(q: Tensor, k: Tensor | None, freqs: Tensor | None) -> N
         )
 
 
-def check_gated(
-    name: str, gate: Tensor, up: Tensor | None, weight: Tensor | None, bias: Tensor | None
-) -> None:
-    check_floating(name, "gate", gate)
-    if up is None and statically_known_true(gate.shape[-1] % 2 != 0):
-        raise ValueError(
-            f"{name}: expected a packed gate of even width, got {gate.shape[-1]}; pass gate and up one by one"
-        )
-    if up is not None:
-        check_same_shape(name, "gate and up", gate, up)
-    if weight is None and bias is not None:
-        raise ValueError(f"{name}: expected down_bias with a down_weight, got it alone; pass both or neither")
-    if weight is None:
-        return
-    dtype = gate.dtype if up is None else torch.promote_types(gate.dtype, up.dtype)
-    if weight.dtype != dtype or (bias is not None and bias.dtype != dtype):
-        raise TypeError(
-            f"{name}: expected down_weight and down_bias in {dtype}, the dtype of gate and up, "
-            f"got {_dtypes(weight, bias)}; cast them"
-        )
-    check_linear(name, "down_weight", weight, gate.shape[-1] // 2 if up is None else gate.shape[-1])
-    check_vector(name, "down_bias", bias, weight.shape[0])
-
-
 def check_one_dtype(name: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     if x.dtype != weight.dtype or (bias is not None and bias.dtype != x.dtype):
         raise TypeError(
@@ -160,7 +128,7 @@ def check_loss(
     if not is_flat and differ(target.shape, rows.shape[:-1]):
         raise ValueError(
             f"{name}: expected one target for each row of {label}, shape {tuple(rows.shape[:-1])}, got "
-            f"{tuple(target.shape)}; drop or pad what has no counterpart"
+            f"{tuple(target.shape)}; drop or pad the surplus"
         )
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from liger_compile.report.report import (
+    SCHEMA,
     BackwardReport,
     GraphReport,
     Near,
@@ -15,6 +16,7 @@ from liger_compile.report.report import (
 )
 
 __all__ = [
+    "SCHEMA",
     "BackwardReport",
     "GraphReport",
     "Near",

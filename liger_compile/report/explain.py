@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from liger_compile.report import GraphReport, reports
+from liger_compile.report import SCHEMA, GraphReport, reports
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,8 +23,9 @@ class Explanation:
     graph_breaks: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns lists, dictionaries, strings and numbers only."""
-        return {"graphs": [graph.to_dict() for graph in self.graphs], "graph_breaks": list(self.graph_breaks)}
+        """Returns values that json.dumps accepts; docs/report_schema.md lists the fields."""
+        graphs = [graph.to_dict() for graph in self.graphs]
+        return {"schema": SCHEMA, "graphs": graphs, "graph_breaks": list(self.graph_breaks)}
 
     def __str__(self) -> str:
         if not self.graphs:

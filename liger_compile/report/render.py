@@ -33,7 +33,7 @@ def details(report: GraphReport) -> list[str]:
     nearest_first = sorted(report.near_misses, key=lambda near: -near.score)
     groups = _grouped(nearest_first, key=lambda near: (near.pattern, near.reason, near.place.source))
     rows = [_near_row(group) for group in groups[:MAX_NEAR_MISSES]]
-    lines += _section("Near misses: look like a pattern, and are left because they differ from it", rows)
+    lines += _section("Near misses: similar to a pattern, not replaced because they differ from it", rows)
     if len(groups) > MAX_NEAR_MISSES:
         lines.append(f"  and {len(groups) - MAX_NEAR_MISSES} more, in to_dict()")
     groups = _grouped(report.backward.sites, key=lambda site: (site.pattern, site.reason))
@@ -52,13 +52,13 @@ def details(report: GraphReport) -> list[str]:
 def _site_row(sites: Sequence[Site]) -> Row:
     first = sites[0]
     sizes = [site.saved_bytes for site in sites if site.kind != "leave" and site.saved_bytes is not None]
-    what = [
+    parts = [
         " ".join(dict.fromkeys(site.place.source for site in sites)),
         ("-> " + ", ".join(first.ops)) if first.ops else "",
         " ".join(dict.fromkeys(site.result for site in sites)),
     ]
     cells = [first.pattern, f"{len(sites)}x", size(sum(sizes)) if any(sizes) else ""]
-    return cells, [*_places(sites), "  ".join(filter(None, what))], first.reason
+    return cells, [*_places(sites), "  ".join(filter(None, parts))], first.reason
 
 
 def _near_row(nears: Sequence[Near]) -> Row:
@@ -136,6 +136,6 @@ def counted(texts: Iterable[str]) -> str:
     return ", ".join(text if count == 1 else f"{count} x {text}" for text, count in Counter(texts).items())
 
 
-def plural(count: int, one: str, many: str) -> str:
+def plural(count: int, singular: str, many: str) -> str:
     """Returns the number and the noun in its form for that number."""
-    return f"{count} {one if count == 1 else many}"
+    return f"{count} {singular if count == 1 else many}"

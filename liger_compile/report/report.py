@@ -23,6 +23,8 @@ from torch.fx import GraphModule, Node
 from liger_compile.pattern import Decision, NearMiss
 from liger_compile.report.render import counted, details, plural, size
 
+SCHEMA = 1  # the version of the dictionaries that to_dict() returns; docs/report_schema.md documents them
+
 _log = logging.getLogger("liger_compile")
 _reports: deque[GraphReport] = deque(maxlen=256)
 
@@ -165,9 +167,14 @@ class GraphReport:
         return line
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the report as lists, dictionaries, strings and numbers, as json.dumps accepts them."""
+        """Returns the report as values that json.dumps accepts; docs/report_schema.md lists the fields."""
         counts = {kind: self.count(kind) for kind in ("replace", "annotate", "leave")}
-        content = dataclasses.asdict(self) | {"counts": counts, "saved_bytes": self.saved_bytes}
+        content = {
+            "schema": SCHEMA,
+            **dataclasses.asdict(self),
+            "counts": counts,
+            "saved_bytes": self.saved_bytes,
+        }
         return json.loads(json.dumps(content))
 
     def __str__(self) -> str:
@@ -224,9 +231,9 @@ def _site(decision: Decision) -> Site:
     )
 
 
-def site_of_pass(name: str, node: Node, what: str, memory: int, traffic: int) -> Site:
+def site_of_pass(name: str, node: Node, text: str, memory: int, traffic: int) -> Site:
     """Returns the site of a pass: `memory` bytes are no longer allocated, about `traffic` bytes no longer moved."""
-    reason = f"{what}; about {size(traffic)} less is read and written" if traffic else what
+    reason = f"{text}; about {size(traffic)} less is read and written" if traffic else text
     return Site(
         pattern=name,
         kind="replace",

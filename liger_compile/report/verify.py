@@ -6,6 +6,7 @@ than rounding, the Verification names the first rewrite that causes the differen
 
 from __future__ import annotations
 
+import json
 import textwrap
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import keystr, tree_flatten_with_path, tree_leaves
 
-from liger_compile.report import GraphReport, Site, reports
+from liger_compile.report import SCHEMA, GraphReport, Site, reports
 from liger_compile.testing import precision
 
 FACTOR = 2.0  # the numerics bar, as a multiple of the error of eager mode
@@ -80,8 +81,9 @@ class Verification:
         return self.is_right
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns lists, dictionaries, strings and numbers."""
-        return {
+        """Returns values that json.dumps accepts; docs/report_schema.md lists the fields."""
+        content = {
+            "schema": SCHEMA,
             "is_right": self.is_right,
             "reference": self.reference,
             "rows": [asdict(row) | {"is_right": row.is_right} for row in self.rows],
@@ -90,6 +92,7 @@ class Verification:
             "note": self.note,
             "reports": [report.to_dict() for report in self.reports],
         }
+        return json.loads(json.dumps(content))
 
     def __str__(self) -> str:
         wrong = sum(not row.is_right for row in self.rows)
@@ -102,7 +105,7 @@ class Verification:
             *self._table(),
         ]
         if self.culprits:
-            lines += ["", f"The first rewrite that makes it differ (liger.fuel={self.fuel}):"]
+            lines += ["", f"The first rewrite that causes a difference (liger.fuel={self.fuel}):"]
             lines += [f"  {site.pattern}   {_where(site)}" for site in self.culprits]
             names = ", ".join(repr(name) for name in dict.fromkeys(site.pattern for site in self.culprits))
             lines += [
@@ -238,7 +241,7 @@ class _Reference:
         try:
             with precision.in_double():
                 exact = call.run(precision.as_double)
-            return _Reference(eager, exact, (), "Errors are those against a float64 run, relative (L2).")
+            return _Reference(eager, exact, (), "Errors are differences from a float64 run, relative (L2).")
         except Exception as error:
             nudged = [call.run(partial(_nudged, seed=seed)) for seed in range(NUDGES)]
             why = str(error).strip().splitlines()[:1]
@@ -271,7 +274,7 @@ class _Reference:
         norm = torch.where(exact.isfinite(), exact, 0).double().norm().item() or 1.0
         eager_error, allowed = precision.error_of(eager, eager, exact), precision.bound(eager, exact, FACTOR)
         if self.exact is None:
-            others = [precision.error_of(each[name], eager, eager) for each in self.nudged]
+            others = [precision.error_of(run[name], eager, eager) for run in self.nudged]
             eager_error = max(others)
             allowed = NOISE * eager_error + precision.bound(eager, eager)
         return replace(
@@ -300,7 +303,7 @@ def _nudged(tree: Any, seed: int) -> Any:
                 tensor.mul_((1 + way * torch.finfo(tensor.dtype).eps).to(tensor.dtype))
 
     copied = precision.copied(tree)
-    for tensor in {id(each): each for each in _named(copied).values()}.values():
+    for tensor in {id(tensor): tensor for tensor in _named(copied).values()}.values():
         nudge(tensor)
     return copied
 
@@ -361,9 +364,9 @@ def _more(after: Sequence[GraphReport], before: Sequence[GraphReport]) -> tuple[
 def _without_culprit(call: _Call, reference: _Reference, found: Verification) -> Verification:
     rows, _ = _compare(call, reference, {}, "inductor")
     note = (
-        "It differs without any rewrite too, and so it does under stock torch.compile: the difference is Inductor's."
+        "The step also differs without any rewrite, and under stock torch.compile: the difference is Inductor's."
         if not all(row.is_right for row in rows)
-        else "It differs without any rewrite too, and under stock torch.compile it does not: please report it."
+        else "The step also differs without any rewrite, but not under stock torch.compile: please report it."
     )
     if choices := sorted({name for report in found.reports for name in report.backward.choices}):
         names = ", ".join(map(repr, choices))

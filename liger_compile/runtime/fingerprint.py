@@ -60,7 +60,7 @@ def _widened(bits: Tensor) -> Tensor:
     """Return the same memory as int64, if rows consist of whole words."""
     words = _WIDE // bits.element_size()
     starts = (bits.storage_offset(), bits.size(-1), *bits.stride()[:-1])
-    fits = bits.stride(-1) == 1 and all(each % words == 0 for each in starts)
+    fits = bits.stride(-1) == 1 and all(stride % words == 0 for stride in starts)
     return bits.view(torch.int64) if fits else bits
 
 

@@ -39,7 +39,7 @@ def lazy(recipe: Recipe, like: Tensor, *inputs: Any) -> Tensor:
     The tensor is computed at once where changes of the inputs would not be detected: while a CUDA graph is captured,
     whose replays write into the inputs, and for tensor subclasses.
     """
-    tensors = [each for each in inputs if isinstance(each, Tensor)]
+    tensors = [value for value in inputs if isinstance(value, Tensor)]
     if _is_recorded(tensors) or not all(map(has_fingerprint, tensors)):
         return recipe(*inputs)
     promise = Promise(recipe, like.numel() * like.element_size(), inputs)
@@ -50,7 +50,7 @@ def lazy(recipe: Recipe, like: Tensor, *inputs: Any) -> Tensor:
 
 
 def _is_recorded(tensors: Sequence[Tensor]) -> bool:
-    return any(each.is_cuda for each in tensors) and torch.cuda.is_current_stream_capturing()
+    return any(tensor.is_cuda for tensor in tensors) and torch.cuda.is_current_stream_capturing()
 
 
 class _Deferred(torch.autograd.Function):
@@ -59,9 +59,9 @@ class _Deferred(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, promise: Promise, like: Tensor, device: torch.device, *inputs: Any) -> LazyTensor:
         ctx.recipe, ctx.fingerprints = promise.recipe, promise.fingerprints()
-        ctx.positions = [i for i, each in enumerate(inputs) if isinstance(each, Tensor)]
+        ctx.positions = [i for i, value in enumerate(inputs) if isinstance(value, Tensor)]
         ctx.save_for_backward(*(inputs[i] for i in ctx.positions))
-        ctx.inputs = [None if isinstance(each, Tensor) else each for each in inputs]
+        ctx.inputs = [None if isinstance(value, Tensor) else value for value in inputs]
         return LazyTensor(like, device, Values(promise))
 
     @staticmethod
@@ -71,8 +71,8 @@ class _Deferred(torch.autograd.Function):
         again = torch.is_grad_enabled()
         for i, saved in zip(ctx.positions, ctx.saved_tensors, strict=True):
             if is_freed(saved) or not ctx.fingerprints[i].is_same(fingerprint(saved)):
-                what = FREED if is_freed(saved) else CHANGED_UNSEEN
-                raise ctx.recipe.refusal("gradients", saved.shape, what)
+                happened = FREED if is_freed(saved) else CHANGED_UNSEEN
+                raise ctx.recipe.refusal("gradients", saved.shape, happened)
             needs_gradient = ctx.needs_input_grad[3 + i]
             inputs[i] = saved if again else saved.detach().requires_grad_(needs_gradient)
             wanted += [i] if needs_gradient else []
@@ -80,8 +80,8 @@ class _Deferred(torch.autograd.Function):
             result = ctx.recipe(*inputs)
         found = torch.autograd.grad(result, [inputs[i] for i in wanted], gradient, create_graph=again)
         gradients: list[Any] = [None] * len(inputs)
-        for i, each in zip(wanted, found, strict=True):
-            gradients[i] = each
+        for i, gradient in zip(wanted, found, strict=True):
+            gradients[i] = gradient
         return (None, None, None, *gradients)
 
 
@@ -139,15 +139,15 @@ class LazyTensor(Tensor):
             like = _COPY(_like(args[0]), **kwargs)
             return LazyTensor(like, args[0].device, values.copy(like.dtype))
         lazies = {
-            id(each.dense()): each for each in tree_leaves((args, kwargs)) if isinstance(each, LazyTensor)
+            id(leaf.dense()): leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, LazyTensor)
         }
         dense_args, dense_kwargs = tree_map_only(LazyTensor, LazyTensor.dense, (args, kwargs))
         result = func(*dense_args, **dense_kwargs)
         if func._schema.is_mutable:
-            for each in lazies.values():  # its shape or storage may have changed
-                _DATA.__set__(each, each.dense())
+            for lazy_tensor in lazies.values():  # its shape or storage may have changed
+                _DATA.__set__(lazy_tensor, lazy_tensor.dense())
         # In-place operations return the tensor that they wrote into.
-        return tree_map_only(Tensor, lambda each: lazies.get(id(each), each), result)
+        return tree_map_only(Tensor, lambda tensor: lazies.get(id(tensor), tensor), result)
 
     # Another compiled function takes the values as its input.
 
@@ -236,9 +236,9 @@ def _with_memory(to_dlpack: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(to_dlpack)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
-        for each in (*args, *kwargs.values()):
-            if isinstance(each, LazyTensor):
-                each.dense()
+        for argument in (*args, *kwargs.values()):
+            if isinstance(argument, LazyTensor):
+                argument.dense()
         return to_dlpack(*args, **kwargs)
 
     return wrapped

@@ -61,12 +61,12 @@ def _before_step(optimizer: Any, args: Any, kwargs: Any) -> None:
     if torch.compiler.is_compiling():  # fingerprints detect the change instead
         return
     if any(map(callable, (*args[1:], *kwargs.values()))):
-        _running.steps[id(optimizer)] = {storage_of(each) for each in _trained(optimizer)} - {None}
+        _running.steps[id(optimizer)] = {storage_of(weight) for weight in _trained(optimizer)} - {None}
     promises = waiting()
     storages = set().union(*(promise.storages() for promise in promises))
     if not storages:
         return
-    changing = {storage for each in _trained(optimizer) if (storage := storage_of(each)) in storages}
+    changing = {storage for weight in _trained(optimizer) if (storage := storage_of(weight)) in storages}
     copies: dict[Any, Tensor] = {}
     for promise in promises if changing else ():
         promise.keep(changing, copies)
@@ -80,6 +80,6 @@ def _after_step(optimizer: Any, args: Any, kwargs: Any) -> None:
 def _trained(optimizer: Any) -> Iterator[Tensor]:
     """Yield the tensors that a step changes, without frozen ones."""
     for group in getattr(optimizer, "param_groups", ()):
-        for each in group.get("params", ()):
-            if isinstance(each, Tensor) and (each.requires_grad or each.grad is not None):
-                yield each
+        for weight in group.get("params", ()):
+            if isinstance(weight, Tensor) and (weight.requires_grad or weight.grad is not None):
+                yield weight

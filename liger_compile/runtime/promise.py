@@ -49,20 +49,20 @@ class Recipe:
             if self.autocast:
                 stack.enter_context(torch.autocast(self.autocast[0], dtype=self.autocast[1]))
             else:
-                for device in {each.device.type for each in inputs if isinstance(each, Tensor)}:
+                for device in {value.device.type for value in inputs if isinstance(value, Tensor)}:
                     stack.enter_context(torch.autocast(device, enabled=False))
             return self.function(*inputs)
 
-    def refusal(self, wanted: str, shape: Sequence[int], what: str) -> RuntimeError:
+    def refusal(self, wanted: str, shape: Sequence[int], happened: str) -> RuntimeError:
         """Return the error for a changed input of this shape; `wanted` is "values" or "gradients"."""
         subject = f"the {self.name}" if wanted == "values" else f"the {wanted} of the {self.name}"
         return RuntimeError(
-            f"{subject} cannot be computed any more: a tensor of shape {tuple(shape)} that they depend on {what} "
+            f"{subject} cannot be computed any more: a tensor of shape {tuple(shape)} that they depend on {happened} "
             f"before they were needed; {self.advice}"
         )
 
 
-CHANGED_IN_PLACE = "was changed in place (by an optimizer's step, say)"
+CHANGED_IN_PLACE = "was changed in place (for example by an optimizer's step)"
 CHANGED_UNSEEN = (
     "was changed (through another output that shares its memory, .data, NumPy, a raw pointer, or by an optimizer that "
     "has no step hooks)"
@@ -134,7 +134,7 @@ class Promise:
     def __init__(self, recipe: Recipe, num_bytes: int, inputs: Sequence[Any]) -> None:
         self.lock = threading.RLock()
         self.recipe, self._num_bytes = recipe, num_bytes
-        self._inputs = [_Input(each) if isinstance(each, Tensor) else each for each in inputs]
+        self._inputs = [_Input(value) if isinstance(value, Tensor) else value for value in inputs]
         self._stream = _stream(self._tensors())
         self._values: Tensor | None = None
         # The shape of each input, and whether its values were unchanged when the result was computed, as bool [].
@@ -148,9 +148,9 @@ class Promise:
         """
         with self.lock, _on(self._stream):
             if self._values is None:
-                for each in self._tensors():
-                    if what := each.what_happened():
-                        raise self.recipe.refusal("values", each.tensor.shape, what)
+                for tensor in self._tensors():
+                    if happened := tensor.what_happened():
+                        raise self.recipe.refusal("values", tensor.tensor.shape, happened)
             values = self._computed()
             for shape, is_same in self._doubts:
                 if not is_same:
@@ -169,32 +169,32 @@ class Promise:
             copies: existing copies; new copies are added.
         """
         with self.lock, _on(self._stream), contextlib.suppress(torch.OutOfMemoryError):
-            endangered = [each for each in self._tensors() if storage_of(each.tensor) in storages]
-            is_lost = any(each.what_happened() for each in self._tensors())
-            if not is_lost and self._num_bytes < sum(each.tensor.nbytes for each in endangered):
+            endangered = [source for source in self._tensors() if storage_of(source.tensor) in storages]
+            is_lost = any(source.what_happened() for source in self._tensors())
+            if not is_lost and self._num_bytes < sum(source.tensor.nbytes for source in endangered):
                 self._computed()
             else:
-                for each in endangered:
-                    each.keep(copies)
+                for source in endangered:
+                    source.keep(copies)
 
     def storages(self) -> set[int | None]:
         """Return the storages that the values are still to be computed from, as storage_of() returns them."""
-        return {storage_of(each.tensor) for each in self._tensors()}
+        return {storage_of(source.tensor) for source in self._tensors()}
 
     def fingerprints(self) -> list[Fingerprint | None]:
         """Return the original fingerprints of the inputs; None for inputs that are not tensors."""
-        return [each.fingerprint if isinstance(each, _Input) else None for each in self._inputs]
+        return [source.fingerprint if isinstance(source, _Input) else None for source in self._inputs]
 
     def _tensors(self) -> list[_Input]:
-        return [each for each in self._inputs if isinstance(each, _Input)]
+        return [source for source in self._inputs if isinstance(source, _Input)]
 
     def _computed(self) -> Tensor:
         if self._values is None:
             with torch.inference_mode(False), torch.no_grad():
                 self._values = self.recipe(
-                    *(each.tensor if isinstance(each, _Input) else each for each in self._inputs)
+                    *(source.tensor if isinstance(source, _Input) else source for source in self._inputs)
                 )
-                self._doubts = [(each.tensor.shape, each.is_same()) for each in self._tensors()]
+                self._doubts = [(source.tensor.shape, source.is_same()) for source in self._tensors()]
             self._inputs = []
         return self._values
 
@@ -248,7 +248,7 @@ class Values:
 
 def _stream(inputs: Sequence[_Input]) -> torch.cuda.Stream | None:
     """Return the stream on which the inputs are computed."""
-    devices = [each.tensor.device for each in inputs if each.tensor.is_cuda]
+    devices = [source.tensor.device for source in inputs if source.tensor.is_cuda]
     return torch.cuda.current_stream(devices[0]) if devices else None
 
 

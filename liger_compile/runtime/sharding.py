@@ -23,17 +23,17 @@ def keep_before_sharding(promise: Promise, inputs: Sequence[Tensor]) -> None:
     promise has not been computed by then and is still alive.
     """
     soon_freed = dict(_gathered_weights())
-    gathered = {storage for each in inputs if (storage := storage_of(each)) in soon_freed}
-    backwards = [each.grad_fn for each in inputs if each.grad_fn is not None]
-    if later := {each for each in gathered if backwards and not soon_freed[each]}:
+    gathered = {storage for tensor in inputs if (storage := storage_of(tensor)) in soon_freed}
+    backwards = [tensor.grad_fn for tensor in inputs if tensor.grad_fn is not None]
+    if later := {storage for storage in gathered if backwards and not soon_freed[storage]}:
         reference = weakref.ref(promise)
 
         def before_backward(_: Any) -> None:
             if waiting := reference():
                 waiting.keep(later, {})
 
-        for each in backwards:
-            each.register_prehook(before_backward)
+        for node in backwards:
+            node.register_prehook(before_backward)
     promise.keep(gathered - later, {})
 
 
@@ -44,8 +44,8 @@ def _gathered_weights() -> Iterator[tuple[int | None, bool]]:
     states = list(composable._module_state_mapping.values()) if composable else ()
     groups = (group for reference in states for group in _groups(reference()) if group.is_unsharded)
     for group in groups:
-        for each in group.fsdp_params:
-            yield storage_of(each._unsharded_param), group._reshard_after_forward
+        for parameter in group.fsdp_params:
+            yield storage_of(parameter._unsharded_param), group._reshard_after_forward
 
 
 def _groups(state: Any) -> Sequence[Any]:

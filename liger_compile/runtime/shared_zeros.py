@@ -32,14 +32,14 @@ def strides_of_outputs(graph: Graph) -> list[Strides | None]:
     AOTAutograd expects the gradients in these strides, not in the final strides of the outputs, and copies others.
     """
     (outputs,) = graph.output_node().args
-    return [_strides(each) for each in outputs] if isinstance(outputs, (tuple, list)) else []
+    return [_strides(output) for output in outputs] if isinstance(outputs, (tuple, list)) else []
 
 
 def _strides(output: Any) -> Strides | None:
     value = output.meta.get("example_value") if isinstance(output, Node) else None
     if not isinstance(value, Tensor) or value.layout is not torch.strided:
         return None
-    return value.stride() if all(isinstance(each, int) for each in value.stride()) else None
+    return value.stride() if all(isinstance(stride, int) for stride in value.stride()) else None
 
 
 def sharing_zeros(compiled: Callable[..., Any], strides: Sequence[Strides | None]) -> Callable[..., Any]:
@@ -64,13 +64,13 @@ def _backwards(
     Returns nothing if gradients may be other than plain tensors.
     """
     found: dict[Any, dict[int, Strides | None]] = {}
-    if not all(_is_plain(each) for each in outputs if isinstance(each, Tensor)):
+    if not all(_is_plain(output) for output in outputs if isinstance(output, Tensor)):
         return found
     given = set(map(id, inputs))  # returned inputs have the backward of another graph
     for output, traced in zip(outputs, strides, strict=False):
         if isinstance(output, Tensor) and _is_of_aot_autograd(output.grad_fn) and id(output) not in given:
             found.setdefault(output.grad_fn, {})[output.output_nr] = traced
-    return {backward: those for backward, those in found.items() if len(those) >= FEWEST}
+    return {backward: positions for backward, positions in found.items() if len(positions) >= FEWEST}
 
 
 def _is_of_aot_autograd(backward: Any) -> bool:
@@ -133,11 +133,11 @@ def _fill(
     """Replaces missing gradients by zeros, which share the returned buffers: one for each dtype and device."""
     missing = {number: outputs[number] for number, gradient in enumerate(gradients) if gradient is None}
     may_share = not torch.is_grad_enabled() and all(
-        each is None or _storage(each) is not None for each in gradients
+        gradient is None or _storage(gradient) is not None for gradient in gradients
     )
     zeros, buffers = (_sharing if may_share else _apart)(missing, strides)
-    for number, each in zeros.items():
-        gradients[number] = each
+    for number, zero in zeros.items():
+        gradients[number] = zero
     return buffers
 
 
@@ -184,8 +184,8 @@ def _with_memory_of_their_own(results: Iterable[Any], buffers: Sequence[Tensor])
 
     Otherwise a parameter would use the shared zeros as its gradient, and accumulate into them.
     """
-    mine = {_storage(each) for each in buffers}
-    return tuple(_copied(each) if _storage(each) in mine else each for each in results)
+    mine = {_storage(buffer) for buffer in buffers}
+    return tuple(_copied(result) if _storage(result) in mine else result for result in results)
 
 
 def _copied(tensor: Tensor) -> Tensor:

@@ -29,13 +29,13 @@ class PatternError(Exception):
 
 def check(match: Match) -> str | None:
     """Returns why replacing the match would be wrong, or None. Raises PatternError."""
-    return _sentence_or_none(match, "check", "None to accept, or a sentence that says why not")
+    return _sentence_or_none(match, "check", "None to accept, or a sentence with the reason")
 
 
 def profit(match: Match) -> str | Annotate | None:
     """Returns why replacing the match would not pay, or None. Raises PatternError."""
     return _sentence_or_none(
-        match, "profit", "None to accept, a sentence that says why not, or an Annotate", Annotate
+        match, "profit", "None to accept, a sentence with the reason, or an Annotate", Annotate
     )
 
 
@@ -48,8 +48,8 @@ def saves(match: Match) -> int | None:
     if is_number and isfinite(float(answer)) and float(answer) >= 0:
         return int(answer)
     raise PatternError(
-        f"saves of pattern {match.pattern.name!r} returned {described(answer)}; expected a number of bytes "
-        "from 0 on, or None where it is not known"
+        f"saves of pattern {match.pattern.name!r} returned {described(answer)}; expected a number of bytes, "
+        "0 or more, or None if it is not known"
     )
 
 

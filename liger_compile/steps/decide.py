@@ -81,7 +81,7 @@ def _decision(match: Match, context: _Context, strict: bool) -> Decision:
         before = insertion_point(match, context.position)
         return _with_savings(Decision(match, "replace", before=before), context, strict)
     for why, covers in _why_unmarked(match, context):
-        reason = f"{verdict.reason or 'its values are cheap to compute again in backward'}; {why}"
+        reason = f"{verdict.reason or 'its values are cheap to recompute in backward'}; {why}"
         return Decision(match, "leave", reason, covers=covers)
     annotated = Decision(match, "annotate", verdict.reason, keeps_outputs=verdict.keeps_outputs)
     return _with_savings(annotated, context, strict)
@@ -124,13 +124,13 @@ def _verdict(match: Match, context: _Context) -> str | Annotate | None:
 def _why_unmarked(match: Match, context: _Context) -> Iterator[tuple[str, bool]]:
     """Yields why a mark would have no effect, and whether the place counts as covered (Inductor compiles it well)."""
     if not context.runs_once:
-        yield "what a checkpoint body recomputes has been decided already", False
+        yield "the checkpoint already determines what is recomputed", False
     if not context.recompute:
-        yield "liger.recompute='off' keeps them all the same", False
+        yield "liger.recompute='off' keeps them", False
     if not _needs_gradient(match):
         yield "no gradient is computed here, so nothing is kept", True
     if not context.takes_marks:
-        yield "liger.inner='eager' takes no marks, and keeps them", True
+        yield "liger.inner='eager' ignores marks, and keeps them", True
 
 
 def _needs_gradient(match: Match) -> bool:
@@ -142,14 +142,22 @@ def _needs_gradient(match: Match) -> bool:
 def _without_covered(decisions: list[Decision], consumed: set[Node]) -> list[Decision]:
     """Keeps one decision per place, and every failure.
 
-    Drops a refusal if another pattern replaced the place, or if a larger pattern was refused there.
+    Drops a refusal if another pattern replaced the place, or if a larger pattern was refused there. Of patterns that
+    only mark, an MLP and the product in it are one place: a mark there, or else the larger refusal, is kept alone.
     """
     told: set[Node] = set()
+    marked = {
+        node for decision in decisions if decision.kind == "annotate" for node in decision.match.outputs
+    }
+    unmarked: set[Node] = set()
     kept = []
     for decision in decisions:
-        root = decision.match.outputs[0]
+        match, root = decision.match, decision.match.outputs[0]
         has_place = decision.kind != "leave" or decision.covers
         is_news = has_place or (root not in consumed and root not in told)
+        if not has_place and match.pattern.replace is None:
+            is_news = is_news and root not in unmarked and marked.isdisjoint(match.nodes)
+            unmarked.update(match.nodes)
         if is_news or decision.failed:
             kept.append(decision)
             if has_place or not decision.failed:
@@ -216,7 +224,7 @@ def _refuse_several_regions(match: Match, context: _Context) -> str | None:
     floating = [node for node in match.nodes if not _is_of_integers(node)] or match.nodes
     there, own = insertion_point(match, position), regions.of[match.outputs[0]]
     if own.stream is not None:
-        return "it runs on a stream that the function chooses, and a replacement runs on the current one"
+        return "it runs on a stream that the function selects, and a replacement runs on the current stream"
     if regions.of[there].kernels == own.kernels and all(
         regions.of[node].meaning == own.meaning for node in (*floating, there)
     ):
@@ -224,13 +232,13 @@ def _refuse_several_regions(match: Match, context: _Context) -> str | None:
     first, last = position(floating[0]), max(position(match.nodes[-1]), context.span(match)[1])
     change = regions.change_between(first, last)
     if change is None:
-        return "it runs in several modes, and a replacement runs in one"
+        return "it runs in several modes, and a replacement runs in one mode"
     at, switch = change
     before = max((node for node in floating if position(node) < at), key=position)
     after = next((node for node in match.nodes if position(node) > at), there)
     return (
         f"{in_words(switch)} between {before.name} and {after.name}, and a replacement runs in one mode; "
-        "compute all of it on one side of that"
+        "compute the whole pattern on one side of the change"
     )
 
 
@@ -291,7 +299,7 @@ def _is_private(node: Node, match: Match, mutations: Mutations) -> bool:
     if is_lent or not mutations.is_known(node):
         return False
     sharing = (n for n in match.nodes if n not in match.outputs and memory & mutations.memory(n))
-    return all(user in inside for each in sharing for user in each.users)
+    return all(user in inside for node in sharing for user in node.users)
 
 
 def _refuse_late_captures(match: Match, context: _Context) -> str | None:
@@ -315,13 +323,13 @@ def _refuse_aliases(match: Match, context: _Context) -> str | None:
     inputs: set[Any] = set().union(*(memory(node) for node in captured_nodes(match)))
     for output in match.outputs:
         if memory(output) & inputs:
-            return f"{output.name} is a view of an input, and has to stay one"
+            return f"{output.name} is a view of an input, and must stay a view"
     return None
 
 
 def _refuse_inner_loss(match: Match, context: _Context) -> str | None:
     if match.pattern.is_loss and not context.runs_once:
-        return "a loss inside a checkpoint body runs twice, and its gradients are made in forward"
+        return "a loss inside a checkpoint runs twice, and its replacement computes gradients in forward"
     return None
 
 

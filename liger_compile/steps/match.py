@@ -84,7 +84,7 @@ def find_matches(
             if match is not None:
                 found.append((attempt.size, match))
                 taken.update((pattern, output) for output in match.outputs)
-            elif pattern.replace is not None:  # a pattern that only marks values reports no near misses
+            elif _has_near_misses(pattern):
                 failed.append(attempt)
     order = {pattern: rank for rank, pattern in enumerate(patterns)}
     found.sort(  # of two equal sizes, first the match with more nodes: for example with a bias added separately
@@ -97,6 +97,10 @@ def find_matches(
     )
     matches = [match for _, match in found]
     return matches, [*index.failures, *_near_misses(failed, matches, index)]
+
+
+def _has_near_misses(pattern: Pattern) -> bool:
+    return pattern.replace is not None if pattern.has_near_misses is None else pattern.has_near_misses
 
 
 # Tracing search functions
@@ -198,7 +202,7 @@ class _Index:
     def node_of(self, term: Term) -> Node | None:
         """Returns the first node with the value of a term; for an uncast term, with its value up to casts."""
         if term not in self._node_of:
-            having = (nodes[0] for each in self._rounded(term) if (nodes := self.terms.nodes.get(each)))
+            having = (nodes[0] for other in self._rounded(term) if (nodes := self.terms.nodes.get(other)))
             self._node_of[term] = next(having, None)
         return self._node_of[term]
 
@@ -210,7 +214,7 @@ class _Index:
         """Returns the node whose value a term is after an in-place write; None if nothing wrote into the value."""
         if term not in self._overwritten:
             written = self.terms.written
-            found = (written[each] for each in self._rounded(term) if each in written)
+            found = (written[other] for other in self._rounded(term) if other in written)
             self._overwritten[term] = next(found, None)
         return self._overwritten[term]
 
@@ -377,13 +381,17 @@ class _Attempt:
             moves = moved(roundings(wanted[0], formula), roundings(have, formula))
             comparison = None if moves else self.index.sized.compare(wanted[0].uncast, have.uncast)
             found.append((comparison.differences if comparison else (), moves, env))
-        return min(found, key=lambda each: len(each[0]) + len(each[1]), default=((), (), {}))
+        return min(found, key=lambda bound: len(bound[0]) + len(bound[1]), default=((), (), {}))
 
     def products(self) -> Sequence[Difference]:
         """Returns the factors that one capture would bind, and whose product the graph does not compute."""
         want, have = self.skeleton.outputs[0].uncast, self.index.terms.of[self.root].uncast
         comparison = self.index.factors.compare(want, have)
-        return [each for each in comparison.differences if each.kind == "rest"] if comparison else ()
+        return (
+            [difference for difference in comparison.differences if difference.kind == "rest"]
+            if comparison
+            else ()
+        )
 
     def _can_bind_bare(self, want: Term, have: Term) -> bool:
         if have.op == "none":
@@ -404,7 +412,7 @@ class _Attempt:
             if uncast is None or uncast.op == "none":
                 choices.append([(name, None)])
                 continue
-            choices.append([(name, each) for each in sorted(self.index.described(uncast), key=str)])
+            choices.append([(name, value) for value in sorted(self.index.described(uncast), key=str)])
         yield from (dict(choice) for choice in itertools.islice(itertools.product(*choices), ASSIGNMENTS))
 
     def _exact_terms(self, tensors: dict[str, Any]) -> tuple[Term, ...] | None:
@@ -525,12 +533,12 @@ def _near_misses(failed: Sequence[_Attempt], matches: Sequence[Match], index: _I
     told: list[_Near] = []
     roots: set[Node] = set()
     regions: set[Node] = set()
-    for one in sorted(near, key=lambda each: each.rank):
-        if one.root not in regions and roots.isdisjoint(one.region):
-            told.append(one)
-            roots.add(one.root)
-            regions.update(one.region)
-    return [one.told() for one in told]
+    for miss in sorted(near, key=lambda near_miss: near_miss.rank):
+        if miss.root not in regions and roots.isdisjoint(miss.region):
+            told.append(miss)
+            roots.add(miss.root)
+            regions.update(miss.region)
+    return [miss.told() for miss in told]
 
 
 @dataclass(frozen=True, eq=False)
@@ -559,7 +567,7 @@ class _Near:
             return None
         by = max(covered.get(term, 0.0) for term in (root, *comparison.anchors))
         is_behind = attempt.is_single and all(
-            each.kind in ("between", "extra") for each in comparison.differences
+            difference.kind in ("between", "extra") for difference in comparison.differences
         )
         if by and not (comparison.differences and is_behind and by < weight):
             return None

@@ -33,7 +33,9 @@ def keep_what_written_inputs_give(graph: Graph, mutations: Mutations) -> int:
     """Marks the nodes that read or write the memory of an input that `graph` writes into; returns their number."""
     marked = 0
     inputs = graph.find_nodes(op="placeholder")
-    written = {each for node in inputs if not mutations.is_clean(node) for each in mutations.memory(node)}
+    written = {
+        storage for node in inputs if not mutations.is_clean(node) for storage in mutations.memory(node)
+    }
     for node in graph.nodes if written else ():
         is_call = node.op in ("call_function", "call_method")
         is_size = node.meta.get("example_value") is not None and not tensors_of(node)

@@ -90,7 +90,9 @@ class Recorder(TorchFunctionMode):
         elif out is None:
             self._insert_effect(func, args, kwargs)
         elif not all(isinstance(part, (*_FACTS, tuple, list)) or part is None for part in parts):
-            self.faults.append(f"calls {_name(func)}, which gives a {type(out).__name__} and no tensor")
+            self.faults.append(
+                f"calls {_name(func)}, which returns a {type(out).__name__} instead of a tensor"
+            )
         return out
 
     def _insert(self, func: Any, args: Any, kwargs: Any, out: Any) -> Node:
@@ -112,7 +114,7 @@ class Recorder(TorchFunctionMode):
         node = self._insert(func, args, kwargs, None) if has_known else None
         if node is None or not list(written_arguments(node)):
             name = _name(func)
-            self.faults.append(_SWITCHES.get(name, f"calls {name}, which gives no tensor"))
+            self.faults.append(_SWITCHES.get(name, f"calls {name}, which returns no tensor"))
 
     def _look_for_writes(self, node: Node) -> None:
         for argument in written_arguments(node):
@@ -156,7 +158,7 @@ class Recorder(TorchFunctionMode):
             return self._size(value)
         if isinstance(value, (torch.Tensor, torch.SymFloat)):
             raise ValueError(
-                f"a replacement may use its captures and what torch functions make of them; it used {value!r}"
+                f"a replacement may use its captures and results of torch functions on them; it used {value!r}"
             )
         return value
 
@@ -177,7 +179,7 @@ class Recorder(TorchFunctionMode):
 
     def _size(self, value: torch.SymInt) -> Node:
         """Returns a node for a symbolic size: the size of a tensor that the replacement has."""
-        for tensor in [each for each in self.alive if isinstance(each, torch.Tensor)]:
+        for tensor in [value for value in self.alive if isinstance(value, torch.Tensor)]:
             for dim, size in enumerate(tensor.shape):
                 if isinstance(size, torch.SymInt) and size_of(size) == size_of(value):
                     node = self.graph.call_method("size", (self.node_of[id(tensor)], dim))
@@ -254,7 +256,7 @@ def _name(func: Any) -> str:
 
 def _without_gradients(func: Any, args: tuple, kwargs: dict) -> Any:
     """Runs a higher-order op without gradients: only shapes are needed, and it would trace the gradient too."""
-    tensors = [each for each in tree_leaves((args, kwargs)) if isinstance(each, torch.Tensor)]
+    tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
     needs_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
     with torch.no_grad():
         out = func(*args, **kwargs)
@@ -278,9 +280,9 @@ def faults_of(
         if _share(a, b) and not _share(originals[i], originals[j]):
             yield f"returns results {i} and {j} in the same memory"
         if not _share(a, b) and _share(originals[i], originals[j]):
-            yield f"returns results {i} and {j} in different memory, which share it where they are searched for"
+            yield f"returns results {i} and {j} in different memory, and the results of search share memory"
     if name := autograd_function(results):
-        yield f"calls {name}, an autograd.Function, whose backward a graph cannot have"
+        yield f"calls {name}, an autograd.Function, whose backward cannot be part of a graph"
 
 
 def _share(a: torch.Tensor, b: torch.Tensor) -> bool:

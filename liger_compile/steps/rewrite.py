@@ -107,7 +107,7 @@ def _draft(
 ) -> _Draft | Decision:
     """Inserts the replacement of one match; returns a refusal if its result differs from the original's."""
     match = decision.match
-    assert decision.before is not None, "decide() says of every replacement where it goes in"
+    assert decision.before is not None, "decide() sets the position of every replacement"
     recorder = Recorder(graph, decision.before, match.outputs[0])
     originals = [output.meta["example_value"] for output in match.outputs]
     results: tuple[Any, ...] = ()
@@ -170,7 +170,7 @@ def _wanted(settings: Mapping[str, Any], match: Match) -> dict[str, Any]:
 def _why_not(originals: Sequence[torch.Tensor], results: Sequence[Any], recorder: Recorder) -> str | None:
     """Returns why the results cannot replace the originals, in a sentence."""
     if len(results) != len(originals):
-        return f"the replacement returns {len(results)} results, and {len(originals)} are searched for"
+        return f"the replacement returns {len(results)} results, and {len(originals)} are expected"
     for original, value in zip(originals, results, strict=True):
         if not isinstance(value, torch.Tensor):
             return f"the replacement returns {callbacks.described(value)}; expected a tensor"
@@ -179,7 +179,7 @@ def _why_not(originals: Sequence[torch.Tensor], results: Sequence[Any], recorder
     for fault in faults_of(results, recorder, originals):
         return _REFUSAL.format(fault)
     if any(id(value) not in recorder.node_of for value in results):
-        return "the replacement returns a tensor that no torch function made"
+        return "the replacement returns a tensor that no torch function computed"
     return None
 
 

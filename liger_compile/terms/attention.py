@@ -26,7 +26,7 @@ from liger_compile.terms.term import ConstVar, Scalar, Size, Space, Term
 
 HEADS = -3
 STAYS = "stays written out"
-SYMBOLIC = "its scores are multiplied by numbers that are known at run time only, as dynamic=True makes them"
+SYMBOLIC = "its scores are multiplied by numbers that are known at run time only, as under dynamic=True"
 DEPTH = 8  # most adds, muls, tanhs and wheres between the matmul of q and k and its softmax
 
 
@@ -60,7 +60,7 @@ def attention(
     if type(dropout_p) is float and dropout_p:
         dropout_p = Draw(dropout_p)
     # Autocast casts the operands without a node in the graph.
-    q, k, v = (normalize.cast(call.space, each, call.dtype) for each in (query, key, value))
+    q, k, v = (normalize.cast(call.space, tensor, call.dtype) for tensor in (query, key, value))
     mask = call.space.none if attn_mask is None else attn_mask
     consts = (is_causal, dropout_p, const_of(scale))
     return _attention(call.space, "keeps its mask", mask, q, k, v, consts, call.shape)
@@ -81,7 +81,7 @@ def _attention(
         return None
     if k.shape[:2] != v.shape[:2] or k.shape[:1] != q.shape[:1] or shape != (*q.shape[:-1], v.shape[-1]):
         return None  # also excludes a mask with a larger batch, whose rows see different keys
-    if not all(isinstance(each.shape[dim], int) for each in (q, k, v) for dim in (1, 3)):
+    if not all(isinstance(tensor.shape[dim], int) for tensor in (q, k, v) for dim in (1, 3)):
         if mask is space.none:
             return None
         term = space.intern("attention_of_any_heads", (mask, q, k, v), consts, q.dtype, shape)
@@ -96,7 +96,7 @@ def _attention(
         if meaning.kind == "unknown" or (meaning.kind == "window" and dropout_p):
             reason, unknown = meaning.reason, meaning
         elif cap and (meaning.kind == "all" or dropout_p):
-            reason = "its scores are capped, which is known for causal attention without dropout only"
+            reason = "its scores are capped, which is supported for causal attention without dropout only"
     term = normalize.apply(space, "attention", (mask, q, k, v), consts, q.dtype, shape)
     return _noted(space, term, otherwise, reason, unknown) if reason else term
 
@@ -110,8 +110,8 @@ def _canonical(space: Space, mask: Term, meaning: Meaning) -> Term:
     return space.intern(names[meaning.kind], (), consts, torch.bool, ())
 
 
-def _noted(space: Space, term: Term, what: str, reason: str, meaning: Meaning | None = None) -> Term:
-    space.found_out["note", term] = Note(what, reason, meaning)
+def _noted(space: Space, term: Term, outcome: str, reason: str, meaning: Meaning | None = None) -> Term:
+    space.found_out["note", term] = Note(outcome, reason, meaning)
     return term
 
 
@@ -155,10 +155,10 @@ def written_out(space: Space, term: Term) -> Term | None:
         return None
     try:
         if whole is not weights:
-            raise _LeftError("its softmax takes in other scores than those of the keys, as sinks are")
+            raise _LeftError("its softmax includes scores of no key, such as attention sinks")
         scores = _scores(space, weights.args[0])
         if scores is None:
-            raise _LeftError("what its softmax is taken of is not seen to be scores of queries and keys")
+            raise _LeftError("the operand of its softmax is not recognized as scores of queries and keys")
         return _of_scores(space, scores, dropout_p, term)
     except _LeftError as why:
         _noted(space, term, STAYS, str(why))
@@ -220,7 +220,9 @@ class _Scores:
         scaled = replace(self, masks=tuple(masks), fill=self.fill * abs(factor.value))
         both = merged(self.factor if self.cap is None else self.cap, factor, dtype)
         if both is None:
-            raise _LeftError(f"its scores are scaled twice, and what is between is rounded in {_name(dtype)}")
+            raise _LeftError(
+                f"its scores are scaled twice, and the value in between is rounded in {_name(dtype)}"
+            )
         return replace(scaled, factor=both) if self.cap is None else replace(scaled, cap=both)
 
     def capped(self) -> _Scores | None:
@@ -333,7 +335,9 @@ def _filled(space: Space, term: Term, depth: int) -> _Scores | None:
 def _check_fill(number: float) -> None:
     """Raises _LeftError unless scores of at most `number` are hidden."""
     if not number <= HIDES:
-        raise _LeftError(f"it sets what it hides to {number:g}, and not to -inf or the dtype's lowest")
+        raise _LeftError(
+            f"it sets hidden scores to {number:g} instead of -inf or the lowest number of the dtype"
+        )
 
 
 def _undropped(term: Term) -> tuple[Term, float]:
@@ -371,5 +375,5 @@ def notes_in(space: Space, terms: Iterable[Any]) -> list[Note]:
 
 def sentences(notes: Iterable[Note]) -> Iterator[str]:
     """Yields one sentence for each distinct note."""
-    for (what, reason), times in Counter((note.what, note.reason) for note in notes).items():
-        yield f"attention {what} {times}x: {reason}"
+    for (outcome, reason), times in Counter((note.what, note.reason) for note in notes).items():
+        yield f"attention {outcome} {times}x: {reason}"

@@ -71,7 +71,7 @@ def const_of(value: Any) -> Any:
     if isinstance(value, NumberVar):
         ((name, power),) = value.scalar.powers
         if power != 1 or value.scalar.value != 1:
-            raise ValueError(f"expected {name} as it is, got it with something multiplied into it")
+            raise ValueError(f"expected {name} itself, got a product with it")
         return ConstVar(name)
     return value
 

@@ -25,7 +25,7 @@ def notes_on_logits(graph: Graph, terms: Terms) -> Iterator[str]:
             term = term.args[0]
         if isinstance(term, Term) and term.op == "linear" and _is_head(term, vocabularies):
             yield (
-                f"graph output {position} ({node}) looks like logits, {term.shape[-1]} wide, and their loss is "
+                f"graph output {position} ({node}) may be logits of {term.shape[-1]} classes, and their loss is "
                 "computed outside this graph, so head and loss cannot be fused; compute the loss in the "
                 "compiled function"
             )

@@ -97,7 +97,7 @@ def _but_for_inputs(space: Space, mask: Term, queries: Size, keys: Size, why: st
         return Meaning("unknown", why, padding=padding, masks=masks)
     if kind not in _BUT_FOR_PADDING:
         return None
-    reason = f"it {_BUT_FOR_PADDING[kind]} but for the padding in {' and '.join(padding)}"
+    reason = f"it {_BUT_FOR_PADDING[kind]} except for the padding in {' and '.join(padding)}"
     return Meaning("unknown", reason, padding=padding)
 
 
@@ -242,7 +242,7 @@ class _Reader:
         key = (read.__name__, term, at)
         if key not in self.known:
             if self.depth == MAX_DEPTH:
-                raise UnreadError(f"it is made in more than {MAX_DEPTH} steps")
+                raise UnreadError(f"it is computed in more than {MAX_DEPTH} steps")
             if len(self.known) > MAX_READ:
                 raise UnreadError(f"it is made of more than {MAX_READ} parts")
             self.depth += 1
@@ -267,7 +267,7 @@ class _Reader:
         if term.op == "mul" and term.consts[0] == Scalar(1.0) and all(p >= 1 for p in term.consts[1:]):
             return self._every(self.truth(factor, at) for factor in term.args)
         if term.op == "add" and term.consts[0] == Scalar(0.0):  # a sum of booleans is true if any of them is
-            return self.not_(self._every(self.not_(self.truth(each, at)) for each in term.args))
+            return self.not_(self._every(self.not_(self.truth(part, at)) for part in term.args))
         if term.op == "masks":
             return self._every(self._lets_through(mask, at) for mask in term.args)
         if term.op == "full":
@@ -413,9 +413,9 @@ class _Reader:
         """Returns torch.diff of positions along a dimension, with one prepended element or none."""
         (source, before), (dim,) = term.args, term.consts
 
-        def read(what: Term, where: Linear) -> Linear:
+        def read(positions: Term, where: Linear) -> Linear:
             moved = (*at[: len(at) + dim], where, *at[len(at) + dim + 1 :])
-            return self._single(self.number(what, moved), term)
+            return self._single(self.number(positions, moved), term)
 
         here = at[dim]
         if before.op == "none":
@@ -523,10 +523,10 @@ class _Reader:
 def _elsewhere(term: Term) -> str:
     """Returns a description of a mask that the positions of this graph do not determine."""
     if term.op != "leaf" or MADE_HERE in term.consts:
-        return "made in this graph, in a way that proofs about masks do not follow"
+        return "computed in this graph by operations that proofs about masks do not support"
     if _is_floating(term):
-        return "a bias, or a mask that was made elsewhere"
-    return "padding, packed sequences, or a mask that was made elsewhere"
+        return "a bias, or a mask from outside this graph"
+    return "padding, packed sequences, or a mask from outside this graph"
 
 
 def _is_floating(term: Term) -> bool:

@@ -134,7 +134,7 @@ def add(dtype: torch.dtype | None, a: Linear, b: Linear) -> Linear:
     """Returns a + b; if one hides, the sum must hide: any other sum of large numbers is unreliable."""
     result = a.plus(b)
     if is_rounding(dtype):
-        if any(hides(each.constant) for each in (a, b)) and not result.constant <= HIDES:
+        if any(hides(number.constant) for number in (a, b)) and not result.constant <= HIDES:
             raise UnreadError(f"it adds {b} to {a}{in_(dtype)}")
         if result.parts and not (is_whole(a.constant) and is_whole(b.constant)):
             raise UnreadError(f"it adds {b} to {a}{in_(dtype)}")
@@ -144,7 +144,7 @@ def add(dtype: torch.dtype | None, a: Linear, b: Linear) -> Linear:
 def multiply(dtype: torch.dtype | None, a: Linear, b: Linear) -> Linear:
     """Returns a * b; if one hides, the product must hide or be 0. A fill scaled back into reach is not read."""
     result = scaled(a, b)
-    is_hidden = any(hides(each.constant) for each in (a, b))
+    is_hidden = any(hides(number.constant) for number in (a, b))
     if is_rounding(dtype) and is_hidden and not (result.constant <= HIDES or result == ZERO):
         raise UnreadError(f"it multiplies {a} by {b}{in_(dtype)}")
     return result

@@ -107,8 +107,8 @@ def _elementwise(target: Any, name: str) -> Callable[..., Any] | None:
     """Returns a table function for any other deterministic elementwise operator: its own term, without algebra."""
     packet = getattr(torch.ops.aten, name, None) if name and not name.startswith("_") else None
     tags = [getattr(packet, overload).tags for overload in packet.overloads()] if packet else []
-    is_random = any(torch.Tag.nondeterministic_seeded in each for each in tags)
-    if is_random or not any(torch.Tag.pointwise in each for each in tags):
+    is_random = any(torch.Tag.nondeterministic_seeded in tag for tag in tags)
+    if is_random or not any(torch.Tag.pointwise in tag for tag in tags):
         return None
     # The name includes the module: functions of one name may differ in the meaning of their arguments.
     op = f"{getattr(target, '__module__', None) or type(target).__name__}.{name}"
@@ -118,8 +118,8 @@ def _elementwise(target: Any, name: str) -> Callable[..., Any] | None:
         values = [*args, *(value for _, value in sorted(kwargs.items()))]
         consts = [_ARGUMENT if isinstance(value, Term) else const_of(value) for value in values]
         if not all(
-            each is _ARGUMENT or isinstance(each, (bool, int, float, str, ConstVar, type(None)))
-            for each in consts
+            const is _ARGUMENT or isinstance(const, (bool, int, float, str, ConstVar, type(None)))
+            for const in consts
         ):
             return None
         terms = tuple(value for value in values if isinstance(value, Term))
@@ -321,8 +321,8 @@ def _take_along_dim(call, input, indices, dim=None):
         return None
     dim = negative(dim, len(input.shape))
     others = [
-        [size for at, size in enumerate(each.shape, -len(each.shape)) if at != dim]
-        for each in (input, indices)
+        [size for at, size in enumerate(operand.shape, -len(operand.shape)) if at != dim]
+        for operand in (input, indices)
     ]
     return _gather(call, input, dim, indices) if others[0] == others[1] else None
 
@@ -347,7 +347,7 @@ def _rms_norm(call, input, normalized_shape, weight=None, eps=None):
 
 
 def _layer_norm(call, input, normalized_shape, weight=None, bias=None, eps=1e-5):
-    args = (input, *(each if isinstance(each, Term) else call.space.none for each in (weight, bias)))
+    args = (input, *(operand if isinstance(operand, Term) else call.space.none for operand in (weight, bias)))
     consts = (len(normalized_shape), const_of(eps))
     return normalize.apply(call.space, "layer_norm", args, consts, call.dtype, call.shape)
 

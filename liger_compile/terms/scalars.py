@@ -76,9 +76,9 @@ def merged(a: Scalar, b: Scalar, dtype: torch.dtype | None) -> Scalar | None:
     if a.powers or b.powers:
         names = {name for name, _ in both.powers}
         return both if all(name in names for name, _ in (*a.powers, *b.powers)) else None
-    if close(abs(both.value), 1.0) or not all(is_normal(each, dtype) for each in (a, b, both)):
+    if close(abs(both.value), 1.0) or not all(is_normal(number, dtype) for number in (a, b, both)):
         return None
-    if any(_rounds_away(each, dtype) for each in (a, b)):
+    if any(_rounds_away(number, dtype) for number in (a, b)):
         return None
     same_way = (abs(a.value) > 1) == (abs(b.value) > 1)
     return both if same_way or (is_ordinary(a, dtype) and is_ordinary(b, dtype)) else None

@@ -40,8 +40,8 @@ def assert_rewrites(
     made, _ = _with_reports(lambda: compiled(*args, **kwargs))
     left, found = Counter(site.pattern for site in _sites(made, "replace")), {}
     for name in sorted(expect, key=lambda name: "." not in name):  # names of patterns before names of ops
-        names = [each for each in left if each == name or each.split(".")[0] == name]
-        found[name] = sum(left.pop(each) for each in names)
+        names = [counted for counted in left if counted == name or counted.split(".")[0] == name]
+        found[name] = sum(left.pop(counted) for counted in names)
     assert found == dict(expect) and not left, (
         f"expected {dict(expect)} to be replaced, got {found | left}\n" + "\n".join(map(str, made))
     )
@@ -71,7 +71,7 @@ def assert_refuses(
         return pattern in (name, name.split(".")[0])
 
     patterns = tuple(patterns)
-    others = tuple(each.name for each in patterns_in_use(patterns) if not is_meant(each.name))
+    others = tuple(pattern.name for pattern in patterns_in_use(patterns) if not is_meant(pattern.name))
     compiled = _compiled(function, patterns, policy, dynamic, skip=others)
     made, _ = _with_reports(lambda: compiled(*args, **kwargs))
     text = "\n".join(map(str, made))
@@ -79,8 +79,8 @@ def assert_refuses(
     replaced = [site.pattern for site in _sites(made, "replace") if is_meant(site.pattern)]
     assert not replaced, f"expected no {pattern} to be replaced, got {replaced}\n{text}"
     told = [*_sites(made, "leave"), *(near for report in made for near in report.near_misses)]
-    reasons = [each.reason for each in told if is_meant(each.pattern)]
-    assert not reason or any(re.search(reason, each) for each in reasons), (
+    reasons = [site.reason for site in told if is_meant(site.pattern)]
+    assert not reason or any(re.search(reason, text) for text in reasons), (
         f"expected {pattern} to be refused because of {reason!r}, got {reasons or 'no such place'}\n{text}"
     )
     return made
@@ -151,15 +151,15 @@ def _outcome(function: Any, args: Any, kwargs: Any, leaves: list[Tensor] | None 
     torch.manual_seed(0)
     results = function(*args, **kwargs)
     gradients = precision.gradients(results, leaves)
-    detached = tree_map(lambda each: each.detach() if isinstance(each, Tensor) else each, results)
+    detached = tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, results)
     return {"result": detached, "gradients": gradients}
 
 
 def _leaves(tree: Any) -> list[Tensor]:
     """Returns the tensors and parameters in a tree that require a gradient, each once."""
     found: dict[int, Tensor] = {}
-    for each in tree_leaves(tree):
-        for tensor in each.parameters() if isinstance(each, nn.Module) else [each]:
+    for leaf in tree_leaves(tree):
+        for tensor in leaf.parameters() if isinstance(leaf, nn.Module) else [leaf]:
             if isinstance(tensor, Tensor) and tensor.requires_grad:
                 found[id(tensor)] = tensor
     return list(found.values())

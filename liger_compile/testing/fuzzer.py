@@ -75,7 +75,8 @@ def assert_respelling_matches(
         )
     with_gradients = random.randrange(4) == 0
     actual, eager = (
-        outcome(each, written.inputs, with_gradients=with_gradients) for each in (rewriting.gm, spelled)
+        outcome(function, written.inputs, with_gradients=with_gradients)
+        for function in (rewriting.gm, spelled)
     )
     if not with_gradients:
         exact = exact._replace(gradients=[])
@@ -219,7 +220,7 @@ def _is_floating(value: Any) -> bool:
 
 
 def _optional(pattern: Pattern) -> list[str]:
-    return [name for name, one in pattern.parameters.items() if "None" in str(one.annotation)]
+    return [name for name, parameter in pattern.parameters.items() if "None" in str(parameter.annotation)]
 
 
 def _new(pattern: Pattern) -> tuple[Pattern, ...]:
@@ -255,7 +256,7 @@ def _spelled(random: Random, recorder: Recorder, node: Node, args: tuple, kwargs
     ):  # view() of a tensor that must be copied, or a module that rejects a Value
         result = again(recorder, node, args, kwargs)
     if isinstance(result, Value) and isinstance(result.fake, Tensor) and random.randrange(10) == 9:
-        result = random.choice([lambda x: x, *(one.spelled for one in neutral_to(result))])(result)
+        result = random.choice([lambda x: x, *(spelling.spelled for spelling in neutral_to(result))])(result)
     return result
 
 
@@ -328,8 +329,11 @@ def outcome(
     gm: GraphModule, inputs: tuple[Any, ...], *, double: bool = False, with_gradients: bool = True
 ) -> Outcome:
     inputs = precision.copied(inputs, double=double)
-    leaves = [one for one in inputs if isinstance(one, Tensor) and one.requires_grad]
-    arguments = [one.view_as(one) if isinstance(one, Tensor) and one.requires_grad else one for one in inputs]
+    leaves = [tensor for tensor in inputs if isinstance(tensor, Tensor) and tensor.requires_grad]
+    arguments = [
+        tensor.view_as(tensor) if isinstance(tensor, Tensor) and tensor.requires_grad else tensor
+        for tensor in inputs
+    ]
     torch.manual_seed(0)
     if double:
         with precision.in_double():
@@ -390,9 +394,9 @@ def _detached(values: Any) -> list[Any]:
 
 def _assert_same_meaning(spelled: Outcome, written: Outcome) -> None:
     """Asserts that the identities hold, up to the error of constants with ten digits."""
-    for one, other in zip(tree_leaves(spelled), tree_leaves(written), strict=True):
-        if isinstance(one, Tensor):
-            torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6, equal_nan=True)
+    for left, other in zip(tree_leaves(spelled), tree_leaves(written), strict=True):
+        if isinstance(left, Tensor):
+            torch.testing.assert_close(left, other, rtol=1e-6, atol=1e-6, equal_nan=True)
 
 
 def _assert_right(

@@ -37,9 +37,9 @@ def assert_no_worse(actual: Any, eager: Any, exact: Any, *, factor: float = 2.0)
     eps / sqrt(12) times its norm; and with few elements, eager may be accurate by chance, so some eps of the coarsest
     dtype among the results are allowed (a loss in float32 may come from bfloat16 logits).
     """
-    coarsest = max((_eps(each) for each in tree_leaves(eager)), default=0.0)
-    results, expected, trues = (tree_flatten_with_path(each)[0] for each in (actual, eager, exact))
-    names = [[f"value{keystr(path)}" for path, _ in each] for each in (results, expected, trues)]
+    coarsest = max((_eps(leaf) for leaf in tree_leaves(eager)), default=0.0)
+    results, expected, trues = (tree_flatten_with_path(tree)[0] for tree in (actual, eager, exact))
+    names = [[f"value{keystr(path)}" for path, _ in leaves] for leaves in (results, expected, trues)]
     assert names[0] == names[1] == names[2], f"expected results {names[1]}, got {names[0]}"
     for name, (_, got), (_, wanted), (_, true) in zip(names[0], results, expected, trues, strict=True):
         if isinstance(wanted, Tensor):
@@ -52,7 +52,7 @@ def _assert_tensor(
     name: str, actual: Tensor | None, eager: Tensor, exact: Tensor, factor: float, coarsest: float
 ) -> None:
     assert isinstance(actual, Tensor), f"{name}: expected a tensor like eager's, got {actual!r}"
-    described = [f"{tuple(each.shape)} {each.dtype}" for each in (actual, eager)]
+    described = [f"{tuple(tensor.shape)} {tensor.dtype}" for tensor in (actual, eager)]
     assert described[0] == described[1], f"{name}: got {described[0]}, eager gives {described[1]}"
     if not (eager.is_floating_point() or eager.is_complex()):
         assert torch.equal(actual, eager), f"{name}: differs from eager's"
@@ -96,7 +96,7 @@ def _finite(tensor: Tensor, exact: Tensor, like: Tensor) -> Tensor:
 class _InDouble(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         args, kwargs = tree_map(
-            lambda each: _DOUBLE.get(each, each) if _is_dtype(each) else each, (args, kwargs or {})
+            lambda leaf: _DOUBLE.get(leaf, leaf) if _is_dtype(leaf) else leaf, (args, kwargs or {})
         )
         if getattr(func, "__name__", "") in _CASTS and isinstance(args[0], Tensor):
             return args[0].cdouble() if args[0].is_complex() else args[0].double()
@@ -128,30 +128,30 @@ def copied(value: Any, *, double: bool = False) -> Any:
     """Returns a copy of a tree of tensors and modules that shares no memory with it; its tensors are leaves."""
     copies: dict[int, Any] = {}
 
-    def copy_of(each: Any) -> Any:
-        if id(each) not in copies:
-            copies[id(each)] = _copy_of(each, double)
-        return copies[id(each)]
+    def copy_of(value: Any) -> Any:
+        if id(value) not in copies:
+            copies[id(value)] = _copy_of(value, double)
+        return copies[id(value)]
 
     return tree_map(copy_of, value)
 
 
-def _copy_of(each: Any, double: bool) -> Any:
-    if isinstance(each, nn.Module):
-        module = copy.deepcopy(each)
+def _copy_of(value: Any, double: bool) -> Any:
+    if isinstance(value, nn.Module):
+        module = copy.deepcopy(value)
         for parameter in module.parameters():
             parameter.grad = None
         return module.double() if double else module
-    if not isinstance(each, Tensor):
-        return each
-    dtype = _DOUBLE.get(each.dtype, each.dtype) if double else each.dtype
-    return each.detach().clone().to(dtype).requires_grad_(each.requires_grad)
+    if not isinstance(value, Tensor):
+        return value
+    dtype = _DOUBLE.get(value.dtype, value.dtype) if double else value.dtype
+    return value.detach().clone().to(dtype).requires_grad_(value.requires_grad)
 
 
 def gradients(outputs: Any, leaves: Sequence[Tensor]) -> list[Tensor | None]:
     """Returns the gradients of the leaves for a fixed random gradient of every output that requires one."""
-    tensors = [each for each in tree_leaves(outputs) if isinstance(each, Tensor)]
-    roots = [each for each in tensors if each.requires_grad]
+    tensors = [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)]
+    roots = [tensor for tensor in tensors if tensor.requires_grad]
     if not roots or not leaves:
         return [None] * len(leaves)
     generator = torch.Generator().manual_seed(0)
@@ -159,7 +159,7 @@ def gradients(outputs: Any, leaves: Sequence[Tensor]) -> list[Tensor | None]:
     # which would draw float64: torch.randn gives other numbers then.
     with torch._C.DisableTorchFunction():
         drawn = [
-            torch.randn(each.shape, generator=generator, dtype=torch.float32).bfloat16() for each in roots
+            torch.randn(root.shape, generator=generator, dtype=torch.float32).bfloat16() for root in roots
         ]
-    drawn = [upstream.to(each) for upstream, each in zip(drawn, roots, strict=True)]
+    drawn = [upstream.to(root) for upstream, root in zip(drawn, roots, strict=True)]
     return [*torch.autograd.grad(roots, list(leaves), drawn, allow_unused=True)]

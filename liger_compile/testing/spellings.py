@@ -86,7 +86,7 @@ SPELLINGS: tuple[Identity, ...] = (
     Identity("add", lambda a, b: a.add(b, alpha=1), of_tensor),
     Identity("add", lambda a, b: a - (-b)),
     Identity("add", lambda a, b: torch.addcmul(a, *b.made_by("mul")), lambda a, b: made_by("mul")(a, b)
-             and all(isinstance(each, Value) for each in b.made_by("mul"))),
+             and all(isinstance(factor, Value) for factor in b.made_by("mul"))),
     Identity("sub", lambda a, b: operator.sub(a, b)),
     Identity("sub", lambda a, b: a + (-b)),
     Identity("sub", lambda a, b: a + b * -1),

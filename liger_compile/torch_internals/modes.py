@@ -59,8 +59,8 @@ def restored_if_raised() -> Iterator[None]:
 def _entered(error: BaseException) -> Iterator[Any]:
     """Yield the modes that graphs had entered when they raised, first to last."""
     seen: set[int] = set()
-    for each in _causes(error):
-        for frame, _ in traceback.walk_tb(each.__traceback__):
+    for cause in _causes(error):
+        for frame, _ in traceback.walk_tb(cause.__traceback__):
             for value in _values_of_nodes(frame):
                 if isinstance(value, _MODES) and id(value) not in seen:
                     seen.add(id(value))
@@ -79,8 +79,8 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
     seen: set[int] = set()
     waiting = [error]
     while waiting:
-        each = waiting.pop()
-        if each is not None and id(each) not in seen:
-            seen.add(id(each))
-            yield each
-            waiting += [each.__cause__, each.__context__]
+        cause = waiting.pop()
+        if cause is not None and id(cause) not in seen:
+            seen.add(id(cause))
+            yield cause
+            waiting += [cause.__cause__, cause.__context__]

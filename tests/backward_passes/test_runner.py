@@ -209,7 +209,7 @@ def test_verify_names_a_wrong_pass(monkeypatch):
     assert "\"liger.skip\": ('backward.wrong',)" in str(found)
 
 
-def test_verify_says_what_fuel_does_not_count(monkeypatch):
+def test_verify_names_the_choices_that_fuel_does_not_count(monkeypatch):
     """Nothing that fuel counts makes this difference: it is there without any."""
     compile_graph = backend.compiling.compile_graph
 

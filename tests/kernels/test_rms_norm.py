@@ -1,4 +1,4 @@
-"""The kernels of rms_norm and add_rms_norm, against eager and float64."""
+"""The kernels of rms_norm and of the backward of pre_norm, against eager and float64."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 
 from liger_compile import functional as L
 from liger_compile.ops.rms_norm import MAX_WIDTH
-from tests.ops.cases import EPS, add_then, gemma, llama
+from tests.ops.cases import EPS, gemma, llama
 
 pytest.importorskip("triton")
 from liger_compile.kernels import rms_norm as kernels
@@ -28,35 +28,26 @@ by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 by_spelling = pytest.mark.parametrize("spelling", SPELLINGS)
 
 
-def assert_right(spelling, x, weight=None, residual=None):
+def assert_right(spelling, x, weight=None):
     eager, options = SPELLINGS[spelling]
-    if residual is None:
-        inputs = [leaf(t) for t in (x, weight) if t is not None]
-        ours = lambda x, weight=None: L.rms_norm(x, weight, EPS, **options)  # noqa: E731
-        plain = eager if weight is not None else lambda x: llama(x, None)
-    else:
-        inputs = [leaf(t) for t in (x, residual, weight) if t is not None]
-        ours = lambda x, residual, weight=None: L.add_rms_norm(x, residual, weight, EPS, **options)  # noqa: E731
-        plain = add_then(eager)
-    assert_no_worse_than_eager(kernels, ours, plain, inputs)
+    inputs = [leaf(t) for t in (x, weight) if t is not None]
+    plain = eager if weight is not None else lambda x: llama(x, None)
+    assert_no_worse_than_eager(
+        kernels, lambda x, weight=None: L.rms_norm(x, weight, EPS, **options), plain, inputs
+    )
 
 
 @by_spelling
 @by_dtype
 @pytest.mark.parametrize("width", WIDTHS)
 def test_no_worse_than_eager(device, width, dtype, spelling):
-    rows = 4 if width > 1000 else 19
-    x, residual = (randn(2, rows, width, device=device, dtype=dtype) for _ in range(2))
-    weight = randn(width, device=device, dtype=dtype)
-    assert_right(spelling, x, weight)
-    assert_right(spelling, x, weight, residual)
+    x = randn(2, 4 if width > 1000 else 19, width, device=device, dtype=dtype)
+    assert_right(spelling, x, randn(width, device=device, dtype=dtype))
 
 
 @by_dtype
 def test_without_a_weight(device, dtype):
-    x, residual = (randn(5, 96, device=device, dtype=dtype) for _ in range(2))
-    assert_right("llama", x)
-    assert_right("llama", x, residual=residual)
+    assert_right("llama", randn(5, 96, device=device, dtype=dtype))
 
 
 class Joined(torch.autograd.Function):
@@ -116,28 +107,23 @@ def test_backward_with_the_sums_around_it_without_a_weight(device, dtype):
 )
 def test_shapes(device, shape, spelling):
     # As small as eps: in rows of one column the gradient of x is nothing but what eps does.
-    x, residual = (EPS**0.5 * randn(*shape, device=device) for _ in range(2))
-    weight = randn(shape[-1], device=device)
-    assert_right(spelling, x, weight)
-    assert_right(spelling, x, weight, residual)
+    assert_right(spelling, EPS**0.5 * randn(*shape, device=device), randn(shape[-1], device=device))
 
 
 @by_spelling
 @pytest.mark.parametrize(
-    "x_dtype, residual_dtype, weight_dtype",
+    "x_dtype, weight_dtype",
     [
-        (torch.bfloat16, torch.bfloat16, torch.float32),
-        (torch.float16, torch.float32, torch.bfloat16),
-        (torch.bfloat16, torch.float16, torch.float16),
-        (torch.float32, torch.bfloat16, torch.bfloat16),
+        (torch.bfloat16, torch.float32),
+        (torch.float16, torch.bfloat16),
+        (torch.bfloat16, torch.float16),
+        (torch.float32, torch.bfloat16),
     ],
     ids=str,
 )
-def test_dtypes_that_differ(device, spelling, x_dtype, residual_dtype, weight_dtype):
-    x, residual = (randn(9, 96, device=device, dtype=dtype) for dtype in (x_dtype, residual_dtype))
-    weight = randn(96, device=device, dtype=weight_dtype)
+def test_dtypes_that_differ(device, spelling, x_dtype, weight_dtype):
+    x, weight = randn(9, 96, device=device, dtype=x_dtype), randn(96, device=device, dtype=weight_dtype)
     assert_right(spelling, x, weight)
-    assert_right(spelling, x, weight, residual)
 
 
 @pytest.mark.parametrize(
@@ -152,10 +138,9 @@ def test_dtypes_that_differ(device, spelling, x_dtype, residual_dtype, weight_dt
     ids=["packed", "transposed", "gaps", "offset", "expanded"],
 )
 def test_inputs_of_any_strides(device, view):
-    x, residual = (view(randn(4, 5, 96, device=device)) for _ in range(2))
-    weight = randn(96, device=device)[::2]
+    x, weight = view(randn(4, 5, 96, device=device)), randn(96, device=device)[::2]
     assert_right("llama", x, weight)
-    assert_right("gemma", x, weight, residual)
+    assert_right("gemma", x, weight)
 
 
 def test_rows_whose_offset_needs_more_than_32_bits(device):
@@ -165,43 +150,64 @@ def test_rows_whose_offset_needs_more_than_32_bits(device):
     apart = torch.empty(rows * stride, dtype=torch.float16, device=device).view(rows, stride)[:, :40]
     apart.copy_(x)
     assert (rows - 1) * stride > 2**31
-    found, expected = (kernels.forward(each, None, weight, EPS, 0.0, "llama")[0] for each in (apart, x))
+    found, expected = (kernels.forward(each, weight, EPS, 0.0, "llama")[0] for each in (apart, x))
     assert_alike(found, expected)
 
 
-def test_incoming_gradients_of_any_strides_and_absent_ones(device):
-    x, residual, weight = (leaf(randn(*shape, device=device)) for shape in ((9, 96), (9, 96), (96,)))
+@pytest.mark.parametrize("form", [lambda t: t.t().contiguous().t(), lambda t: t[:1].expand(9, -1)])
+def test_incoming_gradients_of_any_strides(device, form):
+    """Of the norm alone, and of the norm with the sums around it: dys and ds."""
+    x, weight = leaf(randn(9, 96, device=device)), leaf(randn(96, device=device))
 
-    def only(take, op):
-        return lambda *inputs: take(op(*inputs)).sum(0).sum(0).expand(3, 3) * 2
+    def read(outputs):
+        return sum(form(output).square().sum(0) for output in outputs)
 
-    ours = lambda *inputs: L.add_rms_norm(*inputs, EPS)  # noqa: E731
-    for take in (lambda out: out[0], lambda out: out[0] + out[1].t().contiguous().t()):
+    for ours, plain in (
+        (lambda *inputs: [L.rms_norm(*inputs, EPS, casting="llama")], lambda *inputs: [llama(*inputs)]),
+        (
+            lambda *inputs: Joined.apply(2, {}, *inputs),
+            lambda *inputs: [*(llama(*inputs).clone() for _ in range(2)), inputs[0].clone()],
+        ),
+    ):
         assert_no_worse_than_eager(
-            kernels, only(take, ours), only(take, add_then(llama)), [x, residual, weight]
+            kernels,
+            lambda *inputs, ours=ours: read(ours(*inputs)),
+            lambda *inputs, plain=plain: read(plain(*inputs)),
+            [x, weight],
         )
+
+
+def test_without_a_gradient_that_bypasses_the_norm(device):
+    dy, x = (randn(9, 96, device=device) for _ in range(2))
+    weight, rstd = randn(96, device=device), torch.rsqrt(x.square().mean(-1) + EPS)
+    dx, dweight = kernels.backward(dy, x, weight, rstd, 0.0, True, True)
+    for ds in (None, torch.zeros_like(x)):
+        fused = kernels.backward_fused([dy], ds, x, rstd, weight, 0.0, "llama", True, None)
+        assert_alike(fused[0], dx)
+        assert_alike(fused[1], dweight)
+        assert fused[2].numel() == 0
 
 
 @pytest.mark.parametrize("width", [40, 1500])
 def test_only_what_is_needed_is_made(device, width):
-    dy, ds, x = (randn(9, width, device=device) for _ in range(3))
+    dy, x = (randn(9, width, device=device) for _ in range(2))
     weight = randn(width, device=device)
     rstd = torch.rsqrt(x.square().mean(-1) + EPS)
     # What is not needed is not compiled: other code, which may round otherwise.
-    dx, dweight = kernels.backward(dy, ds, x, weight, rstd, 1.0, True, True)
+    dx, dweight = kernels.backward(dy, x, weight, rstd, 1.0, True, True)
     for needs_dx, needs_dweight in ((True, False), (False, True), (False, False)):
-        some = kernels.backward(dy, ds, x, weight, rstd, 1.0, needs_dx, needs_dweight)
+        some = kernels.backward(dy, x, weight, rstd, 1.0, needs_dx, needs_dweight)
         for needed, full, found in zip((needs_dx, needs_dweight), (dx, dweight), some, strict=True):
             if needed:
                 assert_alike(found, full)
             assert needed or found.numel() == 0
-    assert kernels.backward(dy, None, x, None, rstd, 0.0, True, True)[1].numel() == 0
+    assert kernels.backward(dy, x, None, rstd, 0.0, True, True)[1].numel() == 0
 
 
 def test_the_same_numbers_every_time(device):
     dy, x = (randn(300, 96, device=device, dtype=torch.bfloat16) for _ in range(2))
     weight, rstd = randn(96, device=device, dtype=torch.bfloat16), torch.rand(300, device=device)
-    first, second = (kernels.backward(dy, None, x, weight, rstd, 0.0, True, True) for _ in range(2))
+    first, second = (kernels.backward(dy, x, weight, rstd, 0.0, True, True) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
@@ -209,7 +215,7 @@ def test_what_the_kernels_do_not_take(device):
     wide = [leaf(randn(2, MAX_WIDTH + 1, device=device)), leaf(randn(MAX_WIDTH + 1, device=device))]
     assert_reference(kernels, lambda x, weight: L.rms_norm(x, weight), wide)
     double = [leaf(randn(2, 8, device=device, dtype=torch.float64)) for _ in range(2)]
-    assert_reference(kernels, lambda x, residual: L.add_rms_norm(x, residual), double)
+    assert_reference(kernels, lambda x, y: L.rms_norm(x) * y, double)
 
 
 @pytest.mark.parametrize("itemsize", [2, 4])
@@ -231,10 +237,8 @@ def test_every_width_is_covered_and_fits(itemsize):
     "width", [64, 128, 1536, 2048, 2560, 3072, 3584, 4096, 5120, 6144, 7168, 8192, 16384]
 )
 def test_widths_of_models(device, width, dtype, spelling):
-    x, residual = (randn(1000, width, device=device, dtype=dtype) for _ in range(2))
-    weight = randn(width, device=device, dtype=dtype)
+    x, weight = (randn(*shape, device=device, dtype=dtype) for shape in ((1000, width), (width,)))
     assert_right(spelling, x, weight)
-    assert_right(spelling, x, weight, residual)
 
 
 @pytest.mark.gpu
@@ -243,21 +247,19 @@ def test_more_elements_than_32_bits_count(device):
     x = torch.zeros(rows, 8192, dtype=torch.bfloat16, device=device)
     x[-300:] = randn(300, 8192, device=device)
     weight = randn(8192, device=device, dtype=torch.bfloat16)
-    y, _, rstd = kernels.forward(x, None, weight, EPS, 0.0, "llama")
-    dx, _ = kernels.backward(x, None, x, weight, rstd, 0.0, True, True)
+    y, rstd = kernels.forward(x, weight, EPS, 0.0, "llama")
+    dx, _ = kernels.backward(x, x, weight, rstd, 0.0, True, True)
     last = x[-300:].clone()
-    last_y, _, last_rstd = kernels.forward(last, None, weight, EPS, 0.0, "llama")
-    last_dx, _ = kernels.backward(last, None, last, weight, last_rstd, 0.0, True, True)
+    last_y, last_rstd = kernels.forward(last, weight, EPS, 0.0, "llama")
+    last_dx, _ = kernels.backward(last, last, weight, last_rstd, 0.0, True, True)
     assert torch.equal(y[-300:], last_y) and torch.equal(dx[-300:], last_dx)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
 def test_compiled_it_gives_the_same_numbers(device, mode):
-    def both(x, residual, weight):
-        y, s = L.add_rms_norm(x, residual, weight, EPS)
-        return L.rms_norm(y, weight, EPS, offset=1.0, casting="gemma"), s
+    def both(x, weight):
+        return L.rms_norm(x, weight, EPS), L.rms_norm(x, weight, EPS, offset=1.0, casting="gemma")
 
-    x, residual = (leaf(randn(300, 2560, device=device, dtype=torch.bfloat16)) for _ in range(2))
-    weight = leaf(randn(2560, device=device, dtype=torch.bfloat16))
-    assert_compiled_alike(both, [x, residual, weight], mode)
+    x, weight = (leaf(randn(*shape, device=device, dtype=torch.bfloat16)) for shape in ((300, 2560), (2560,)))
+    assert_compiled_alike(both, [x, weight], mode)

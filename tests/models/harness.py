@@ -91,13 +91,19 @@ def assert_within(got: Step, expected: Step, bound: float) -> None:
 def replaced(
     counts: Mapping[str, int], reports: Sequence[liger_compile.GraphReport] | None = None
 ) -> dict[str, int]:
-    """How many sites were replaced in these reports, or all of this process, under the keys of `counts` if they fit."""
+    """How many sites were replaced in these reports, or all of this process, under the keys of `counts` if they fit.
+
+    Marks count as well if `counts` has a key for them, also where liger.inner='eager' takes none.
+    """
     reports = liger_compile.reports() if reports is None else reports
-    names = [site.pattern for r in reports for site in r.sites if site.kind == "replace"]
-    keys = (
-        name if name in counts else op if (op := name.partition(".")[0]) in counts else name for name in names
-    )
-    return dict(Counter(keys))
+    found: Counter[str] = Counter()
+    for site in (site for report in reports for site in report.sites):
+        op = site.pattern.partition(".")[0]
+        key = next((key for key in (site.pattern, op) if key in counts), None)
+        is_marked = site.kind == "annotate" or "liger.inner='eager' takes no marks" in site.reason
+        if site.kind == "replace" or (is_marked and key):
+            found[key or site.pattern] += 1
+    return dict(found)
 
 
 def by_default(counts: Mapping[str, int]) -> dict[str, int]:
@@ -119,6 +125,6 @@ def by_default(counts: Mapping[str, int]) -> dict[str, int]:
 
 
 def assert_replaced(counts: Mapping[str, int]) -> None:
-    """Exactly these sites, in all graphs together."""
+    """Exactly these sites are replaced or marked, in all graphs together."""
     text = "\n".join(map(str, liger_compile.reports()))
     assert replaced(counts) == {op: count for op, count in counts.items() if count}, text

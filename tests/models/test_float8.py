@@ -129,7 +129,10 @@ def test_gradients_are_as_near_to_the_exact_ones_as_in_eager(model, policy):
     exact, eager = gradients(as_it_is_exactly(model)), gradients(copy.deepcopy(model))
     options = {"liger.inner": "aot_eager", "liger.strict": True, "liger.policy": policy}
     ours = gradients(model, torch.compile(model, backend="liger", options=options))
-    assert liger_compile.reports()[0].count("replace") >= 4
+    report = liger_compile.reports()[0]
+    assert report.count("replace") >= 3
+    products = [site.kind for site in report.sites if site.pattern == "gated_mlp.swiglu_product"]
+    assert products == ["annotate"] * 2
     for name, gradient in exact.items():
         error, allowed = ((each[name] - gradient).norm() for each in (ours, eager))
         assert error <= 2 * allowed, name

@@ -81,7 +81,7 @@ def test_bfloat16(name: str) -> None:
     assert not row.problems, "\n".join(row.problems)
 
 
-def test_what_the_page_says_is_what_the_table_says() -> None:
+def test_the_page_agrees_with_the_table() -> None:
     """The page is the table's, found and present; `python -m bench.zoo` makes sure that the table is right."""
     rows = re.findall(r"^\| (\w+) \|(.*)\|$", zoo.PAGE.read_text(), re.MULTILINE)
     cells = {name: [cell.strip() for cell in rest.split(" | ")] for name, rest in rows}

@@ -246,7 +246,7 @@ def later_keys(q, k, v):
 
 @pytest.mark.parametrize("function", [off_by_one, by_an_input, written_over, later_keys])
 @pytest.mark.parametrize("is_dynamic", [False, True], ids=["static", "dynamic"])
-def test_other_masks_are_kept_and_it_says_why(function, is_dynamic):
+def test_other_masks_are_kept_with_a_reason(function, is_dynamic):
     args = inputs(HEADS)
     options = {"liger.inner": "aot_eager", "liger.strict": True, "liger.policy": "always"}
     for x in args if is_dynamic else ():
@@ -272,7 +272,7 @@ def test_one_query_of_many_keys(run_liger):
     torch.testing.assert_close(result, f(*args))
 
 
-def test_what_says_so_already_is_no_site(run_liger):
+def test_attention_with_the_causal_flag_is_no_site(run_liger):
     def f(q, k, v):
         return F.scaled_dot_product_attention(q, k, v, is_causal=True), F.scaled_dot_product_attention(
             k, q, v

@@ -1,4 +1,4 @@
-"""Gated MLPs with and without their down projection, packed or not; false friends keep their code."""
+"""Gated MLPs with and without their down projection, packed or not, are marked and keep their code."""
 
 import math
 
@@ -13,6 +13,21 @@ torch.manual_seed(0)
 X = torch.randn(3, 5, 8)
 GATE, UP, DOWN = torch.randn(12, 8), torch.randn(12, 8), torch.randn(8, 12)
 PACKED, BIAS = torch.cat((GATE, UP)), torch.randn(8)
+
+
+@pytest.fixture
+def train(kept_for_backward):
+    """train(function, *args, **options) -> (sites, bytes kept for backward); the gradients are those of eager mode."""
+
+    def run(function, *args, **options):
+        torch._dynamo.reset()
+        settings = {"inner": "aot_eager", "strict": True, **options}
+        settings = {f"liger.{name}": value for name, value in settings.items()}
+        kept, gradients = kept_for_backward(torch.compile(function, backend="liger", options=settings), *args)
+        torch.testing.assert_close(gradients, kept_for_backward(function, *args)[1], rtol=0, atol=0)
+        return [(site.pattern, site.kind) for site in liger_compile.reports()[-1].sites], kept
+
+    return run
 
 
 def gelu_written_out(x):
@@ -54,9 +69,9 @@ PLAIN = {
         lambda x, g, u, d: F.linear(F.dropout(F.silu(F.linear(x, g)) * F.linear(x, u), 0.0), d),
         "swiglu",
     ),
-    "glu": (lambda x, g, u, d: F.silu(F.linear(x, g)) * F.linear(x, u), "swiglu_product"),
+    "glu": (lambda x, g, u, d: F.silu(F.linear(x, g)) * F.linear(x, u) + d[0], "swiglu_product"),
     "gated norm": (
-        lambda x, g, u, d: (F.linear(x, u) * F.silu(F.linear(x, g).to(torch.float32))).to(x.dtype),
+        lambda x, g, u, d: (F.linear(x, u) * F.silu(F.linear(x, g).to(torch.float32))).to(x.dtype) + d[0],
         "swiglu_product",
     ),
 }
@@ -64,14 +79,12 @@ PLAIN = {
 
 @pytest.mark.parametrize("name", PLAIN)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_spellings_are_one_site_with_the_numbers(run_liger, liger_is_as_right_as_eager, name, dtype):
+def test_spellings_are_one_site(train, name, dtype):
     function, pattern = PLAIN[name]
-    args = [t.to(dtype) for t in (X, GATE, UP, DOWN)]
-    _, (report,) = run_liger(function, *args)
-    found = [(site.pattern.removesuffix("_upcast"), site.kind) for site in report.sites]
-    assert found == [(f"gated_mlp.{pattern}", "replace")]
-    torch._dynamo.reset()
-    liger_is_as_right_as_eager(function, *args)
+    sites, _ = train(function, *(t.to(dtype) for t in (X, GATE, UP, DOWN)))
+    assert [(found.removesuffix("_upcast"), kind) for found, kind in sites] == [
+        (f"gated_mlp.{pattern}", "annotate")
+    ]
 
 
 @pytest.mark.parametrize(
@@ -79,44 +92,66 @@ def test_spellings_are_one_site_with_the_numbers(run_liger, liger_is_as_right_as
     [(packed, "swiglu_packed"), (phi3, "swiglu_packed"), (packed_second, "swiglu")],
     ids=lambda value: getattr(value, "__name__", None),
 )
-def test_packed_projections(run_liger, liger_is_as_right_as_eager, function, pattern):
-    _, (report,) = run_liger(function, X, PACKED, DOWN)
-    assert [site.pattern for site in report.sites] == [f"gated_mlp.{pattern}"]
-    torch._dynamo.reset()
-    liger_is_as_right_as_eager(function, X, PACKED, DOWN)
+def test_packed_projections(train, function, pattern):
+    sites, _ = train(function, X, PACKED, DOWN)
+    assert sites == [(f"gated_mlp.{pattern}", "annotate")]
 
 
-def test_the_bias_of_the_down_projection(run_liger, liger_is_as_right_as_eager):
+def test_the_bias_of_the_down_projection(train):
     def f(x, g, u, d, b):
         return F.linear(F.silu(F.linear(x, g)) * F.linear(x, u), d, b)
 
-    _, (report,) = run_liger(f, X, GATE, UP, DOWN, BIAS)
-    assert [site.pattern for site in report.sites] == ["gated_mlp.swiglu"]
-    torch._dynamo.reset()
-    liger_is_as_right_as_eager(f, X, GATE, UP, DOWN, BIAS)
+    sites, _ = train(f, X, GATE, UP, DOWN, BIAS)
+    assert sites == [("gated_mlp.swiglu", "annotate")]
 
 
-def test_h_that_is_needed_elsewhere_is_left_with_the_reason(run_liger):
+@pytest.mark.parametrize("recompute", ["auto", "off"])
+def test_h_that_is_returned_too_is_left_with_one_reason(run_liger, recompute):
     def f(x, g, u, d):
         h = F.silu(F.linear(x, g)) * F.linear(x, u)
-        return F.linear(h, d), h
+        return F.linear(h, d), h.flatten()
 
-    result, (report,) = run_liger(f, X, GATE, UP, DOWN, policy="auto")
-    left = [site for site in report.sites if site.kind == "leave"]
-    assert left and "is used elsewhere too and has to be kept" in left[0].reason
-    torch.testing.assert_close(result, f(X, GATE, UP, DOWN))
+    args = [t.clone().requires_grad_() for t in (X, GATE, UP, DOWN)]
+    result, (report,) = run_liger(f, *args, policy="auto", inner="aot_eager", recompute=recompute)
+    (site,) = report.sites
+    assert (site.pattern, site.kind) == ("gated_mlp.swiglu", "leave")
+    assert "is used elsewhere too and has to be kept" in site.reason
+    torch.testing.assert_close(result, f(*args))
+
+
+def test_a_product_that_is_returned_too_is_left_with_the_reason(run_liger):
+    def f(x, g, u):
+        h = F.silu(F.linear(x, g)) * F.linear(x, u)
+        return h.square(), h
+
+    args = [t.clone().requires_grad_() for t in (X, GATE, UP)]
+    _, (report,) = run_liger(f, *args, policy="auto", inner="aot_eager")
+    (site,) = report.sites
+    assert (site.pattern, site.kind) == ("gated_mlp.swiglu_product", "leave")
+    assert "is returned and kept by the caller" in site.reason
+
+
+def test_h_that_two_linear_layers_read_is_marked_once(train):
+    def with_adapter(x, g, u, d):  # as LoRA on the down projection
+        h = F.silu(F.linear(x, g)) * F.linear(x, u)
+        return F.linear(h, d) + F.linear(h, d[:2]) @ d[:2, :8]
+
+    args, kept = (X, GATE, UP, DOWN), {}
+    for recompute in ("off", "auto"):
+        sites, kept[recompute] = train(with_adapter, *args, recompute=recompute)
+        kind = "annotate" if recompute == "auto" else "leave"
+        assert [site.kind for site in liger_compile.reports()[-1].sites] == [kind] * len(sites)
+    assert sites == [("gated_mlp.swiglu_product", "annotate")]
+    assert kept["off"] - kept["auto"] >= 3 * 5 * 12 * 4
 
 
 @pytest.mark.parametrize("activation", [F.silu, F.gelu])
-def test_gate_and_up_may_be_of_two_dtypes(run_liger, liger_is_as_right_as_eager, activation):
+def test_gate_and_up_may_be_of_two_dtypes(train, activation):
     def f(x, g, u):  # as autocast leaves them, where up does not come out of a linear layer
         return activation(F.linear(x, g)) * F.linear(x, u).float()
 
-    args = [t.bfloat16() for t in (X, GATE, UP)]
-    _, (report,) = run_liger(f, *args)
-    assert [site.kind for site in report.sites] == ["replace"]
-    torch._dynamo.reset()
-    liger_is_as_right_as_eager(f, *args)
+    sites, _ = train(f, *(t.bfloat16() for t in (X, GATE, UP)))
+    assert [kind for _, kind in sites] == ["annotate"]
 
 
 def gpt_oss(x, w, d):
@@ -135,6 +170,11 @@ def in_place(x, w, d):
     return F.linear(F.silu(gate).mul_(up), d)
 
 
+def experts(x, w, d):  # as a grouped matmul, which is no linear layer
+    gate, up = F.linear(x, w).chunk(2, dim=-1)
+    return torch.bmm(F.silu(gate) * up, d.t().expand(3, -1, -1))
+
+
 @pytest.mark.parametrize(
     "function, pattern",
     [
@@ -142,20 +182,18 @@ def in_place(x, w, d):
         (squared_reglu, "squared_reglu_product"),
         (packed, "swiglu_packed"),
         (in_place, "swiglu_packed"),
+        (experts, "swiglu_product"),
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_by_default_h_is_marked_and_not_kept(kept_for_backward, function, pattern, dtype):
-    args, kept, gradients = [t.to(dtype) for t in (X, PACKED, DOWN)], {}, {}
-    for recompute in ("off", "auto"):
-        torch._dynamo.reset()
-        options = {"liger.inner": "aot_eager", "liger.strict": True, "liger.recompute": recompute}
-        compiled = torch.compile(function, backend="liger", options=options)
-        kept[recompute], gradients[recompute] = kept_for_backward(compiled, *args)
-    torch.testing.assert_close(gradients["auto"], kept_for_backward(function, *args)[1], rtol=0, atol=0)
+def test_h_is_marked_and_not_kept(train, function, pattern, dtype):
+    args, kept = [t.to(dtype) for t in (X, PACKED, DOWN)], {}
+    for policy, recompute in (("auto", "off"), ("auto", "auto"), ("always", "auto")):
+        sites, kept[policy, recompute] = train(function, *args, policy=policy, recompute=recompute)
+        assert sites == [(f"gated_mlp.{pattern}", "annotate" if recompute == "auto" else "leave")]
     (site,) = liger_compile.reports()[-1].sites
-    assert (site.pattern, site.kind) == (f"gated_mlp.{pattern}", "annotate")
-    assert kept["off"] - kept["auto"] >= site.saved_bytes == 3 * 5 * 12 * dtype.itemsize
+    assert kept["auto", "off"] - kept["auto", "auto"] >= site.saved_bytes == 3 * 5 * 12 * dtype.itemsize
+    assert kept["always", "auto"] == kept["auto", "auto"]
 
 
 OTHERS = {
@@ -170,7 +208,7 @@ OTHERS = {
 @pytest.mark.parametrize("name", OTHERS)
 def test_false_friends_are_left(run_liger, name):
     result, (report,) = run_liger(OTHERS[name], X, GATE, UP, DOWN)
-    assert not [site for site in report.sites if site.kind == "replace"], report
+    assert not [site for site in report.sites if site.pattern.startswith("gated_mlp")], report
     torch.testing.assert_close(result, OTHERS[name](X, GATE, UP, DOWN))
 
 
@@ -183,12 +221,11 @@ def test_a_gate_that_broadcasts_is_left_with_the_reason(run_liger):
     assert site.kind == "leave" and "expected one shape" in site.reason
 
 
-def test_two_of_them_with_a_foreign_op_between(run_liger):
+def test_two_of_them_with_a_foreign_op_between(train):
     def f(x, g, u, d):
         for _ in range(2):
             x = torch.cumsum(F.linear(F.silu(F.linear(x, g)) * F.linear(x, u), d), -1) * 0.01
         return x
 
-    result, (report,) = run_liger(f, X, GATE, UP, DOWN, inner="aot_eager")
-    assert [site.pattern for site in report.sites] == ["gated_mlp.swiglu"] * 2
-    torch.testing.assert_close(result, f(X, GATE, UP, DOWN))
+    sites, _ = train(f, X, GATE, UP, DOWN)
+    assert sites == [("gated_mlp.swiglu", "annotate")] * 2

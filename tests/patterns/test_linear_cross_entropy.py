@@ -156,12 +156,12 @@ def test_frozen_input_or_head(liger_is_as_right_as_eager, frozen):
     liger_is_as_right_as_eager(hugging_face, X, W, LABELS, frozen=frozen)
 
 
-def test_the_report_says_what_it_saves(run_liger):
+def test_the_report_states_the_saved_memory(run_liger):
     _, (report,) = run_liger(hugging_face, X.clone().requires_grad_(), W, LABELS)
     assert report.saved_bytes == 3 * 6 * V * 4
 
 
-def test_logits_that_are_returned_prevent_it_and_the_report_says_so(run_liger):
+def test_returned_logits_prevent_fusion_and_are_reported(run_liger):
     def f(x, w, labels):
         logits = F.linear(x, w)
         return F.cross_entropy(logits.float().view(-1, V), labels.view(-1)), logits
@@ -169,7 +169,7 @@ def test_logits_that_are_returned_prevent_it_and_the_report_says_so(run_liger):
     result, (report,) = run_liger(f, X, W, LABELS, policy="auto", logits="eager")
     (site,) = report.sites
     assert site.kind == "leave" and site.pattern.startswith("linear_cross_entropy.")
-    assert "the logits are needed elsewhere (the graph returns them)" in site.reason
+    assert "the logits are used elsewhere (the graph returns them)" in site.reason
     torch.testing.assert_close(result, f(X, W, LABELS))
 
 

@@ -328,17 +328,17 @@ STAYS = {
         lambda q, k, v: attended(q, k, v, v[:, :, 0, :12].mean()),
         "for its mask 1x: its",
     ),
-    "-1e9": (mildly_hidden, "1x: it sets what it hides to -1e+09, and not to -inf"),
-    "a negative scale": (hidden_and_negative, "1x: what its softmax is taken of"),
-    "sinks": (sinks, "1x: its softmax takes in other scores"),
+    "-1e9": (mildly_hidden, "1x: it sets hidden scores to -1e+09 instead of -inf"),
+    "a negative scale": (hidden_and_negative, "1x: the operand of its softmax"),
+    "sinks": (sinks, "1x: its softmax includes scores of no key"),
     "weights of another precision": (in_another_precision, "1x: its scores are of float32 and float32"),
-    "scores cut off": (of_whole_numbers, "1x: what its softmax is taken of"),
-    "written over": (written_over, "1x: what its softmax is taken of"),
+    "scores cut off": (of_whole_numbers, "1x: the operand of its softmax"),
+    "written over": (written_over, "1x: the operand of its softmax"),
 }
 
 
 @pytest.mark.parametrize("name", STAYS)
-def test_what_stays_says_why(run_liger, name):
+def test_attention_that_stays_written_out_has_a_reason(run_liger, name):
     function, reason = STAYS[name]
     result, sites, (note,) = sites_and_notes(run_liger, function, *inputs())
     assert not sites and note.startswith(f"attention stays written out {reason}")

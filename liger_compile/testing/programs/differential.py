@@ -274,7 +274,7 @@ def _run_call(
         OUTPUT_ACTIONS[action](output)
     _backward(outputs, call, device, scale)
     step = STEPS[call.after_backward]
-    trained = {id(each): each for each in parameters.values() if each.grad is not None}
+    trained = {id(parameter): parameter for parameter in parameters.values() if parameter.grad is not None}
     if step and trained:
         step(list(trained.values()))
     for name, tensor in {**parameters, **inputs}.items():
@@ -286,7 +286,7 @@ def _run_call(
             see[f"{prefix}output {i}"] = output.detach().clone()
         except RuntimeError as error:
             done = (call.after_backward, *(action for action, _ in call.before_backward))
-            if not (DOCUMENTED in str(error) and any(each in MAY_RAISE for each in done)):
+            if not (DOCUMENTED in str(error) and any(name in MAY_RAISE for name in done)):
                 raise
             see[f"{prefix}output {i}"] = DOCUMENTED
             return
@@ -296,7 +296,7 @@ def _run_call(
 
 
 def _backward(outputs: Sequence[Tensor], call: Call, device: str, scale: float) -> None:
-    roots = [each for each in outputs if each.requires_grad and each.is_floating_point()]
+    roots = [output for output in outputs if output.requires_grad and output.is_floating_point()]
     chosen = [root for i, root in enumerate(roots) if call.roots >> i & 1] or roots[:1]
     if not chosen:
         return
@@ -312,7 +312,7 @@ def _backward(outputs: Sequence[Tensor], call: Call, device: str, scale: float) 
 
 def _sharing(outputs: Sequence[Tensor], others: Mapping[str, Tensor]) -> tuple[str, ...]:
     """Returns the pairs of outputs, and of outputs and inputs, that share memory."""
-    named = [(f"output {i}", each) for i, each in enumerate(outputs)]
+    named = [(f"output {i}", output) for i, output in enumerate(outputs)]
     pairs = []
     for i, (name, tensor) in enumerate(named):
         for other_name, other in [*named[:i], *others.items()]:
@@ -368,9 +368,9 @@ def _compiled(
         outcomes[variant] = run(program, compiled, device)
         if len(variants) > 1 and "Backend" in outcomes[variant].error:
             return {
-                each: outcome
-                for one in variants
-                for each, outcome in _compiled(program, function, [one], options, device).items()
+                label: outcome
+                for variant in variants
+                for label, outcome in _compiled(program, function, [variant], options, device).items()
             }
     return outcomes
 
@@ -404,6 +404,7 @@ def check(
     stock = _compiled(program, function, [STOCK], {}, device)[STOCK]
     nudged = [run(program, function, device, nudge=seed) for seed in (1, 2, 3, 4)]
     scaled = {scale: run(program, function, device, scale=scale) for scale in SCALES}
+    scaled[1.0] = run(program, function, device, dtype="float64")
     kind, wrong = "stock", []
     for variant, _ in suspicious:
         names = differences(eager, outcomes[variant], other=stock)
@@ -433,8 +434,8 @@ def differences(
         other: a run whose values `ours` may have instead of eager's.
         nudged: eager runs on inputs that differ by a unit of rounding; distances up to NOISE times theirs are no
             difference.
-        scaled: eager runs, by the factor of their incoming gradients. Where one has a finite gradient and eager mode
-            has not, an intermediate value of eager mode's backward overflowed. `ours` may then have the finite one.
+        scaled: eager runs, in other dtypes or by the factor of their incoming gradients. Where one has a finite
+            gradient and eager mode has not, a value of eager mode overflowed. `ours` may then have the finite one.
     """
     if other is not None and other.error and ours.error.split(":")[0] == other.error.split(":")[0]:
         return []
@@ -460,7 +461,7 @@ def differences(
         if other is not None and name in other.seen and _same(other.seen[name], mine):
             continue
         call, is_gradient, _ = name.partition("gradient of")
-        runs = [(scale, each.seen.get(name)) for scale, each in scaled.items()]
+        runs = [(scale, run.seen.get(name)) for scale, run in scaled.items()]
         if is_gradient and (
             _lost_alike(value, mine)
             or any(_overflowed(value, mine, gradient, scale) for scale, gradient in runs)
@@ -468,7 +469,7 @@ def differences(
             last = call + is_gradient  # a step with such a gradient gives weights that are not finite
             continue
         distance = _distance(value, mine)
-        noise = max((_distance(value, each.seen[name]) for each in nudged if name in each.seen), default=0.0)
+        noise = max((_distance(value, run.seen[name]) for run in nudged if name in run.seen), default=0.0)
         if not distance <= NOISE * noise:
             found.append(f"{name}: eager {_words(value)}, ours {_words(mine)}")
     return found
@@ -517,7 +518,7 @@ def _lost_alike(a: Any, b: Any) -> bool:
 
 def _overflowed(a: Any, b: Any, scaled: Any, scale: float) -> bool:
     """Whether `b` has the finite entries of `a`, and elsewhere those of `scaled` without its factor."""
-    if not all(isinstance(each, Tensor) and each.shape == a.shape for each in (a, b, scaled)):
+    if not all(isinstance(tensor, Tensor) and tensor.shape == a.shape for tensor in (a, b, scaled)):
         return False
     finite, unscaled = a.isfinite(), (scaled.double() / scale).to(a.dtype)
     return not finite.all() and _same(torch.where(finite, a, unscaled), b)

@@ -18,7 +18,12 @@ _AGO = st.sampled_from((0, 0, 0, 0, 1, 1, 2, 3))
 
 def _statements(is_wanted: Callable[[str, Template], bool]) -> st.SearchStrategy[Statement]:
     """Returns statements of the wanted templates, as often as their weights."""
-    names = [name for name, each in TEMPLATES.items() if is_wanted(name, each) for _ in range(each.weight)]
+    names = [
+        name
+        for name, template in TEMPLATES.items()
+        if is_wanted(name, template)
+        for _ in range(template.weight)
+    ]
     return st.builds(Statement, st.sampled_from(names), st.tuples(_AGO, _AGO), st.sampled_from(_CONSTANTS))
 
 
