@@ -376,7 +376,7 @@ class Runs:
     @property
     def patterns(self) -> Counter[str]:
         sites = (site for report in self.reports for site in report.sites)
-        is_marked = "liger.inner='eager' takes no marks"  # they are found all the same
+        is_marked = "liger.inner='eager' ignores marks"  # they are found all the same
         return Counter(site.pattern for site in sites if site.kind != "leave" or is_marked in site.reason)
 
     @property

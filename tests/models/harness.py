@@ -100,7 +100,7 @@ def replaced(
     for site in (site for report in reports for site in report.sites):
         op = site.pattern.partition(".")[0]
         key = next((key for key in (site.pattern, op) if key in counts), None)
-        is_marked = site.kind == "annotate" or "liger.inner='eager' takes no marks" in site.reason
+        is_marked = site.kind == "annotate" or "liger.inner='eager' ignores marks" in site.reason
         if site.kind == "replace" or (is_marked and key):
             found[key or site.pattern] += 1
     return dict(found)
@@ -114,12 +114,7 @@ def by_default(counts: Mapping[str, int]) -> dict[str, int]:
         op = name.partition(".")[0]
         if op in ("rotary", "norm_rotary"):
             found["rotary"] += count
-        elif name in (
-            "attention.causal",
-            "attention.unmasked",
-            "linear_cross_entropy",
-            "gated_mlp.swiglu_product",
-        ):
+        elif name in ("attention.causal", "attention.unmasked", "linear_cross_entropy"):
             found[name] += count
     return dict(found)
 
