@@ -28,6 +28,7 @@ from liger_compile.registry import patterns_in_use
 from liger_compile.report import GraphReport, record
 from liger_compile.runtime.optimizer_steps import watch_steps
 from liger_compile.runtime.shared_zeros import sharing_zeros, strides_of_outputs
+from liger_compile.torch_internals import inductor
 
 
 def liger(
@@ -94,7 +95,7 @@ def liger(
     )
 
 
-liger.reset = compiling.reset  # pyright: ignore[reportFunctionMemberAccess]
+liger.reset = inductor.free_cudagraphs  # pyright: ignore[reportFunctionMemberAccess]
 
 compiling.set_up_dynamo()
 watch_steps()

@@ -15,7 +15,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch._subclasses import FakeTensor
 from torch.fx import GraphModule, Node
 
 from liger_compile.backward_passes import CHOICES, DEFAULT_PASSES, Applied, Pass
@@ -36,6 +35,7 @@ from liger_compile.steps.rewrite import rewrite
 from liger_compile.terms.attention import Note, notes_in, sentences
 from liger_compile.terms.build import Terms
 from liger_compile.terms.heads import notes_on_logits
+from liger_compile.torch_internals.fake_tensors import FakeTensor
 
 Assumptions = Mapping[str, specialize.Assumption]
 

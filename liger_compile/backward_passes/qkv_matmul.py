@@ -42,6 +42,8 @@ from liger_compile.backward_passes.aten_graph import (
     terms_of,
 )
 from liger_compile.backward_passes.runner import Applied, Backward
+from liger_compile.torch_internals.operators import schema_of
+from liger_compile.torch_internals.tensors import storage_of
 
 _aten, _ours = torch.ops.aten, torch.ops.liger_compile
 # The backwards of q and k, and their versions with packed results. These take (dq, dk, matrix to pack beside them, axis
@@ -145,7 +147,7 @@ def _gradients_of(backward: Node) -> list[Node]:
 def _heads_axis(backward: Node) -> int:
     """Returns the axis that the cos and sin tables broadcast over: 1 or 2, or 0 if there is none."""
     target: Any = backward.target
-    names = [argument.name for argument in target._schema.arguments]
+    names = [argument.name for argument in schema_of(target).arguments]
     cos = tensor_of(backward.args[names.index("cos")])
     sizes = (*(1,) * (4 - cos.dim()), *cos.shape)
     return next((axis for axis in (1, 2) if sizes[axis] == 1), 0)
@@ -197,7 +199,7 @@ def _viewed(reader: Node, value: torch.Tensor) -> torch.Tensor | None:
         return None
     seen = _aten.reshape.default if reader.target in RESHAPES else reader.target
     seen = seen(value, *reader.args[1:])
-    return seen if seen.untyped_storage()._cdata == value.untyped_storage()._cdata else None
+    return seen if storage_of(seen) == storage_of(value) else None
 
 
 def _matrix_of(term: Node) -> _Matrix | None:

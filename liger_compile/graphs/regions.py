@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
-from torch.utils._pytree import tree_iter
 
 from liger_compile.graphs.effects import effect_of
+from liger_compile.torch_internals.operators import qualified_name
+from liger_compile.torch_internals.pytree import tree_iter
 
 Settings = tuple[tuple[str, Any], ...]  # sorted by name
 
@@ -158,7 +159,7 @@ def is_switch(node: Node) -> bool:
         return False
     if any(_holds_tensor(each.meta.get("example_value")) for each in (node, *node.all_input_nodes)):
         return False
-    namespace = getattr(node.target, "namespace", None) or getattr(node.target, "_qualified_op_name", "")
+    namespace = getattr(node.target, "namespace", None) or qualified_name(node.target)
     if namespace and not namespace.startswith("aten"):
         return True  # a custom operator: its schema declares effects on tensors only
     return not effect_of(node).is_nothing

@@ -47,12 +47,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from liger_compile.torch_internals.autograd import graph_is_retained
+
 from .alignment import class_parts, missing_columns, with_columns
 from .blocks import row_blocks, split_rows
 from .dispatch import has_kernel
 from .gradient_sums import GradientSum, Plain, ScaledRows, Wide
 from .precision import accumulation_dtype
-from .registration import graph_is_retained, opaque_op, second_derivative_error
+from .registration import opaque_op, second_derivative_error
 from .scale import by_rows, scale_into
 from .scaled_rows import power_of_two
 from .softmax_loss import SoftmaxLoss, reduce

@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 from torch.fx import Graph, Node
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from liger_compile.graphs.aliasing import Mutations
 from liger_compile.graphs.regions import Regions, in_words
 from liger_compile.pattern import Annotate, Capture, Decision, Match
 from liger_compile.steps import callbacks
+from liger_compile.torch_internals.dispatch import is_traceable_wrapper_subclass
 
 
 def decide(

@@ -25,6 +25,7 @@ from liger_compile.forward_passes.specialize import copied
 from liger_compile.report import clear_reports, reports
 from liger_compile.testing.programs.grammar import CLASSES, PARAMETERS, WIDTH
 from liger_compile.testing.programs.program import Call, Program
+from liger_compile.torch_internals.dynamo import lookup_backend
 from liger_compile.torch_internals.modes import restored_if_raised
 
 EAGER, STOCK = "eager", "aot_eager"
@@ -337,7 +338,7 @@ class _Backends:
             graph = copied(gm)
             if variant == STOCK:
                 with restored_if_raised():  # otherwise a program that fails here also breaks the later ones
-                    compiled[variant] = torch._dynamo.lookup_backend("aot_eager")(graph, list(example_inputs))
+                    compiled[variant] = lookup_backend("aot_eager")(graph, list(example_inputs))
             else:
                 policy, inner = variant.split("/")
                 options = {"liger.policy": policy, "liger.inner": inner, "liger.strict": True, **self.options}
@@ -359,7 +360,7 @@ def _compiled(
     device: str,
 ) -> dict[str, Outcome]:
     """Returns an outcome for each variant. If the compilation of one fails, each variant runs separately."""
-    torch._dynamo.reset()
+    torch.compiler.reset()
     backends = _Backends(options).of(variants)
     compiled = torch.compile(function, backend=backends, dynamic=program.dynamic)
     outcomes = {}
