@@ -1,8 +1,7 @@
 """Compiles a rewritten graph with Inductor, or with an eager backend for debugging.
 
 In: a rewritten Dynamo GraphModule, its example inputs, and mode and options in the format of torch.compile. Out: the
-callable that Dynamo calls. This file knows no pattern and no term. The private parts of Inductor and Dynamo that it needs
-are in `torch_internals/`.
+callable that Dynamo calls. The private parts of Inductor and Dynamo that it needs are in `torch_internals/`.
 
 The cache key. The caches on disk identify a custom op by its name only. After a change to this package, AOTAutograd's
 cache would return an artifact whose traced backward is outdated (pytorch#144344, open in 2.14) or that was partitioned

@@ -111,7 +111,7 @@ def _canonical(space: Space, mask: Term, meaning: Meaning) -> Term:
 
 
 def _noted(space: Space, term: Term, what: str, reason: str, meaning: Meaning | None = None) -> Term:
-    space.found_out["note", term] = Note(what, reason, meaning)
+    space.findings.notes[term] = Note(what, reason, meaning)
     return term
 
 
@@ -365,8 +365,9 @@ def _name(dtype: torch.dtype | None) -> str:
 
 def notes_in(space: Space, terms: Iterable[Any]) -> list[Note]:
     """Returns the notes on the attention among these terms, one for each distinct term."""
+    notes = space.findings.notes
     found = dict.fromkeys(term for term in terms if isinstance(term, Term))
-    return [space.found_out["note", term] for term in found if ("note", term) in space.found_out]
+    return [notes[term] for term in found if term in notes]
 
 
 def sentences(notes: Iterable[Note]) -> Iterator[str]:

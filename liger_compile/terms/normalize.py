@@ -310,10 +310,10 @@ def _unbroadcast_all(space: Space, terms: list[Term], shape: tuple[Size, ...]) -
 def _unbroadcast(space: Space, term: Term) -> Term:
     if not term.may_be_passed:
         return term
-    key = "unbroadcast", term
-    if key not in space.found_out:
-        space.found_out[key] = _find_unbroadcast(space, term)
-    return space.found_out[key]
+    known = space.findings.unbroadcast
+    if term not in known:
+        known[term] = _find_unbroadcast(space, term)
+    return known[term]
 
 
 def _find_unbroadcast(space: Space, term: Term) -> Term:
@@ -401,15 +401,15 @@ def slice_(
 
 def _parts_of_cat(space: Space, term: Term) -> Mapping[tuple[Size, Size], Term]:
     """Returns (start, stop) -> the part of a cat at these positions."""
-    key = "parts", term
-    if key not in space.found_out:
+    known = space.findings.parts_of_cats
+    if term not in known:
         (dim,), start, found = term.consts, 0, {}
         for part in term.args:
             stop = start + part.shape[dim]
             found[start, stop] = part
             start = stop
-        space.found_out[key] = found
-    return space.found_out[key]
+        known[term] = found
+    return known[term]
 
 
 def cat(space: Space, *args: Any, shape: tuple[Size, ...] = ()) -> Term:
