@@ -28,7 +28,7 @@ from liger_compile.options import Options
 from liger_compile.pattern import Decision, NearMiss, Pattern
 from liger_compile.report import GraphReport, site_of_pass
 from liger_compile.steps.callbacks import warn_of_failures
-from liger_compile.steps.decide import decide
+from liger_compile.steps.decide import Rules, decide
 from liger_compile.steps.match import find_matches
 from liger_compile.steps.recompute import keep_what_written_inputs_give, mark_for_recompute
 from liger_compile.steps.rewrite import rewrite
@@ -157,12 +157,7 @@ def _rewrite_one(
         found.notes.extend(f"the logits are computed in the graph: {why}" for why in reasons)
         deferred = take_out([each for each, why in staying.items() if not why], terms)
     matches, missed = find_matches(graph, patterns, terms, strict=options.strict)
-    decided = partial(
-        decide,
-        graph,
-        matches,
-        mutations,
-        regions=regions,
+    rules = Rules(
         policy=options.policy,
         fuel=_left(options.fuel, found.decisions),
         recompute=options.recompute == "auto",
@@ -170,6 +165,7 @@ def _rewrite_one(
         runs_once=runs_once,
         strict=options.strict,
     )
+    decided = partial(decide, graph, matches, mutations, regions=regions, rules=rules)
     decisions = rewrite(
         graph,
         decided(),

@@ -9,6 +9,8 @@ The op computes the gradients chunk by chunk in forward. The logits are the larg
 as a whole. normalize.py removes slices and views between head and loss.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 
@@ -60,7 +62,8 @@ def saved_bytes(match: Match) -> int | None:
     return bytes_ if isinstance(bytes_, int) else None
 
 
-def _pattern(rounding: str, has_softcap: bool, is_negative: bool = False) -> Pattern:
+def _searches(rounding: str) -> dict[str, Callable[..., torch.Tensor]]:
+    """Return the search functions of a rounding, by name."""
     after_head, before_loss = _ROUNDINGS[rounding]
 
     def loss_of(logits, target, class_weight, ignore_index, reduction, label_smoothing):
@@ -116,6 +119,10 @@ def _pattern(rounding: str, has_softcap: bool, is_negative: bool = False) -> Pat
         logits = softcap * torch.tanh(after_head(F.linear(x, weight, bias)) * (scale / softcap))
         return loss_of(logits, target, class_weight, ignore_index, reduction, label_smoothing)
 
+    return {"plain": search, "softcap": search_softcap, "log_probability": search_negative}
+
+
+def _pattern(rounding: str, has_softcap: bool, is_negative: bool = False) -> Pattern:
     def replace(x, weight, bias, target, scale, softcap=None, loss_memory=None, **loss_arguments):
         loss = functional.linear_cross_entropy(
             x, weight, target, bias, logit_scale=scale, softcap=softcap, memory=loss_memory, **loss_arguments
@@ -123,7 +130,6 @@ def _pattern(rounding: str, has_softcap: bool, is_negative: bool = False) -> Pat
         loss = loss.to(x.dtype) if not rounding else loss
         return -loss if is_negative else loss
 
-    by_name = {"plain": search, "softcap": search_softcap, "log_probability": search_negative}
     name = "softcap" if has_softcap else "log_probability" if is_negative else "plain"
     examples = {
         "x": torch.empty(6, 8),
@@ -139,7 +145,7 @@ def _pattern(rounding: str, has_softcap: bool, is_negative: bool = False) -> Pat
     }
     return Pattern(
         name=f"linear_cross_entropy.{name}{rounding}",
-        search=by_name[name],
+        search=_searches(rounding)[name],
         replace=replace,
         profit=profit,
         saves=saved_bytes,

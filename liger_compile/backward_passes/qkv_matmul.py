@@ -135,13 +135,14 @@ def _fuse(graph: Graph, backward: Node) -> Applied | None:
 
 def _gradients_of(backward: Node) -> list[Node]:
     """Returns the gradients of q and k, if all sizes are known and their dtypes are equal; else an empty list."""
-    nodes: Any = *backward.args[:2], result(backward, 0), result(backward, 1)
-    if None in nodes:
+    dq, dk, *_ = backward.args
+    of_q, of_k = result(backward, 0), result(backward, 1)
+    if of_q is None or of_k is None or dq is None or dk is None:
         return []
-    tensors = [tensor_of(node) for node in nodes]
+    tensors = [tensor_of(node) for node in (dq, dk, of_q, of_k)]
     are_known = all(isinstance(size, int) for tensor in tensors for size in tensor.shape)
-    is_one = tensors[2].dtype == tensors[3].dtype and all(tensor.dim() == 4 for tensor in tensors)
-    return [*nodes[2:]] if are_known and is_one else []
+    is_one = tensor_of(of_q).dtype == tensor_of(of_k).dtype and all(tensor.dim() == 4 for tensor in tensors)
+    return [of_q, of_k] if are_known and is_one else []
 
 
 def _heads_axis(backward: Node) -> int:
@@ -246,7 +247,8 @@ def _elements_saved(matrices: Sequence[_Matrix]) -> int:
     rows, hidden = tensor_of(matrices[0].term).shape
     terms = 2 * (len(matrices) - 1) * rows * hidden
     weights = 2 * hidden * sum(matrix.width for matrix in matrices)
-    copied = sum(2 * rows * matrix.width for matrix in matrices[2:])
+    _, _, *beside = matrices
+    copied = sum(2 * rows * matrix.width for matrix in beside)
     return terms - weights - copied
 
 

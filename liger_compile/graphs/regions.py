@@ -197,7 +197,7 @@ def _exit_inference_mode(switch: Node, region: Region, _: int, entered: Mapping[
 
 
 def _enter_autocast(switch: Node, region: Region, *_: Any) -> Region:
-    device, dtype, is_on = switch.args[:3]
+    device, dtype, is_on, *_cache = switch.args
     others = [each for each in region.autocast if each[0] != device]
     own = [(device, dtype or torch.get_autocast_dtype(str(device)))] if is_on else []
     return replace(region, autocast=tuple(sorted([*others, *own], key=str)))
@@ -289,7 +289,7 @@ def in_words(switch: Node) -> str:
         return f"inference mode {change}"
     if "autocast" in name:
         enter = switch.args[0] if isinstance(switch.args[0], Node) else switch
-        _, dtype, is_on = enter.args[:3]
+        _, dtype, is_on, *_ = enter.args
         if not is_on:
             return f"a region without autocast {change}"
         return f"autocast to {str(dtype).removeprefix('torch.')} {change}" if dtype else f"autocast {change}"

@@ -124,6 +124,11 @@ def _launching_directly(fn: Callable[..., Any]) -> Callable[..., Any]:
     return wrapper
 
 
+def padded(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Return the gradients of all inputs of an op: those of the first ones, and None for the others."""
+    return *gradients, *(None,) * (len(ctx.needs_input_grad) - len(gradients))
+
+
 def second_derivative_error(name: str) -> RuntimeError:
     return RuntimeError(
         f"{name}: expected to be differentiated once, got a second derivative; "

@@ -39,6 +39,7 @@ class Note:
     meaning: Meaning | None = None
 
 
+# Many parameters because they are those of F.scaled_dot_product_attention.
 def attention(
     call: Call,
     query: Term,

@@ -301,7 +301,7 @@ class _Reader:
         if term.op == "full":
             return self._only(Linear(float(term.consts[0])))
         if term.op == "arange":
-            start, step = (of_size(const) for const in term.consts[:2])
+            start, step = map(of_size, term.consts)
             return self._only(start.plus(scaled(at[-1], step)))
         if term.op == "cast":
             return self.number(term.args[0], at)

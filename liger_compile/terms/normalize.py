@@ -381,12 +381,12 @@ def slice_(
     size = term.shape[dim]
     if start == 0 and stop == size and step == 1:
         return term
-    if term.op == "slice" and term.consts[0] == dim and term.consts[3] == 1:
-        offset = term.consts[1]
-        return slice_(space, term.args[0], dim, offset + start, offset + stop, step)
-    if term.op == "slice" and term.consts[0] > dim:  # slices of different dims commute: one order
-        inner = slice_(space, term.args[0], dim, start, stop, step)
-        return slice_(space, inner, *term.consts)
+    if term.op == "slice":
+        (x,), (inner_dim, offset, _, inner_step) = term.args, term.consts
+        if inner_dim == dim and inner_step == 1:
+            return slice_(space, x, dim, offset + start, offset + stop, step)
+        if inner_dim > dim:  # slices of different dims commute: one order
+            return slice_(space, slice_(space, x, dim, start, stop, step), *term.consts)
     if term.op == "cat" and term.consts == (dim,) and step == 1:
         part = _parts_of_cat(space, term).get((start, stop))
         if part is not None:

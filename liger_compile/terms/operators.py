@@ -440,6 +440,7 @@ def _batched(call: Call, x: Term, y: Term, first: str, second: str, out: str) ->
     return normalize.permute(call.space, product, *(made.index(name) - len(made) for name in out))
 
 
+# Many parameters because they are those of F.cross_entropy.
 def _cross_entropy(
     call,
     input,

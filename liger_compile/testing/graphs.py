@@ -21,7 +21,7 @@ from torch.fx.proxy import GraphAppendingTracer
 from liger_compile.graphs.aliasing import Mutations
 from liger_compile.pattern import Decision, NearMiss, Pattern
 from liger_compile.registry import patterns_in_use
-from liger_compile.steps.decide import decide
+from liger_compile.steps.decide import Rules, decide
 from liger_compile.steps.match import find_matches
 from liger_compile.steps.rewrite import rewrite as carry_out
 from liger_compile.terms.build import Terms
@@ -54,7 +54,7 @@ def rewrite(gm: GraphModule, patterns: Iterable[Pattern] = (), *, policy: str = 
     mutations = Mutations(gm.graph)
     terms = Terms(gm.graph, mutations)
     matches, near_misses = find_matches(gm.graph, patterns_in_use(patterns), terms)
-    decisions = decide(gm.graph, matches, mutations, policy=policy)
+    decisions = decide(gm.graph, matches, mutations, rules=Rules(policy))
     decisions = carry_out(gm.graph, decisions)
     gm.recompile()
     return Rewriting(gm, decisions, near_misses)

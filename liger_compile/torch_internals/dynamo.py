@@ -10,7 +10,7 @@ torch._dynamo.utils.counters                    2.11 to 2.13    no public name
 torch._dynamo.callback                          2.11 to 2.13    no public name
 torch._dynamo.config                            2.11 to 2.13    no public name for ignore_logging_functions
 torch._dynamo.convert_frame.compile_lock        2.11 to 2.13    no public name
-torch.compiler._compile_session_context         2.13            absent in 2.11, where nothing has to be set
+torch.compiler._compile_session_context         2.13            no public name; in 2.11 there is nothing to set
 """
 
 from __future__ import annotations

@@ -173,8 +173,8 @@ def run(
     with _no_warnings():
         try:
             for position, call in enumerate(program.calls):
-                prefix = f"call {position}: "
-                _run_call(outcome, prefix, program, call, function, parameters, kind, device, nudge, scale)
+                inputs = _inputs(program, call, kind, device, nudge)
+                _run_call(outcome, f"call {position}: ", call, function, parameters, inputs, scale)
         except Exception as error:
             outcome.error = f"{type(error).__name__}: {error}"
     return outcome
@@ -249,17 +249,13 @@ def _mode(name: str, device: str) -> Iterator[None]:
 def _run_call(
     outcome: Outcome,
     prefix: str,
-    program: Program,
     call: Call,
     function: Callable[..., Any],
     parameters: dict[str, Tensor],
-    dtype: torch.dtype,
-    device: str,
-    nudge: int,
+    inputs: dict[str, Tensor],
     scale: float,
 ) -> None:
-    see = outcome.seen
-    inputs = _inputs(program, call, dtype, device, nudge)
+    see, device = outcome.seen, inputs["x"].device.type
     for tensor in parameters.values():
         tensor.grad = None
     torch.manual_seed(0)
