@@ -204,8 +204,10 @@ def losses_and_gradients(
 ) -> tuple[Tensor, Gradients]:
     """Return the losses of the tokens, and scale times the gradients of (losses * upstream).sum()."""
     if columns := missing_columns(x):
-        wide = with_columns(x, columns), with_columns(weight, columns)
-        losses, made = losses_and_gradients(head, *wide, bias, target, upstream, scale, needs, memory)
+        wide = head._replace(weight=with_columns(head.weight, columns))
+        losses, made = losses_and_gradients(
+            wide, with_columns(x, columns), target, upstream, scale, needs, memory
+        )
         dx, dweight = (gradient[..., : x.shape[1]].contiguous() for gradient in made[:2])
         return losses, made._replace(dx=dx, dweight=dweight)
     needs_dx, needs_dweight, _ = needs
