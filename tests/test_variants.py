@@ -338,7 +338,7 @@ import json
 import torch
 import torch._inductor.config
 import liger_compile
-from liger_compile.compile import cache_counts
+from liger_compile.torch_internals.aot_autograd import cache_counts
 from attending import causal, compiled, differentiated, found, inputs, masks
 
 torch._inductor.config.cpp.simdlen = 1  # as in conftest.py

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 import liger_compile
-from liger_compile.compile import cache_counts
 from liger_compile.runtime import shared_zeros
+from liger_compile.torch_internals.aot_autograd import cache_counts
 
 EXACT = 1e-5
 LENGTHS = (24, 40, 17)
