@@ -110,7 +110,7 @@ def measure(op: Op, shape: tuple[int, ...], chosen: argparse.Namespace) -> Itera
     took = {stage: spread(samples)[0] for stage, samples in found["floor"].items()}
     if "copy" in took:
         took["copy"] *= dtype.itemsize / (2 * _copied_bytes(device))  # of an element
-    floors = _floors(op, shape, took)
+    floors = floors_of(op, shape, took)
 
     timed_by = {contender.name: contender.timed_by for contender in contenders}
     for name, fact in facts.items():
@@ -191,7 +191,7 @@ def _floor(op: Op, shape: tuple[int, ...], device: torch.device) -> Contender:
     return Contender("floor", stages, "events") if op.is_long else replayed("floor", stages)
 
 
-def _floors(op: Op, shape: tuple[int, ...], took: Mapping[str, float]) -> dict[str, float]:
+def floors_of(op: Op, shape: tuple[int, ...], took: Mapping[str, float]) -> dict[str, float]:
     """Milliseconds of each pass: its elements at the rate of the copy, and its GEMMs."""
     gemms = {"forward": ("product",), "backward": ("dx", "dweight")} if op.gemms is not None else {}
     elements = op.elements(*shape) if op.elements is not None else {}

@@ -189,7 +189,7 @@ def measure(
     with torch.no_grad():
         samples = interleave(contenders, chosen.rounds, seconds=10)
     copy = spread(samples["floor"]["copy"])[0]
-    floors = ops._floors(op, shape, {"copy": copy * dtype.itemsize / (2 * ops._copied_bytes(device))})
+    floors = ops.floors_of(op, shape, {"copy": copy * dtype.itemsize / (2 * ops._copied_bytes(device))})
     rows = [
         {"tile": name, "error": "", **fact, **_times(samples.get(name, {}), floors)}
         for name, fact in facts.items()

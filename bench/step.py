@@ -208,9 +208,9 @@ class Step:
 
     def run(self, mark: Callable[[], Any] = lambda: None) -> float:
         """Forward and backward from no gradients on; returns the loss."""
-        return self._run(mark).item()
+        return self.run_marked(mark).item()
 
-    def _run(self, mark: Callable[[], Any]) -> Any:
+    def run_marked(self, mark: Callable[[], Any]) -> Any:
         self.model.zero_grad(set_to_none=True)
         mark()
         outputs = self._loss(**self._inputs)
@@ -230,7 +230,7 @@ class Step:
             else:
                 marks.append(1000 * time.perf_counter())
 
-        self._run(mark)  # the CPU may run ahead, as it does in training: no loss is read
+        self.run_marked(mark)  # the CPU may run ahead, as it does in training: no loss is read
         return tuple(marks)
 
     def fits(self, batch: int, length: int) -> bool:
@@ -319,14 +319,14 @@ class Floor(Step):
         self._upstream = torch.randn_like(self._qkv[0])
         self._source = random(COPIED_ELEMENTS)
         self._copied = torch.empty_like(self._source)
-        self._elements = traffic(self.model, num_tokens)
+        self.elements = traffic(self.model, num_tokens)
 
     def first(self) -> Row:
         for _ in range(1 + WARMUP):
-            self._run(lambda: None)
+            self.run_marked(lambda: None)
         return {}
 
-    def _run(self, mark: Callable[[], Any]) -> None:
+    def run_marked(self, mark: Callable[[], Any]) -> None:
         q, k, v = self._qkv
         mark()
         attended = [
@@ -337,13 +337,13 @@ class Floor(Step):
             for weight in self._weights:
                 outer, inner = weight.shape
                 torch.mm(self._rows[inner], weight.t(), out=self._products[outer])
-            self._copy(self._elements[0])
+            self._copy(self.elements[0])
             mark()
             for weight in self._weights:
                 outer, inner = weight.shape
                 torch.mm(self._rows[outer], weight, out=self._products[inner])
                 torch.mm(self._rows[outer].t(), self._rows[inner], out=self._gradients[weight.shape])
-            self._copy(self._elements[1])
+            self._copy(self.elements[1])
         for output in attended:
             torch.autograd.grad(output, self._qkv, self._upstream)
         mark()

@@ -120,7 +120,7 @@ def products(shape: tuple[int, int, int], device: torch.device, rounds: int) -> 
     """Each product of a chunk, by each way, and of the round shape."""
     _, width, classes = shape
     x, weight = tensors(shape, device)
-    chunk = op._chunks(x, weight, True, 0)[0]
+    chunk = op.chunks_of(x, weight, True, 0)[0]
     dlogits = randn(chunk.stop, rounded(classes), device=device)[:, :classes]
     arguments = (x.detach()[chunk], weight.detach(), dlogits)
     round_shape = (chunk.stop, rounded(width), rounded(classes))

@@ -106,7 +106,7 @@ def run_steps(
     gm: GraphModule, patterns: Sequence[Pattern], options: Options, inductor_options: Mapping[str, Any]
 ) -> Rewritten:
     """Rewrites `gm` and its subgraphs, in place."""
-    start, why_logits_stay = time.perf_counter(), _why_logits_stay(options, inductor_options)
+    start, why_logits_stay = time.perf_counter(), reason_to_keep_logits(options, inductor_options)
     modules, once, found = _graphs(gm), _running_once(gm), _Found()
     for module in modules:
         _rewrite_one(
@@ -233,7 +233,7 @@ def _calls(module: GraphModule) -> Iterator[tuple[Node, GraphModule]]:
                 yield node, body
 
 
-def _why_logits_stay(options: Options, inductor_options: Mapping[str, Any]) -> str | None:
+def reason_to_keep_logits(options: Options, inductor_options: Mapping[str, Any]) -> str | None:
     """Returns why logits that are returned beside their loss stay outputs of the graph, in a sentence."""
     if options.logits == "eager":
         return "liger.logits is 'eager'"

@@ -17,7 +17,7 @@ from liger_compile.validation import validate
 
 GROUP = "liger_compile.patterns"
 
-_registered: dict[str, Pattern] = {}
+REGISTERED: dict[str, Pattern] = {}
 
 
 def register_pattern(pattern: Pattern, *, replace_existing: bool = False) -> None:
@@ -39,24 +39,24 @@ def register_pattern(pattern: Pattern, *, replace_existing: bool = False) -> Non
             "write Pattern(name=..., search=..., replace=..., examples=...), and register several one by one"
         )
     registered = [
-        other for name, other in _registered.items() if not (replace_existing and name == pattern.name)
+        other for name, other in REGISTERED.items() if not (replace_existing and name == pattern.name)
     ]
-    _refuse_taken_name(pattern, (*default_patterns(), *_installed(), *registered))
+    _refuse_taken_name(pattern, (*default_patterns(), *installed_patterns(), *registered))
     validate(pattern)
-    _registered[pattern.name] = pattern
+    REGISTERED[pattern.name] = pattern
 
 
 def unregister_pattern(name: str) -> None:
     """Removes a registered pattern. Raises KeyError if no registered pattern has this name."""
-    if name not in _registered:
-        known = ", ".join(_registered) or "none"
+    if name not in REGISTERED:
+        known = ", ".join(REGISTERED) or "none"
         raise KeyError(f"no registered pattern is named {name!r}; registered are: {known}")
-    del _registered[name]
+    del REGISTERED[name]
 
 
 def patterns_in_use(extra: Iterable[Pattern] = ()) -> tuple[Pattern, ...]:
     """Returns the patterns of one compilation. Those of the user come first, so that they win at equal size."""
-    patterns = [*_registered.values(), *_installed(), *default_patterns()]
+    patterns = [*REGISTERED.values(), *installed_patterns(), *default_patterns()]
     for pattern in extra:
         _refuse_taken_name(pattern, patterns)
         validate(pattern)
@@ -73,7 +73,7 @@ def default_patterns() -> tuple[Pattern, ...]:
 
 
 @functools.cache
-def _installed() -> tuple[Pattern, ...]:
+def installed_patterns() -> tuple[Pattern, ...]:
     """Returns the patterns from entry points of other packages."""
     found: list[Pattern] = []
     for entry in entry_points(group=GROUP):
@@ -89,7 +89,7 @@ def _refuse_taken_name(pattern: Pattern, others: Iterable[Pattern]) -> None:
     for other in others:
         if other.name == pattern.name and other is not pattern:
             advice = "choose another name"
-            if _registered.get(other.name) is other:
+            if REGISTERED.get(other.name) is other:
                 advice += (
                     ", or replace the other one: register_pattern(..., replace_existing=True), or "
                     f"unregister_pattern({other.name!r}) first"

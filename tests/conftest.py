@@ -1,8 +1,7 @@
 """What every test can ask for: a clean process, and what the backend did with a function."""
 
-import importlib
+import datetime
 import os
-from pathlib import Path
 from types import SimpleNamespace
 
 # Two cores, small tensors: threads cost more than they bring, and results do not depend on their number.
@@ -20,6 +19,8 @@ import torch._inductor.config
 import liger_compile
 from liger_compile import pipeline
 from liger_compile.ops import dispatch
+from liger_compile.testing import precision
+from tests.helpers.gradients import gradients_of
 
 # Dynamo measures how long the guards of each graph take, and empties the caches of the processor before: that is half
 # of the time of a small compilation, and nobody reads it.
@@ -27,6 +28,34 @@ torch._dynamo.guards.profile_guard_manager = lambda *_: 0.0
 
 # What Inductor writes for a CPU compiles in half the time without vector instructions; what it writes is not ours.
 torch._inductor.config.cpp.simdlen = 1
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads its options
+def pytest_cmdline_main(config):
+    """The whole suite runs in two processes if pytest-xdist is installed. Options and named files go before."""
+    has_xdist = config.pluginmanager.hasplugin("xdist")
+    is_whole = config.args_source is not pytest.Config.ArgsSource.ARGS
+    if has_xdist and is_whole and config.option.numprocesses is None and not config.option.usepdb:
+        config.option.numprocesses = 2
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--fuzz-seed",
+        type=int,
+        default=int(datetime.date.today().strftime("%Y%m%d")),
+        help="what the fuzzers draw from: other programs and spellings every day, the same ones for the same number",
+    )
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    if terminalreporter.stats.get("failed"):
+        terminalreporter.line(f"The fuzzers drew from this seed: --fuzz-seed {config.option.fuzz_seed}")
+
+
+@pytest.fixture
+def fuzz_seed(request):
+    return request.config.option.fuzz_seed
 
 
 def pytest_collection_modifyitems(items):
@@ -97,13 +126,6 @@ def kept_for_backward():
 
 
 @pytest.fixture
-def module(monkeypatch):
-    """module(name) imports one of the benches, which are in the repository and not in the package."""
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[1]))
-    return lambda name: importlib.import_module(f"bench.{name}")
-
-
-@pytest.fixture
 def run_liger():
     """run(function, *args, **options) -> (result, reports) of one call under backend="liger".
 
@@ -150,42 +172,25 @@ def process_group():
 
 @pytest.fixture
 def liger_is_as_right_as_eager():
-    """check(function, *args, frozen=(), inner="aot_eager", **options): results and gradients against a float64 run.
-
-    The error (L2) may be twice that of eager code in the same dtype, plus a unit of rounding, for operations that may
-    be ordered differently. A single number, such as a loss, eager code may get right by luck: four units, or a
-    quarter of a unit of the dtype of the inputs, about what the rounding of the logits does to the mean of some.
-    """
+    """check(function, *args, frozen=(), inner="aot_eager", **options): results and gradients meet the numerics bar, and
+    something was replaced. All floating arguments get a gradient, but those at the positions `frozen`."""
 
     def check(function, *args, frozen=(), inner="aot_eager", **options):
-        exact = _differentiated(function, args, frozen, torch.float64)
-        eager = _differentiated(function, args, frozen)
+        def inputs():
+            return [
+                arg.requires_grad_(at not in frozen)
+                if isinstance(arg, torch.Tensor) and arg.is_floating_point()
+                else arg
+                for at, arg in enumerate(precision.copied(args))
+            ]
+
+        with precision.in_double():
+            exact = gradients_of(function, *precision.as_double(inputs()))
+        eager = gradients_of(function, *inputs())
         options = {"inner": inner, "strict": True, "policy": "always", **options}
         options = {f"liger.{name}": value for name, value in options.items()}
-        liger = _differentiated(torch.compile(function, backend="liger", options=options), args, frozen)
+        ours = gradients_of(torch.compile(function, backend="liger", options=options), *inputs())
         assert any(site.kind == "replace" for report in liger_compile.reports() for site in report.sites)
-        for wanted, plain, ours in zip(exact, eager, liger, strict=True):
-            assert ours.dtype == plain.dtype and ours.shape == plain.shape
-            unit = torch.finfo(ours.dtype).eps
-            if not wanted.dim():
-                unit = max(4 * unit, torch.finfo(args[0].dtype).eps / 4)
-            allowed = 2 * (plain.double() - wanted).norm() + unit * wanted.norm()
-            assert (ours.double() - wanted).norm() <= allowed
+        precision.assert_no_worse(ours, eager, exact)
 
     return check
-
-
-def _differentiated(function, args, frozen, dtype=None):
-    """The results of a function, and the gradients of all floating arguments that are not frozen."""
-    inputs = []
-    for position, arg in enumerate(args):
-        if isinstance(arg, torch.Tensor) and arg.is_floating_point():
-            arg = arg.detach().to(dtype or arg.dtype, copy=True).requires_grad_(position not in frozen)
-        inputs.append(arg)
-    results = function(*inputs)
-    results = results if isinstance(results, tuple) else (results,)
-    generator = torch.Generator().manual_seed(1)
-    upstream = [torch.randn(r.shape, generator=generator).to(args[0].dtype).to(r) for r in results]
-    wanted = [each for each in inputs if isinstance(each, torch.Tensor) and each.requires_grad]
-    gradients = torch.autograd.grad(results, wanted, upstream, allow_unused=True)
-    return [*(r.detach() for r in results), *(g for g in gradients if g is not None)]

@@ -13,8 +13,7 @@ import torch.nn.functional as F
 import liger_compile
 from liger_compile.pattern import Pattern
 from liger_compile.terms.term import Scalar, close
-
-from .test_terms import terms_of
+from tests.test_terms import terms_of
 
 torch.manual_seed(0)
 X = torch.randn(8, 16)

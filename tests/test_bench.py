@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from bench import common, convergence, ops, step, timing, train_step, vocabulary
+
 
 def rows_of(folder, pattern):
     (path,) = folder.glob(pattern)
@@ -15,8 +17,8 @@ def rows_of(folder, pattern):
         return list(csv.DictReader(file))
 
 
-def test_every_op_is_what_eager_code_is(module, tmp_path):
-    ops = module("ops")
+@pytest.mark.slow
+def test_every_op_is_what_eager_code_is(tmp_path):
     ops.main(
         ["--device", "cpu", "--variants", "eager,liger-compile", "--rounds", "3", "--out", str(tmp_path)]
     )
@@ -30,8 +32,7 @@ def test_every_op_is_what_eager_code_is(module, tmp_path):
         assert row["pass"] != "both" or float(row["difference"]) < 2e-2, row
 
 
-def test_a_variant_that_fails_has_a_row_and_the_others_go_on(module, tmp_path, monkeypatch):
-    ops = module("ops")
+def test_a_variant_that_fails_has_a_row_and_the_others_go_on(tmp_path, monkeypatch):
 
     def fails(x, weight):
         raise ValueError("not today")
@@ -44,8 +45,7 @@ def test_a_variant_that_fails_has_a_row_and_the_others_go_on(module, tmp_path, m
     assert measured["variant"] == "liger-compile" and float(measured["median_ms"]) > 0
 
 
-def test_all_ways_to_an_odd_vocabulary_give_the_same(module, tmp_path, monkeypatch):
-    vocabulary = module("vocabulary")
+def test_all_ways_to_an_odd_vocabulary_give_the_same(tmp_path, monkeypatch):
     monkeypatch.setattr(vocabulary, "plain", torch.compiler.disable(vocabulary.plain))
     vocabulary.main(["--device", "cpu", "--rounds", "3", "--out", str(tmp_path)])
     rows = rows_of(tmp_path, "vocabulary_cpu.csv")
@@ -54,19 +54,17 @@ def test_all_ways_to_an_odd_vocabulary_give_the_same(module, tmp_path, monkeypat
         assert float(row["median_ms"]) > 0 and (row["way"] == "round" or float(row["difference"]) < 2e-2), row
 
 
-def test_a_floor_is_the_bytes_at_the_rate_of_the_copy_and_the_gemms(module):
-    ops = module("ops")
+def test_a_floor_is_the_bytes_at_the_rate_of_the_copy_and_the_gemms():
     took = {"copy": 0.5, "product": 3.0, "dx": 5.0, "dweight": 7.0}
-    floors = ops._floors(ops.OPS["linear_cross_entropy"], (2, 10, 1), took)
+    floors = ops.floors_of(ops.OPS["linear_cross_entropy"], (2, 10, 1), took)
     assert floors == {"forward": 3, "backward": 12, "both": 15}
-    floors = ops._floors(ops.OPS["rms_norm"], (2, 10), took)
+    floors = ops.floors_of(ops.OPS["rms_norm"], (2, 10), took)
     assert floors == {"forward": 20, "backward": 30, "both": 50}
-    floors = ops._floors(ops.OPS["cross_entropy"], (2, 10), took)
+    floors = ops.floors_of(ops.OPS["cross_entropy"], (2, 10), took)
     assert floors == {"forward": 10, "backward": 20, "both": 20}
 
 
-def test_rows_replace_those_of_the_same_key(module, tmp_path):
-    common = module("common")
+def test_rows_replace_those_of_the_same_key(tmp_path):
     for rows in ([{"op": "a", "ms": 1}, {"op": "b", "ms": 2}], [{"op": "a", "ms": 3, "new": "x"}]):
         common.merge_csv("some.csv", rows, ("op",), tmp_path)
     assert rows_of(tmp_path, "some.csv") == [
@@ -75,8 +73,7 @@ def test_rows_replace_those_of_the_same_key(module, tmp_path):
     ]
 
 
-def test_contenders_take_turns(module):
-    timing = module("timing")
+def test_contenders_take_turns():
     calls = []
     contenders = [
         timing.Contender(name, {"both": lambda name=name: calls.append(name)}, "wall") for name in "abc"
@@ -87,8 +84,8 @@ def test_contenders_take_turns(module):
     assert timing.spread([4.0, 1.0, 2.0, 3.0, 5.0]) == (3.0, 2.0, 4.0)
 
 
-def test_training_steps_agree(module, tmp_path):
-    train_step = module("train_step")
+@pytest.mark.slow
+def test_training_steps_agree(tmp_path):
     arguments = ["--model", "tiny", "--tokens", "2x16", "--layers", "1", "--device", "cpu", "--rounds", "2"]
     options = ["--variants", "eager,only rotary", "--options", '{"liger.inner": "aot_eager"}']
     train_step.main([*arguments, *options, "--out", str(tmp_path)])
@@ -100,17 +97,16 @@ def test_training_steps_agree(module, tmp_path):
     assert all(0 < float(row["forward_ms"]) < float(row["step_ms"]) for row in (eager, rotary))
 
 
-def test_the_floor_of_a_step_is_all_its_gemms(module):
-    step = module("step")
+def test_the_floor_of_a_step_is_all_its_gemms():
     flops = FlopCounterMode(display=False)
     floor = step.Floor(step.Case("tiny", "2x16", device="cpu"))
     with flops:
-        floor._run(lambda: None)
+        floor.run_marked(lambda: None)
     # Two layers: q and o 64 x 64, k and v 64 x 32, three of 64 x 96; and the head.
     weights = 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 96) + 64 * 128
     assert flops.get_flop_counts()["Global"][torch.ops.aten.mm] == 3 * 2 * 32 * weights
     # A layer: two norms after additions, rotary of 6 heads of 16, the gate; then the last norm, loss and embedding.
-    assert floor._elements == (
+    assert floor.elements == (
         32 * (2 * (2 * 4 * 64 + 2 * 6 * 16 + 3 * 96) + 2 * 64 + 2 * 128 + 2 * 64),
         32 * (2 * (2 * 4 * 64 + 2 * 6 * 16 + 6 * 96) + 3 * 64 + 64) + 128 * 64,
     )
@@ -119,37 +115,36 @@ def test_the_floor_of_a_step_is_all_its_gemms(module):
 
 
 @pytest.mark.parametrize("limit", [0, 5, 7, 8, 100, 2047, 2048, 9000])
-def test_the_largest_that_fits_is_found_to_an_eighth(module, limit):
+def test_the_largest_that_fits_is_found_to_an_eighth(limit):
     tried = []
 
     def fits(count):
         tried.append(count)
         return count <= limit
 
-    found = module("step").largest(fits, 8, 2048)
+    found = step.largest(fits, 8, 2048)
     assert found <= limit and len(tried) < 15 and max(tried) <= 2048
     assert found == min(limit, 2048) or limit < 8 or found > limit - max(limit // 8, 1)
 
 
-def test_scale_is_measured_for_each_variant(module, tmp_path, monkeypatch):
-    step = module("step")
+def test_scale_is_measured_for_each_variant(tmp_path, monkeypatch):
     monkeypatch.setattr(step.Step, "fits", lambda self, batch, length: batch * length <= 100)
     eager = step.Step(step.Case("tiny", "2x16", device="cpu"), step.VARIANTS["eager"])
     assert eager.scale() == {"longest": 96, "sequences": 6, "length": 16}
 
 
-def test_processes_at_once_take_turns(module, tmp_path):
-    train_step = module("train_step")
+@pytest.mark.slow
+def test_processes_at_once_take_turns(tmp_path):
     arguments = ["--model", "tiny", "--tokens", "2x16", "--layers", "1", "--device", "cpu", "--rounds", "1"]
     train_step.main([*arguments, "--variants", "floor,eager", "--at-once", "--out", str(tmp_path)])
     floor, eager = rows_of(tmp_path, "train_step_cpu.csv")
     assert "error" not in floor and float(eager["of_floor"]) > 0 and "compile_s" not in eager
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_processes_that_share_the_work_have_the_numbers_of_one(module, tmp_path, parallel):
-    train_step = module("train_step")
+def test_processes_that_share_the_work_have_the_numbers_of_one(tmp_path, parallel):
     arguments = [
         "--model",
         "tiny",
@@ -174,15 +169,14 @@ def test_processes_that_share_the_work_have_the_numbers_of_one(module, tmp_path,
             assert float(row[column]) == pytest.approx(float(alone[column]), rel=1e-4)
 
 
-def test_what_fits_is_not_looked_for_in_several_processes(module, capsys):
+def test_what_fits_is_not_looked_for_in_several_processes(capsys):
     arguments = ["--model", "tiny", "--tokens", "2x16", "--device", "cpu", "--scale", "--parallel", "ddp"]
     with pytest.raises(SystemExit):
-        module("train_step").main(arguments)
+        train_step.main(arguments)
     assert "expected --scale or --parallel, got both" in capsys.readouterr().err
 
 
-def test_curves_are_compared_with_what_rounding_does(module):
-    convergence = module("convergence")
+def test_curves_are_compared_with_what_rounding_does():
     curves = {
         name: [3.0, 2.0 + apart]
         for name, apart in zip(
@@ -196,25 +190,25 @@ def test_curves_are_compared_with_what_rounding_does(module):
     assert ours["max_difference"] == pytest.approx(2 * ours["mean_difference"]) == pytest.approx(0.015)
 
 
-def test_the_vocabulary_of_a_text_loses_nothing(module):
+def test_the_vocabulary_of_a_text_loses_nothing():
     text = "def f(x):\n    return some_name + 'caf\u00e9 \u4f60'\n\n" * 3 + "rareword"
-    vocabulary = module("convergence").Vocabulary(text, 256 + 12)
+    vocabulary = convergence.Vocabulary(text, 256 + 12)
     ids = vocabulary.encode(text)
     assert vocabulary.decode(ids) == text
     assert max(ids) < 256 + 12 and len(ids) < len(text)
 
 
-def test_training_with_liger_converges_as_eager_does(module, tmp_path):
+def test_training_with_liger_converges_as_eager_does(tmp_path):
     arguments = ["--device", "cpu", "--model", "tiny", "--steps", "3", "--batch", "2x16"]
-    assert module("convergence").main([*arguments, "--compiler", "aot_eager", "--out", str(tmp_path)]) == 0
+    assert convergence.main([*arguments, "--compiler", "aot_eager", "--out", str(tmp_path)]) == 0
     rows = rows_of(tmp_path, "convergence_cpu.csv")
     assert len(rows) == 5 * 3 and {row["step"] for row in rows} == {"0", "1", "2"}
 
 
 @pytest.mark.gpu
-def test_a_graph_is_not_faster_than_the_memory(module, tmp_path):
+def test_a_graph_is_not_faster_than_the_memory(tmp_path):
     """A pass over buffers that are in no cache; what took less than the copy of its bytes was not measured."""
-    module("ops").main(["rms_norm", "--quick", "--variants", "eager,liger-compile", "--out", str(tmp_path)])
+    ops.main(["rms_norm", "--quick", "--variants", "eager,liger-compile", "--out", str(tmp_path)])
     rows = rows_of(tmp_path, "ops_*.csv")
     measured = {(row["variant"], row["pass"]): row for row in rows}
     for variant in ("eager", "liger-compile"):
@@ -223,8 +217,9 @@ def test_a_graph_is_not_faster_than_the_memory(module, tmp_path):
             assert row["timed_by"] == "graph" and float(row["of_floor"]) > 0.9, row
 
 
-def test_all_tiles_of_rotary_compute_the_same(module, tmp_path, interpreted):
-    tiles = module("rotary_tiles")
+def test_all_tiles_of_rotary_compute_the_same(tmp_path, interpreted):
+    from bench import rotary_tiles as tiles  # it needs Triton
+
     tiles.main(["--tiles", "4 warps, 4 heads, 2", "--device", "cpu", "--rounds", "1", "--out", str(tmp_path)])
     rows = rows_of(tmp_path, "rotary_tiles_cpu.csv")
     assert [row["op"] for row in rows if row["tile"] == "config"] == ["rotary", "norm_rotary"]

@@ -9,9 +9,11 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import liger_compile
+from bench.ddp_kept import kept_bytes
 from liger_compile.backend import liger
 from liger_compile.forward_passes import specialize
 from liger_compile.forward_passes.buckets import FEWEST_PARTS, make_masks_where_they_are_read, padding_in
+from tests.models.harness import step
 
 BATCH, HEADS, LENGTH, SIZE = 2, 4, 12, 8
 OPTIONS = {"liger.inner": "aot_eager", "liger.strict": True, "liger.policy": "always"}
@@ -151,9 +153,8 @@ class Model(torch.nn.Module):
 
 
 def gradients(function, model, *args):
-    model.zero_grad()
-    function(*args).backward()
-    return tuple(parameter.grad.clone() for parameter in model.parameters())
+    """By backward(), whose hooks are DDP's."""
+    return step(lambda _, *args: function(*args), model, *args).gradients
 
 
 def found():
@@ -197,8 +198,10 @@ def test_calls_without_padding_have_parts_of_their_own(process_group, monkeypatc
         assert found() == ({first: parts[first]} if call == 0 else parts)
     assert all("l_padding_ of all ones" in report.notes[0] for report in liger_compile.reports())
     looks = []
-    look = specialize._is
-    monkeypatch.setattr(specialize, "_is", lambda expected, mask: looks.append(mask) or look(expected, mask))
+    look = specialize.holds
+    monkeypatch.setattr(
+        specialize, "holds", lambda expected, mask: looks.append(mask) or look(expected, mask)
+    )
     compiled(x, padding)
     assert len(looks) == 1
 
@@ -253,10 +256,9 @@ def sites(kind):
     return sorted(found)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_parts_begin_where_layers_do(process_group, dtype, monkeypatch, module):
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
+def test_parts_begin_where_layers_do(process_group, dtype, monkeypatch):
     """So that in every part MLPs are whole, and as little is kept as of the whole graph."""
-    kept_bytes = module("ddp_kept").kept_bytes
     torch.manual_seed(0)
     config = LlamaConfig(
         num_hidden_layers=FEWEST_PARTS,

@@ -186,6 +186,7 @@ print(json.dumps(dict(
 """
 
 
+@pytest.mark.slow
 def test_what_the_backward_of_a_users_op_calls_in_other_files_is_in_the_key(tmp_path):
     (tmp_path / "their_op.py").write_text(USERS_OP)
     (tmp_path / "their_helper.py").write_text(USERS_HELPER)
@@ -329,6 +330,7 @@ def test_installed_packages_and_torch_count_with_their_version():
 
 
 def test_the_built_in_patterns_cost_nothing(monkeypatch):
-    monkeypatch.setattr(sources, "_file", lambda path: 1 / 0)  # their files are in the digest of the package
+    # Private: no file may be read, since their files are in the digest of the package.
+    monkeypatch.setattr(sources, "_file", lambda path: 1 / 0)
     for pattern in patterns.DEFAULT_PATTERNS:
         assert sources.digests([pattern.search, pattern.replace, pattern.check, pattern.profit]) == []

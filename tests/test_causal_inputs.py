@@ -12,8 +12,7 @@ from torch import nn
 
 import liger_compile
 from liger_compile.forward_passes import specialize
-
-from .attending import BATCH, LENGTH, assert_as_in_eager, attend, compiled, found, inputs, masks
+from tests.helpers.attending import BATCH, LENGTH, assert_as_in_eager, attend, compiled, found, inputs, masks
 
 LOWEST = torch.finfo(torch.float32).min
 BOTH = [(specialize.CAUSAL, 1), (specialize.GENERIC, 0)]

@@ -11,8 +11,8 @@ from torch.utils.checkpoint import checkpoint
 import liger_compile
 from liger_compile.pattern import Pattern
 from liger_compile.testing import graphs
-
-from .versions import INFERENCE_MODE
+from tests.helpers.gradients import gradients_of
+from tests.helpers.versions import INFERENCE_MODE
 
 torch.manual_seed(0)
 
@@ -346,12 +346,6 @@ def test_which_mode_changes_and_where(run_liger, first, then, what):
     assert_left(run_liger, f, X, W, reason=reason)
 
 
-def gradient_of(function):
-    x = X.clone().requires_grad_()
-    function(x, W).sum().backward()
-    return x.grad
-
-
 def test_a_view_under_no_grad_cuts_the_gradient(run_liger):
     """Found by the fuzzer: it has the value of what it views, and not its gradient."""
 
@@ -361,7 +355,9 @@ def test_a_view_under_no_grad_cuts_the_gradient(run_liger):
             t = h[..., :]
         return norm(t, w) + h
 
-    torch.testing.assert_close(gradient_of(lambda x, w: run_liger(f, x, w)[0]), gradient_of(f))
+    x = X.clone().requires_grad_()
+    ours = gradients_of(lambda x, w: run_liger(f, x, w)[0], x, W)
+    torch.testing.assert_close(ours, gradients_of(f, x, W))
 
 
 def test_a_value_made_under_no_grad_does_not_stand_in_for_one_with_a_gradient(run_liger):
@@ -372,7 +368,9 @@ def test_a_value_made_under_no_grad_does_not_stand_in_for_one_with_a_gradient(ru
             largest = (x * 2).abs().max()
         return norm(x * 2, w) + largest
 
-    torch.testing.assert_close(gradient_of(lambda x, w: run_liger(f, x, w)[0]), gradient_of(f))
+    x = X.clone().requires_grad_()
+    ours = gradients_of(lambda x, w: run_liger(f, x, w)[0], x, W)
+    torch.testing.assert_close(ours, gradients_of(f, x, W))
 
 
 def test_a_copy_from_before_a_write_is_not_read_after_it(run_liger):
@@ -678,12 +676,16 @@ def loss_and_scale(context):
     return f
 
 
-def gradients_of(function, *args):
-    leaves = [arg.clone().requires_grad_() for arg in args]
-    results = function(*leaves)
-    wanted = [each for each in results if each.requires_grad]
-    gradients = torch.autograd.grad(sum(each.sum() for each in wanted), leaves, allow_unused=True)
-    return [each.requires_grad for each in results], [each.detach().clone() for each in results], gradients
+def trained(function, *args):
+    """Which results require gradients, the results, and the gradients of all arguments."""
+    needs = []
+
+    def noted(*leaves):
+        results = function(*leaves)
+        needs.extend(each.requires_grad for each in results)
+        return results
+
+    return needs, gradients_of(noted, *(arg.clone().requires_grad_() for arg in args))
 
 
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
@@ -693,8 +695,8 @@ def test_values_computed_without_gradients_replace_no_others(run_liger, context,
         with around():
             return loss_and_scale(context)(x, w)
 
-    ours = gradients_of(lambda *args: run_liger(f, *args, inner="aot_eager")[0], GRAD, HEAD)
-    torch.testing.assert_close(ours, gradients_of(f, GRAD, HEAD))
+    ours = trained(lambda *args: run_liger(f, *args, inner="aot_eager")[0], GRAD, HEAD)
+    torch.testing.assert_close(ours, trained(f, GRAD, HEAD))
     assert "linear_cross_entropy.plain" in [site.pattern for site in sites(liger_compile.reports())]
 
 
@@ -711,7 +713,7 @@ def test_what_is_made_with_gradients_inside_of_a_call_without(run_liger):
     def ours(*args):
         return run_liger(f, *args, inner="aot_eager")[0]
 
-    torch.testing.assert_close(gradients_of(ours, GRAD, HEAD), gradients_of(torch.no_grad()(f), GRAD, HEAD))
+    torch.testing.assert_close(trained(ours, GRAD, HEAD), trained(torch.no_grad()(f), GRAD, HEAD))
 
 
 @pytest.mark.parametrize("context", [torch.no_grad, INFERENCE_MODE])
@@ -724,8 +726,8 @@ def test_a_reference_without_gradients_beside_a_policy_with(run_liger, context):
         policy = F.cross_entropy(F.linear(norm(x, W), w), LABELS)
         return policy * 3, reference
 
-    ours = gradients_of(lambda *args: run_liger(f, *args, inner="aot_eager")[0], GRAD, HEAD)
-    torch.testing.assert_close(ours, gradients_of(f, GRAD, HEAD))
+    ours = trained(lambda *args: run_liger(f, *args, inner="aot_eager")[0], GRAD, HEAD)
+    torch.testing.assert_close(ours, trained(f, GRAD, HEAD))
     assert [site.kind for site in sites(liger_compile.reports())].count("replace") == 4
 
 
@@ -788,8 +790,8 @@ def test_a_body_runs_in_the_modes_of_its_call(run_liger):
             second = checkpoint(body, x, w, use_reentrant=False)
         return first, second.float()
 
-    ours = gradients_of(lambda *args: run_liger(f, *args, inner="aot_eager")[0], GRAD, W)
-    torch.testing.assert_close(ours, gradients_of(f, GRAD, W))
+    ours = trained(lambda *args: run_liger(f, *args, inner="aot_eager")[0], GRAD, W)
+    torch.testing.assert_close(ours, trained(f, GRAD, W))
     assert [site.kind for site in sites(liger_compile.reports())] == ["replace", "replace"]
 
 

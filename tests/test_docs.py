@@ -37,10 +37,10 @@ PAGES.remove(ROOT / "README.md")  # test_readme.py runs it, with Inductor, in a 
 
 @pytest.fixture
 def _registered_patterns_restored():
-    before = dict(registry._registered)
+    before = dict(registry.REGISTERED)
     yield
-    registry._registered.clear()
-    registry._registered.update(before)
+    registry.REGISTERED.clear()
+    registry.REGISTERED.update(before)
 
 
 @pytest.fixture

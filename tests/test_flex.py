@@ -10,7 +10,7 @@ from torch.fx import Graph
 from torch.nn.attention.flex_attention import create_block_mask
 
 import liger_compile
-from liger_compile.ops.flex import _block_mask
+from liger_compile.ops.flex import block_mask
 from liger_compile.pattern import Capture, Match
 from liger_compile.registry import default_patterns
 
@@ -27,7 +27,7 @@ def test_blocks_are_those_of_create_block_mask(length):
             return key <= query if window is None else (key <= query) & (query - key < window)
 
         wanted = create_block_mask(mask, None, None, length, length, device="cpu")
-        found = _block_mask(torch.empty(1, 1, length, SIZE), window, mask)
+        found = block_mask(torch.empty(1, 1, length, SIZE), window, mask)
         for count, which in (
             ("kv_num_blocks", "kv_indices"),
             ("full_kv_num_blocks", "full_kv_indices"),
@@ -243,6 +243,7 @@ def test_a_refusal_leaves_no_functions_behind(run_liger, monkeypatch):
     from liger_compile.steps import rewrite
 
     graphs = []
+    # Private: a refusal that no valid pattern provokes, and the end of what it cleans up.
     monkeypatch.setattr(rewrite, "_difference", lambda *args: "it is another")
     monkeypatch.setattr(rewrite, "_erase_unused", lambda graph, match: graphs.append(graph))
     kept = rewrite.rewrite

@@ -1,7 +1,7 @@
 """The spelling fuzzer on every built-in pattern: every respelling is replaced, and no rewrite is wrong.
 
-Choices are the same in every run. What a respelling is made of stands in liger_compile/testing. A wider search, with
-other choices: `liger_compile.testing.fuzz`.
+Other choices every day; `--fuzz-seed` repeats a day. What a respelling is made of is in liger_compile/testing. The slow
+tests search wider, and so does `liger_compile.testing.fuzz`.
 """
 
 import collections
@@ -10,7 +10,7 @@ from random import Random
 
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
 from liger_compile.registry import default_patterns
@@ -20,7 +20,8 @@ from liger_compile.testing.mutations import ROUNDINGS
 
 PATTERNS = {pattern.name: pattern for pattern in default_patterns()}
 OPS = collections.Counter(name.split(".")[0] for name in PATTERNS)
-LEAST = 200  # respellings, and mutants, of each op: shared among its patterns
+# How many respellings, and mutants, of each op: shared among its patterns.
+by_least = pytest.mark.parametrize("least", [20, pytest.param(400, marks=pytest.mark.slow)])
 
 # What the fuzzer cannot guess: what the ops make no gradient for, and class weights, which are positive and have the
 # dtype of the logits at the loss.
@@ -49,51 +50,52 @@ def settings_of(name):
 SETTINGS = {name: settings_of(name) for name in PATTERNS}  # made once: samples are kept by them
 
 
-def random_choices(examples):
-    """Runs a test with so many Randoms, the same ones every time."""
+def random_choices(examples, fuzz_seed):
+    """Runs a test with so many Randoms, the same ones for the same seed."""
 
     def decorate(test):
         tapes = st.binary(min_size=2048, max_size=2048)
         bounded = settings(
             max_examples=examples,
-            derandomize=True,
             database=None,
             deadline=None,
             phases=(Phase.generate,),
             suppress_health_check=tuple(HealthCheck),
         )
-        return bounded(given(tapes.map(Choices))(test))
+        return seed(fuzz_seed)(bounded(given(tapes.map(Choices))(test)))
 
     return decorate
 
 
-def examples_of(name):
-    return math.ceil(LEAST / OPS[name.split(".")[0]])
+def examples_of(name, least):
+    return math.ceil(least / OPS[name.split(".")[0]])
 
 
+@by_least
 @pytest.mark.parametrize("name", PATTERNS)
-def test_respellings_are_replaced_and_right(name):
+def test_respellings_are_replaced_and_right(name, least, fuzz_seed):
     made = []
 
-    @random_choices(examples_of(name))
+    @random_choices(examples_of(name, least), fuzz_seed)
     def respell(random):
         made.append(assert_respelling_matches(PATTERNS[name], random, **SETTINGS[name]))
 
     respell()
-    assert len(made) >= examples_of(name)
+    assert len(made) >= examples_of(name, least)
 
 
+@by_least
 @pytest.mark.parametrize("name", PATTERNS)
-def test_mutants_are_refused_or_right(name):
-    made = []
+def test_mutants_are_refused_or_right(name, least, fuzz_seed):
+    made, wanted = [], examples_of(name, least)
 
-    @random_choices(4 * examples_of(name))  # not every choice makes one that runs
+    @random_choices(20 + 4 * wanted, fuzz_seed)  # not every choice makes one that runs
     def mutate(random):
-        if sum(made) < examples_of(name):
+        if sum(made) < wanted:
             made.append(assert_mutant_is_safe(PATTERNS[name], random, **SETTINGS[name]))
 
     mutate()
-    assert sum(made) >= examples_of(name)
+    assert sum(made) >= wanted
 
 
 # One pattern of each op, and of what is matched in other ways: numbers that are captured, casts, masks.
@@ -112,7 +114,13 @@ REPRESENTATIVES = (
 )
 
 
-@pytest.mark.parametrize("name", REPRESENTATIVES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if at % 2 == 0 else pytest.mark.slow)
+        for at, name in enumerate(REPRESENTATIVES)
+    ],
+)
 def test_what_rounds_on_purpose_goes_on_rounding(name):
     """Every mutation that is none in real numbers, somewhere in the pattern."""
     made = [

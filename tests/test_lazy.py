@@ -733,6 +733,7 @@ def test_what_has_no_fingerprint_is_computed_at_once():
 
 
 def test_in_a_cuda_graph_that_is_recorded_it_is_computed_at_once(monkeypatch):
+    # Private: there is no CUDA graph without a GPU.
     monkeypatch.setattr("liger_compile.runtime.lazy._is_recorded", lambda tensors: True)
     assert type(made(X, W)) is torch.Tensor
 

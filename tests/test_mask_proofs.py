@@ -7,8 +7,7 @@ import torch
 from hypothesis import HealthCheck, Phase, given, settings
 
 from liger_compile.terms.exact import holds, stored, whole_numbers
-
-from . import mask_programs as programs
+from tests.helpers import mask_programs as programs
 
 SIZES = (1, 2, 3, 6)
 ROUNDS = 300  # positions of this size are rounded in bfloat16, and wrap around in eight bits

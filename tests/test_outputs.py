@@ -6,8 +6,7 @@ import torch.nn.functional as F
 
 import liger_compile
 from liger_compile.runtime.lazy import LazyTensor
-
-from .versions import INFERENCE_MODE
+from tests.helpers.versions import INFERENCE_MODE
 
 V, H = 32, 8
 
@@ -205,11 +204,11 @@ def test_gradients_may_be_on_inside_only():
 
 def test_cuda_graphs_keep_them_in_the_graph():
     from liger_compile.options import Options
-    from liger_compile.pipeline import _why_logits_stay
+    from liger_compile.pipeline import reason_to_keep_logits
 
-    assert "CUDA graph" in _why_logits_stay(Options(mode="reduce-overhead"), {})
-    assert "CUDA graph" in _why_logits_stay(Options(), {"triton.cudagraphs": True})
-    assert _why_logits_stay(Options(), {}) is None
+    assert "CUDA graph" in reason_to_keep_logits(Options(mode="reduce-overhead"), {})
+    assert "CUDA graph" in reason_to_keep_logits(Options(), {"triton.cudagraphs": True})
+    assert reason_to_keep_logits(Options(), {}) is None
 
 
 def accuracy_beside(x, w, labels):

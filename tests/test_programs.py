@@ -1,11 +1,12 @@
 """The program fuzzer: what it sees, that it finds and shrinks a planted fault, and that no program it draws is wrong.
 
-A longer run, with other programs: python -m liger_compile.testing.programs --programs 20000 --processes 2
+Other programs every day; `--fuzz-seed` repeats a day. A longer run is
+`python -m liger_compile.testing.programs --programs 20000 --processes 2`.
 """
 
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, find, given, settings
+from hypothesis import HealthCheck, Phase, find, given, seed, settings
 from hypothesis import strategies as st
 
 from liger_compile import Pattern
@@ -15,8 +16,7 @@ from liger_compile.testing.programs.program import Call, Program, Statement
 from liger_compile.testing.programs.strategies import programs
 
 BOUNDED = settings(
-    max_examples=20,  # of which about two thirds run in eager mode; longer runs are the program's
-    derandomize=True,
+    max_examples=10,  # of which about two thirds run in eager mode; longer runs are the program's
     database=None,
     deadline=None,
     phases=(Phase.generate, Phase.shrink),
@@ -26,11 +26,15 @@ BOUNDED = settings(
 MODEL = Program((Statement("rms_norm"), Statement("head"), Statement("loss")), outputs=(0, 1, 2))
 
 
-@BOUNDED
-@given(programs, st.sampled_from(("auto", "always", "never")))
-def test_no_program_is_wrong(program, policy):
-    verdict = check(program, (policy,))
-    assert verdict.kind != "wrong", "\n".join(map(str, (program, *verdict.findings)))
+def test_no_program_is_wrong(fuzz_seed):
+    @seed(fuzz_seed)
+    @BOUNDED
+    @given(programs, st.sampled_from(("auto", "always", "never")))
+    def is_right(program, policy):
+        verdict = check(program, (policy,))
+        assert verdict.kind != "wrong", "\n".join(map(str, (program, *verdict.findings)))
+
+    is_right()
 
 
 @pytest.mark.parametrize("name", [name for name in TEMPLATES if name != "end"])
@@ -72,7 +76,9 @@ def test_a_planted_fault_is_found_and_shrunk():
     def is_wrong(program):
         return check(program, ("auto",), options={"liger.patterns": (PLANTED,)}).kind == "wrong"
 
-    found = find(st.builds(Program, drawn), is_wrong, settings=settings(BOUNDED, max_examples=40))
+    found = find(
+        st.builds(Program, drawn), is_wrong, settings=settings(BOUNDED, derandomize=True, max_examples=40)
+    )
     assert [statement.template for statement in found.statements] == ["tanh"]
 
 

@@ -44,10 +44,10 @@ def patterns_of(report) -> list[tuple[str, str]]:
 
 @pytest.fixture(autouse=True)
 def _nothing_stays_registered():
-    before = dict(registry._registered)
+    before = dict(registry.REGISTERED)
     yield
-    registry._registered.clear()
-    registry._registered.update(before)
+    registry.REGISTERED.clear()
+    registry.REGISTERED.update(before)
 
 
 @pytest.fixture
@@ -62,13 +62,13 @@ def installed(monkeypatch):
             return self.loaded
 
     def install(*loaded):
-        registry._installed.cache_clear()
+        registry.installed_patterns.cache_clear()
         monkeypatch.setattr(
             registry, "entry_points", lambda group: {registry.GROUP: [*map(Entry, loaded)]}[group]
         )
 
     yield install
-    registry._installed.cache_clear()  # monkeypatch puts the real entry points back
+    registry.installed_patterns.cache_clear()  # monkeypatch puts the real entry points back
 
 
 def unused_number(a, eps: float):

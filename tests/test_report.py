@@ -179,7 +179,7 @@ def test_notes_are_wrapped_and_nothing_found_is_one_line():
     ],
 )
 def test_folded_paths(paths: Sequence[str], folded: Sequence[str]):
-    assert render._folded(paths) == folded
+    assert render.folded(paths) == folded
 
 
 # Where things are.

@@ -13,8 +13,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from liger_compile.compile import when_called
 from liger_compile.forward_passes import specialize
-
-from .attending import assert_as_in_eager, causal, compiled, found, inputs, masks
+from tests.helpers.attending import assert_as_in_eager, causal, compiled, found, inputs, masks
 
 SECONDS = 60  # for what takes one at most
 

@@ -222,7 +222,7 @@ def dispatch(
     looked_at = [(position, assumptions[node.name]) for position, node in inputs if node.name in assumptions]
 
     def is_special(args: Sequence[Any]) -> bool:
-        return all(_is(assumption, args[position]) for position, assumption in looked_at)
+        return all(holds(assumption, args[position]) for position, assumption in looked_at)
 
     needed = is_special(example_inputs)
     compiles = {True: specialized, False: generic}
@@ -232,7 +232,7 @@ def dispatch(
     return lambda *args: callables[is_special(args)](*args)
 
 
-def _is(assumptions: Assumption, tensor: Tensor) -> bool:
+def holds(assumptions: Assumption, tensor: Tensor) -> bool:
     """Returns whether a tensor is as assumed.
 
     False also if its value cannot be read: for a fake tensor, and during the capture of a CUDA graph.

@@ -51,7 +51,7 @@ def windowed_attention(
         return key <= query if window is None else (key <= query) & (query - key < window)
 
     with sizes_of_one_may_be_guarded(q):
-        blocks = _block_mask(q, window, mask)
+        blocks = block_mask(q, window, mask)
     # The options that torch.nn.attention.flex_attention.flex_attention sets when compiled.
     options = {
         "BACKEND": "AUTO",
@@ -79,7 +79,7 @@ def _tiles(q: Tensor, v: Tensor) -> dict[str, Any]:
     return {**found, "BACKEND": "TRITON"} if found else {}
 
 
-def _block_mask(q: Tensor, window: int | None, mask: Callable[..., Tensor]) -> BlockMask:
+def block_mask(q: Tensor, window: int | None, mask: Callable[..., Tensor]) -> BlockMask:
     """Returns the block mask. Partial and whole blocks are both contiguous ranges, so no search finds their indices.
 
     If the length is symbolic, a graph with more than one block is guarded to have more than one, as with tensors.

@@ -78,13 +78,13 @@ LARGEST_HALF = 2.0**15  # to which gradients of logits are scaled in float16: ha
 PRODUCT_SHARE = 8  # a chunk's memory divided by this is for matmul results in float32, if any
 
 
-def _chunks(x: Tensor, weight: Tensor, needs_dweight: bool, memory: int) -> list[slice]:
-    rows = _chunk_rows(x, weight, needs_dweight, memory)
+def chunks_of(x: Tensor, weight: Tensor, needs_dweight: bool, memory: int) -> list[slice]:
+    rows = chunk_rows(x, weight, needs_dweight, memory)
     tile = 1 if x.device.type == "cpu" else ROW_TILE
     return split_rows(x.shape[0], -(-rows // tile) * tile, tile)
 
 
-def _chunk_rows(x: Tensor, weight: Tensor, needs_dweight: bool, memory: int = 0) -> int:
+def chunk_rows(x: Tensor, weight: Tensor, needs_dweight: bool, memory: int = 0) -> int:
     budget = _budget(x, memory)
     if x.dtype == torch.float16:
         budget -= budget // PRODUCT_SHARE
@@ -212,7 +212,7 @@ def losses_and_gradients(
         return losses, made._replace(dx=dx, dweight=dweight)
     needs_dx, needs_dweight, _ = needs
     weight = head.weight
-    chunks = _chunks(x, weight, needs_dweight, memory)
+    chunks = chunks_of(x, weight, needs_dweight, memory)
     on_chunk = _kernel_on_chunk if head.has_kernel(x) else _reference_on_chunk
     losses = x.new_empty(x.shape[:1], dtype=accumulation_dtype(x.dtype))
     made = _empty_gradients(x, weight, needs)
@@ -235,7 +235,8 @@ def losses_and_gradients(
     if chunks and needs_dweight:
         dweight_sum.finish()
     elif not chunks:
-        made.dweight.zero_(), made.class_scales.fill_(1)
+        made.dweight.zero_()
+        made.class_scales.fill_(1)
     made.dbias.copy_(dbias_sum)
     return losses, made
 

@@ -93,11 +93,11 @@ def _places(items: Iterable[Site | Near]) -> list[str]:
     lines = []
     for same_class in _grouped((item.place for item in items), key=lambda place: place.module_class):
         suffix = f" ({same_class[0].module_class})" if same_class[0].module_class else ""
-        lines += [(path + suffix).strip() for path in _folded({place.module: None for place in same_class})]
+        lines += [(path + suffix).strip() for path in folded({place.module: None for place in same_class})]
     return lines
 
 
-def _folded(paths: Iterable[str]) -> list[str]:
+def folded(paths: Iterable[str]) -> list[str]:
     """Returns `["h.0.mlp", "h.1.mlp"]` as `["h.{0..1}.mlp"]`; merges the paths component by component."""
     rows = [tuple(path.split(".")) for path in paths]
     for depth in range(max(map(len, rows))):

@@ -27,7 +27,7 @@ FEWEST = 3  # outputs of one backward: with two, one used and one unused, there 
 
 Strides = tuple[int, ...]
 # Attributes set on AOTAutograd's objects: on a function, that it makes zeros; on a context, strides by output number.
-_MAKES_ZEROS, _STRIDES = "_liger_compile_makes_zeros", "_liger_compile_strides"
+_MAKES_ZEROS, STRIDES = "_liger_compile_makes_zeros", "_liger_compile_strides"
 
 
 def strides_of_outputs(graph: Graph) -> list[Strides | None]:
@@ -84,7 +84,7 @@ def _is_plain(tensor: Tensor) -> bool:
 
 def _share_zeros(backward: Any, strides: Mapping[int, Strides | None]) -> None:
     """Makes a backward materialize its zeros. Its class belongs to one compiled graph, and is patched once."""
-    if hasattr(backward, _STRIDES) or expected_gradients(backward) is None:
+    if hasattr(backward, STRIDES) or expected_gradients(backward) is None:
         return
     function = function_of(backward)
     if not hasattr(function, _MAKES_ZEROS):
@@ -92,7 +92,7 @@ def _share_zeros(backward: Any, strides: Mapping[int, Strides | None]) -> None:
         before_compiled_autograd(function, lambda ctx: ctx.set_materialize_grads(True))
         function.backward = staticmethod(_making_zeros(function.backward))
         setattr(function, _MAKES_ZEROS, True)  # last: patching twice is harmless, a mark set too early is not
-    setattr(backward, _STRIDES, strides)
+    setattr(backward, STRIDES, strides)
     backward.set_materialize_grads(False)
 
 
@@ -102,7 +102,7 @@ def _making_zeros(method: Callable[..., Any]) -> Callable[..., Any]:
     @torch.compiler.disable  # in a function that calls backward, Dynamo traces every frame
     @functools.wraps(method)
     def backward(ctx: Any, *given: Any) -> Any:
-        strides = getattr(ctx, _STRIDES, None)
+        strides = getattr(ctx, STRIDES, None)
         if strides is None:
             return method(ctx, *given)
         # From torch 2.13 gradients come in a list, which backward empties as it runs.

@@ -289,7 +289,7 @@ def _moves_device(node: Node) -> bool:
     return any(isinstance(arg, torch.Tensor) and arg.dim() and arg.device != example.device for arg in inputs)
 
 
-class _Recorder(TorchFunctionMode):
+class Recorder(TorchFunctionMode):
     def __init__(self, space: Space) -> None:
         super().__init__()
         self.space = space
@@ -330,7 +330,7 @@ def trace(search: Callable[..., Any], captures: Mapping[str, Any]) -> tuple[Term
             Scalar with a power, an int or str a ConstVar.
     """
     space = identities.new_space()
-    recorder = _Recorder(space)
+    recorder = Recorder(space)
     arguments: dict[str, Any] = {}
     for name, example in captures.items():
         arguments[name] = example

@@ -16,8 +16,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 
 from liger_compile.backward_passes import DEFAULT_PASSES, Backward, run_passes
 from liger_compile.compile import BackwardPlan, with_backward_passes
-
-from .seen import names_of_ours
+from tests.backward_passes.seen import names_of_ours
 
 PLAN = BackwardPlan(strict=True)
 _ours = torch.ops.liger_compile

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from liger_compile.testing import precision
+from tests.helpers.pairwise import parametrize
 
 pytest.importorskip("triton")
 from liger_compile.kernels import embedding as kernels
@@ -39,9 +40,7 @@ def added(table, dy, indices, padding_idx=-1):
     return table.double().index_add(0, indices[kept], dy[kept].double())
 
 
-@pytest.mark.parametrize("name", INDICES)
-@pytest.mark.parametrize("width", [1, 40, 1030])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@parametrize(name=[*INDICES], width=[1, 40, 1030], dtype=[torch.float32, torch.bfloat16, torch.float16])
 def test_rows_are_added_and_rounded_once(name, width, dtype, device):
     dy, indices = case(name, width, dtype, device)
     before = torch.randn(ROWS, width, device=device).to(dtype)

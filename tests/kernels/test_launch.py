@@ -95,6 +95,7 @@ def test_a_kernel_runs_where_its_first_tensor_is(monkeypatch):
 def test_whether_launches_overlap_is_a_question_to_the_device_of_the_tensors(monkeypatch, is_early):
     kernel = Recorder("x_ptr", "OVERLAPS")
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    # Private: the answer of a device that is not here.
     monkeypatch.setattr(kernels, "_launches_early", lambda device: is_early and device == 1)
     with FakeTensorMode():
         x = torch.empty(2, device="cuda:1")

@@ -8,13 +8,12 @@ import torch
 from liger_compile import functional as L
 from liger_compile.ops.rotary import MAX_CHANNELS
 from liger_compile.testing import precision
-
-from ..ops.cases import EPS, gemma, llama, norm_rotary
+from tests.helpers.pairwise import parametrize
+from tests.ops.cases import EPS, gemma, llama, norm_rotary
 
 pytest.importorskip("triton")
 from liger_compile.kernels import norm_rotary as kernels
-
-from .bar import (
+from tests.helpers.kernels import (
     DTYPES,
     assert_alike,
     assert_compiled_alike,
@@ -56,9 +55,7 @@ def pair(*shape, device, dtype=torch.float32):
     return [randn(*shape, device=device, dtype=dtype) for _ in range(2)]
 
 
-@by_spelling
-@by_dtype
-@pytest.mark.parametrize("channels", [2, 6, 16, 48, 80, 256])
+@parametrize(spelling=[*SPELLINGS], dtype=DTYPES, channels=[2, 6, 16, 48, 80, 256])
 def test_no_worse_than_eager(device, channels, dtype, spelling):
     q, k = (projected(1, 5, heads, channels, device, dtype) for heads in (9, 3))
     weights = pair(channels, device=device, dtype=dtype)

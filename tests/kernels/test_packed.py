@@ -7,17 +7,16 @@ from unittest.mock import patch
 import pytest
 import torch
 
+from tests.helpers.pairwise import parametrize
+
 pytest.importorskip("triton")
 from liger_compile.kernels import launch
 from liger_compile.kernels import packed as kernels
-
-from .bar import DTYPES, randn
+from tests.helpers.kernels import DTYPES, randn
 
 ops = torch.ops.liger_compile
 BATCH, TOKENS, HEADS, KV_HEADS = 2, 5, 3, 2
-by_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
-by_axis = pytest.mark.parametrize("heads_axis", [1, 2])
-by_rest = pytest.mark.parametrize("rest_width", [None, 1, 40, 1100])
+RESTS = [None, 1, 40, 1100]
 
 
 def heads(count, channels, heads_axis, device, dtype):
@@ -46,10 +45,7 @@ def assert_close(found, expected):
     torch.testing.assert_close(found, expected, rtol=2 * torch.finfo(found.dtype).eps, atol=1e-6)
 
 
-@by_dtype
-@by_axis
-@by_rest
-@pytest.mark.parametrize("channels", [16, 20])
+@parametrize(dtype=DTYPES, heads_axis=[1, 2], rest_width=RESTS, channels=[16, 20])
 def test_rotary(device, channels, heads_axis, rest_width, dtype):
     dq, dk, rest, cos, sin = inputs(channels, heads_axis, rest_width, device, dtype)
     mode = "half", False, dtype
@@ -59,9 +55,7 @@ def test_rotary(device, channels, heads_axis, rest_width, dtype):
     assert_joined(found, ops.rotary_backward(dq, dk, cos, sin, *mode, dtype), rest, heads_axis)
 
 
-@by_dtype
-@by_axis
-@by_rest
+@parametrize(dtype=DTYPES, heads_axis=[1, 2], rest_width=RESTS)
 def test_norm_rotary(device, heads_axis, rest_width, dtype):
     dq, dk, rest, cos, sin = inputs(16, heads_axis, rest_width, device, dtype)
     q, k = (heads(count, 16, heads_axis, device, dtype) for count in (HEADS, KV_HEADS))

@@ -7,13 +7,11 @@ import torch
 
 from liger_compile import functional as L
 from liger_compile.ops.rms_norm import MAX_WIDTH
-
-from ..ops.cases import EPS, gemma, llama
+from tests.ops.cases import EPS, gemma, llama
 
 pytest.importorskip("triton")
 from liger_compile.kernels import rms_norm as kernels
-
-from .bar import (
+from tests.helpers.kernels import (
     DTYPES,
     assert_alike,
     assert_compiled_alike,
@@ -143,6 +141,17 @@ def test_inputs_of_any_strides(device, view):
     x, weight = view(randn(4, 5, 96, device=device)), randn(96, device=device)[::2]
     assert_right("llama", x, weight)
     assert_right("gemma", x, weight)
+
+
+def test_rows_whose_offset_needs_more_than_32_bits(device):
+    """The memory between the rows is never touched, so that it takes address space alone."""
+    stride, rows = 2**29 + 8, 5
+    x, weight = randn(rows, 40, device=device, dtype=torch.float16), randn(40, device=device)
+    apart = torch.empty(rows * stride, dtype=torch.float16, device=device).view(rows, stride)[:, :40]
+    apart.copy_(x)
+    assert (rows - 1) * stride > 2**31
+    found, expected = (kernels.forward(each, None, weight, EPS, 0.0, "llama")[0] for each in (apart, x))
+    assert_alike(found, expected)
 
 
 @pytest.mark.parametrize("form", [lambda t: t.t().contiguous().t(), lambda t: t[:1].expand(9, -1)])

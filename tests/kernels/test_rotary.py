@@ -6,13 +6,12 @@ import pytest
 import torch
 
 from liger_compile import functional as L
-
-from ..ops.cases import complex_, half, interleaved, interleaved_to_half
+from tests.helpers.pairwise import parametrize
+from tests.ops.cases import complex_, half, interleaved, interleaved_to_half
 
 pytest.importorskip("triton")
 from liger_compile.kernels import rotary as kernels
-
-from .bar import (
+from tests.helpers.kernels import (
     DTYPES,
     assert_compiled_alike,
     assert_no_worse_than_eager,
@@ -59,13 +58,14 @@ def tables(*shape, device, dtype=torch.float32):
     return [randn(*shape, device=device, dtype=dtype) for _ in range(2)]
 
 
-@by_layout
-@by_dtype
-@pytest.mark.parametrize("half_tables", [False, True])
-@pytest.mark.parametrize(
-    "channels, turned", [(2, 2), (16, 16), (48, 48), (80, 32), (40, 10)], ids=lambda size: str(size)
+@parametrize(
+    layout=[*ROTATIONS],
+    dtype=DTYPES,
+    half_tables=[False, True],
+    sizes=[(2, 2), (16, 16), (48, 48), (80, 32), (40, 10)],
 )
-def test_no_worse_than_eager(device, channels, turned, half_tables, dtype, layout):
+def test_no_worse_than_eager(device, sizes, half_tables, dtype, layout):
+    channels, turned = sizes
     q, k = (projected(1, 5, heads, channels, device, dtype) for heads in (3, 1))
     width = turned // 2 if half_tables else turned
     assert_right(layout, q, k, *tables(5, width, device=device, dtype=dtype), half_tables)

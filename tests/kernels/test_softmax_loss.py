@@ -12,11 +12,11 @@ import torch
 from liger_compile import functional as L
 from liger_compile.ops.softmax_loss import SoftmaxLoss
 from liger_compile.testing import precision
+from tests.helpers.pairwise import parametrize
 
 pytest.importorskip("triton")
 from liger_compile.kernels import softmax_loss as kernels
-
-from .bar import assert_alike
+from tests.helpers.kernels import assert_alike
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 PLAIN = {"ignore_index": -100, "label_smoothing": 0.0, "logit_scale": 1.0, "softcap": None, "z_loss": 0.0}
@@ -101,9 +101,9 @@ def assert_right(ours, head, logits, target, upstream):
     )
 
 
-@both
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", OPTIONS)
+@parametrize(
+    name=[*OPTIONS], dtype=DTYPES, ours=[fused, apart], blocks=["default", "small"], indirect=["blocks"]
+)
 def test_no_worse_than_the_reference(device, blocks, ours, name, dtype):
     head = head_of(OPTIONS[name], 101, device)
     assert_right(ours, head, *rows_of(dtype, 6, 101, device, head.ignore_index))
@@ -194,10 +194,7 @@ def test_ignored_rows_are_zero_whatever_they_hold(device, ours):
     assert (losses == 0).all() and (dlogits == 0).all()
 
 
-@both
-@pytest.mark.parametrize("scale", [1e2, 1e4])
-@pytest.mark.parametrize("name", ["plain", "smoothing_class_weight"])
-@pytest.mark.parametrize("shift", [0, 1e5])
+@parametrize(ours=[fused, apart], scale=[1e2, 1e4], name=["plain", "smoothing_class_weight"], shift=[0, 1e5])
 def test_large_logits(device, blocks, ours, scale, name, shift):
     logits, target, upstream = rows_of(torch.float32, 6, 101, device)
     assert_right(ours, head_of(OPTIONS[name], 101, device), logits * scale + shift, target, upstream)

@@ -15,12 +15,13 @@ import torch
 import torch.nn.functional as F
 import transformers
 import transformers.integrations.moe  # registers its operators
-from meta_llama_style import MetaLlama
-from nanogpt_style import NanoGPT
-from packed_style import Packed, packed_loss
 from torch import Tensor, nn
-from torchtitan_style import Titan, cross_entropy_loss
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from tests.models.meta_llama_style import MetaLlama
+from tests.models.nanogpt_style import NanoGPT
+from tests.models.packed_style import Packed, packed_loss
+from tests.models.torchtitan_style import Titan, cross_entropy_loss
 
 VOCAB, WIDTH, INNER, LAYERS, HEADS, KV_HEADS = 128, 64, 96, 2, 4, 2
 

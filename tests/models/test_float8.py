@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import liger_compile
+from tests.models.harness import step
 
 LENGTH, WIDTH, VOCABULARY = 32, 64, 128
 
@@ -90,8 +91,9 @@ class Model(nn.Module):
 
 def gradients(model, compiled=None):
     ids = torch.randint(VOCABULARY, (2, LENGTH), generator=torch.Generator().manual_seed(0))
-    (model if compiled is None else compiled)(ids).backward()
-    return {name: parameter.grad.double() for name, parameter in model.named_parameters()}
+    function = model if compiled is None else compiled
+    found = step(lambda _, ids: function(ids), model, ids).gradients
+    return {name: gradient.double() for name, gradient in found.items()}
 
 
 def as_it_is_exactly(model):

@@ -9,12 +9,12 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-import zoo
-from families import hf
-from harness import assert_within, batch, errors, replaced, skip_if_missing, step
-from zoo import Specimen
 
 import liger_compile
+from bench import zoo
+from bench.zoo import Specimen
+from tests.models.families import hf
+from tests.models.harness import assert_within, batch, errors, replaced, skip_if_missing, step
 
 BY_NAME = {str(specimen): specimen for specimen in zoo.SPECIMENS}
 LENGTHS = (24, 32, 20)
@@ -23,11 +23,7 @@ CLOSE = 3e-5
 
 FEW = (
     "gpt2",  # sizes that come of size arithmetic, LayerNorm, a product with a bias
-    "gemma2",  # windows, caps, norms around each part
     "t5",  # a bias of positions, encoder and decoder
-    "deepseek_v3",  # experts, interleaved rotation
-    "llama_eager",  # attention written out
-    "torchtitan_packed",  # complex rotation, gathered tables
     "own_chunks",  # two losses
 )
 
@@ -96,7 +92,9 @@ def check(specimen: Specimen, inner: str = "aot_eager") -> float:
     return worst
 
 
-@pytest.mark.parametrize("model", ["GPT2LMHeadModel", "LlamaForCausalLM"])
+@pytest.mark.parametrize(
+    "model", [pytest.param("GPT2LMHeadModel", marks=pytest.mark.slow), "LlamaForCausalLM"]
+)
 def test_policy_gradients_through_checkpoints(model: str, guards_of_ours) -> None:
     """As trainers have it: logits of a completion, divided by a temperature, row by row; layers in checkpoints."""
 
@@ -121,7 +119,13 @@ def test_policy_gradients_through_checkpoints(model: str, guards_of_ours) -> Non
     assert first == second and first
 
 
-@pytest.mark.parametrize("name, model", [("gemma3", "Gemma3ForCausalLM"), ("exaone4", "Exaone4ForCausalLM")])
+@pytest.mark.parametrize(
+    "name, model",
+    [
+        ("gemma3", "Gemma3ForCausalLM"),
+        pytest.param("exaone4", "Exaone4ForCausalLM", marks=pytest.mark.slow),
+    ],
+)
 def test_numbers_that_are_known_at_run_time_only(name: str, model: str, guards_of_ours) -> None:
     """Under dynamic=True what is a float in the model is a number of the graph's, by which tables are scaled."""
     family = hf(name, model)

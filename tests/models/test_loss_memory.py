@@ -16,6 +16,7 @@ _CPU = Path("/proc/cpuinfo")
 MULTIPLIES_BFLOAT16 = _CPU.exists() and re.search("avx512_bf16|amx_bf16", _CPU.read_text()) is not None
 
 
+@pytest.mark.slow  # tests/ops/test_cross_entropy.py measures the op alone
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize(
     "dtype",

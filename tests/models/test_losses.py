@@ -7,23 +7,31 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from families import BY_NAME
-from harness import Step, assert_replaced, assert_within, batch, compiled, gradients, step
 from torch import Tensor, nn
 
 import liger_compile
+from tests.models.families import BY_NAME
+from tests.models.harness import (
+    Step,
+    assert_replaced,
+    assert_within,
+    batch,
+    by_default,
+    compiled,
+    gradients,
+    step,
+)
 
 EXACT = 1e-5
 LLAMA = BY_NAME["llama"]
-# By default, without the loss: norms and MLPs are marked.
-REPLACED = {op: LLAMA.counts[op] for op in ("rotary", "attention.causal")}
+REPLACED = by_default(LLAMA.counts)
 
 
 def assert_all_replaced(function: Any, *inputs: Any) -> None:
     model = LLAMA.build()
     expected = step(function, model, *inputs)
     assert_within(step(compiled(function), model, *inputs), expected, EXACT)
-    assert_replaced(LLAMA.counts)
+    assert_replaced(REPLACED)
 
 
 @pytest.mark.parametrize("items", [torch.tensor(37), 37], ids=["tensor", "int"])
@@ -66,12 +74,11 @@ def test_the_whole_model(logits: str) -> None:
     model, inputs = LLAMA.build(), batch(LLAMA)
     expected = step(LLAMA.loss, model, *inputs)
     model.zero_grad()
-    options = {"liger.policy": "auto", "liger.logits": logits}
-    loss = LLAMA.loss(compiled(model, options=options), *inputs)
+    loss = LLAMA.loss(compiled(model, options={"liger.logits": logits}), *inputs)
     loss.backward()
     assert_within(Step(loss.detach(), gradients(model)), expected, EXACT)
     is_fused = logits == "auto"
-    assert_replaced({**REPLACED, **({"linear_cross_entropy": 1} if is_fused else {})})
+    assert_replaced({**REPLACED, "linear_cross_entropy": int(is_fused)})
     (report,) = liger_compile.reports()
     left = [site for site in report.sites if site.kind == "leave"]
     (note,) = report.notes

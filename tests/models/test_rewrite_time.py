@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
-from families import BY_NAME
-from harness import batch, compiled
 
 import liger_compile
+from tests.models.families import BY_NAME
+from tests.models.harness import batch, compiled
 
 
+@pytest.mark.slow
 def test_linear_in_layers() -> None:
     # Four times the layers; twice as much per layer would be a factor of 8, quadratic growth one of 16.
     assert rewrite_seconds(16) <= 6 * rewrite_seconds(4)

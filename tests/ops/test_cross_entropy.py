@@ -14,8 +14,9 @@ from liger_compile import functional as L
 from liger_compile.ops import blocks
 from liger_compile.ops import linear_cross_entropy as op
 from liger_compile.testing import precision
-
-from .cases import LOSSES, eager_loss
+from tests.helpers.gradients import gradients_of
+from tests.helpers.pairwise import parametrize
+from tests.ops.cases import LOSSES, eager_loss
 
 V, H = 37, 16
 
@@ -155,34 +156,28 @@ def small_chunks(monkeypatch):
 )
 def test_chunks_on_a_cpu(dtype, width, needs_dweight, memory, rows):
     x, weight = (torch.empty(size, width, dtype=dtype) for size in (2048, 32000))
-    assert op._chunk_rows(x, weight, needs_dweight, memory) == rows
+    assert op.chunk_rows(x, weight, needs_dweight, memory) == rows
 
 
-@pytest.mark.parametrize("name", LOSSES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("tokens", [9, 601])
+@parametrize(name=[*LOSSES], dtype=[torch.float32, torch.bfloat16, torch.float16], tokens=[9, 601])
 def test_many_chunks_are_no_worse_than_eager(small_chunks, name, dtype, tokens):
     """601 tokens of width 16 are too many for few long chunks: dweight is summed in float32."""
     x = torch.randn(tokens, H).to(dtype).requires_grad_()
     weight, bias = (torch.randn(*shape).to(dtype).requires_grad_() for shape in ((V, H), (V,)))
     target = torch.randint(0, V, (tokens,))
     target[::4] = LOSSES[name].get("ignore_index", -100)
-    chunks = op.split_rows(tokens, op._chunk_rows(x, weight, True))
+    chunks = op.split_rows(tokens, op.chunk_rows(x, weight, True))
     assert len(chunks) > (1 if tokens == 9 else op.ACCUMULATE_WIDE_ABOVE)
-
-    def outcome(function, *leaves):
-        loss = function(*leaves)
-        return loss, precision.gradients(loss, leaves)
 
     def eager(x, weight, bias):
         return eager_loss(F.linear(x, weight, bias), target, **LOSSES[name])
 
     inputs = (x, weight, bias)
-    ours = outcome(lambda *a: L.linear_cross_entropy(*a[:2], target, a[2], **LOSSES[name]), *inputs)
+    ours = gradients_of(lambda *a: L.linear_cross_entropy(*a[:2], target, a[2], **LOSSES[name]), *inputs)
     doubles = precision.as_double(inputs)
     with precision.in_double():
-        exact = outcome(eager, *doubles)
-    precision.assert_no_worse(ours, outcome(eager, *inputs), exact)
+        exact = gradients_of(eager, *doubles)
+    precision.assert_no_worse(ours, gradients_of(eager, *inputs), exact)
 
 
 def test_half_precision_is_better_than_eager_where_no_target_is_likely():
@@ -191,7 +186,7 @@ def test_half_precision_is_better_than_eager_where_no_target_is_likely():
     x, weight = torch.randn(tokens, 32).bfloat16(), (0.02 * torch.randn(classes, 32)).bfloat16()
     target = torch.randint(0, classes, (tokens,))
 
-    def gradients(function, *tensors):
+    def gradients(function, *tensors):  # of the loss itself: gradients_of would scale it, and round otherwise
         leaves = [t.detach().requires_grad_() for t in tensors]
         return torch.autograd.grad(function(*leaves), leaves)
 
@@ -216,7 +211,7 @@ def test_float16_gradients_survive_until_the_loss_scale_multiplies_them():
 
     def gradients(function, *tensors):
         leaves = [t.detach().requires_grad_() for t in tensors]
-        return torch.autograd.grad(loss_scale * function(*leaves), leaves)
+        return gradients_of(lambda *leaves: loss_scale * function(*leaves), *leaves)[1]
 
     exact = gradients(lambda x, w: F.cross_entropy(x @ w.t(), target), x.double(), weight.double())
     eager = gradients(lambda x, w: F.cross_entropy((x @ w.t()).float(), target), x, weight)

@@ -14,9 +14,8 @@ import torch.nn.functional as F
 from liger_compile import functional as L
 from liger_compile.ops import linear_cross_entropy as op
 from liger_compile.testing import precision
-
-from ..pairwise import pairwise
-from .cases import eager_loss
+from tests.helpers.pairwise import pairwise
+from tests.ops.cases import eager_loss
 
 TOKENS, V, H = 9, 37, 16
 

@@ -9,8 +9,7 @@ from torch.utils._pytree import tree_map
 
 from liger_compile import functional as L
 from liger_compile.testing import precision
-
-from .cases import CASES, ONE_OF_EACH_OP, outputs_of
+from tests.ops.cases import CASES, ONE_OF_EACH_OP, outputs_of
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 by_name = pytest.mark.parametrize("case", CASES, ids=str)

@@ -116,6 +116,7 @@ def test_repeats_stay_where_the_kernel_does_not_take_groups(
 ):
     from liger_compile.patterns import attention
 
+    # Private: the answer of a kernel that is not here.
     monkeypatch.setattr(attention, "_takes_groups", lambda q, v: False)
     names, keywords = attention_nodes(run_liger, monkeypatch, hugging_face, *inputs())
     assert keywords["is_causal"] and not keywords["enable_gqa"]

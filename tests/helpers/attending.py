@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 
 import liger_compile
+from tests.helpers.gradients import gradients_of
 
 BATCH, LENGTH = 2, 12
 OPTIONS = {"liger.inner": "aot_eager", "liger.strict": True, "liger.policy": "always"}
@@ -37,18 +38,8 @@ def masks(length=LENGTH, dtype=torch.int64):
     return ones, left, right
 
 
-def differentiated(function, *args):
-    result = function(*args)
-    if not result.requires_grad:
-        return [result]
-    wanted = [arg for arg in args if isinstance(arg, torch.Tensor) and arg.requires_grad]
-    upstream = torch.linspace(-1, 1, result.numel()).view(result.shape).to(result.dtype)
-    return [result, *torch.autograd.grad(result, wanted, upstream)]
-
-
 def assert_as_in_eager(compiled, function, *args, **tolerance):
-    for ours, eager in zip(differentiated(compiled, *args), differentiated(function, *args), strict=True):
-        torch.testing.assert_close(ours, eager, **tolerance)
+    torch.testing.assert_close(gradients_of(compiled, *args), gradients_of(function, *args), **tolerance)
 
 
 def found():

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import itertools
 import random
+from collections.abc import Sequence
 from typing import Any
+
+import pytest
 
 
 def pairwise(**settings: list[Any]) -> list[dict[str, Any]]:
@@ -27,6 +30,24 @@ def pairwise(**settings: list[Any]) -> list[dict[str, Any]]:
         missing -= _pairs(best)
         chosen.append({name: settings[name][at] for name, at in zip(names, best, strict=True)})
     return chosen
+
+
+def parametrize(indirect: Sequence[str] = (), **settings: list[Any]) -> pytest.MarkDecorator:
+    """pytest.mark.parametrize of all of these arguments, with the combinations that `pairwise` chooses.
+
+    `indirect` are the names of fixtures among them.
+    """
+    named = {name: {_name(value): value for value in values} for name, values in settings.items()}
+    chosen = pairwise(**{name: list(values) for name, values in named.items()})
+    cases = [
+        pytest.param(*(named[name][value] for name, value in case.items()), id="-".join(case.values()))
+        for case in chosen
+    ]
+    return pytest.mark.parametrize(tuple(settings), cases, indirect=list(indirect))
+
+
+def _name(value: Any) -> str:
+    return getattr(value, "__name__", None) or str(value).removeprefix("torch.")
 
 
 def _pairs(combination: list[int]) -> set[tuple[int, int, int, int]]:

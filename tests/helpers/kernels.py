@@ -9,6 +9,7 @@ from torch.utils._pytree import tree_leaves
 
 from liger_compile.kernels import launch
 from liger_compile.testing import precision
+from tests.helpers.gradients import gradients_of
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -25,20 +26,20 @@ def assert_no_worse_than_eager(kernels, ours, eager, inputs):
     """Results and gradients, which the module `kernels` has to have computed. Inputs that require none get none."""
     doubles = precision.as_double(inputs)
     with precision.in_double():
-        exact = differentiated(eager, doubles)
+        exact = gradients_of(eager, *doubles)
     with patch.object(kernels, "launch", wraps=launch) as launched:
-        actual = differentiated(ours, inputs)
+        actual = gradients_of(ours, *inputs)
     assert launched.called
-    precision.assert_no_worse(actual, differentiated(eager, inputs), exact)
+    precision.assert_no_worse(actual, gradients_of(eager, *inputs), exact)
 
 
 def assert_compiled_alike(function, inputs, mode):
     """Compiled in one graph, it gives the numbers that it gives in eager mode; a CUDA graph when it replays too."""
     compiled = torch.compile(function, fullgraph=True, mode=mode)
-    expected = differentiated(function, inputs)
+    expected = gradients_of(function, *inputs)
     for _ in range(3):  # the third call replays what the second recorded
         torch.compiler.cudagraph_mark_step_begin()
-        assert_alike(differentiated(compiled, inputs), expected)
+        assert_alike(gradients_of(compiled, *inputs), expected)
 
 
 def assert_alike(found, expected):
@@ -52,11 +53,5 @@ def assert_alike(found, expected):
 def assert_reference(kernels, ours, inputs):
     """It runs, and launches nothing."""
     with patch.object(kernels, "launch", wraps=launch) as launched:
-        differentiated(ours, inputs)
+        gradients_of(ours, *inputs)
     assert not launched.called
-
-
-def differentiated(function, inputs):
-    """Results and gradients."""
-    outputs = function(*inputs)
-    return outputs, precision.gradients(outputs, [each for each in inputs if each.requires_grad])

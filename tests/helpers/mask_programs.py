@@ -19,7 +19,7 @@ from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
 from liger_compile.terms import identities
-from liger_compile.terms.build import _Recorder
+from liger_compile.terms.build import Recorder
 from liger_compile.terms.indices import HIDES, Meaning, mask_meaning
 from liger_compile.terms.term import Size, Space, Term, size_of
 
@@ -280,7 +280,7 @@ def traced(expression: str, n: int | None, **values: torch.Tensor) -> Traced:
         symbol = env.create_symbol(7, ConstantSource("n"), DimDynamic.DYNAMIC)
         size = env.create_symintnode(symbol, hint=7, source=ConstantSource("n"))
         space.shape_env, mode = env, FakeTensorMode(shape_env=env)
-    recorder = _Recorder(space)
+    recorder = Recorder(space)
     with mode, recorder:
         value = evaluated(expression, size, **values)
         term = recorder.value_of(value)
