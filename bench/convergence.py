@@ -147,7 +147,7 @@ def train(
     dtype: torch.dtype,
 ) -> list[float]:
     """The loss of each step."""
-    torch._dynamo.reset()
+    torch.compiler.reset()
     liger_compile.clear_reports()
     trained: Any = MODELS[model].build(device, dtype, seed=run.seed)
     if run.is_nudged:

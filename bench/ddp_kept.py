@@ -65,7 +65,7 @@ def kept_bytes(model: torch.nn.Module, function: Callable[..., Any], **inputs: A
 
 
 def measured(family: str, way: str) -> Row:
-    torch._dynamo.reset()
+    torch.compiler.reset()
     liger_compile.clear_reports()
     torch.manual_seed(0)
     kind = getattr(transformers, family)

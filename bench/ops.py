@@ -78,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def measure(op: Op, shape: tuple[int, ...], chosen: argparse.Namespace) -> Iterator[Row]:
     """A row for each variant and pass."""
     dtype, device = getattr(torch, chosen.dtype), torch.device(chosen.device)
-    torch._dynamo.reset()
+    torch.compiler.reset()
     gc.collect()  # the graphs of the shape before, and with them their memory
     variants = dict(op.variants)
     variants[INDUCTOR] = torch.compile(variants["eager"], dynamic=False)

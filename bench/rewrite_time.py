@@ -104,7 +104,7 @@ def one(name: str, layers: int, inner: str) -> dict[str, Any]:
     reports, cold = liger_compile.reports(), seconds()
     warm = []
     for _ in range(REPEATS if inner == "eager" else 0):
-        torch._dynamo.reset()
+        torch.compiler.reset()
         liger_compile.clear_reports()
         compiled = torch.compile(loss_fn, backend="liger", options=options)
         steps()

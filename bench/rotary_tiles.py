@@ -152,7 +152,7 @@ def measure(
     op_name: str, shape: tuple[int, ...], chosen: argparse.Namespace, compiled: Callable[[], None]
 ) -> list[Row]:
     """A row for each tile and peer, the quickest first. `compiled` returns when the kernels are."""
-    torch._dynamo.reset()
+    torch.compiler.reset()
     gc.collect()  # the graphs of the shape before, and with them their memory
     op, tiled = OPS[op_name], TILED[op_name]
     dtype, device = getattr(torch, chosen.dtype), torch.device(chosen.device)

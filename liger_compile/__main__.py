@@ -39,6 +39,27 @@ Python path. It returns the model and its arguments:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
+    parser = _parser()
+    chosen = parser.parse_args(arguments)
+    if chosen.command == "demo":
+        if missing := [name for name in ("transformers", "rich") if not importlib.util.find_spec(name)]:
+            needs = " and ".join(missing)
+            parser.error(f"the demo needs {needs}; install with: pip install 'liger-compile[demo]'")
+        sizes = demo.Sizes(*(getattr(chosen, name) for name in demo.Sizes._fields))
+        return demo.main(sizes, chosen.compiler)
+    if chosen.command in ("explain", "verify"):
+        try:
+            model, args, kwargs = _call_of(chosen.target)
+        except ValueError as error:
+            of_command: argparse.ArgumentParser = chosen.parser
+            of_command.error(str(error))
+        found = (explain if chosen.command == "explain" else verify)(model, *args, **kwargs)
+        print(json.dumps(found.to_dict(), indent=1) if chosen.json else found)
+        return int(isinstance(found, Verification) and not found.is_right)
+    return doctor(chosen.inner)
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m liger_compile",
         description='torch.compile(model, backend="liger"): what it does, on this machine, to a model.',
@@ -71,6 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     for of_model in (explain_parser, verify_parser):
         of_model.add_argument("target", metavar="MODULE:FACTORY", help="for example my_model:factory")
+        of_model.set_defaults(parser=of_model)  # for its errors
         of_model.add_argument("--json", action="store_true", help="for programs")
 
     doctor_parser = commands.add_parser(
@@ -85,23 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         default="inductor",
         help="what compiles the small model, as in the option liger.inner",
     )
-
-    chosen = parser.parse_args(arguments)
-    if chosen.command == "demo":
-        if missing := [name for name in ("transformers", "rich") if not importlib.util.find_spec(name)]:
-            needs = " and ".join(missing)
-            parser.error(f"the demo needs {needs}; install with: pip install 'liger-compile[demo]'")
-        sizes = demo.Sizes(*(getattr(chosen, name) for name in demo.Sizes._fields))
-        return demo.main(sizes, chosen.compiler)
-    if chosen.command in ("explain", "verify"):
-        try:
-            model, args, kwargs = _call_of(chosen.target)
-        except ValueError as error:
-            commands.choices[chosen.command].error(str(error))
-        found = (explain if chosen.command == "explain" else verify)(model, *args, **kwargs)
-        print(json.dumps(found.to_dict(), indent=1) if chosen.json else found)
-        return int(isinstance(found, Verification) and not found.is_right)
-    return doctor(chosen.inner)
+    return parser
 
 
 def _call_of(target: str) -> tuple[Any, Sequence[Any], dict[str, Any]]:

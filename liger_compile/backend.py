@@ -22,12 +22,14 @@ from liger_compile.forward_passes import specialize
 from liger_compile.forward_passes.inline_subgraphs import inlined
 from liger_compile.forward_passes.logits import materializing
 from liger_compile.forward_passes.split_for_ddp import before_ddp_cuts
-from liger_compile.options import parse
+from liger_compile.options import Options, parse
+from liger_compile.pattern import Pattern
 from liger_compile.pipeline import Rewritten, rewritten
 from liger_compile.registry import patterns_in_use
 from liger_compile.report import GraphReport, record
 from liger_compile.runtime.optimizer_steps import watch_steps
 from liger_compile.runtime.shared_zeros import sharing_zeros, strides_of_outputs
+from liger_compile.torch_internals import inductor
 
 
 def liger(
@@ -63,24 +65,9 @@ def liger(
         strict=chosen.strict,
     )
 
-    def compiled(
-        graph: Rewritten, variant: specialize.Variant | None, inputs: Sequence[Any]
-    ) -> Callable[..., Any]:
-        strides = strides_of_outputs(graph.gm.graph)
-        result = compiling.compile_graph(
-            graph.gm,
-            inputs,
-            mode=chosen.mode,
-            inductor_options=inductor_options,
-            inner=chosen.compiler,
-            patterns=patterns,
-            key=repr((chosen.policy, chosen.skip, chosen.fuel, chosen.backward_passes)),
-            backward=graph.backward,
-        )
-        # Recorded last: Dynamo may restart the analysis and call the backend again with another graph of the same code.
-        record(graph.report.of_variant(variant).with_notes(notes))
-        return materializing(sharing_zeros(result, strides), graph.late_outputs)
-
+    compiled = partial(
+        _compiled, chosen=chosen, patterns=patterns, inductor_options=inductor_options, notes=notes
+    )
     if special is None:
         return compiled(generic, specialize.of_part(gm), example_inputs)
     assumptions, specialized = special
@@ -94,7 +81,34 @@ def liger(
     )
 
 
-liger.reset = compiling.reset  # pyright: ignore[reportFunctionMemberAccess]
+def _compiled(
+    graph: Rewritten,
+    variant: specialize.Variant | None,
+    inputs: Sequence[Any],
+    *,
+    chosen: Options,
+    patterns: Sequence[Pattern],
+    inductor_options: Mapping[str, Any],
+    notes: Sequence[str],
+) -> Callable[..., Any]:
+    """Compiles a rewritten graph and records its report."""
+    strides = strides_of_outputs(graph.gm.graph)
+    result = compiling.compile_graph(
+        graph.gm,
+        inputs,
+        mode=chosen.mode,
+        inductor_options=inductor_options,
+        inner=chosen.compiler,
+        patterns=patterns,
+        key=repr((chosen.policy, chosen.skip, chosen.fuel, chosen.backward_passes)),
+        backward=graph.backward,
+    )
+    # Recorded last: Dynamo may restart the analysis and call the backend again with another graph of the same code.
+    record(graph.report.of_variant(variant).with_notes(notes))
+    return materializing(sharing_zeros(result, strides), graph.late_outputs)
+
+
+liger.reset = inductor.free_cudagraphs  # pyright: ignore[reportFunctionMemberAccess]
 
 compiling.set_up_dynamo()
 watch_steps()

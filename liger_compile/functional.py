@@ -120,6 +120,7 @@ def rotary(
     return q if k is None else (q, rotated_k)
 
 
+# Many parameters because users pass them by name, as to torch's own functions.
 def norm_rotary(
     q: Tensor,
     k: Tensor,
@@ -204,6 +205,7 @@ def _gate_and_up(name: str, gate: Tensor, up: Tensor | None) -> tuple[Tensor, Te
     return packed_gate, packed_up
 
 
+# Many parameters because users pass them by name, as to F.cross_entropy.
 def cross_entropy(
     logits: Tensor,
     target: Tensor,
@@ -239,17 +241,10 @@ def cross_entropy(
         IndexError: a target is not a valid class, on a CPU. A GPU stops with a device-side assertion, as in
             `F.cross_entropy`: the error is raised at the next synchronization.
     """
-    validation.check_loss(
-        "cross_entropy",
-        "logits",
-        logits,
-        target,
-        weight,
-        logits.shape[-1],
-        reduction,
-        label_smoothing,
-        softcap,
-    )
+    name = "cross_entropy"
+    validation.check_target(name, "logits", logits, target)
+    validation.check_loss(name, reduction, label_smoothing, softcap)
+    validation.check_class_weight(name, weight, logits.shape[-1])
     rows = logits.reshape(-1, logits.shape[-1])
     loss, _, _ = torch.ops.liger_compile.cross_entropy.default(
         rows,
@@ -265,6 +260,8 @@ def cross_entropy(
     return loss.reshape(target.shape) if reduction == "none" else loss
 
 
+# Many parameters because users pass them by name, as to F.cross_entropy.
+# Long because the docstring of a public function describes each of them.
 def linear_cross_entropy(
     x: Tensor,
     weight: Tensor,
@@ -308,9 +305,9 @@ def linear_cross_entropy(
     validation.check_one_dtype(name, x, weight, bias)
     validation.check_linear(name, "weight", weight, x.shape[-1])
     validation.check_vector(name, "bias", bias, weight.shape[0])
-    validation.check_loss(
-        name, "x", x, target, class_weight, weight.shape[0], reduction, label_smoothing, softcap
-    )
+    validation.check_target(name, "x", x, target)
+    validation.check_loss(name, reduction, label_smoothing, softcap)
+    validation.check_class_weight(name, class_weight, weight.shape[0])
     validation.check_memory(name, memory)
     in_forward = torch.is_grad_enabled() and reduction != "none"
     loss, *_ = torch.ops.liger_compile.linear_cross_entropy.default(

@@ -15,7 +15,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch._subclasses import FakeTensor
 from torch.fx import GraphModule, Node
 
 from liger_compile.backward_passes import CHOICES, DEFAULT_PASSES, Applied, Pass
@@ -29,13 +28,14 @@ from liger_compile.options import Options
 from liger_compile.pattern import Decision, NearMiss, Pattern
 from liger_compile.report import GraphReport, site_of_pass
 from liger_compile.steps.callbacks import warn_of_failures
-from liger_compile.steps.decide import decide
+from liger_compile.steps.decide import Rules, decide
 from liger_compile.steps.match import find_matches
 from liger_compile.steps.recompute import keep_what_written_inputs_give, mark_for_recompute
 from liger_compile.steps.rewrite import rewrite
 from liger_compile.terms.attention import Note, notes_in, sentences
 from liger_compile.terms.build import Terms
 from liger_compile.terms.heads import notes_on_logits
+from liger_compile.torch_internals.fake_tensors import FakeTensor
 
 Assumptions = Mapping[str, specialize.Assumption]
 
@@ -159,12 +159,7 @@ def _rewrite_one(
         found.notes.extend(f"the logits are computed in the graph: {why}" for why in reasons)
         deferred = take_out([output for output, why in staying.items() if not why], terms)
     matches, missed = find_matches(graph, patterns, terms, strict=options.strict)
-    decided = partial(
-        decide,
-        graph,
-        matches,
-        mutations,
-        regions=regions,
+    rules = Rules(
         policy=options.policy,
         fuel=_left(options.fuel, found.decisions),
         recompute=options.recompute == "auto",
@@ -172,6 +167,7 @@ def _rewrite_one(
         runs_once=runs_once,
         strict=options.strict,
     )
+    decided = partial(decide, graph, matches, mutations, regions=regions, rules=rules)
     decisions = rewrite(
         graph,
         decided(),

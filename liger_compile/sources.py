@@ -27,13 +27,16 @@ from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
-from torch._library.custom_ops import OPDEFS
+
+from liger_compile.torch_internals.operators import CUSTOM_OPS, definition_of
 
 LARGEST = 256  # members of a container that are inspected
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
-# Attributes in which decorated objects hold functions: triton.jit, functools.wraps, torch.library.custom_op.
-_HELD = ("fn", "__wrapped__", "_init_fn", "_abstract_fn", "_setup_context_fn", "_backward_fn")
+_HELD = (
+    "fn",
+    "__wrapped__",
+)  # attributes in which decorated objects hold functions: triton.jit, functools.wraps
 _INSTALLED = ("/site-packages/", "/dist-packages/")
 _STANDARD = sysconfig.get_path("stdlib") + "/"
 _OURS = __name__.partition(".")[0]
@@ -99,7 +102,7 @@ def _reached(value: Any) -> Iterator[Any]:
         yield value.fget
     elif not isinstance(value, (ModuleType, torch.Tensor)):
         yield from (member for _, member in _members(value))
-        yield from (type(value), *(getattr(value, name, None) for name in _HELD))
+        yield from (type(value), *(getattr(value, name, None) for name in _HELD), *definition_of(value))
 
 
 def _members(value: Any) -> Iterable[tuple[Any, Any]]:
@@ -124,7 +127,7 @@ def _named(function: FunctionType) -> dict[str, Any]:
             found[name] = cell.cell_contents
         except ValueError:  # not assigned yet
             continue
-    found |= {op: definition for op, definition in OPDEFS.items() if set(op.split("::")) <= set(names)}
+    found |= {op: definition for op, definition in CUSTOM_OPS.items() if set(op.split("::")) <= set(names)}
     modules = {name: value for name, value in found.items() if isinstance(value, ModuleType)}
     seen: set[str] = set()
     while modules:

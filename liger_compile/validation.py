@@ -9,13 +9,10 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-import logging
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NoReturn
 
 import torch
-from torch._subclasses import FakeTensorMode
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch.fx import Graph, GraphModule
 
 from liger_compile.graphs.regions import without_modes
@@ -24,6 +21,7 @@ from liger_compile.steps.callbacks import described, told
 from liger_compile.steps.recording import Recorder, autograd_function, faults_of
 from liger_compile.terms.build import trace
 from liger_compile.terms.term import ConstVar, Scalar, Term, sizes_of
+from liger_compile.torch_internals.fake_tensors import NEEDS_VALUES, FakeTensorMode, errors_not_logged
 
 DTYPES = (torch.float32, torch.bfloat16)  # represent any floating dtype
 _RETURNS = "it must return a tensor or a tuple of tensors, computed by torch functions from its parameters"
@@ -55,13 +53,8 @@ def _refuse(pattern: Pattern, sentence: str) -> NoReturn:
 
 @contextlib.contextmanager
 def _tracing() -> Iterator[None]:
-    log = logging.getLogger("torch._subclasses.fake_tensor")  # the errors are reported here
-    disabled, log.disabled = log.disabled, True
-    try:
-        with FakeTensorMode(), without_modes():
-            yield
-    finally:
-        log.disabled = disabled
+    with errors_not_logged(), FakeTensorMode(), without_modes():
+        yield
 
 
 # Fields ----------------------------------------------------------------------------------------------------
@@ -314,7 +307,7 @@ def _told_of(pattern: Pattern, function: str) -> Iterator[None]:
 
 
 def _advice(error: Exception) -> str:
-    if isinstance(error, (DataDependentOutputException, DynamicOutputShapeException)):
+    if isinstance(error, NEEDS_VALUES):
         return (
             "it reads a value out of a tensor (item(), or an if or a size that depends on one), and is run on tensors "
             "without values; compute with tensors instead, for example by torch.where"

@@ -9,6 +9,8 @@ The op computes the gradients chunk by chunk in forward. The logits are the larg
 as a whole. normalize.py removes slices and views between head and loss.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 
@@ -62,7 +64,7 @@ def saved_bytes(match: Match) -> int | None:
     return bytes_ if isinstance(bytes_, int) else None
 
 
-def _pattern(rounding: str, has_softcap: bool, is_negative: bool = False) -> Pattern:
+def _search(rounding: str, has_softcap: bool, is_negative: bool) -> Callable[..., torch.Tensor]:
     after_head, before_loss = _ROUNDINGS[rounding]
 
     def loss_of(logits, target, class_weight, ignore_index, reduction, label_smoothing):
@@ -105,6 +107,10 @@ def _pattern(rounding: str, has_softcap: bool, is_negative: bool = False) -> Pat
         logits = softcap * torch.tanh(after_head(F.linear(x, weight, bias)) * (scale / softcap))
         return loss_of(logits, target, class_weight, ignore_index, reduction, label_smoothing)
 
+    return search_softcap if has_softcap else search
+
+
+def _pattern(rounding: str, has_softcap: bool, is_negative: bool = False) -> Pattern:
     def replace(x, weight, bias, target, scale, softcap=None, loss_memory=None, **loss_arguments):
         loss = functional.linear_cross_entropy(
             x, weight, target, bias, logit_scale=scale, softcap=softcap, memory=loss_memory, **loss_arguments
@@ -127,7 +133,7 @@ def _pattern(rounding: str, has_softcap: bool, is_negative: bool = False) -> Pat
     }
     return Pattern(
         name=f"linear_cross_entropy.{name}{rounding}",
-        search=search_softcap if has_softcap else search,
+        search=_search(rounding, has_softcap, is_negative),
         replace=replace,
         profit=profit,
         saves=saved_bytes,

@@ -172,8 +172,8 @@ def process_group():
 
 @pytest.fixture
 def liger_is_as_right_as_eager():
-    """check(function, *args, frozen=(), inner="aot_eager", **options): results and gradients meet the numerics bar,
-    and something was replaced. All floating arguments get a gradient, but those at the positions `frozen`."""
+    """check(function, *args, frozen=(), inner="aot_eager", **options): results and gradients meet the numerics bar, and
+    something was replaced. All floating arguments get a gradient, but those at the positions `frozen`."""
 
     def check(function, *args, frozen=(), inner="aot_eager", **options):
         def inputs():

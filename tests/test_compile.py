@@ -13,16 +13,15 @@ from torch._subclasses import FakeTensor, FakeTensorMode
 
 from liger_compile.compile import (
     BackwardPlan,
-    cache_counts,
     cache_key,
     compile_graph,
     package_hash,
-    reset,
     set_up_dynamo,
     uses_cudagraphs,
-    why_not_cached,
 )
 from liger_compile.pattern import Pattern
+from liger_compile.torch_internals.aot_autograd import cache_counts, why_not_cached
+from liger_compile.torch_internals.inductor import free_cudagraphs
 
 
 @pytest.fixture(autouse=True)
@@ -268,14 +267,14 @@ def test_reset_forgets_recorded_cuda_graphs():
     from torch._inductor.cudagraph_trees import get_container
 
     assert get_container(0).tree_manager is not None
-    reset()
+    free_cudagraphs()
     assert get_container(0).tree_manager is None
     torch._dynamo.reset()
     run()
 
 
 def test_reset_is_nothing_without_a_device():
-    reset()
+    free_cudagraphs()
 
 
 def test_marks_change_the_key_in_nested_graphs_too():

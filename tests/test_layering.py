@@ -1,10 +1,13 @@
-"""Each line in its room: imports go one way, and Inductor, functorch and versions are named in one file."""
+"""Each line in its room: imports go one way, and private names stay where they are defined."""
 
 import ast
+import pkgutil
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 import liger_compile
 import liger_compile.patterns
@@ -28,7 +31,7 @@ PACKAGES = {
     )
 }
 
-# What a room may import of ours; a prefix allows what is below it.
+# What a room may import of ours, besides torch_internals; a prefix allows what is below it.
 ALLOWED = {
     "failures": (),
     "sources": (),
@@ -37,7 +40,7 @@ ALLOWED = {
     "graphs": ("graphs",),
     "kernels": ("kernels",),
     "runtime": ("runtime",),
-    "torch_internals": ("torch_internals",),
+    "torch_internals": (),
     "terms": ("graphs", "terms"),
     "ops": ("graphs.guards", "kernels", "ops"),
     "functional": ("ops",),
@@ -55,7 +58,6 @@ ALLOWED = {
         "ops.registration",
         "pattern",
         "sources",
-        "torch_internals",
     ),
     "report.report": ("pattern", "report.render"),
     "report.render": ("report.report",),  # for types
@@ -110,9 +112,9 @@ def test_imports_go_one_way(room):
     for name, path in sources():
         if name == room or name.startswith(room + "."):
             for imported in imports_of(path, name):
-                assert any(imported == a or imported.startswith(a + ".") for a in ALLOWED[room]), (
-                    name,
-                    imported,
+                allowed = (*ALLOWED[room], "torch_internals")
+                assert any(imported == a or imported.startswith(a + ".") for a in allowed), (
+                    f"{path}: {imported} is not below {room}; move the code, or what it needs"
                 )
 
 
@@ -121,11 +123,112 @@ def test_the_patterns_are_imported_as_a_subpackage():
         assert not re.search(r"^\s*(from|import) patterns\b", path.read_text(), re.MULTILINE), path
 
 
-def test_only_compile_names_inductor_functorch_and_versions():
+# Private names: those with a part that begins with one underscore.
+
+BY_NAME = ("getattr", "hasattr", "setattr", "delattr")
+NAMEDTUPLE = {"_asdict", "_fields", "_replace"}  # public methods, in spite of their names
+
+
+def private(name: str) -> set[str]:
+    return {part for part in name.split(".") if part.startswith("_") and not part.startswith("__")}
+
+
+def private_uses(tree: ast.Module) -> Iterator[tuple[int, str]]:
+    """The line and name of every use of a private name that no class of the file defines."""
+    own = set(defined_in_classes(tree)) | NAMEDTUPLE
+    inner = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    for node in ast.walk(tree):
+        if id(node) not in inner:
+            yield from ((node.lineno, name) for name in names_in(node) if private(name) - own)
+
+
+def defined_in_classes(tree: ast.Module) -> Iterator[str]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ClassDef):
+            yield from (each.name for each in node.body if isinstance(each, ast.FunctionDef))
+            yield from (each.id for each in ast.walk(node) if is_stored(each, ast.Name))
+            yield from (each.attr for each in ast.walk(node) if is_stored(each, ast.Attribute))
+
+
+def is_stored(node: ast.AST, kind: type) -> bool:
+    of_self = not isinstance(node, ast.Attribute) or ast.unparse(node.value) == "self"
+    return isinstance(node, kind) and of_self and isinstance(node.ctx, ast.Store)
+
+
+def names_in(node: ast.AST) -> list[str]:
+    """The names that a node of the syntax tree imports or reads: x._y for getattr(x, "_y") too."""
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    if isinstance(node, ast.ImportFrom):
+        return [f"{node.module or ''}.{alias.name}" for alias in node.names]
+    if isinstance(node, ast.Call) and ast.unparse(node.func) in BY_NAME:
+        return [
+            f"{dotted(node.args[0])}.{ast.literal_eval(each)}" for each in node.args[1:2] if is_text(each)
+        ]
+    return [dotted(node)] if isinstance(node, ast.Attribute) else []
+
+
+def is_text(node: ast.AST) -> bool:
+    return isinstance(node, ast.Constant) and isinstance(node.value, str)
+
+
+def dotted(node: ast.AST) -> str:
+    """The name of an attribute: a.b.c. What is called, and a private name of the file itself, is left out."""
+    if isinstance(node, ast.Attribute):
+        return f"{dotted(node.value)}.{node.attr}"
+    return node.id if isinstance(node, ast.Name) and not private(node.id) else ""
+
+
+def test_private_names_of_torch_are_in_torch_internals_and_ours_in_their_files():
     for name, path in sources():
-        if name != "compile":
-            code = ast.unparse(_without_docstrings(ast.parse(path.read_text())))
-            assert not re.search(r"_inductor|functorch|torch\.__version__", code), name
+        if not name.startswith("torch_internals"):
+            for line, used in private_uses(ast.parse(path.read_text())):
+                pytest.fail(
+                    f"{path}:{line}: {used} is private. If it is torch's, move its use to a function in "
+                    "liger_compile/torch_internals/; if it is ours, give it a public name."
+                )
+
+
+def test_versions_of_torch_are_compared_in_torch_internals():
+    for name, path in sources():
+        assert name.startswith("torch_internals") or "torch.__version__" not in path.read_text(), path
+
+
+# A row of the table in the docstring of a module of torch_internals: parts, the versions of torch that have them, and
+# when they can go.
+ROW = re.compile(r"^(\S.*?)(?: \(.*\))?\s{2,}(2\.1[13](?: to 2\.13)?)\s{2,}(\S.*)$", re.MULTILINE)
+
+
+def tables() -> Iterator[tuple[Path, ast.Module, dict[str, str]]]:
+    """The modules of torch_internals with their tables: from a part to the versions of torch that have it."""
+    for name, path in sources():
+        if name.startswith("torch_internals."):
+            tree = ast.parse(path.read_text())
+            rows = ROW.findall(ast.get_docstring(tree, clean=False) or "")
+            yield path, tree, {part: versions for parts, versions, _ in rows for part in parts.split(", ")}
+
+
+def test_every_private_part_of_torch_has_a_row():
+    for path, tree, table in tables():
+        used = set()
+        for line, name in private_uses(tree):
+            rows = [row for row in table if is_row_of(row, name)]
+            assert rows, f"{path}:{line}: add a row for {name} to the table in the docstring of this module"
+            used.update(rows)
+        assert used == set(table), f"{path}: remove the rows of what is not used: {set(table) - used}"
+
+
+def is_row_of(row: str, name: str) -> bool:
+    """Whether a row is about a name: about it, about the module that has it, or about a private attribute in it."""
+    return f"{name}.".startswith(f"{row}.") or row.rpartition(".")[2] in set(name.split(".")) & private(name)
+
+
+def test_the_tables_hold_for_this_torch():
+    version = ".".join(torch.__version__.split(".")[:2])
+    for _, _, table in tables():
+        for part, versions in table.items():
+            if part.startswith("torch.") and versions in (version, "2.11 to 2.13"):
+                pkgutil.resolve_name(part)
 
 
 def test_ops_have_no_triton_at_module_level():
@@ -148,12 +251,3 @@ def test_every_pattern_file_has_a_test():
     for path in PATTERNS.glob("*.py"):
         if path.stem not in ("__init__", "profit"):
             assert (tests / f"test_{path.stem}.py").exists(), path.stem
-
-
-def _without_docstrings(tree):
-    for node in ast.walk(tree):
-        body = getattr(node, "body", None)
-        first = body[0] if isinstance(body, list) and body else None
-        if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
-            body[0] = ast.Pass()
-    return tree

@@ -338,7 +338,7 @@ import json
 import torch
 import torch._inductor.config
 import liger_compile
-from liger_compile.compile import cache_counts
+from liger_compile.torch_internals.aot_autograd import cache_counts
 from tests.helpers.attending import causal, compiled, found, inputs, masks
 from tests.helpers.gradients import gradients_of
 

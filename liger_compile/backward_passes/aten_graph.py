@@ -10,9 +10,12 @@ import torch
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
+from liger_compile.torch_internals.fx import is_erased
+from liger_compile.torch_internals.operators import UNSAFE_VIEW
+
 _aten = torch.ops.aten
 
-RESHAPES = (_aten.view.default, _aten._unsafe_view.default, _aten.reshape.default)  # elements stay in order
+RESHAPES = (_aten.view.default, UNSAFE_VIEW, _aten.reshape.default)  # elements stay in order
 VIEWS = (*RESHAPES, _aten.permute.default, _aten.transpose.int, _aten.t.default)
 cast = torch.ops.prims.convert_element_type.default
 mm, add, clone, slice_ = _aten.mm.default, _aten.add.Tensor, _aten.clone.default, _aten.slice.Tensor
@@ -108,6 +111,6 @@ def erase_unused(graph: Graph, nodes: Iterable[Node | None], *targets: Any) -> N
     waiting = [node for node in nodes if node is not None]
     while waiting:
         node = waiting.pop()
-        if not node._erased and not node.users and node.target in functional:
+        if not is_erased(node) and not node.users and node.target in functional:
             waiting.extend(node.all_input_nodes)
             graph.erase_node(node)

@@ -11,13 +11,13 @@ import contextlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from torch._guards import detect_fake_mode
 from torch.fx import Graph, Node
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from liger_compile.backward_passes.runner import warn_of_failure
 from liger_compile.ops.registration import LATE_OPS
+from liger_compile.torch_internals.fake_tensors import detect_fake_mode
+from liger_compile.torch_internals.pytree import tree_flatten, tree_unflatten
 
 NAME = "backward.inline_late"
 

@@ -42,6 +42,8 @@ from liger_compile.backward_passes.aten_graph import (
     terms_of,
 )
 from liger_compile.backward_passes.runner import Applied, Backward
+from liger_compile.torch_internals.operators import schema_of
+from liger_compile.torch_internals.tensors import storage_of
 
 _aten, _ours = torch.ops.aten, torch.ops.liger_compile
 # The backwards of q and k, and their versions with packed results. These take (dq, dk, matrix to pack beside them, axis
@@ -133,19 +135,20 @@ def _fuse(graph: Graph, backward: Node) -> Applied | None:
 
 def _gradients_of(backward: Node) -> list[Node]:
     """Returns the gradients of q and k, if all sizes are known and their dtypes are equal; else an empty list."""
-    nodes: Any = *backward.args[:2], result(backward, 0), result(backward, 1)
-    if None in nodes:
+    dq, dk, *_ = backward.args
+    of_q, of_k = result(backward, 0), result(backward, 1)
+    if of_q is None or of_k is None or dq is None or dk is None:
         return []
-    tensors = [tensor_of(node) for node in nodes]
+    tensors = [tensor_of(node) for node in (dq, dk, of_q, of_k)]
     are_known = all(isinstance(size, int) for tensor in tensors for size in tensor.shape)
-    is_one = tensors[2].dtype == tensors[3].dtype and all(tensor.dim() == 4 for tensor in tensors)
-    return [*nodes[2:]] if are_known and is_one else []
+    is_one = tensor_of(of_q).dtype == tensor_of(of_k).dtype and all(tensor.dim() == 4 for tensor in tensors)
+    return [of_q, of_k] if are_known and is_one else []
 
 
 def _heads_axis(backward: Node) -> int:
     """Returns the axis that the cos and sin tables broadcast over: 1 or 2, or 0 if there is none."""
     target: Any = backward.target
-    names = [argument.name for argument in target._schema.arguments]
+    names = [argument.name for argument in schema_of(target).arguments]
     cos = tensor_of(backward.args[names.index("cos")])
     sizes = (*(1,) * (4 - cos.dim()), *cos.shape)
     return next((axis for axis in (1, 2) if sizes[axis] == 1), 0)
@@ -197,7 +200,7 @@ def _viewed(reader: Node, value: torch.Tensor) -> torch.Tensor | None:
         return None
     seen = _aten.reshape.default if reader.target in RESHAPES else reader.target
     seen = seen(value, *reader.args[1:])
-    return seen if seen.untyped_storage()._cdata == value.untyped_storage()._cdata else None
+    return seen if storage_of(seen) == storage_of(value) else None
 
 
 def _matrix_of(term: Node) -> _Matrix | None:
@@ -244,7 +247,8 @@ def _elements_saved(matrices: Sequence[_Matrix]) -> int:
     rows, hidden = tensor_of(matrices[0].term).shape
     terms = 2 * (len(matrices) - 1) * rows * hidden
     weights = 2 * hidden * sum(matrix.width for matrix in matrices)
-    copied = sum(2 * rows * matrix.width for matrix in matrices[2:])
+    _, _, *beside = matrices
+    copied = sum(2 * rows * matrix.width for matrix in beside)
     return terms - weights - copied
 
 

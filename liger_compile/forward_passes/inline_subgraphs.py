@@ -15,12 +15,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses import FakeTensor
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
-from torch.utils._pytree import tree_map_only
 
-from liger_compile.graphs.aliasing import graph_of, handed_to, storage_of, version_of
+from liger_compile.graphs.aliasing import graph_of, handed_to
+from liger_compile.torch_internals.fake_tensors import FakeTensor
+from liger_compile.torch_internals.pytree import tree_map_only
+from liger_compile.torch_internals.tensors import storage_of, version_of
 
 Stack = Mapping[str, tuple[str, Any]]  # a node's "nn_module_stack"
 

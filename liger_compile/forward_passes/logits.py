@@ -1,7 +1,5 @@
 """Defers graph outputs that may never be read: logits beside a loss that does not need them.
 
-Besides this file, only steps/rewrite.py and steps/recompute.py edit a graph.
-
     logits_in()  returns the outputs that are logits of a loss in the graph
     take_out()   before matching: returns the hidden state in their place, so that no node in the graph needs them
     restore()    after rewriting: restores them where head and loss were not fused
@@ -20,7 +18,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses import FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
 
 from liger_compile.graphs.aliasing import storages_of
@@ -28,6 +25,8 @@ from liger_compile.runtime.lazy import lazy
 from liger_compile.runtime.promise import Recipe
 from liger_compile.terms.build import Terms
 from liger_compile.terms.term import Term
+from liger_compile.torch_internals.fake_tensors import FakeTensorMode
+from liger_compile.torch_internals.fx import is_erased
 
 # Steps from a head to its loss, or to an output. With these steps the values still count as logits.
 _STEPS = ("cast", "view", "slice", "permute", "mul", "add", "tanh")
@@ -152,7 +151,7 @@ def take_out(found: Sequence[Logits], terms: Terms) -> list[Deferred]:
     _return(graph, {at: logits.hidden for logits in found for at in positions[logits.output]})
     for logits in found:
         for node in reversed(logits.nodes):
-            if not node.users and not node._erased:
+            if not node.users and not is_erased(node):
                 terms.forget(node)
                 graph.erase_node(node)
     return deferred
@@ -191,7 +190,7 @@ def restore(graph: Graph, deferred: Sequence[Deferred], is_dropped: bool) -> lis
     found = []
     returned: dict[int, Node | None] = {}
     for removed in deferred:
-        if not removed.head._erased:
+        if not is_erased(removed.head):
             returned.update(dict.fromkeys(removed.positions, _put_back(graph, removed)))
             continue
         if is_dropped:
@@ -218,7 +217,7 @@ def _put_back(graph: Graph, deferred: Deferred) -> Node:
     for node in reversed(nodes):
         if node.op == "placeholder":
             there[node] = next(given)
-        elif not (original := deferred.originals[node])._erased:
+        elif not is_erased(original := deferred.originals[node]):
             there[node] = original
         else:  # as early as possible, in the modes of the head
             with graph.inserting_after(max(deferred.head, *map(there.__getitem__, node.all_input_nodes))):

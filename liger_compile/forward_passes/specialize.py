@@ -17,11 +17,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._subclasses import FakeTensor
 from torch.fx import Graph, GraphModule, Node
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from liger_compile.graphs.aliasing import Mutations
+from liger_compile.torch_internals.dispatch import is_traceable_wrapper_subclass
+from liger_compile.torch_internals.fake_tensors import FakeTensor
+from liger_compile.torch_internals.fx import copy_source
 
 Compile = Callable[[Sequence[Any]], Callable[..., Any]]  # example inputs -> the compiled graph
 _PART_OF = "liger_compile_part_of"  # a key in the meta of a graph
@@ -124,8 +125,7 @@ def copied(gm: GraphModule) -> GraphModule:
     graph.output(result).meta.update(gm.graph.output_node().meta)
     for node, copy in copies.items():
         copy.meta.pop("grapharg", None)  # the example input
-        if hasattr(node, "_dynamo_source"):  # AOTAutograd reads it
-            copy._dynamo_source = node._dynamo_source  # pyright: ignore[reportAttributeAccessIssue]
+        copy_source(node, copy)
     # Every module has its own class; the base of Dynamo's class generates its code lazily.
     module = type(gm).__bases__[0](gm, graph)
     module.meta = dict(gm.meta)

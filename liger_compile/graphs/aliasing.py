@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 from torch.fx import Graph, GraphModule, Node
-from torch.utils._pytree import tree_leaves
 
 from liger_compile.graphs.effects import calls_bodies, effect_of, written_arguments
+from liger_compile.torch_internals.pytree import tree_leaves
+from liger_compile.torch_internals.tensors import storage_of, version_of
 
 # Higher-order ops that pass their last positional arguments to the placeholders of their subgraph.
 SUBGRAPH_OPS = ("tag_activation_checkpoint", "invoke_subgraph")
@@ -25,14 +26,6 @@ def tensors_of(node: Node) -> list[torch.Tensor]:
     """Returns the fake tensors in the value of a node."""
     leaves = tree_leaves(node.meta.get("example_value"))
     return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-
-
-def storage_of(tensor: torch.Tensor) -> int | None:
-    """Returns an identity that a tensor shares with its views; None if it has no storage (sparse)."""
-    try:
-        return tensor.untyped_storage()._cdata
-    except (NotImplementedError, RuntimeError):
-        return None
 
 
 def storages_of(node: Node) -> set[int | None]:
@@ -160,8 +153,3 @@ def handed_to(call: Node, count: int) -> tuple[Any, ...] | None:
 
 def _has_bodies(node: Node) -> bool:
     return calls_bodies(node) or (node.op == "call_module" and graph_of(node) is not None)
-
-
-def version_of(tensor: torch.Tensor) -> int:
-    """Returns autograd's count of writes into a tensor; 0 for inference tensors, which have no counter."""
-    return 0 if tensor.is_inference() else tensor._version

@@ -22,6 +22,14 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 from torch.overrides import get_testing_overrides
 
+from liger_compile.torch_internals.operators import (
+    HigherOrderOperator,
+    OpOverload,
+    OpOverloadPacket,
+    dispatched_names,
+    schema_of,
+)
+
 
 @dataclass(frozen=True)
 class Writes:
@@ -169,7 +177,7 @@ def is_in_place(name: str) -> bool:
 
 def calls_bodies(node: Node) -> bool:
     """Returns whether a node calls subgraphs, by a higher-order op that itself writes nothing."""
-    is_higher = isinstance(node.target, torch._ops.HigherOrderOperator)
+    is_higher = isinstance(node.target, HigherOrderOperator)
     return is_higher and getattr(node.target, "__name__", "") in _CALLS_BODIES
 
 
@@ -212,12 +220,12 @@ def _nodes(value: Any) -> list[Node]:
 @functools.cache
 def _of_function(target: Any) -> Writes:
     name = getattr(target, "__name__", None) or ""
-    if isinstance(target, torch._ops.OpOverload):
+    if isinstance(target, OpOverload):
         return _of_overloads((target,))
-    if isinstance(target, torch._ops.OpOverloadPacket):
+    if isinstance(target, OpOverloadPacket):
         is_of_aten = target is getattr(torch.ops.aten, name, None)
         return _of_overloads(_overloads(name) if is_of_aten else _of_packet(target))
-    if isinstance(target, torch._ops.HigherOrderOperator):
+    if isinstance(target, HigherOrderOperator):
         return NOTHING if name in _CALLS_BODIES | _FUNCTIONAL else EVERYTHING
     if isinstance(target, MethodWrapperType):
         return NOTHING if name == "__get__" else EVERYTHING
@@ -294,32 +302,31 @@ def _of_method(name: str) -> Writes:
     return NOTHING if is_pure else EVERYTHING
 
 
-@functools.cache
-def _dispatched() -> frozenset[str]:
-    """Returns the operators that torch dispatches on tensors; excludes TorchScript's for lists (aten::sort.Tensor)."""
-    return frozenset(torch._C._dispatch_get_all_op_names())
+_dispatched = functools.cache(dispatched_names)
 
 
-def _overloads(name: str) -> tuple[torch._ops.OpOverload, ...]:
+def _overloads(name: str) -> tuple[OpOverload, ...]:
     """Returns aten's operators of a name."""
     packet = getattr(torch.ops.aten, name, None) if name.isidentifier() else None
-    if not isinstance(packet, torch._ops.OpOverloadPacket):
+    if not isinstance(packet, OpOverloadPacket):
         return ()
     return tuple(overload for overload in _of_packet(packet) if overload.name() in _dispatched())
 
 
-def _of_packet(packet: torch._ops.OpOverloadPacket) -> tuple[torch._ops.OpOverload, ...]:
+def _of_packet(packet: OpOverloadPacket) -> tuple[OpOverload, ...]:
     return tuple(getattr(packet, overload) for overload in packet.overloads())
 
 
-def _of_overloads(overloads: Iterable[torch._ops.OpOverload]) -> Writes:
+def _of_overloads(overloads: Iterable[OpOverload]) -> Writes:
     """Returns the arguments that any of these operators writes into."""
     overloads = tuple(overloads)
-    if (name := overloads[0]._schema.name.removeprefix("aten::")) in _UNSAID:
+    if (name := schema_of(overloads[0]).name.removeprefix("aten::")) in _UNSAID:
         return _UNSAID[name]
     written = [
         (at, argument)
-        for at, argument in itertools.chain.from_iterable(enumerate(o._schema.arguments) for o in overloads)
+        for at, argument in itertools.chain.from_iterable(
+            enumerate(schema_of(o).arguments) for o in overloads
+        )
         if argument.alias_info is not None and argument.alias_info.is_write
     ]
     names = {argument.name for _, argument in written}

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import sympy
+
+from liger_compile.torch_internals.shapes import checking_guards, guard_check
 
 _log = logging.getLogger("torch.fx.experimental.symbolic_shapes")
 
@@ -46,7 +48,7 @@ def no_guards(of: Any) -> Iterator[None]:
 
     disabled, _log.disabled = _log.disabled, True  # it logs the errors that are raised there
     try:
-        with _before_a_guard(shape_env, refuse):
+        with checking_guards(shape_env, refuse):
             yield
     finally:
         _log.disabled = disabled
@@ -60,7 +62,7 @@ def sizes_of_one_may_be_guarded(of: Any) -> Iterator[None]:
     tensor that is smaller than its inputs, one guard decides whether a size of it is 1.
     """
     shape_env = getattr(getattr(of, "fake_mode", of), "shape_env", None)
-    refuse = shape_env and vars(shape_env).get("_check_frozen")
+    refuse = shape_env and guard_check(shape_env)
     if refuse is None:
         yield
         return
@@ -69,18 +71,5 @@ def sizes_of_one_may_be_guarded(of: Any) -> Iterator[None]:
         if expr.func not in _RELATIONS_WITH_ONE.get(getattr(expr, "rhs", None), ()):
             refuse(expr, value)
 
-    with _before_a_guard(shape_env, unless_one):
+    with checking_guards(shape_env, unless_one):
         yield
-
-
-@contextlib.contextmanager
-def _before_a_guard(shape_env: Any, called: Callable[[Any, Any], None]) -> Iterator[None]:
-    """Makes a shape environment call `called` before it adds a guard, and then restores the outer callback."""
-    before = vars(shape_env).get("_check_frozen")
-    shape_env._check_frozen = called
-    try:
-        yield
-    finally:
-        del shape_env._check_frozen
-        if before is not None:
-            shape_env._check_frozen = before

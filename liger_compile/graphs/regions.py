@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
-from torch.utils._pytree import tree_iter
 
 from liger_compile.graphs.effects import effect_of
+from liger_compile.torch_internals.operators import qualified_name
+from liger_compile.torch_internals.pytree import tree_iter
 
 Settings = tuple[tuple[str, Any], ...]  # sorted by name
 
@@ -158,7 +159,7 @@ def is_switch(node: Node) -> bool:
         return False
     if any(_holds_tensor(other.meta.get("example_value")) for other in (node, *node.all_input_nodes)):
         return False
-    namespace = getattr(node.target, "namespace", None) or getattr(node.target, "_qualified_op_name", "")
+    namespace = getattr(node.target, "namespace", None) or qualified_name(node.target)
     if namespace and not namespace.startswith("aten"):
         return True  # a custom operator: its schema declares effects on tensors only
     return not effect_of(node).is_nothing
@@ -196,7 +197,7 @@ def _exit_inference_mode(switch: Node, region: Region, _: int, entered: Mapping[
 
 
 def _enter_autocast(switch: Node, region: Region, *_: Any) -> Region:
-    device, dtype, is_on = switch.args[:3]
+    device, dtype, is_on, *_cache = switch.args
     others = [setting for setting in region.autocast if setting[0] != device]
     own = [(device, dtype or torch.get_autocast_dtype(str(device)))] if is_on else []
     return replace(region, autocast=tuple(sorted([*others, *own], key=str)))
@@ -288,7 +289,7 @@ def in_words(switch: Node) -> str:
         return f"inference mode {change}"
     if "autocast" in name:
         enter = switch.args[0] if isinstance(switch.args[0], Node) else switch
-        _, dtype, is_on = enter.args[:3]
+        _, dtype, is_on, *_ = enter.args
         if not is_on:
             return f"a region without autocast {change}"
         return f"autocast to {str(dtype).removeprefix('torch.')} {change}" if dtype else f"autocast {change}"

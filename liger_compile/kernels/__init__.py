@@ -17,10 +17,11 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch._library.triton import is_wrap_triton_enabled
 from torch.library import wrap_triton
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.runtime.jit import JITFunction
+
+from liger_compile.torch_internals.operators import is_wrap_triton_enabled
 
 INTERPRETED_MULTIPROCESSORS = 2  # so that a program processes several rows
 

@@ -111,6 +111,7 @@ def forward(
     return q_out, k_out
 
 
+# Long because a launch passes every pointer, stride and size, one on each line.
 def backward(
     dq: Tensor | None,
     dk: Tensor | None,
@@ -213,6 +214,7 @@ def _sizes(x: Tensor, heads_axis: int) -> tuple[int, int, int]:
     return by_axis((1,) * (4 - x.dim()) + tuple(x.shape), heads_axis)
 
 
+# Long because a kernel is one program: its parameters, one on each line, are half of it.
 @triton.jit
 def _forward_kernel(
     q_ptr,  # (B, T, heads, D) in any order of memory, channels contiguous; as are k, q_out and k_out
@@ -425,6 +427,7 @@ def _gain(weight_ptr, tokens, WIDTH: tl.constexpr, OFFSET: tl.constexpr, PAIRS: 
     return gain_a, gain_b
 
 
+# Long because a kernel is one program: its parameters, one on each line, are half of it.
 @triton.jit
 def _backward_kernel(
     dq_ptr,  # (B, T, heads, D) in any order of memory, channels contiguous, or None; as are dk, grad_q and grad_k,
@@ -543,6 +546,7 @@ def _backward_kernel(
             )
 
 
+# Long because a kernel is one program: its parameters, one on each line, are half of it.
 @triton.jit
 def _backward_of_heads(
     dy_at,  # the addresses of the first head of every token

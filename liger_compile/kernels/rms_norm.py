@@ -259,6 +259,7 @@ def _weighted(
     return normed
 
 
+# Long because a kernel is one program: its parameters, one on each line, are half of it.
 @triton.jit
 def _backward_kernel(
     dy_ptr,  # (N, D), as are ds, x, dx and y; ds, dx and y may be None

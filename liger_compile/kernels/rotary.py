@@ -174,6 +174,7 @@ def _launch(
     )
 
 
+# Long because a kernel is one program: its parameters, one on each line, are half of it.
 @triton.jit
 def _rotary_kernel(
     q_ptr,  # (B, T, heads, D) in any order of memory, channels contiguous; as are q_out, k, k_out; k, k_out may be None

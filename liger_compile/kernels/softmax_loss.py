@@ -118,6 +118,7 @@ def _scores(
     return z, slope
 
 
+# Long because a kernel is one program, and this one reads the logits as few times as its loss allows.
 @triton.jit(do_not_specialize=["rows", "ignore_index"])
 def _softmax_loss_kernel(  # noqa: C901 - constexpr branches: a compiled kernel has none of them
     logits_ptr,  # (rows, classes)

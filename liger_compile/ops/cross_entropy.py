@@ -22,7 +22,7 @@ from torch import Tensor
 from .blocks import row_blocks
 from .dispatch import has_kernel
 from .precision import accumulation_dtype
-from .registration import opaque_op
+from .registration import opaque_op, padded
 from .softmax_loss import SoftmaxLoss, reduce
 
 
@@ -120,9 +120,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 def _backward(ctx: Any, dloss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     if dloss is None or not ctx.needs_input_grad[0]:
-        return (None,) * 9
+        return padded(ctx)
     dlogits = torch.ops.liger_compile.cross_entropy_backward.default(dloss, *ctx.saved_tensors, *ctx.config)
-    return dlogits, *(None,) * 8
+    return padded(ctx, dlogits)
 
 
 cross_entropy.register_autograd(_backward, setup_context=_setup_context)

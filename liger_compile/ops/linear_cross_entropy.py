@@ -47,12 +47,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from liger_compile.torch_internals.autograd import graph_is_retained
+
 from .alignment import class_parts, missing_columns, with_columns
 from .blocks import row_blocks, split_rows
 from .dispatch import has_kernel
 from .gradient_sums import GradientSum, Plain, ScaledRows, Wide
 from .precision import accumulation_dtype
-from .registration import graph_is_retained, opaque_op, second_derivative_error
+from .registration import opaque_op, padded, second_derivative_error
 from .scale import by_rows, scale_into
 from .scaled_rows import power_of_two
 from .softmax_loss import SoftmaxLoss, reduce
@@ -143,9 +145,18 @@ def _sums(
     return dx_sum, Wide(dweight_sum, scale) if is_wide else dweight_sum
 
 
-def _made_for(
-    head: SoftmaxLoss, x: Tensor, weight: Tensor, bias: Tensor | None, divisor: Tensor, counted: Tensor
-) -> tuple[Tensor, float, Tensor | None]:
+class Head(NamedTuple):
+    """A linear layer to logits, weight (V, H) and bias (V) or None, and the loss of its logits."""
+
+    weight: Tensor
+    bias: Tensor | None
+    loss: SoftmaxLoss
+
+    def has_kernel(self, x: Tensor) -> bool:
+        return has_kernel(x, self.weight, self.bias, self.loss.class_weight)
+
+
+def _made_for(head: Head, x: Tensor, divisor: Tensor, counted: Tensor) -> tuple[Tensor, float, Tensor | None]:
     """Return 1 / divisor, split into three factors.
 
     The first multiplies the gradients of the losses, the second the matmul results. The third is None, or multiplies
@@ -154,10 +165,11 @@ def _made_for(
     If the divisor is 0, F.cross_entropy has gradients of NaN, and of 0 for ignored tokens.
     """
     if x.dtype == torch.float16:
-        largest_logit = _largest_logit(x, weight, bias) if head.z_loss else None
-        upstream = power_of_two(LARGEST_HALF / head.largest_gradient(divisor, weight.shape[0], largest_logit))
+        largest_logit = _largest_logit(x, head.weight, head.bias) if head.loss.z_loss else None
+        largest = head.loss.largest_gradient(divisor, head.weight.shape[0], largest_logit)
+        upstream = power_of_two(LARGEST_HALF / largest)
         return upstream, 1.0, torch.where(counted.any(), 1 / upstream / divisor, 0.0)
-    by_kernel = x.device.type != "cpu" or has_kernel(x, weight, bias, head.class_weight)
+    by_kernel = x.device.type != "cpu" or head.has_kernel(x)
     if by_kernel or not divisor:
         return 1 / divisor, 1.0, None
     return torch.ones_like(divisor), 1 / divisor.item(), None
@@ -182,10 +194,8 @@ def _undo(made: Gradients, counted: Tensor, rest: Tensor | None) -> None:
 
 
 def losses_and_gradients(
-    head: SoftmaxLoss,
+    head: Head,
     x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
     target: Tensor,
     upstream: Tensor,
     scale: float,
@@ -194,13 +204,16 @@ def losses_and_gradients(
 ) -> tuple[Tensor, Gradients]:
     """Return the losses of the tokens, and scale times the gradients of (losses * upstream).sum()."""
     if columns := missing_columns(x):
-        wide = with_columns(x, columns), with_columns(weight, columns)
-        losses, made = losses_and_gradients(head, *wide, bias, target, upstream, scale, needs, memory)
+        wide = head._replace(weight=with_columns(head.weight, columns))
+        losses, made = losses_and_gradients(
+            wide, with_columns(x, columns), target, upstream, scale, needs, memory
+        )
         dx, dweight = (gradient[..., : x.shape[1]].contiguous() for gradient in made[:2])
         return losses, made._replace(dx=dx, dweight=dweight)
     needs_dx, needs_dweight, _ = needs
+    weight = head.weight
     chunks = chunks_of(x, weight, needs_dweight, memory)
-    on_chunk = _kernel_on_chunk if has_kernel(x, weight, bias, head.class_weight) else _reference_on_chunk
+    on_chunk = _kernel_on_chunk if head.has_kernel(x) else _reference_on_chunk
     losses = x.new_empty(x.shape[:1], dtype=accumulation_dtype(x.dtype))
     made = _empty_gradients(x, weight, needs)
     made.token_scales.fill_(1)
@@ -211,7 +224,7 @@ def losses_and_gradients(
     )
     for i, chunk in enumerate(chunks):
         logits, losses[chunk] = on_chunk(
-            head, x[chunk], weight, bias, target[chunk], upstream[chunk], scale, any(needs), dbias_sum
+            head, x[chunk], target[chunk], upstream[chunk], scale, any(needs), dbias_sum
         )
         for part in class_parts(weight.shape[0], x.device):  # logits now contains the gradient of the logits
             if needs_dx:
@@ -222,16 +235,15 @@ def losses_and_gradients(
     if chunks and needs_dweight:
         dweight_sum.finish()
     elif not chunks:
-        made.dweight.zero_(), made.class_scales.fill_(1)
+        made.dweight.zero_()
+        made.class_scales.fill_(1)
     made.dbias.copy_(dbias_sum)
     return losses, made
 
 
 def _reference_on_chunk(
-    head: SoftmaxLoss,
+    head: Head,
     x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
     target: Tensor,
     upstream: Tensor,
     scale: float,
@@ -239,18 +251,19 @@ def _reference_on_chunk(
     dbias_sum: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Return the logits, overwritten by their gradient if needed, and the losses. Add to dbias_sum, if any."""
+    weight, bias, loss = head
     logits = F.linear(x, weight, bias)
     losses = upstream.new_empty(x.shape[:1])
     blocks = row_blocks(*logits.shape)
     # One buffer for all blocks: allocating and freeing memory for each block takes as long as computing in it.
     buffer = losses.new_empty((max((len(losses[rows]) for rows in blocks), default=0), weight.shape[0]))
     for rows in blocks:
-        z = head.scores(logits[rows])
+        z = loss.scores(logits[rows])
         logp = torch.log_softmax(z, -1, out=buffer[: len(z)])
-        lse = head.lse(z, logp)
-        losses[rows] = head.losses(logp, lse, target[rows])
+        lse = loss.lse(z, logp)
+        losses[rows] = loss.losses(logp, lse, target[rows])
         if needs_gradient:
-            dlogits = head.gradient_(logp, logits[rows], lse, target[rows], upstream[rows])
+            dlogits = loss.gradient_(logp, logits[rows], lse, target[rows], upstream[rows])
             logits[rows] = dlogits
             if dbias_sum.numel():
                 dbias_sum.add_(dlogits.sum(0), alpha=scale)
@@ -258,10 +271,8 @@ def _reference_on_chunk(
 
 
 def _kernel_on_chunk(
-    head: SoftmaxLoss,
+    head: Head,
     x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
     target: Tensor,
     upstream: Tensor,
     scale: float,
@@ -274,6 +285,7 @@ def _kernel_on_chunk(
     """
     from ..kernels import softmax_loss as kernels
 
+    weight, bias, loss = head
     classes = weight.shape[0]
     logits = x.new_empty(x.shape[0], -(-classes // PITCH) * PITCH)[:, :classes]
     for part in class_parts(classes, x.device):
@@ -281,7 +293,7 @@ def _kernel_on_chunk(
             torch.mm(x, weight[part].t(), out=logits[:, part])
         else:
             torch.addmm(bias[part], x, weight[part].t(), out=logits[:, part])
-    losses = kernels.losses(logits, target, head.terms, upstream if needs_gradient else None)
+    losses = kernels.losses(logits, target, loss.terms, upstream if needs_gradient else None)
     if dbias_sum.numel():
         dbias_sum.add_(logits.sum(0, dtype=dbias_sum.dtype), alpha=scale)
     return logits, losses
@@ -306,23 +318,15 @@ def linear_cross_entropy(
     memory: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return (loss, dx, dweight, dbias, token_scales, class_scales)."""
-    head = SoftmaxLoss(class_weight, ignore_index, label_smoothing, logit_scale, softcap, z_loss)
-    head.check(target, weight.shape[0], has_kernel(x, weight, bias, class_weight))
-    token_weight = head.token_weight(target, accumulation_dtype(x.dtype))
-    counted = head.counted(target)
+    loss = SoftmaxLoss(class_weight, ignore_index, label_smoothing, logit_scale, softcap, z_loss)
+    head = Head(weight, bias, loss)
+    loss.check(target, weight.shape[0], head.has_kernel(x))
+    token_weight = loss.token_weight(target, accumulation_dtype(x.dtype))
+    counted = loss.counted(target)
     divisor = token_weight.sum() if reduction == "mean" else token_weight.new_ones(())
-    upstream, scale, rest = _made_for(head, x, weight, bias, divisor, counted)
-    losses, made = losses_and_gradients(
-        head,
-        x,
-        weight,
-        bias,
-        target,
-        upstream.expand(x.shape[:1]),
-        scale,
-        (needs_dx, needs_dweight, needs_dbias),
-        memory,
-    )
+    upstream, scale, rest = _made_for(head, x, divisor, counted)
+    needs = needs_dx, needs_dweight, needs_dbias
+    losses, made = losses_and_gradients(head, x, target, upstream.expand(x.shape[:1]), scale, needs, memory)
     _undo(made, counted, rest)
     dx, dweight, dbias, token_scales, class_scales = made
     return reduce(losses, token_weight, reduction), dx, dweight, dbias, token_scales, class_scales
@@ -370,9 +374,9 @@ def linear_cross_entropy_backward(
     memory: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return (dx, dweight, dbias) for reduction "none", each empty where not needed."""
-    head = SoftmaxLoss(class_weight, ignore_index, label_smoothing, logit_scale, softcap, z_loss)
+    loss = SoftmaxLoss(class_weight, ignore_index, label_smoothing, logit_scale, softcap, z_loss)
     needs = needs_dx, needs_dweight, needs_dbias
-    _, made = losses_and_gradients(head, x, weight, bias, target, dlosses, 1.0, needs, memory)
+    _, made = losses_and_gradients(Head(weight, bias, loss), x, target, dlosses, 1.0, needs, memory)
     if x.dtype == torch.float16:
         for gradient, scales in ((made.dx, made.token_scales), (made.dweight, made.class_scales)):
             scale_into(gradient, scales, gradient)
@@ -402,12 +406,14 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, weight, target, bias, class_weight, ignore_index, reduction, *terms, memory = inputs
+    x, weight, target, bias, class_weight, ignore_index, reduction, *numbers, dx, dweight, dbias, memory = (
+        inputs
+    )
     _, *gradients = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*gradients)
     ctx.reduction = reduction
-    ctx.terms, ctx.made = (ignore_index, *terms[:-3]), terms[-3:]
+    ctx.terms, ctx.made = (ignore_index, *numbers), (dx, dweight, dbias)
     ctx.memory = memory
     ctx.dtype = x.dtype
     if reduction == "none":
@@ -418,7 +424,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 def _backward(ctx: Any, dloss: Tensor | None, *others: None) -> tuple[Tensor | None, ...]:
     if dloss is None:
-        return (None,) * 15
+        return padded(ctx)
     needs_dx, needs_dweight, _, needs_dbias, *_ = ctx.needs_input_grad
     needs = needs_dx, needs_dweight, needs_dbias
     if ctx.reduction == "none":
@@ -429,10 +435,10 @@ def _backward(ctx: Any, dloss: Tensor | None, *others: None) -> tuple[Tensor | N
         _check_made(ctx.made, needs)
         gradients = _scaled(dloss, Gradients(*ctx.saved_tensors), ctx.dtype)
     dx, dweight, dbias = (grad if needed else None for grad, needed in zip(gradients, needs, strict=True))
-    return dx, dweight, None, dbias, *(None,) * 11
+    return padded(ctx, dx, dweight, None, dbias)
 
 
-def _check_made(made: list[bool], needs: tuple[bool, ...]) -> None:
+def _check_made(made: tuple[bool, ...], needs: tuple[bool, ...]) -> None:
     if torch.is_grad_enabled():  # create_graph=True: autograd has no path from these to x and weight
         raise second_derivative_error("linear_cross_entropy")
     for name, was_made, needed in zip(("dx", "dweight", "dbias"), made, needs, strict=True):

@@ -28,7 +28,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from .dispatch import has_kernel
 from .precision import accumulation_dtype
-from .registration import backward_op, traceable_op
+from .registration import backward_op, padded, traceable_op
 from .rms_norm import input_gradient, normalize, weight_gradient
 from .rotary import heads_axis_of_kernel, rotate
 
@@ -50,14 +50,18 @@ def gradients(
     dy: Tensor | None,
     x: Tensor,
     weight: Tensor | None,
-    cos: Tensor,
-    sin: Tensor,
-    eps: float,
-    offset: float,
-    needs_dx: bool,
-    needs_dweight: bool,
+    tables: tuple[Tensor, Tensor],
+    numbers: tuple[float, float],
+    needs: tuple[bool, bool],
 ) -> tuple[Tensor, Tensor]:
-    """Return (dx, dweight) for one tensor, by the reference; dx is empty and dweight is zero where not needed."""
+    """Return (dx, dweight) for one tensor, by the reference; dx is empty and dweight is zero where not needed.
+
+    Args:
+        tables: cos and sin.
+        numbers: eps and offset.
+        needs: whether dx is needed, and whether dweight is.
+    """
+    (cos, sin), (eps, offset), (needs_dx, needs_dweight) = tables, numbers, needs
     dx, dweight = x.new_empty(0), x.new_zeros(x.shape[-1])
     if dy is None:
         return dx, dweight
@@ -153,9 +157,9 @@ def norm_rotary_backward(
         return kernels.backward(
             dq, dk, q, k, q_weight, k_weight, cos, sin, eps, offset, needs_dq, needs_dk, dtype, heads_axis
         )
-    rest = cos, sin, eps, offset
-    grad_q, dq_weight = gradients(dq, q, q_weight, *rest, needs_dq, dtype is not None)
-    grad_k, dk_weight = gradients(dk, k, k_weight, *rest, needs_dk, dtype is not None)
+    tables, numbers, needs_dweight = (cos, sin), (eps, offset), dtype is not None
+    grad_q, dq_weight = gradients(dq, q, q_weight, tables, numbers, (needs_dq, needs_dweight))
+    grad_k, dk_weight = gradients(dk, k, k_weight, tables, numbers, (needs_dk, needs_dweight))
     if dtype is None:
         return grad_q, grad_k, q.new_empty(0)
     return grad_q, grad_k, torch.stack((dq_weight.to(dtype), dk_weight.to(dtype)))
@@ -179,19 +183,19 @@ def _backward(ctx: Any, dq: Tensor | None, dk: Tensor | None) -> tuple[Tensor | 
     dq = dq if needs_dq or needs_dq_weight else None
     dk = dk if needs_dk or needs_dk_weight else None
     if dq is None and dk is None:
-        return (None,) * 9
+        return padded(ctx)
     needs_dq, needs_dq_weight = needs_dq and dq is not None, needs_dq_weight and dq is not None
     needs_dk, needs_dk_weight = needs_dk and dk is not None, needs_dk_weight and dk is not None
     _, _, q_weight, k_weight, _, _ = ctx.saved_tensors
     grad_q, grad_k, dweights = norm_rotary_backward(
         dq, dk, *ctx.saved_tensors, *ctx.numbers, needs_dq, needs_dk, needs_dq_weight or needs_dk_weight
     )
-    return (
+    return padded(
+        ctx,
         grad_q if needs_dq else None,
         grad_k if needs_dk else None,
         dweights[0].to(q_weight.dtype) if needs_dq_weight else None,
         dweights[1].to(k_weight.dtype) if needs_dk_weight else None,
-        *(None,) * 5,
     )
 
 

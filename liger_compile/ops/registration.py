@@ -14,8 +14,9 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
-from torch._library.custom_ops import CustomOpDef
-from torch._library.triton import set_wrap_triton_enabled
+
+from liger_compile.torch_internals.dispatch import below_autograd
+from liger_compile.torch_internals.operators import CustomOpDef, overload_of, set_wrap_triton_enabled
 
 from .precision import outside_autocast
 
@@ -67,7 +68,7 @@ def late_op(fn: Callable[..., Any]) -> CustomOpDef:
     """Register an opaque op with a traceable body, which is also its fake. `backward_passes/` inlines the op late."""
     op = opaque_op(fn)
     op.register_fake(fn)
-    LATE_OPS[op._opoverload] = outside_autocast(fn)
+    LATE_OPS[overload_of(op)] = outside_autocast(fn)
     return op
 
 
@@ -81,10 +82,10 @@ class backward_op:
 
         late.__name__ = f"{fn.__name__}_late"
         self.body = fn
-        self._traceable, self._late = traceable_op(fn), late_op(late)
+        self._traceable, self._late = overload_of(traceable_op(fn)), overload_of(late_op(late))
 
     def __call__(self, *args: Any) -> Any:
-        return (self._late if _inlines_late else self._traceable)._opoverload(*args)
+        return (self._late if _inlines_late else self._traceable)(*args)
 
 
 def mutating_op(*arguments: str) -> Callable[[Callable[..., Any]], CustomOpDef]:
@@ -106,7 +107,7 @@ def _without_views(fn: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(fn)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
-        with torch._C._AutoDispatchBelowADInplaceOrView():
+        with below_autograd():
             return fn(*args, **kwargs)
 
     return wrapper
@@ -123,6 +124,11 @@ def _launching_directly(fn: Callable[..., Any]) -> Callable[..., Any]:
     return wrapper
 
 
+def padded(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Return the gradients of all inputs of an op: those of the first ones, and None for the others."""
+    return *gradients, *(None,) * (len(ctx.needs_input_grad) - len(gradients))
+
+
 def second_derivative_error(name: str) -> RuntimeError:
     return RuntimeError(
         f"{name}: expected to be differentiated once, got a second derivative; "
@@ -136,8 +142,3 @@ def _first_derivative_only(op: CustomOpDef, name: str) -> CustomOpDef:
 
     op.register_autograd(backward)
     return op
-
-
-def graph_is_retained() -> bool:
-    """Return whether the current backward may run again, in which case its saved tensors must not change."""
-    return torch._C._autograd._get_current_graph_task_keep_graph()  # pyright: ignore[reportAttributeAccessIssue]

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from .dispatch import has_kernel
 from .precision import accumulation_dtype
-from .registration import traceable_op
+from .registration import padded, traceable_op
 
 
 def inverse_root(x: Tensor, eps: float) -> Tensor:
@@ -125,13 +125,13 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 def _backward(ctx: Any, dy: Tensor | None, drstd: None) -> tuple[Tensor | None, ...]:
     if dy is None:
-        return (None,) * 5
+        return padded(ctx)
     x, weight, rstd = ctx.saved_tensors
     needs_dx, needs_dweight, *_ = ctx.needs_input_grad
     dx, dweight = torch.ops.liger_compile.rms_norm_backward.default(
         dy, x, weight, rstd, ctx.offset, needs_dx, needs_dweight
     )
-    return dx if needs_dx else None, dweight if needs_dweight else None, None, None, None
+    return padded(ctx, dx if needs_dx else None, dweight if needs_dweight else None)
 
 
 rms_norm.register_autograd(_backward, setup_context=_setup_context)

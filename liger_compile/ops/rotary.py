@@ -33,7 +33,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from .dispatch import DTYPES, has_kernel
 from .precision import accumulation_dtype
-from .registration import backward_op, traceable_op
+from .registration import backward_op, padded, traceable_op
 
 # Whether pairs are interleaved: (when read, when written).
 LAYOUTS = {"half": (False, False), "interleaved": (True, True), "interleaved_to_half": (True, False)}
@@ -167,9 +167,9 @@ def _backward(ctx: Any, dq: Tensor | None, dk: Tensor | None) -> tuple[Tensor | 
     needs_dq, needs_dk, *_ = ctx.needs_input_grad
     dq, dk = dq if needs_dq else None, dk if needs_dk else None
     if dq is None and dk is None:
-        return (None,) * 7
+        return padded(ctx)
     grad_q, grad_k = rotary_backward(dq, dk, *ctx.saved_tensors, *ctx.config)
-    return grad_q if dq is not None else None, grad_k if dk is not None else None, *(None,) * 5
+    return padded(ctx, grad_q if dq is not None else None, grad_k if dk is not None else None)
 
 
 rotary.register_autograd(_backward, setup_context=_setup_context)

@@ -106,17 +106,7 @@ def check_linear(name: str, label: str, weight: Tensor, width: int) -> None:
         )
 
 
-def check_loss(
-    name: str,
-    label: str,
-    rows: Tensor,
-    target: Tensor,
-    class_weight: Tensor | None,
-    classes: int,
-    reduction: str,
-    label_smoothing: float,
-    softcap: float | None,
-) -> None:
+def check_target(name: str, label: str, rows: Tensor, target: Tensor) -> None:
     check_floating(name, label, rows)
     if target.dtype != torch.int64:
         raise TypeError(
@@ -130,6 +120,9 @@ def check_loss(
             f"{name}: expected one target for each row of {label}, shape {tuple(rows.shape[:-1])}, got "
             f"{tuple(target.shape)}; drop or pad the surplus"
         )
+
+
+def check_loss(name: str, reduction: str, label_smoothing: float, softcap: float | None) -> None:
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(
             f"{name}: expected reduction 'mean', 'sum' or 'none', got {reduction!r}; pass one of the three"
@@ -138,6 +131,9 @@ def check_loss(
         raise ValueError(f"{name}: expected label_smoothing from 0 to 1, got {label_smoothing}; pass a share")
     if softcap is not None and statically_known_true(softcap <= 0):
         raise ValueError(f"{name}: expected softcap above 0, got {softcap}; pass None for no cap")
+
+
+def check_class_weight(name: str, class_weight: Tensor | None, classes: int) -> None:
     check_vector(name, "class weight", class_weight, classes)
     if class_weight is not None and class_weight.requires_grad:
         raise ValueError(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +12,7 @@ import torch
 from torch import nn
 
 from liger_compile.report import SCHEMA, GraphReport, reports
+from liger_compile.torch_internals.dynamo import graph_breaks
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,20 +49,14 @@ def explain(model: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Explanat
         An Explanation: a report of each graph, and the graph breaks.
     """
     earlier = reports()
-    torch._dynamo.reset()  # a graph that was compiled before would not be compiled and reported again
+    torch.compiler.reset()  # a graph that was compiled before would not be compiled and reported again
     with _state_restored(model):
-        breaks_before = _graph_breaks()
+        breaks_before = graph_breaks()
         torch.compile(model, backend="liger", options={"liger.inner": "report"})(*args, **kwargs)
-        breaks = _graph_breaks() - breaks_before
-    torch._dynamo.reset()  # the next torch.compile of this model must not reuse these graphs
+        breaks = graph_breaks() - breaks_before
+    torch.compiler.reset()  # the next torch.compile of this model must not reuse these graphs
     graphs = tuple(report for report in reports() if report not in earlier)
     return Explanation(graphs, tuple(_first_sentences(reason) for reason in breaks))
-
-
-def _graph_breaks() -> Counter[str]:
-    from torch._dynamo.utils import counters  # not at the top: Dynamo takes a second to import
-
-    return counters["graph_break"] | counters["unimplemented"]  # Dynamo counts each break in one of them
 
 
 @contextlib.contextmanager

@@ -16,12 +16,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch._logging._internal import trace_structured
-from torch._ops import OpOverload
 from torch.fx import GraphModule, Node
 
 from liger_compile.pattern import Decision, NearMiss
 from liger_compile.report.render import counted, details, plural, size
+from liger_compile.torch_internals.operators import OpOverload
+from liger_compile.torch_internals.structured_logs import log_artifact
 
 SCHEMA = 1  # the version of the dictionaries that to_dict() returns; docs/report_schema.md documents them
 
@@ -96,7 +96,7 @@ class BackwardReport:
         counts = Counter(site.pattern for site in sites)
         text = ", ".join(f"{count} {name}" for name, count in counts.items()) or "no change"
         _log.info("liger_compile  backward of graph %s: %s", graph, text)
-        _trace("liger_compile_backward_report", {"graph": graph, **dataclasses.asdict(self)})
+        log_artifact("liger_compile_backward_report", {"graph": graph, **dataclasses.asdict(self)})
 
 
 @dataclass(frozen=True, eq=False)
@@ -190,17 +190,7 @@ def record(report: GraphReport) -> None:
     _log.info("%s", report.summary)
     if _log.isEnabledFor(logging.DEBUG) and (lines := details(report)):
         _log.debug("%s", "\n".join(lines).lstrip("\n"))
-    _trace("liger_compile_report", report.to_dict())
-
-
-def _trace(name: str, content: dict[str, Any]) -> None:
-    """Writes an artifact for tlparse."""
-    trace_structured(
-        "artifact",
-        metadata_fn=lambda: {"name": name, "encoding": "json"},
-        payload_fn=lambda: json.dumps(content, indent=1),
-        expect_trace_id=False,
-    )
+    log_artifact("liger_compile_report", report.to_dict())
 
 
 def reports() -> tuple[GraphReport, ...]:

@@ -16,10 +16,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import keystr, tree_flatten_with_path, tree_leaves
 
 from liger_compile.report import SCHEMA, GraphReport, Site, reports
 from liger_compile.testing import precision
+from liger_compile.torch_internals.dynamo import is_compiled
+from liger_compile.torch_internals.pytree import keystr, tree_flatten_with_path, tree_leaves
 
 FACTOR = 2.0  # the numerics bar, as a multiple of the error of eager mode
 NUDGES = 3  # eager runs on nudged parameters, where the model does not run in float64
@@ -163,7 +164,7 @@ def verify(
         TypeError: the model is compiled already.
         Exception: any exception that the model raises in eager mode.
     """
-    if isinstance(model, torch._dynamo.OptimizedModule) or hasattr(model, "_torchdynamo_orig_callable"):
+    if is_compiled(model):
         raise TypeError(
             "expected a model that is not compiled, got the result of torch.compile; pass the model itself"
         )
@@ -311,7 +312,7 @@ def _nudged(tree: Any, seed: int) -> Any:
 def _compare(
     call: _Call, reference: _Reference, options: Mapping[str, Any], backend: str = "liger"
 ) -> tuple[tuple[Row, ...], tuple[GraphReport, ...]]:
-    torch._dynamo.reset()
+    torch.compiler.reset()
     earlier = reports()
     actual = call.run(
         precision.copied, lambda model: torch.compile(model, backend=backend, options=dict(options) or None)

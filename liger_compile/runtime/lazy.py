@@ -17,18 +17,17 @@ import torch
 import torch.utils.dlpack
 from torch import Tensor
 from torch.multiprocessing.reductions import reduce_tensor
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 from liger_compile.runtime.fingerprint import fingerprint, has_fingerprint
 from liger_compile.runtime.optimizer_steps import keep_before_steps
 from liger_compile.runtime.promise import CHANGED_UNSEEN, FREED, Promise, Recipe, Values, is_freed
 from liger_compile.runtime.sharding import keep_before_sharding
+from liger_compile.torch_internals.operators import COPY, schema_of
+from liger_compile.torch_internals.pytree import tree_leaves, tree_map_only
+from liger_compile.torch_internals.tensors import DATA, no_torch_function, without_memory
 
-# Operations that stay lazy: aliases of the same memory, and a copy in another dtype.
+# Operations that stay lazy, besides a copy in another dtype: aliases of the same memory.
 _ALIASES = (torch.ops.aten.detach.default, torch.ops.aten.alias.default)
-_COPY = torch.ops.aten._to_copy.default
-
-_DATA: Any = torch._C.TensorBase.data  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def lazy(recipe: Recipe, like: Tensor, *inputs: Any) -> Tensor:
@@ -99,14 +98,11 @@ class LazyTensor(Tensor):
     _dense_alias: Tensor | None  # after dense(): a plain tensor with the same metadata and memory
 
     # All operations arrive at __torch_dispatch__, below autograd. Their results are plain tensors.
-    __torch_function__ = torch._C._disabled_torch_function_impl  # pyright: ignore
+    __torch_function__ = no_torch_function
 
     @staticmethod
     def __new__(cls, like: Tensor, device: torch.device, values: Values) -> LazyTensor:
-        made = torch.Tensor._make_wrapper_subclass(  # pyright: ignore[reportAttributeAccessIssue]
-            cls, like.shape, strides=like.stride(), dtype=like.dtype, device=device
-        )
-        torch._C._set_throw_on_mutable_data_ptr(made)  # in C++, where a null pointer would give no error
+        made = without_memory(cls, like, device)
         made._promised, made._dense_alias = values, None
         return made
 
@@ -125,7 +121,7 @@ class LazyTensor(Tensor):
 
     def _put(self, dense: Tensor) -> None:
         """Take over the memory and the metadata of a plain tensor. Autograd, hooks and the version are preserved."""
-        _DATA.__set__(self, dense)
+        DATA.__set__(self, dense)
         self._promised, self._dense_alias = None, dense
 
     @classmethod
@@ -135,17 +131,17 @@ class LazyTensor(Tensor):
             # An alias of a tensor with a version also has a version, even in inference mode.
             with torch.inference_mode(args[0].is_inference()):
                 return LazyTensor(_like(args[0]), args[0].device, values)
-        if func is _COPY and kwargs.keys() == {"dtype"} and (values := args[0]._promised) is not None:
-            like = _COPY(_like(args[0]), **kwargs)
+        if func is COPY and kwargs.keys() == {"dtype"} and (values := args[0]._promised) is not None:
+            like = COPY(_like(args[0]), **kwargs)
             return LazyTensor(like, args[0].device, values.copy(like.dtype))
         lazies = {
             id(leaf.dense()): leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, LazyTensor)
         }
         dense_args, dense_kwargs = tree_map_only(LazyTensor, LazyTensor.dense, (args, kwargs))
         result = func(*dense_args, **dense_kwargs)
-        if func._schema.is_mutable:
+        if schema_of(func).is_mutable:
             for lazy_tensor in lazies.values():  # its shape or storage may have changed
-                _DATA.__set__(lazy_tensor, lazy_tensor.dense())
+                DATA.__set__(lazy_tensor, lazy_tensor.dense())
         # In-place operations return the tensor that they wrote into.
         return tree_map_only(Tensor, lambda tensor: lazies.get(id(tensor), tensor), result)
 
@@ -169,7 +165,7 @@ class LazyTensor(Tensor):
 
     @property
     def data(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return _DATA.__get__(self)
+        return DATA.__get__(self)
 
     @data.setter
     def data(self, value: Tensor) -> None:

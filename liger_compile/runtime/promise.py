@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from liger_compile.runtime.fingerprint import Fingerprint, fingerprint
-
-_CAST = torch.ops.aten._to_copy.default
+from liger_compile.torch_internals.operators import COPY
+from liger_compile.torch_internals.tensors import storage_of, version_of
 
 
 @dataclass(frozen=True)
@@ -70,14 +70,6 @@ CHANGED_UNSEEN = (
 FREED = "was freed (as sharding frees gathered weights)"
 
 
-def storage_of(tensor: Tensor) -> int | None:
-    """Return an identifier that live tensors with the same memory share, or None if there is no memory."""
-    try:
-        return tensor.untyped_storage()._cdata
-    except (RuntimeError, NotImplementedError):
-        return None
-
-
 def is_freed(tensor: Tensor) -> bool:
     """Return whether the storage has become too small for the tensor."""
     steps = ((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
@@ -91,7 +83,7 @@ class _Input:
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor.detach()
         self.fingerprint = fingerprint(self.tensor)
-        self._version = _version(self.tensor)
+        self._version = version_of(self.tensor)
         self._lost: str | None = None  # the change, if one happened before a copy existed
 
     def what_happened(self) -> str | None:
@@ -100,7 +92,7 @@ class _Input:
             return self._lost
         if is_freed(self.tensor):
             return FREED
-        return None if _version(self.tensor) == self._version else CHANGED_IN_PLACE
+        return None if version_of(self.tensor) == self._version else CHANGED_IN_PLACE
 
     def is_same(self) -> Tensor:
         """Return whether the values are unchanged, as bool []."""
@@ -115,11 +107,7 @@ class _Input:
             if key not in copies:
                 copies[key] = mine.clone()
             self.tensor = copies[key]
-            self._version = _version(self.tensor)
-
-
-def _version(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version
+            self._version = version_of(self.tensor)
 
 
 class Promise:
@@ -239,7 +227,7 @@ class Values:
 
     def _make(self, source: Tensor) -> None:
         with torch.inference_mode(False), torch.no_grad():
-            made = source if self._dtype is None else _CAST(source, dtype=self._dtype)
+            made = source if self._dtype is None else COPY(source, dtype=self._dtype)
         for reference in self._copies:
             if copy := reference():
                 copy._make(made)

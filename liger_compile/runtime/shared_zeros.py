@@ -19,6 +19,10 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 
+from liger_compile.torch_internals.aot_autograd import before_compiled_autograd, is_backward
+from liger_compile.torch_internals.autograd import expected_gradients, function_of
+from liger_compile.torch_internals.tensors import storage_of
+
 FEWEST = 3  # outputs of one backward: with two, one used and one unused, there is nothing to share
 
 Strides = tuple[int, ...]
@@ -68,13 +72,9 @@ def _backwards(
         return found
     given = set(map(id, inputs))  # returned inputs have the backward of another graph
     for output, traced in zip(outputs, strides, strict=False):
-        if isinstance(output, Tensor) and _is_of_aot_autograd(output.grad_fn) and id(output) not in given:
+        if isinstance(output, Tensor) and is_backward(output.grad_fn) and id(output) not in given:
             found.setdefault(output.grad_fn, {})[output.output_nr] = traced
     return {backward: positions for backward, positions in found.items() if len(positions) >= FEWEST}
-
-
-def _is_of_aot_autograd(backward: Any) -> bool:
-    return hasattr(getattr(backward, "_forward_cls", None), "_aot_id")
 
 
 def _is_plain(tensor: Tensor) -> bool:
@@ -84,26 +84,16 @@ def _is_plain(tensor: Tensor) -> bool:
 
 def _share_zeros(backward: Any, strides: Mapping[int, Strides | None]) -> None:
     """Makes a backward materialize its zeros. Its class belongs to one compiled graph, and is patched once."""
-    if hasattr(backward, STRIDES) or not hasattr(backward, "_input_metadata"):
+    if hasattr(backward, STRIDES) or expected_gradients(backward) is None:
         return
-    function = backward._forward_cls
+    function = function_of(backward)
     if not hasattr(function, _MAKES_ZEROS):
-        function._compiled_autograd_key = staticmethod(_as_before(function._compiled_autograd_key))
+        # It calls the graph instead of `backward`, with autograd's zeros.
+        before_compiled_autograd(function, lambda ctx: ctx.set_materialize_grads(True))
         function.backward = staticmethod(_making_zeros(function.backward))
         setattr(function, _MAKES_ZEROS, True)  # last: patching twice is harmless, a mark set too early is not
     setattr(backward, STRIDES, strides)
     backward.set_materialize_grads(False)
-
-
-def _as_before(method: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """Restores autograd's zeros for compiled autograd, which calls this method, and the graph instead of `backward`."""
-
-    @functools.wraps(method)
-    def key(ctx: Any) -> Any:
-        ctx.set_materialize_grads(True)
-        return method(ctx)
-
-    return key
 
 
 def _making_zeros(method: Callable[..., Any]) -> Callable[..., Any]:
@@ -118,7 +108,7 @@ def _making_zeros(method: Callable[..., Any]) -> Callable[..., Any]:
         # From torch 2.13 gradients come in a list, which backward empties as it runs.
         in_a_list = len(given) == 1 and isinstance(given[0], list)
         gradients = given[0] if in_a_list else list(given)
-        buffers = _fill(gradients, ctx._input_metadata, strides)
+        buffers = _fill(gradients, expected_gradients(ctx) or (), strides)
         results = method(ctx, gradients) if in_a_list else method(ctx, *gradients)
         return _with_memory_of_their_own(results, buffers) if buffers else results
 
@@ -195,10 +185,5 @@ def _copied(tensor: Tensor) -> Tensor:
 
 
 def _storage(value: Any) -> int | None:
-    """Returns an identity that a plain tensor shares with its views; None for any other value."""
-    if type(value) is not Tensor:
-        return None
-    try:
-        return value.untyped_storage()._cdata
-    except (NotImplementedError, RuntimeError):  # sparse, or part of a batch of gradients (vmap)
-        return None
+    """Returns the storage of a plain tensor; None for any other value, and for part of a batch of gradients (vmap)."""
+    return storage_of(value) if type(value) is Tensor else None

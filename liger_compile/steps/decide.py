@@ -12,12 +12,36 @@ from typing import Any
 
 import torch
 from torch.fx import Graph, Node
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from liger_compile.graphs.aliasing import Mutations
 from liger_compile.graphs.regions import Regions, in_words
 from liger_compile.pattern import Annotate, Capture, Decision, Match
 from liger_compile.steps import callbacks
+from liger_compile.torch_internals.dispatch import is_traceable_wrapper_subclass
+
+
+@dataclass(frozen=True)
+class Rules:
+    """The options of a decision.
+
+    Args:
+        policy: "auto" calls profit too, "always" does not, "never" replaces nothing.
+        fuel: the largest number of matches that may be replaced; None means no limit.
+        recompute: False marks nothing as cheap: matches that would only be marked are left.
+        takes_marks: False if the compiler of the graph ignores marks.
+        runs_once: False in the subgraph of a checkpoint, where no loss is replaced.
+        strict: reraise the exceptions of a pattern's check, profit or saves.
+    """
+
+    policy: str = "auto"
+    fuel: int | None = None
+    recompute: bool = True
+    takes_marks: bool = True
+    runs_once: bool = True
+    strict: bool = False
+
+
+DEFAULT = Rules()
 
 
 def decide(
@@ -26,31 +50,20 @@ def decide(
     mutations: Mutations,
     *,
     regions: Regions | None = None,
-    policy: str = "auto",
-    fuel: int | None = None,
-    recompute: bool = True,
-    takes_marks: bool = True,
-    runs_once: bool = True,
+    rules: Rules = DEFAULT,
     refused: Mapping[Match, Decision] | None = None,
-    strict: bool = False,
 ) -> list[Decision]:
     """Returns a decision for every match that no larger accepted match contains.
 
     Args:
         matches: larger patterns first, in the order of find_matches.
         regions: the modes of the nodes; for a subgraph, the modes of its calls are included.
-        policy: "auto" calls profit too, "always" does not, "never" replaces nothing.
-        fuel: the largest number of matches that may be replaced; None means no limit.
-        recompute: False marks nothing as cheap: matches that would only be marked are left.
-        takes_marks: False if the compiler of the graph ignores marks.
-        runs_once: False in the subgraph of a checkpoint, where no loss is replaced.
         refused: existing decisions, for matches that could not be replaced.
-        strict: reraise the exceptions of a pattern's check, profit or saves.
 
     Raises:
-        PatternError: under `strict`.
+        PatternError: under `rules.strict`.
     """
-    context = _Context(mutations, regions or Regions(graph), runs_once, policy, recompute, takes_marks)
+    context = _Context(mutations, regions or Regions(graph), rules)
     consumed: set[Node] = set()
     replaced: set[Node] = set()
     used = 0  # the fuel used so far
@@ -58,9 +71,9 @@ def decide(
     for match in matches:
         if consumed & set(match.outputs) or replaced & set(match.nodes):
             continue  # part of a larger match, or contains a smaller one
-        decision = (refused or {}).get(match) or _decision(match, context, strict)
-        if decision.kind != "leave" and fuel is not None and fuel <= used:
-            decision = Decision(match, "leave", f"liger.fuel={fuel} is used up")
+        decision = (refused or {}).get(match) or _decision(match, context)
+        if decision.kind != "leave" and rules.fuel is not None and rules.fuel <= used:
+            decision = Decision(match, "leave", f"liger.fuel={rules.fuel} is used up")
         used += decision.kind != "leave"
         decisions.append(decision)
         if decision.kind != "leave" or decision.covers:
@@ -70,34 +83,34 @@ def decide(
     return _without_covered(decisions, consumed)
 
 
-def _decision(match: Match, context: _Context, strict: bool) -> Decision:
+def _decision(match: Match, context: _Context) -> Decision:
     try:
         verdict = _verdict(match, context)
     except callbacks.PatternError as error:
-        return callbacks.left_for(error, match, strict)
+        return callbacks.left_for(error, match, context.rules.strict)
     if isinstance(verdict, str):
         return Decision(match, "leave", verdict)
     if verdict is None:
         before = insertion_point(match, context.position)
-        return _with_savings(Decision(match, "replace", before=before), context, strict)
+        return _with_savings(Decision(match, "replace", before=before), context)
     for why, covers in _why_unmarked(match, context):
         reason = f"{verdict.reason or 'its values are cheap to recompute in backward'}; {why}"
         return Decision(match, "leave", reason, covers=covers)
     annotated = Decision(match, "annotate", verdict.reason, keeps_outputs=verdict.keeps_outputs)
-    return _with_savings(annotated, context, strict)
+    return _with_savings(annotated, context)
 
 
-def _with_savings(decision: Decision, context: _Context, strict: bool) -> Decision:
+def _with_savings(decision: Decision, context: _Context) -> Decision:
     """Returns the decision with its savings: 0 if nothing would have been kept for backward."""
     match = decision.match
     is_marked = decision.kind == "annotate" or match.pattern.is_cheap
-    is_followed = context.recompute and context.takes_marks
-    if not context.runs_once or not _needs_gradient(match) or (is_marked and not is_followed):
+    is_followed = context.rules.recompute and context.rules.takes_marks
+    if not context.rules.runs_once or not _needs_gradient(match) or (is_marked and not is_followed):
         return replace(decision, saved_bytes=0)
     try:
         return replace(decision, saved_bytes=callbacks.saves(match))
     except callbacks.PatternError as error:  # only the number is lost
-        if strict:
+        if context.rules.strict:
             raise
         reason = "; ".join(filter(None, (decision.reason, str(error))))
         return replace(decision, reason=reason, failed=True)
@@ -110,11 +123,11 @@ def _verdict(match: Match, context: _Context) -> str | Annotate | None:
             return reason
     if reason := callbacks.check(match):
         return reason
-    if context.policy == "never":
+    if context.rules.policy == "never":
         return "liger.policy is 'never'"
     is_only_marked = match.pattern.replace is None
     verdict = None
-    if context.policy == "auto" or is_only_marked:  # profit also returns the reason of a mark
+    if context.rules.policy == "auto" or is_only_marked:  # profit also returns the reason of a mark
         verdict = callbacks.profit(match)
     if verdict is None and is_only_marked:
         verdict = Annotate("")
@@ -123,13 +136,13 @@ def _verdict(match: Match, context: _Context) -> str | Annotate | None:
 
 def _why_unmarked(match: Match, context: _Context) -> Iterator[tuple[str, bool]]:
     """Yields why a mark would have no effect, and whether the place counts as covered (Inductor compiles it well)."""
-    if not context.runs_once:
+    if not context.rules.runs_once:
         yield "the checkpoint already determines what is recomputed", False
-    if not context.recompute:
+    if not context.rules.recompute:
         yield "liger.recompute='off' keeps them", False
     if not _needs_gradient(match):
         yield "no gradient is computed here, so nothing is kept", True
-    if not context.takes_marks:
+    if not context.rules.takes_marks:
         yield "liger.inner='eager' ignores marks, and keeps them", True
 
 
@@ -169,10 +182,7 @@ def _without_covered(decisions: list[Decision], consumed: set[Node]) -> list[Dec
 class _Context:
     mutations: Mutations
     regions: Regions
-    runs_once: bool
-    policy: str = "auto"
-    recompute: bool = True
-    takes_marks: bool = True
+    rules: Rules
 
     def position(self, node: Node) -> int:
         return self.mutations.position[node]
@@ -328,7 +338,7 @@ def _refuse_aliases(match: Match, context: _Context) -> str | None:
 
 
 def _refuse_inner_loss(match: Match, context: _Context) -> str | None:
-    if match.pattern.is_loss and not context.runs_once:
+    if match.pattern.is_loss and not context.rules.runs_once:
         return "a loss inside a checkpoint runs twice, and its replacement computes gradients in forward"
     return None
 

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import logging
 import operator
 import re
 from bisect import bisect_left
@@ -27,7 +26,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch._dispatch.python import enable_python_dispatcher
 from torch.fx import Graph, Node
 
 from liger_compile.diagnose.compare import Comparer, Comparison, Difference
@@ -42,6 +40,8 @@ from liger_compile.terms.build import Terms, trace
 from liger_compile.terms.call import Draw
 from liger_compile.terms.term import Term
 from liger_compile.terms.unify import Bindings, Unifier, operands_of
+from liger_compile.torch_internals.dispatch import enable_python_dispatcher
+from liger_compile.torch_internals.fake_tensors import FakeTensor, FakeTensorMode, errors_not_logged
 
 # The number of nodes on each side of the first output that are tried as a further output, and the number of assignments
 # of dtypes for one skeleton: bounds that keep matching linear in the graph.
@@ -125,7 +125,7 @@ def _skeleton(pattern: Pattern) -> _Skeleton:
         examples = pattern.examples
         tensors = tuple(name for name, example in examples.items() if isinstance(example, torch.Tensor))
         optional = frozenset(name for name in tensors if "None" in str(pattern.parameters[name].annotation))
-        with torch._subclasses.FakeTensorMode():
+        with FakeTensorMode():
             outputs = _traced(pattern, {n: (tuple(examples[n].shape), examples[n].dtype) for n in tensors})
         _skeletons[pattern] = _Skeleton(outputs, tensors, optional, outputs[0].uncast.written())
     return _skeletons[pattern]
@@ -137,14 +137,9 @@ def _traced(pattern: Pattern, tensors: Mapping[str, Any]) -> tuple[Term, ...]:
     for name, described in tensors.items():
         captures[name] = None if described is None else torch.empty(described[0], dtype=described[1])
     # Trying is the only way to find the shapes that search rejects; fake tensors log each such error with its trace.
-    log = logging.getLogger("torch._subclasses.fake_tensor")
-    disabled, log.disabled = log.disabled, True
-    try:
-        # An autocast around the model has inserted its casts into the graph; search contains its own casts.
-        with without_modes():
-            return trace(pattern.search, captures)
-    finally:
-        log.disabled = disabled
+    # An autocast around the model has inserted its casts into the graph; search contains its own casts.
+    with errors_not_logged(), without_modes():
+        return trace(pattern.search, captures)
 
 
 # Attempts
@@ -159,11 +154,7 @@ class _Index:
         self.last = next(iter(reversed(graph.nodes)))
         self.position = terms.mutations.position
         self.fake_mode = next(
-            (
-                t.fake_mode
-                for n in graph.nodes
-                if isinstance(t := n.meta.get("example_value"), torch._subclasses.FakeTensor)
-            ),
+            (t.fake_mode for n in graph.nodes if isinstance(t := n.meta.get("example_value"), FakeTensor)),
             None,
         )
         self.exact: dict[

@@ -19,12 +19,21 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node, symbolic_trace
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
-from liger_compile.graphs.aliasing import storage_of, storages_of
+from liger_compile.graphs.aliasing import storages_of
 from liger_compile.graphs.effects import written_arguments
 from liger_compile.terms.term import size_of
+from liger_compile.torch_internals.autograd import function_of
+from liger_compile.torch_internals.dispatch import TorchDispatchMode
+from liger_compile.torch_internals.operators import (
+    HigherOrderOperator,
+    OpOverload,
+    OpOverloadPacket,
+    called_overload,
+    schema_of,
+)
+from liger_compile.torch_internals.pytree import tree_leaves, tree_map, tree_map_only
+from liger_compile.torch_internals.tensors import storage_of
 
 _META = ("stack_trace", "nn_module_stack", "source_fn_stack")
 
@@ -82,7 +91,7 @@ class Recorder(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        is_higher = isinstance(func, torch._ops.HigherOrderOperator)
+        is_higher = isinstance(func, HigherOrderOperator)
         out = _without_gradients(func, args, kwargs) if is_higher else func(*args, **kwargs)
         parts = out if isinstance(out, (tuple, list)) else (out,)
         if any(isinstance(part, torch.Tensor) for part in parts):
@@ -133,8 +142,8 @@ class Recorder(TorchFunctionMode):
 
     def _made(self, func: Any, args: tuple, kwargs: dict, values: Any) -> Node:
         name = getattr(func, "__name__", "")
-        if isinstance(func, torch._ops.OpOverloadPacket):
-            func = _overload(func, *values)
+        if isinstance(func, OpOverloadPacket):
+            func = called_overload(func, *values)
         elif name == "__get__":  # a property: x.real
             return self.graph.call_function(getattr, (args[0], func.__self__.__name__))
         elif name == "__setitem__":
@@ -209,7 +218,7 @@ class _Writes(TorchDispatchMode):
         kwargs = kwargs or {}
         if _is_random(func, args, kwargs):
             self.recorder.random.append(_name(func))
-        if isinstance(func, torch._ops.OpOverload) and func._schema.is_mutable:
+        if isinstance(func, OpOverload) and schema_of(func).is_mutable:
             written = tree_leaves(list(_written(func, args, kwargs)))
             storages = (storage_of(value) for value in written if isinstance(value, torch.Tensor))
             for name in self.recorder.captures_in(storages):
@@ -217,9 +226,9 @@ class _Writes(TorchDispatchMode):
         return func(*args, **kwargs)
 
 
-def _written(func: torch._ops.OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[Any]:
+def _written(func: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[Any]:
     """Yields the arguments that an operator writes into."""
-    for position, argument in enumerate(func._schema.arguments):
+    for position, argument in enumerate(schema_of(func).arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:
             yield args[position] if position < len(args) else kwargs.get(argument.name)
 
@@ -227,26 +236,14 @@ def _written(func: torch._ops.OpOverload, args: Sequence[Any], kwargs: Mapping[s
 def _is_random(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
     if torch.Tag.nondeterministic_seeded not in getattr(func, "tags", ()):
         return False
-    arguments = [argument.name for argument in func._schema.arguments]
+    arguments = [argument.name for argument in schema_of(func).arguments]
     values = {**dict.fromkeys(arguments, 0), **dict(zip(arguments, args, strict=False)), **kwargs}
     return values.get("dropout_p") != 0  # attention has the tag too, but draws no numbers without dropout
 
 
-def _overload(packet: torch._ops.OpOverloadPacket, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    """Returns the overload that a packet calls for these values; the packet itself if that is unknown."""
-    names = packet.overloads()
-    if len(names) == 1:
-        return getattr(packet, names[0])
-    try:
-        name = torch._C._jit_resolve_packet(packet._qualified_op_name, *args, **kwargs)
-    except RuntimeError:
-        return packet
-    return getattr(packet, name or "default")
-
-
 def _name(func: Any) -> str:
     """Returns the name of a torch function for people: "relu_", "Tensor.data"."""
-    if isinstance(func, torch._ops.OpOverload):
+    if isinstance(func, OpOverload):
         return func.overloadpacket.__name__
     if isinstance(func, str):
         return func
@@ -300,7 +297,7 @@ def autograd_function(results: Iterable[torch.Tensor]) -> str | None:
         if made_by is None or made_by in seen:
             continue
         seen.add(made_by)
-        function = getattr(made_by, "_forward_cls", None)
+        function = function_of(made_by)
         if function is not None and not function.__module__.startswith("torch."):
             return function.__name__
         stack.extend(node for node, _ in made_by.next_functions)

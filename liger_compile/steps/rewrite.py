@@ -26,6 +26,7 @@ from liger_compile.pattern import Capture, Decision, Match
 from liger_compile.steps import callbacks
 from liger_compile.steps.recording import Recorder, faults_of
 from liger_compile.terms.term import size_of, sizes_of
+from liger_compile.torch_internals.fx import is_erased
 
 
 @dataclass(frozen=True)
@@ -231,5 +232,5 @@ def _strides(tensor: torch.Tensor) -> tuple[Any, ...]:
 
 def _erase_unused(graph: Graph, match: Match) -> None:
     for node in reversed(match.nodes):
-        if not node.users and not node._erased:
+        if not node.users and not is_erased(node):
             graph.erase_node(node)

@@ -39,6 +39,7 @@ class Note:
     meaning: Meaning | None = None
 
 
+# Many parameters because they are those of F.scaled_dot_product_attention.
 def attention(
     call: Call,
     query: Term,
@@ -111,7 +112,7 @@ def _canonical(space: Space, mask: Term, meaning: Meaning) -> Term:
 
 
 def _noted(space: Space, term: Term, outcome: str, reason: str, meaning: Meaning | None = None) -> Term:
-    space.found_out["note", term] = Note(outcome, reason, meaning)
+    space.findings.notes[term] = Note(outcome, reason, meaning)
     return term
 
 
@@ -369,8 +370,9 @@ def _name(dtype: torch.dtype | None) -> str:
 
 def notes_in(space: Space, terms: Iterable[Any]) -> list[Note]:
     """Returns the notes on the attention among these terms, one for each distinct term."""
+    notes = space.findings.notes
     found = dict.fromkeys(term for term in terms if isinstance(term, Term))
-    return [space.found_out["note", term] for term in found if ("note", term) in space.found_out]
+    return [notes[term] for term in found if term in notes]
 
 
 def sentences(notes: Iterable[Note]) -> Iterator[str]:

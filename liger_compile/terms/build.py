@@ -16,7 +16,6 @@ import torch
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_map
 
 from liger_compile.graphs.aliasing import Mutations, handed_to
 from liger_compile.graphs.regions import Regions
@@ -26,6 +25,7 @@ from liger_compile.terms.indices import OPERATIONS
 from liger_compile.terms.operators import call
 from liger_compile.terms.scalars import is_integer
 from liger_compile.terms.term import ConstVar, Scalar, Space, Term, sizes_of
+from liger_compile.torch_internals.pytree import tree_map
 
 Step = Callable[[Any], Any]
 ROUND_TRIP = 8  # most nodes between a value and a node that restores it

@@ -191,8 +191,8 @@ def _rotate_half(space: Space, term: Term) -> Term | None:
     for sign, hi, lo in ((ONE, _negated(first), second), (MINUS_ONE, first, _negated(second))):
         if hi is None or lo is None or not _same_source(hi, lo):
             continue
-        (x,), (low, middle), (start, stop) = hi.args, lo.consts[1:3], hi.consts[1:3]
-        if start == middle and middle - low == stop - middle and {lo.consts[3], hi.consts[3]} == {1}:
+        (x,), (_, low, middle, lo_step), (_, start, stop, hi_step) = hi.args, lo.consts, hi.consts
+        if start == middle and middle - low == stop - middle and {lo_step, hi_step} == {1}:
             x = slice_(space, x, -1, low, stop, 1)
             rotated = space.intern("rotate_half", (x,), (), x.dtype, x.shape)
             return mul(space, ((rotated, 1),), sign, x.dtype, x.shape)
@@ -236,10 +236,11 @@ def _interleaved(space: Space, even: Term, odd: Term) -> Term | None:
     if even.op == odd.op == "cast" and even.may_be_passed:
         x = _interleaved(space, even.args[0], odd.args[0])
         return None if x is None else cast(space, x, even.dtype)
-    if not _same_source(even, odd) or not even.consts[3] == odd.consts[3] == 2:
+    if not _same_source(even, odd):
         return None
-    (x,), (start, stop) = even.args, even.consts[1:3]
-    return slice_(space, x, -1, start, stop, 1) if odd.consts[1:3] == (start + 1, stop) else None
+    (x,), (dim, start, stop, step) = even.args, even.consts
+    is_interleaved = step == 2 and odd.consts == (dim, start + 1, stop, step)
+    return slice_(space, x, -1, start, stop, 1) if is_interleaved else None
 
 
 def _same_source(a: Term, b: Term) -> bool:
@@ -367,8 +368,10 @@ def _linear_with_bias(space: Space, term: Term) -> Term | None:
     if len(term.args) != 2 or term.consts[0] != ZERO:
         return None
     for product, bias in (term.args, term.args[::-1]):
-        if product.op == "linear" and product.args[2] is space.none and bias.shape == product.shape[-1:]:
-            return apply(space, "linear", (*product.args[:2], bias), (), term.dtype, term.shape)
+        if product.op == "linear" and bias.shape == product.shape[-1:]:
+            x, weight, other_bias = product.args
+            if other_bias is space.none:
+                return apply(space, "linear", (x, weight, bias), (), term.dtype, term.shape)
     return None
 
 

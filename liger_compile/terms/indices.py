@@ -75,14 +75,14 @@ class Meaning:
 
 def mask_meaning(space: Space, mask: Term, queries: Size, keys: Size) -> Meaning:
     """Returns the meaning of `mask`, boolean or added to the scores, broadcast to (..., queries, keys)."""
-    key = ("mask", mask, queries, keys)
-    if key not in space.found_out:
+    known, key = space.findings.meanings, (mask, queries, keys)
+    if key not in known:
         try:
-            space.found_out[key] = _Reader(space, mask, queries, keys).meaning()
+            known[key] = _Reader(space, mask, queries, keys).meaning()
         except UnreadError as why:
-            known = _but_for_inputs(space, mask, queries, keys, str(why))
-            space.found_out[key] = known or Meaning("unknown", str(why))
-    return space.found_out[key]
+            but_for_inputs = _but_for_inputs(space, mask, queries, keys, str(why))
+            known[key] = but_for_inputs or Meaning("unknown", str(why))
+    return known[key]
 
 
 def _but_for_inputs(space: Space, mask: Term, queries: Size, keys: Size, why: str) -> Meaning | None:
@@ -301,7 +301,7 @@ class _Reader:
         if term.op == "full":
             return self._only(Linear(float(term.consts[0])))
         if term.op == "arange":
-            start, step = (of_size(const) for const in term.consts[:2])
+            start, step = map(of_size, term.consts)
             return self._only(start.plus(scaled(at[-1], step)))
         if term.op == "cast":
             return self.number(term.args[0], at)

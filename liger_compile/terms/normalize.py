@@ -310,10 +310,10 @@ def _unbroadcast_all(space: Space, terms: list[Term], shape: tuple[Size, ...]) -
 def _unbroadcast(space: Space, term: Term) -> Term:
     if not term.may_be_passed:
         return term
-    key = "unbroadcast", term
-    if key not in space.found_out:
-        space.found_out[key] = _find_unbroadcast(space, term)
-    return space.found_out[key]
+    known = space.findings.unbroadcast
+    if term not in known:
+        known[term] = _find_unbroadcast(space, term)
+    return known[term]
 
 
 def _find_unbroadcast(space: Space, term: Term) -> Term:
@@ -381,12 +381,12 @@ def slice_(
     size = term.shape[dim]
     if start == 0 and stop == size and step == 1:
         return term
-    if term.op == "slice" and term.consts[0] == dim and term.consts[3] == 1:
-        offset = term.consts[1]
-        return slice_(space, term.args[0], dim, offset + start, offset + stop, step)
-    if term.op == "slice" and term.consts[0] > dim:  # slices of different dims commute: one order
-        inner = slice_(space, term.args[0], dim, start, stop, step)
-        return slice_(space, inner, *term.consts)
+    if term.op == "slice":
+        (x,), (inner_dim, offset, _, inner_step) = term.args, term.consts
+        if inner_dim == dim and inner_step == 1:
+            return slice_(space, x, dim, offset + start, offset + stop, step)
+        if inner_dim > dim:  # slices of different dims commute: one order
+            return slice_(space, slice_(space, x, dim, start, stop, step), *term.consts)
     if term.op == "cat" and term.consts == (dim,) and step == 1:
         part = _parts_of_cat(space, term).get((start, stop))
         if part is not None:
@@ -401,15 +401,15 @@ def slice_(
 
 def _parts_of_cat(space: Space, term: Term) -> Mapping[tuple[Size, Size], Term]:
     """Returns (start, stop) -> the part of a cat at these positions."""
-    key = "parts", term
-    if key not in space.found_out:
+    known = space.findings.parts_of_cats
+    if term not in known:
         (dim,), start, found = term.consts, 0, {}
         for part in term.args:
             stop = start + part.shape[dim]
             found[start, stop] = part
             start = stop
-        space.found_out[key] = found
-    return space.found_out[key]
+        known[term] = found
+    return known[term]
 
 
 def cat(space: Space, *args: Any, shape: tuple[Size, ...] = ()) -> Term:

@@ -21,6 +21,7 @@ from liger_compile.terms.call import Call, Draw, Value, const_of, negative, opaq
 from liger_compile.terms.index_operators import INDEX_TABLE
 from liger_compile.terms.layout_operators import LAYOUT_TABLE, halves
 from liger_compile.terms.term import ConstVar, Scalar, Space, Term
+from liger_compile.torch_internals.operators import OpOverload, OpOverloadPacket, qualified_name, schema_of
 
 
 def call(space: Space, target: Any, args: Any, kwargs: Any, out: Any, name: str) -> Value:
@@ -72,12 +73,10 @@ _ALIASES = {
 
 def _name(target: Any) -> str:
     """Returns torch's name for an operator, however it is called; empty for functions that are not torch's own."""
-    if isinstance(target, torch._ops.OpOverload):
-        name = target._schema.name.removeprefix("aten::") if target.namespace == "aten" else ""
-    elif isinstance(
-        target, torch._ops.OpOverloadPacket
-    ):  # from torch 2.14 on, Dynamo calls x.mT by its packet
-        namespace, _, name = target._qualified_op_name.partition("::")
+    if isinstance(target, OpOverload):
+        name = schema_of(target).name.removeprefix("aten::") if target.namespace == "aten" else ""
+    elif isinstance(target, OpOverloadPacket):  # from torch 2.14 on, Dynamo calls x.mT by its packet
+        namespace, _, name = qualified_name(target).partition("::")
         name = name if namespace == "aten" else ""
     elif isinstance(target, str):
         name = target
@@ -441,6 +440,7 @@ def _batched(call: Call, x: Term, y: Term, first: str, second: str, out: str) ->
     return normalize.permute(call.space, product, *(made.index(name) - len(made) for name in out))
 
 
+# Many parameters because they are those of F.cross_entropy.
 def _cross_entropy(
     call,
     input,

@@ -12,12 +12,16 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import sympy
 import torch
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+if TYPE_CHECKING:
+    from liger_compile.terms.attention import Note
+    from liger_compile.terms.indices import Meaning
 
 MADE_HERE = "made in the graph"  # marks a leaf that is no input, and whose computation is unknown
 Size = int | sympy.Expr  # a dimension: static, or symbolic as in SymInt.node.expr
@@ -224,6 +228,23 @@ def same_constant(a: Any, b: Any) -> bool:
     return a == b and (type(a) is not float or type(b) is not float or close(a, b))
 
 
+@dataclass(frozen=True)
+class Findings:
+    """Facts about terms of a space that are computed once.
+
+    Args:
+        unbroadcast: a term -> the term without the expands that implicit broadcasting supplies (normalize.py).
+        parts_of_cats: a cat -> its parts by (start, stop) (normalize.py).
+        meanings: a mask and the sizes of queries and keys -> its meaning (indices.py).
+        notes: a term of attention -> why it keeps its mask, or stays written out (attention.py).
+    """
+
+    unbroadcast: dict[Term, Term] = field(default_factory=dict)
+    parts_of_cats: dict[Term, Mapping[tuple[Size, Size], Term]] = field(default_factory=dict)
+    meanings: dict[tuple[Term, Size, Size], Meaning] = field(default_factory=dict)
+    notes: dict[Term, Note] = field(default_factory=dict)
+
+
 class Space:
     """All terms of one graph, or of one traced pattern."""
 
@@ -239,7 +260,7 @@ class Space:
         self.same_uncast: dict[Term, list[Term]] = {}  # uncast term -> the terms that round it differently
         self.parts: dict[Term, list[Term]] = {}  # term -> its views and slices
         self.better: dict[Term, Term] = {}  # term -> its rewrite by the rules
-        self.found_out: dict[Any, Any] = {}  # cached results of indices.py, attention.py and normalize.py
+        self.findings = Findings()
         self.shape_env: ShapeEnv | None = None  # holds the ranges of symbolic sizes
         self.none = self.intern("none", (), (), None, ())
 

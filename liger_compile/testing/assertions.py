@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
 
 from liger_compile.pattern import Pattern
 from liger_compile.registry import patterns_in_use
 from liger_compile.report import GraphReport, Site, reports
 from liger_compile.testing import precision
+from liger_compile.torch_internals.pytree import tree_leaves, tree_map
 
 
 def assert_rewrites(
@@ -131,7 +131,7 @@ def _compiled(
     options: dict[str, Any] = {"inner": inner, "strict": True, "policy": policy, "patterns": tuple(patterns)}
     options["skip"] = skip
     options = {f"liger.{name}": value for name, value in options.items()}
-    torch._dynamo.reset()
+    torch.compiler.reset()
     return torch.compile(function, backend="liger", dynamic=dynamic, options=options)
 
 

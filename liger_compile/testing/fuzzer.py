@@ -18,16 +18,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Interpreter, Node
-from torch.fx._lazy_graph_module import _LazyGraphModule
 from torch.fx.node import map_arg
-from torch.utils._pytree import tree_leaves
 
-from liger_compile.graphs.aliasing import storage_of, storages_of
+from liger_compile.graphs.aliasing import storages_of
 from liger_compile.pattern import Pattern
 from liger_compile.testing import graphs, precision
 from liger_compile.testing.graphs import Recorder, Rewriting, Value, again, name_of, replay
 from liger_compile.testing.mutations import MUTATIONS, ON_PURPOSE, WRITES, Call, Mutation, NotApplicable
 from liger_compile.testing.spellings import neutral_to, spellings_of
+from liger_compile.torch_internals.fx import LazyGraphModule
+from liger_compile.torch_internals.modes import SET_GRAD_ENABLED
+from liger_compile.torch_internals.pytree import tree_leaves
+from liger_compile.torch_internals.tensors import storage_of
 
 DTYPES = (torch.float32, torch.bfloat16)
 # Times eager's error: a mutant may be ill-conditioned, and a wrong meaning differs by far more than rounding does.
@@ -302,12 +304,12 @@ def written(call: Call, random: Random) -> Any:
 
 def without_grad(call: Call, random: Random) -> Any:
     """Runs the call with grad mode off."""
-    call.recorder.create_proxy("call_function", torch._C._set_grad_enabled, (False,), {})
+    call.recorder.create_proxy("call_function", SET_GRAD_ENABLED, (False,), {})
     try:
         result = call()
     finally:
-        torch._C._set_grad_enabled(True)
-    call.recorder.create_proxy("call_function", torch._C._set_grad_enabled, (True,), {})
+        torch.set_grad_enabled(True)
+    call.recorder.create_proxy("call_function", SET_GRAD_ENABLED, (True,), {})
     return result
 
 
@@ -367,7 +369,7 @@ class _InDouble(Interpreter):
             value, example = self.env[arg], arg.meta["example_value"]
             return value.to(example.dtype) if isinstance(example, Tensor) else value
 
-        with torch._C.DisableTorchFunction():
+        with torch.DisableTorchFunction():
             args, kwargs = map_arg((n.args, n.kwargs), narrowed)
             result = getattr(self, n.op)(n.target, args, kwargs)
         if not _is_floating(result):
@@ -422,4 +424,4 @@ def copy_of(gm: GraphModule) -> GraphModule:
     graph = Graph()
     outputs = graph.graph_copy(gm.graph, {})
     graph.output(outputs).meta.update(gm.graph.output_node().meta)
-    return _LazyGraphModule(torch.nn.Module(), graph)
+    return LazyGraphModule(torch.nn.Module(), graph)

@@ -14,19 +14,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch._subclasses import FakeTensor
 from torch.fx import Graph, GraphModule, Node, Proxy
-from torch.fx._lazy_graph_module import _LazyGraphModule
 from torch.fx.node import map_arg
 from torch.fx.proxy import GraphAppendingTracer
 
 from liger_compile.graphs.aliasing import Mutations
 from liger_compile.pattern import Decision, NearMiss, Pattern
 from liger_compile.registry import patterns_in_use
-from liger_compile.steps.decide import decide
+from liger_compile.steps.decide import Rules, decide
 from liger_compile.steps.match import find_matches
 from liger_compile.steps.rewrite import rewrite as carry_out
 from liger_compile.terms.build import Terms
+from liger_compile.torch_internals.fake_tensors import FakeTensor
+from liger_compile.torch_internals.fx import LazyGraphModule
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def rewrite(gm: GraphModule, patterns: Iterable[Pattern] = (), *, policy: str = 
     mutations = Mutations(gm.graph)
     terms = Terms(gm.graph, mutations)
     matches, near_misses = find_matches(gm.graph, patterns_in_use(patterns), terms)
-    decisions = decide(gm.graph, matches, mutations, policy=policy)
+    decisions = decide(gm.graph, matches, mutations, rules=Rules(policy))
     decisions = carry_out(gm.graph, decisions)
     gm.recompile()
     return Rewriting(gm, decisions, near_misses)
@@ -71,9 +71,9 @@ def capture(function: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Gr
 
         return run
 
-    torch._dynamo.reset()
+    torch.compiler.reset()
     torch.compile(function, backend=backend, fullgraph=True, dynamic=False)(*args, **kwargs)
-    torch._dynamo.reset()
+    torch.compiler.reset()
     return captured[0]
 
 
@@ -147,7 +147,7 @@ class Recorder(GraphAppendingTracer):
         node = self.graph.output(tuple(value.node for value in outputs))
         node.meta["example_value"] = tuple(value.fake for value in outputs)
         _without_unused(self.graph)
-        return _LazyGraphModule(torch.nn.Module(), self.graph)  # most change again before they run
+        return LazyGraphModule(torch.nn.Module(), self.graph)  # most change again before they run
 
 
 def _without_unused(graph: Graph) -> None:

@@ -127,9 +127,10 @@ def swapped(call: Call, random: Random) -> Any:
         return call([*args[0]][::-1], *args[1:])
     if len(args) < 2 or not isinstance(args[1], (Value, int, float)):
         raise NotApplicable
-    if name_of(call.node) == "pow" and isinstance(args[1], (int, float)) and args[1] < 0:
+    first, second, *others = args
+    if name_of(call.node) == "pow" and isinstance(second, (int, float)) and second < 0:
         raise NotApplicable  # torch.fx writes pow(-0.5, x) as -0.5 ** x, which has another meaning
-    return call(args[1], args[0], *args[2:])
+    return call(second, first, *others)
 
 
 def other_number(call: Call, random: Random) -> Any:

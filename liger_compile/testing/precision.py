@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import keystr, tree_flatten_with_path, tree_leaves, tree_map
+
+from liger_compile.torch_internals.pytree import keystr, tree_flatten_with_path, tree_leaves, tree_map
 
 _DOUBLE = {
     torch.float16: torch.float64,
@@ -157,7 +158,7 @@ def gradients(outputs: Any, leaves: Sequence[Tensor]) -> list[Tensor | None]:
     generator = torch.Generator().manual_seed(0)
     # Rounded to bfloat16, so that they are the same numbers in every dtype. Drawn in float32 even under in_double,
     # which would draw float64: torch.randn gives other numbers then.
-    with torch._C.DisableTorchFunction():
+    with torch.DisableTorchFunction():
         drawn = [
             torch.randn(root.shape, generator=generator, dtype=torch.float32).bfloat16() for root in roots
         ]

@@ -7,6 +7,11 @@ restores them.
 Inference mode is the worst case, with any backend (torch 2.11 to 2.13). The object that its first call returns restores
 the dispatcher's state when it is freed, which happens when the exception is dropped. That state is the state in the
 middle of the trace. From then on, every operator raises "PythonDispatcherTLS was not set" in that thread.
+
+part                                    torch           can go
+torch._C._InferenceMode                 2.11 to 2.13    with the fault above
+torch._C._PreserveDispatchKeyGuard      2.11 to 2.13    with the fault above
+torch._C._set_grad_enabled              2.11 to 2.13    no public name for what Dynamo's graphs call
 """
 
 from __future__ import annotations
@@ -19,6 +24,8 @@ from typing import Any
 
 import torch
 from torch.fx import Interpreter
+
+SET_GRAD_ENABLED = torch._C._set_grad_enabled  # the function that a graph calls to switch gradients on or off
 
 _Settings = tuple[tuple[Callable[[], Any], Callable[[Any], Any]], ...]
 _MODES = (torch._C._InferenceMode, torch.amp.autocast_mode.autocast)  # the types that the first calls return
@@ -36,7 +43,7 @@ def _deterministic() -> tuple[bool, bool]:
 # cache of autocast off while it traces.
 _SETTINGS: _Settings = (
     (torch.is_autocast_cache_enabled, torch.set_autocast_cache_enabled),
-    (torch.is_grad_enabled, torch._C._set_grad_enabled),
+    (torch.is_grad_enabled, SET_GRAD_ENABLED),
     (_deterministic, _set_deterministic),
 )
 

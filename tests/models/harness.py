@@ -107,8 +107,8 @@ def replaced(
 
 
 def by_default(counts: Mapping[str, int]) -> dict[str, int]:
-    """Those of these sites that the default policy replaces on a CPU. It marks norms and whole MLPs for recompute,
-    takes a norm and its rotation for two, and leaves windows and capped scores to a GPU."""
+    """Those of these sites that the default policy replaces on a CPU. It marks norms and MLPs for recompute, takes
+    a norm and its rotation for two, and leaves windows and capped scores to a GPU."""
     found: Counter[str] = Counter()
     for name, count in counts.items():
         op = name.partition(".")[0]

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 import liger_compile
-from liger_compile.compile import cache_counts
 from liger_compile.runtime import shared_zeros
+from liger_compile.torch_internals.aot_autograd import cache_counts
 from tests.models.families import BY_NAME
 from tests.models.harness import (
     Step,
@@ -211,7 +211,7 @@ def test_reduce_overhead() -> None:
         assert_within(step(function, model, *inputs), expected, EXACT)
     assert_replaced(REPLACED)
     (report,) = liger_compile.reports()
-    marked = ("gated_mlp.swiglu", "rms_norm")  # what pays, by default
+    marked = ("gated_mlp.swiglu", "rms_norm")
     assert report.count("annotate") == sum(LLAMA.counts[op] for op in marked)
 
 

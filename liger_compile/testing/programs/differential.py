@@ -25,6 +25,7 @@ from liger_compile.forward_passes.specialize import copied
 from liger_compile.report import clear_reports, reports
 from liger_compile.testing.programs.grammar import CLASSES, PARAMETERS, WIDTH
 from liger_compile.testing.programs.program import Call, Program
+from liger_compile.torch_internals.dynamo import lookup_backend
 from liger_compile.torch_internals.modes import restored_if_raised
 
 EAGER, STOCK = "eager", "aot_eager"
@@ -172,8 +173,8 @@ def run(
     with _no_warnings():
         try:
             for position, call in enumerate(program.calls):
-                prefix = f"call {position}: "
-                _run_call(outcome, prefix, program, call, function, parameters, kind, device, nudge, scale)
+                inputs = _inputs(program, call, kind, device, nudge)
+                _run_call(outcome, f"call {position}: ", call, function, parameters, inputs, scale)
         except Exception as error:
             outcome.error = f"{type(error).__name__}: {error}"
     return outcome
@@ -248,17 +249,13 @@ def _mode(name: str, device: str) -> Iterator[None]:
 def _run_call(
     outcome: Outcome,
     prefix: str,
-    program: Program,
     call: Call,
     function: Callable[..., Any],
     parameters: dict[str, Tensor],
-    dtype: torch.dtype,
-    device: str,
-    nudge: int,
+    inputs: dict[str, Tensor],
     scale: float,
 ) -> None:
-    see = outcome.seen
-    inputs = _inputs(program, call, dtype, device, nudge)
+    see, device = outcome.seen, inputs["x"].device.type
     for tensor in parameters.values():
         tensor.grad = None
     torch.manual_seed(0)
@@ -337,7 +334,7 @@ class _Backends:
             graph = copied(gm)
             if variant == STOCK:
                 with restored_if_raised():  # otherwise a program that fails here also breaks the later ones
-                    compiled[variant] = torch._dynamo.lookup_backend("aot_eager")(graph, list(example_inputs))
+                    compiled[variant] = lookup_backend("aot_eager")(graph, list(example_inputs))
             else:
                 policy, inner = variant.split("/")
                 options = {"liger.policy": policy, "liger.inner": inner, "liger.strict": True, **self.options}
@@ -359,7 +356,7 @@ def _compiled(
     device: str,
 ) -> dict[str, Outcome]:
     """Returns an outcome for each variant. If the compilation of one fails, each variant runs separately."""
-    torch._dynamo.reset()
+    torch.compiler.reset()
     backends = _Backends(options).of(variants)
     compiled = torch.compile(function, backend=backends, dynamic=program.dynamic)
     outcomes = {}
