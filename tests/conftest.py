@@ -33,7 +33,7 @@ torch._inductor.config.cpp.simdlen = 1
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads its options
 def pytest_cmdline_main(config):
     """The whole suite runs in two processes if pytest-xdist is installed. Options and named files go before."""
-    has_xdist = config.pluginmanager.hasplugin("xdist")
+    has_xdist = config.pluginmanager.hasplugin("xdist") and "PYTEST_XDIST_WORKER" not in os.environ
     is_whole = config.args_source is not pytest.Config.ArgsSource.ARGS
     if has_xdist and is_whole and config.option.numprocesses is None and not config.option.usepdb:
         config.option.numprocesses = 2

@@ -301,7 +301,8 @@ class _Reader:
         if term.op == "full":
             return self._only(Linear(float(term.consts[0])))
         if term.op == "arange":
-            start, step = map(of_size, term.consts)
+            start, step, *_ = term.consts
+            start, step = of_size(start), of_size(step)
             return self._only(start.plus(scaled(at[-1], step)))
         if term.op == "cast":
             return self.number(term.args[0], at)
