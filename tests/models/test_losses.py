@@ -83,5 +83,5 @@ def test_the_whole_model(logits: str) -> None:
     left = [site for site in report.sites if site.kind == "leave"]
     (note,) = report.notes
     assert [site.pattern for site in left] == ([] if is_fused else ["linear_cross_entropy.plain"])
-    assert ("computed when they are read" if is_fused else "liger.logits is 'eager'") in note
+    assert ("computed on the first read" if is_fused else "liger.logits is 'eager'") in note
     assert is_fused or "the graph returns them" in left[0].reason

@@ -97,7 +97,8 @@ def with_autocast_inside(family: Family, model: nn.Module, backend: Any) -> Loss
 class Way:
     """How a model is compiled, and run once for each of `lengths`.
 
-    `outside` are the sites that are not compiled; `eager` is around a step in eager mode, and `around` around ours too.
+    `outside` are the sites that are not compiled, or not marked because a checkpoint recomputes them. `eager` is around
+    a step in eager mode, and `around` around ours too.
     """
 
     compiled: Callable[..., Loss]
@@ -115,7 +116,7 @@ WAYS = {
     "layer_by_layer": Way(layer_by_layer, outside={"norms": 1, "loss": 1}),
     "broken_between_layers": Way(broken_between_layers),
     "broken_within_layers": Way(broken_within_layers),
-    "checkpointed": Way(checkpointed, inner="aot_eager"),
+    "checkpointed": Way(checkpointed, outside={"mlps": 2}, inner="aot_eager"),
     "float16": Way(whole, dtype=torch.float16),
     "autocast_around": Way(whole, around=autocast, eager=autocast),
     "autocast_inside": Way(with_autocast_inside, eager=autocast),
