@@ -328,3 +328,13 @@ def test_attention_that_keeps_its_mask_has_a_reason():
     torch.compile(attend, backend=backend, fullgraph=True)(x, y)
     (note,) = found
     assert note.startswith("attention keeps its mask 1x") and "not as many queries as keys" in note
+
+
+def test_a_proof_that_fails_is_a_reason_and_no_silence():
+    """Its ValueError would count as a call that does not fit the operator, and attention would be in no report."""
+    graph = torch.fx.Graph()
+    space = Terms(graph, Mutations(graph)).space
+    no_start = space.intern("arange", (), (), torch.int64, (LENGTH,))
+    mask = space.intern("cast", (no_start,), (), torch.bool, (LENGTH, LENGTH))
+    found = mask_meaning(space, mask, LENGTH, LENGTH)
+    assert found.kind == "unknown" and found.reason.startswith("the proof about its mask failed: ValueError")

@@ -78,11 +78,21 @@ def mask_meaning(space: Space, mask: Term, queries: Size, keys: Size) -> Meaning
     known, key = space.findings.meanings, (mask, queries, keys)
     if key not in known:
         try:
-            known[key] = _Reader(space, mask, queries, keys).meaning()
-        except UnreadError as why:
-            but_for_inputs = _but_for_inputs(space, mask, queries, keys, str(why))
-            known[key] = but_for_inputs or Meaning("unknown", str(why))
+            known[key] = _proven(space, mask, queries, keys)
+        except (TypeError, AttributeError, LookupError, ValueError) as fault:
+            # `operators.call` takes these for a call that does not fit its operator, which no report names.
+            known[key] = Meaning(
+                "unknown", f"the proof about its mask failed: {type(fault).__name__}: {fault}"
+            )
     return known[key]
+
+
+def _proven(space: Space, mask: Term, queries: Size, keys: Size) -> Meaning:
+    try:
+        return _Reader(space, mask, queries, keys).meaning()
+    except UnreadError as why:
+        but_for_inputs = _but_for_inputs(space, mask, queries, keys, str(why))
+        return but_for_inputs or Meaning("unknown", str(why))
 
 
 def _but_for_inputs(space: Space, mask: Term, queries: Size, keys: Size, why: str) -> Meaning | None:

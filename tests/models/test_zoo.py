@@ -92,7 +92,10 @@ def test_the_page_agrees_with_the_table() -> None:
 
 
 def test_nearly_all_is_found() -> None:
-    """At least 95% of the sites of each kind, in the three ways together; 94% of the losses are fused with the head."""
+    """At least 95% of the sites of each kind, in the three ways together; 94% of the losses: 85 of 90 are fused.
+
+    A loss counts where it is fused with the head. Marian, mBART (a bias that is added apart) and own_chunks are not.
+    """
     for kind in zoo.KINDS:
         trained = [(specimen, way) for specimen in zoo.SPECIMENS for way in specimen.ways]
         present = sum(specimen.present[kind] for specimen, _ in trained)
