@@ -28,6 +28,7 @@ from liger_compile.pipeline import Rewritten, rewritten
 from liger_compile.registry import patterns_in_use
 from liger_compile.report import GraphReport, record
 from liger_compile.runtime.optimizer_steps import watch_steps
+from liger_compile.runtime.separate_outputs import separating, storages_of_outputs
 from liger_compile.runtime.shared_zeros import sharing_zeros, strides_of_outputs
 from liger_compile.torch_internals import inductor
 
@@ -92,7 +93,7 @@ def _compiled(
     notes: Sequence[str],
 ) -> Callable[..., Any]:
     """Compiles a rewritten graph and records its report."""
-    strides = strides_of_outputs(graph.gm.graph)
+    strides, storages = strides_of_outputs(graph.gm.graph), storages_of_outputs(graph.gm.graph)
     result = compiling.compile_graph(
         graph.gm,
         inputs,
@@ -105,7 +106,7 @@ def _compiled(
     )
     # Recorded last: Dynamo may restart the analysis and call the backend again with another graph of the same code.
     record(graph.report.of_variant(variant).with_notes(notes))
-    return materializing(sharing_zeros(result, strides), graph.late_outputs)
+    return materializing(separating(sharing_zeros(result, strides), storages), graph.late_outputs)
 
 
 liger.reset = inductor.free_cudagraphs  # pyright: ignore[reportFunctionMemberAccess]

@@ -421,3 +421,26 @@ def test_outputs_that_come_back_stand_after_what_they_read(run_liger):
     args = arguments()
     (loss, *outputs), _ = run_liger(steps_after_the_loss, *args, policy="auto", inner="aot_eager")
     torch.testing.assert_close((loss, *outputs), steps_after_the_loss(*args))
+
+
+@pytest.mark.parametrize("inner", ["aot_eager", "inductor"])
+@pytest.mark.parametrize(
+    "given", [lambda hidden: hidden, lambda hidden: hidden.view(-1), lambda hidden: hidden[0]]
+)
+def test_logits_are_right_after_a_write_into_the_hidden_state_that_is_returned_too(inner, given):
+    def model(x, w, labels):
+        hidden = x * 2  # whose backward needs no result
+        logits = F.linear(hidden, w)
+        return F.cross_entropy(logits.view(-1, V), labels.view(-1)), logits, given(hidden)
+
+    x, w, labels = arguments()
+    _, logits, hidden = compiled(model, inner)(x, w, labels)
+    expected = model(x, w, labels)
+    assert isinstance(logits, LazyTensor) and fused() == ["replace"]
+    for written in (hidden, expected[2]):
+        with torch.no_grad():
+            written.zero_()
+    torch.testing.assert_close(logits.detach() + 0, expected[1].detach())
+    found = torch.autograd.grad(logits.square().sum(), x)
+    x2 = x.detach().requires_grad_()
+    torch.testing.assert_close(found, torch.autograd.grad(model(x2, w, labels)[1].square().sum(), x2))

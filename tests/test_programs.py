@@ -149,6 +149,27 @@ def test_after_an_infinite_gradient_only_the_gradients_of_the_call_are_compared(
     assert differences(eager, outcome(INF, 1.0, NAN))
 
 
+def test_weights_that_are_not_finite_end_the_comparison_after_their_call():
+    def outcome(weight, output, later):
+        values = {"call 0: head after it": weight, "call 0: output 0": output, "call 1: output 0": later}
+        return Outcome({name: torch.tensor(value) for name, value in values.items()})
+
+    assert not differences(outcome(NAN, 1.0, NAN), outcome(NAN, 1.0, 0.0))
+    assert differences(outcome(NAN, 1.0, NAN), outcome(NAN, 2.0, NAN))
+    assert differences(outcome(2.0, 1.0, NAN), outcome(2.0, 1.0, 0.0))
+
+
+def test_calls_after_stock_has_failed_are_not_compared_if_its_weights_differ_from_eager_mode():
+    def outcome(weight, later, error=""):
+        values = {"call 0: head after it": weight, "call 1: output 0": later}
+        return Outcome({name: torch.tensor(value) for name, value in values.items() if value}, error)
+
+    eager, stock = outcome(1.0, 5.0), outcome(2.0, None, "RuntimeError: one")
+    assert not differences(eager, outcome(2.0, 6.0), other=stock)
+    assert differences(eager, outcome(3.0, 6.0), other=stock)
+    assert differences(eager, outcome(2.0, 6.0), other=outcome(2.0, 5.0))
+
+
 @pytest.mark.parametrize(("ours", "is_right"), [((8.0, 1.0), True), ((9.0, 1.0), False), ((8.0, 2.0), False)])
 def test_a_gradient_may_be_finite_where_eager_mode_overflows(ours, is_right):
     def outcome(*values):

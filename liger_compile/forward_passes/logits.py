@@ -12,7 +12,7 @@ gradient: AOTAutograd materializes zeros as the gradient of every unused output.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -187,6 +187,7 @@ def restore(graph: Graph, deferred: Sequence[Deferred], is_dropped: bool) -> lis
         is_dropped: fill these outputs with None.
     """
     placeholders = {node: at for at, node in enumerate(graph.find_nodes(op="placeholder"))}
+    late = {at for removed in deferred if is_erased(removed.head) for at in removed.positions}
     found = []
     returned: dict[int, Node | None] = {}
     for removed in deferred:
@@ -195,6 +196,8 @@ def restore(graph: Graph, deferred: Sequence[Deferred], is_dropped: bool) -> lis
             continue
         if is_dropped:
             returned.update(dict.fromkeys(removed.positions))
+        else:
+            returned.update(dict.fromkeys(removed.positions, _hidden_of_its_own(graph, removed, late)))
         for node in removed.recipe.nodes:
             node.meta.clear()  # fake tensors
         function = GraphModule(torch.nn.Module(), removed.recipe)
@@ -205,6 +208,24 @@ def restore(graph: Graph, deferred: Sequence[Deferred], is_dropped: bool) -> lis
     if returned:
         _return(graph, returned)
     return found
+
+
+def _hidden_of_its_own(graph: Graph, deferred: Deferred, late: Set[int]) -> Node:
+    """Returns the hidden state, copied if the caller gets its memory too and may write into it before the logits exist.
+
+    Args:
+        late: the positions of all outputs that are computed late.
+    """
+    outputs: Any = graph.output_node().args[0]
+    hidden = outputs[deferred.positions[0]]
+    given = [node for at, node in enumerate(outputs) if isinstance(node, Node) and at not in late]
+    is_given = not storages_of(hidden).isdisjoint(storage for node in given for storage in storages_of(node))
+    if hidden.op == "placeholder" or not is_given:
+        return hidden
+    with graph.inserting_after(hidden):
+        copy = graph.call_function(torch.clone, (hidden,))
+    copy.meta["example_value"] = hidden.meta["example_value"].clone()
+    return copy
 
 
 def _put_back(graph: Graph, deferred: Deferred) -> Node:

@@ -453,17 +453,24 @@ def differences(
         mine = ours.seen[name]
         if isinstance(mine, str) and mine == DOCUMENTED:
             break  # later values do not exist
+        call = name.partition(": ")[0]
+        if name.endswith("after it") and isinstance(value, Tensor) and not value.isfinite().all():
+            last = call  # weights that are not finite: docs/never_wrong.md has the limits of the next calls
         if _same(value, mine):
             continue
         if other is not None and name in other.seen and _same(other.seen[name], mine):
+            if other.error:
+                last = (
+                    call  # its weights differ from eager's, and it ends before the next calls can be compared
+                )
             continue
-        call, is_gradient, _ = name.partition("gradient of")
+        is_gradient = "gradient of" in name
         runs = [(scale, run.seen.get(name)) for scale, run in scaled.items()]
         if is_gradient and (
             _lost_alike(value, mine)
             or any(_overflowed(value, mine, gradient, scale) for scale, gradient in runs)
         ):
-            last = call + is_gradient  # a step with such a gradient gives weights that are not finite
+            last = f"{call}: gradient of"  # a step with such a gradient gives weights that are not finite
             continue
         distance = _distance(value, mine)
         noise = max((_distance(value, run.seen[name]) for run in nudged if name in run.seen), default=0.0)
