@@ -21,6 +21,7 @@ from liger_compile.backward_passes import CHOICES, DEFAULT_PASSES, Applied, Pass
 from liger_compile.compile import BackwardPlan, uses_cudagraphs
 from liger_compile.forward_passes import specialize
 from liger_compile.forward_passes.inline_subgraphs import describe_operands
+from liger_compile.forward_passes.keep_rounding import keep_rounding
 from liger_compile.forward_passes.logits import LateOutput, logits_in, restore, take_out
 from liger_compile.graphs.aliasing import SUBGRAPH_OPS, Mutations
 from liger_compile.graphs.regions import Region, Regions
@@ -182,6 +183,11 @@ def _rewrite_one(
     if is_top and options.policy != "never" and (marked := keep_what_written_inputs_give(graph, mutations)):
         values = "1 value is" if marked == 1 else f"{marked} values are"
         found.notes.append(f"{values} saved for backward, because the graph writes into their inputs later")
+    if options.reported_inner == "inductor" and (count := keep_rounding(graph, terms)):
+        places = "1 place" if count == 1 else f"{count} places"
+        found.notes.append(
+            f"half precision is rounded between two operations in {places}: the second undoes the first"
+        )
     found.decisions.extend(decisions)
     found.near_misses.extend(missed)
 

@@ -117,11 +117,6 @@ class Mutations:
             return None
         return sum(bisect_left(writes, position) for writes in self._writes_into(node))
 
-    def last_write(self, node: Node) -> Node | None:
-        """Returns the last node that writes into the value of `node`, or None."""
-        last = max((writes[-1] for writes in self._writes_into(node)), default=None)
-        return None if last is None else self.nodes[last]
-
     def write_between(self, node: Node, first: int, last: int) -> int | None:
         """Returns the position of a write into the value of `node` after `first` and before `last`, or None.
 
@@ -134,6 +129,13 @@ class Mutations:
             if at < len(writes) and writes[at] < last:
                 return writes[at]
         return None
+
+    def last_write(self, node: Node, position: int | None = None) -> Node | None:
+        """Returns the last known node that writes into the value of `node`, before `position` if given; or None."""
+        end = len(self.nodes) if position is None else position
+        before = [writes[: bisect_left(writes, end)] for writes in self._writes_into(node)]
+        last = max((writes[-1] for writes in before if writes), default=None)
+        return None if last is None else self.nodes[last]
 
     def is_as_made(self, node: Node) -> bool:
         """Returns whether no node writes into the value of `node` after its creation."""

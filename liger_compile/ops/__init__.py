@@ -23,6 +23,7 @@ from . import (
     pre_norm,
     rms_norm,
     rotary,
+    rounded,
     scale,
 )
 
@@ -35,5 +36,6 @@ __all__ = [
     "pre_norm",
     "rms_norm",
     "rotary",
+    "rounded",
     "scale",
 ]
