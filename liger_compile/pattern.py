@@ -55,6 +55,8 @@ class Pattern:
         is_cheap: backward runs the replacement again, so that its results need not be kept.
         is_loss: the replacement is a loss that computes its gradients in forward, so it is used at top level only,
             never in the subgraph of a checkpoint, which would run it twice.
+        saves_result: the replacement saves its result for backward, and the computation does not. A result that the
+            graph may return is then copied, because the caller may write into it before backward.
         has_near_misses: whether the report names places that resemble the computation and differ from it. None: if
             there is a replacement.
     """
@@ -68,6 +70,7 @@ class Pattern:
     saves: Callable[[Match], int | None] | None = None
     is_cheap: bool = False
     is_loss: bool = False
+    saves_result: bool = False
     has_near_misses: bool | None = None
 
     @property

@@ -235,6 +235,7 @@ PATTERNS = (
             replace=_replacement(search is causal),
             check=_differs,
             profit=_costs_more,
+            saves_result=True,
             examples={**_EXAMPLES, "dropout_p": 0.0, **more},
         )
         for search, more in (
@@ -249,6 +250,7 @@ PATTERNS = (
             replace=_flex,
             check=_fits_flex,
             profit=_flex_pays,
+            saves_result=True,
             examples={**_EXAMPLES, **more},
         )
         for search, more in (

@@ -149,6 +149,24 @@ def test_after_an_infinite_gradient_only_the_gradients_of_the_call_are_compared(
     assert differences(eager, outcome(INF, 1.0, NAN))
 
 
+def test_a_gradient_that_cancels_in_eager_mode_may_be_a_rounding_error():
+    def outcome(cancelled):
+        values = {"call 0: gradient of q": cancelled, "call 0: gradient of v": 2.0}
+        return Outcome({name: torch.tensor(value) for name, value in values.items()})
+
+    eager = outcome(0.0)
+    assert not differences(eager, outcome(1e-5), nudged=[eager])
+    assert differences(eager, outcome(1e-2), nudged=[eager])
+    assert differences(outcome(1e-9), outcome(1e-5), nudged=[eager])
+
+
+def test_gradients_under_autocast_are_compared_in_its_dtype():
+    eager, ours = (Outcome({"call 0: gradient of bias": torch.tensor(value)}) for value in (1.2656, 1.2715))
+    assert not differences(eager, ours, in_half=["call 0"])
+    assert differences(eager, ours, in_half=["call 1"])
+    assert differences(eager, Outcome({"call 0: gradient of bias": torch.tensor(1.4)}), in_half=["call 0"])
+
+
 def test_weights_that_are_not_finite_end_the_comparison_after_their_call():
     def outcome(weight, output, later):
         values = {"call 0: head after it": weight, "call 0: output 0": output, "call 1: output 0": later}

@@ -12,12 +12,13 @@ In: a graph for Inductor, and its terms. Out: the same graph with the op, where 
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 from torch.fx import Graph, Node
 
 from liger_compile.graphs.effects import written_arguments
 from liger_compile.terms.build import Terms
 from liger_compile.terms.scalars import is_ordinary
-from liger_compile.terms.term import Scalar, Term
+from liger_compile.terms.term import Scalar, Term, sizes_of
 from liger_compile.torch_internals.fx import is_erased
 
 HALF = (torch.float16, torch.bfloat16)
@@ -41,8 +42,8 @@ def keep_rounding(graph: Graph, terms: Terms) -> int:
 def _computed_by(operand: Node, user: Node, term: Term, terms: Terms) -> Term | None:
     """Returns the operation that computed an operand's value for `user`, also one that wrote it in place."""
     writer = terms.mutations.last_write(operand, terms.mutations.position[user])
-    inner = terms.of.get(operand if writer is None else writer)
-    if not isinstance(inner, Term) or inner.shape != tuple(operand.meta["example_value"].shape):
+    inner, value = terms.of.get(operand if writer is None else writer), operand.meta.get("example_value")
+    if not isinstance(inner, Term) or not isinstance(value, Tensor) or inner.shape != sizes_of(value.shape):
         return None
     return inner if writer is not None or inner in term.args else None
 

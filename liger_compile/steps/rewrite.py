@@ -25,6 +25,7 @@ from liger_compile.graphs.regions import Region, Regions
 from liger_compile.pattern import Capture, Decision, Match
 from liger_compile.steps import callbacks
 from liger_compile.steps.recording import Recorder, faults_of
+from liger_compile.terms.operators import may_be_a_view
 from liger_compile.terms.term import size_of, sizes_of
 from liger_compile.torch_internals.fx import is_erased
 
@@ -156,7 +157,27 @@ def _results(
         assert match.pattern.replace is not None, "steps/decide.py annotates a match without a replacement"
         results = match.pattern.replace(**arguments, **_wanted(settings, match))
         results = results if isinstance(results, tuple) else (results,)
-        return tuple(map(_laid_out_like, results, originals)) if len(results) == len(originals) else results
+        if len(results) != len(originals):
+            return results
+        results = tuple(map(_laid_out_like, results, originals))
+        if match.pattern.saves_result:
+            pairs = zip(results, match.outputs, strict=True)
+            return tuple(result.clone() if _may_be_returned(output) else result for result, output in pairs)
+        return results
+
+
+def _may_be_returned(node: Node) -> bool:
+    """Returns whether the graph may return the memory of a node, as a view."""
+    seen: set[Node] = set()
+    waiting = [node]
+    while waiting:
+        for user in waiting.pop().users:
+            if user.op == "output":
+                return True
+            if user not in seen and may_be_a_view(user.target):
+                seen.add(user)
+                waiting.append(user)
+    return False
 
 
 def _wanted(settings: Mapping[str, Any], match: Match) -> dict[str, Any]:

@@ -390,3 +390,27 @@ def test_auto_takes_it_on_a_cpu_where_it_pays(run_liger):
             run_liger, hugging_face, *inputs(dtype=dtype, length=length), policy="auto"
         )
         assert [site[0] for site in sites] == [kind]
+
+
+@pytest.mark.parametrize("length", [1, 5])
+@pytest.mark.parametrize(
+    "given", [lambda out: out, lambda out: out.transpose(1, 2).reshape(BATCH, -1, HEADS * SIZE)]
+)
+def test_a_write_into_the_result_before_backward_changes_no_gradient(given, length):
+    """Written out, no step keeps the result for backward; the fused op does."""
+
+    def attention(q, k, v):
+        scores = (q @ k.transpose(-1, -2)).masked_fill(~lower(q), float("-inf"))
+        return given(scores.softmax(-1) @ v)
+
+    options = {"liger.inner": "aot_eager", "liger.strict": True, "liger.policy": "always"}
+    found = []
+    for function in (torch.compile(attention, backend="liger", options=options), attention):
+        leaves = [x.clone().requires_grad_() for x in inputs(groups=HEADS, length=length)]
+        out = function(*leaves)
+        with torch.no_grad():
+            out.mul_(2)
+        out.backward(torch.linspace(-1, 1, out.numel()).view_as(out))
+        found.append([leaf.grad for leaf in leaves])
+    assert [site.kind for site in liger_compile.reports()[0].sites] == ["replace"]
+    torch.testing.assert_close(*found)
