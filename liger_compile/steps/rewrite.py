@@ -20,12 +20,12 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
+from liger_compile.graphs.aliasing import storages_of
 from liger_compile.graphs.guards import GuardError, no_guards
 from liger_compile.graphs.regions import Region, Regions
 from liger_compile.pattern import Capture, Decision, Match
 from liger_compile.steps import callbacks
 from liger_compile.steps.recording import Recorder, faults_of
-from liger_compile.terms.operators import may_be_a_view
 from liger_compile.terms.term import size_of, sizes_of
 from liger_compile.torch_internals.fx import is_erased
 
@@ -145,6 +145,7 @@ def _results(
             arguments[name] = recorder.knows(name, node.meta["example_value"], node)
     fake_mode = getattr(match.result, "fake_mode", None) or nullcontext()
     originals = [output.meta["example_value"] for output in match.outputs]
+    is_returned = [_is_returned(output) for output in match.outputs]
     # A user's hooks on saved tensors expect tensors that have values.
     hooks = torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is)
     guards = no_guards(match.result)
@@ -161,23 +162,15 @@ def _results(
             return results
         results = tuple(map(_laid_out_like, results, originals))
         if match.pattern.saves_result:
-            pairs = zip(results, match.outputs, strict=True)
-            return tuple(result.clone() if _may_be_returned(output) else result for result, output in pairs)
+            pairs = zip(results, is_returned, strict=True)
+            return tuple(result.clone() if returned else result for result, returned in pairs)
         return results
 
 
-def _may_be_returned(node: Node) -> bool:
-    """Returns whether the graph may return the memory of a node, as a view."""
-    seen: set[Node] = set()
-    waiting = [node]
-    while waiting:
-        for user in waiting.pop().users:
-            if user.op == "output":
-                return True
-            if user not in seen and may_be_a_view(user.target):
-                seen.add(user)
-                waiting.append(user)
-    return False
+def _is_returned(node: Node) -> bool:
+    """Returns whether the graph returns memory of a node, as a view or as it is."""
+    returned = node.graph.output_node().all_input_nodes
+    return any(storages_of(node) & storages_of(output) for output in returned)
 
 
 def _wanted(settings: Mapping[str, Any], match: Match) -> dict[str, Any]:

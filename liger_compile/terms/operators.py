@@ -94,28 +94,6 @@ def _canonical(name: str) -> str:
     return _ALIASES.get(name, name)
 
 
-_COPIES = ("cat", "stack", "repeat_interleave")
-_MAY_BE_VIEWS = {*LAYOUT_TABLE} - {*_COPIES} | {
-    *(
-        "contiguous",
-        "detach",
-        "to",
-        "type_as",
-        "float",
-        "double",
-        "half",
-        "bfloat16",
-        "dropout",
-        "requires_grad",
-    ),
-}
-
-
-def may_be_a_view(target: Any) -> bool:
-    """Returns whether an operator's result may share memory with its argument: a view, or the argument itself."""
-    return _canonical(_name(target)) in _MAY_BE_VIEWS
-
-
 def _is_wider(arg: Value, out: Any) -> bool:
     """Returns whether an operand does not fit the result's dtype; numbers and zero-dimensional tensors always fit."""
     if not isinstance(arg, Term) or not isinstance(out, torch.Tensor) or not arg.shape or arg.dtype is None:
