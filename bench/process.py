@@ -116,7 +116,12 @@ def failing_into(facts: dict[str, Row], name: str) -> Iterator[None]:
         yield
     except (RuntimeError, OSError) as error:
         print(f"  {name} failed:\n{error}", flush=True)
-        facts[name] = {"error": str(error).splitlines()[-1][:200]}
+        facts[name] = {"error": reason(error)}
+
+
+def reason(error: Exception) -> str:
+    """The last line of its message, which is that of a traceback too."""
+    return str(error).splitlines()[-1][:200]
 
 
 def rotated(names: Sequence[str], by: int) -> list[str]:
