@@ -30,7 +30,7 @@ from bench.family_step import AGAIN, INDUCTOR, SETTLE, VARIANTS
 from bench.family_table import BY_NAME, Case
 from bench.process import Process, reason, rotated
 from bench.timing import spread
-from bench.turns import LOCK
+from bench.turns import LOCK, SLOT, SLOTS
 
 PACKAGES = ("triton", "transformers", "liger-kernel", "peft")
 KEYS = ("device", "torch", "transformers", "case", "variant")
@@ -49,6 +49,7 @@ WIDTHS = {
     "replaced": 8,
     "error": 0,
 }
+FACTS = ("median_ms", "low_ms", "high_ms", "steps", "peak_mib", "first_s", "loss", "eager_loss", "grad_norm")
 TURN_SECONDS, FEWEST_STEPS, MOST_STEPS = 0.15, 3, 20  # of measured steps in a turn
 MEASURING = 12  # seconds that a case may need to be measured
 TURN_PATIENCE = 60  # seconds for one turn
@@ -68,6 +69,7 @@ class Plan:
 
     variants: Sequence[str]
     device: str
+    compiler: str
     tiny: bool
     at_once: int
     batch: int
@@ -94,6 +96,7 @@ class Entrant:
         with self._failing():
             answer = self.process.poll()
             if answer is not None:
+                print(f"  {self.name}: {answer}", flush=True)
                 self._take(answer)
             elif time.monotonic() > self.deadline:
                 raise TimeoutError("the first step took too long")
@@ -137,6 +140,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     plan = Plan(
         variants,
         chosen.device,
+        chosen.compiler,
         chosen.tiny,
         chosen.at_once,
         chosen.batch or 1 + -(-chosen.at_once // len(variants)),
@@ -144,7 +148,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         chosen.patience,
         time.monotonic() + chosen.limit,
     )
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the processes are ended
     left = [case.name for case in cases]
     for case, facts in measured(cases, plan):
         left.remove(case.name)
@@ -172,6 +175,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--limit", type=float, default=3600, help="seconds until it ends with what it has")
     parser.add_argument("--patience", type=float, default=200, help="seconds for the first step of a process")
     parser.add_argument("--tiny", action="store_true", help="small sizes, to check that it runs")
+    parser.add_argument("--compiler", default=INDUCTOR, help="of torch.compile, and behind backend='liger'")
     parser.add_argument("--table", action="store_true", help="print the tables of the CSVs instead")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--out", type=Path, help="folder of the CSV, instead of bench/results")
@@ -224,7 +228,7 @@ def _compiled(cases: Sequence[Case], plan: Plan, folder: Path, opened: contextli
     while (compiling or waiting) and time.monotonic() < end:
         while waiting and len(compiling) < plan.at_once:
             key = waiting.pop(0)
-            entrants[key] = started(key, plan, folder)
+            entrants[key] = started(key, len(entrants), plan, folder)
             opened.callback(entrants[key].process.close, patience=0)
             compiling.append(key)
         compiling = [key for key in compiling if not entrants[key].has_answered()]
@@ -238,11 +242,12 @@ def _compiled(cases: Sequence[Case], plan: Plan, folder: Path, opened: contextli
     return entrants
 
 
-def started(key: tuple[str, str], plan: Plan, folder: Path) -> Entrant:
-    """A process with caches of its own, and with its share of the cores."""
+def started(key: tuple[str, str], number: int, plan: Plan, folder: Path) -> Entrant:
+    """A process with caches of its own, and with its share of the cores. `number`: of those before it."""
     own, threads = folder / "-".join(key), str(max(_cores() // plan.at_once, 1))
     variables = {
         LOCK: str(folder / "lock"),
+        SLOT: str(number % SLOTS),
         "TORCHINDUCTOR_CACHE_DIR": str(own / "inductor"),
         "TRITON_CACHE_DIR": str(own / "triton"),
         "TORCHINDUCTOR_COMPILE_THREADS": threads,
@@ -254,8 +259,8 @@ def started(key: tuple[str, str], plan: Plan, folder: Path) -> Entrant:
 
 
 def command_of(case: str, variant: str, plan: Plan) -> list[str]:
-    tiny = ["--tiny"] if plan.tiny else []
-    return [sys.executable, "-m", "bench.family_step", case, variant, plan.device, *tiny]
+    more = ["--compiler", plan.compiler, *(["--tiny"] if plan.tiny else [])]
+    return [sys.executable, "-m", "bench.family_step", case, variant, plan.device, *more]
 
 
 def _cores() -> int:
@@ -286,9 +291,6 @@ def _alive(entrants: Mapping[str, Entrant]) -> list[str]:
     return [variant for variant, entrant in entrants.items() if not entrant.has_failed]
 
 
-FACTS = ("median_ms", "low_ms", "high_ms", "steps", "peak_mib", "first_s", "loss", "eager_loss", "grad_norm")
-
-
 def rows_of(case: Case, facts: Mapping[str, Row], plan: Plan) -> list[Row]:
     """The rows of the CSV: what was measured, shares of stock torch.compile, and where."""
     stock = facts.get(INDUCTOR, {})
@@ -316,4 +318,5 @@ def _share(mine: float | str | None, of: float | str | None) -> float | str:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that all processes are ended
     main()

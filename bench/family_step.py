@@ -1,6 +1,6 @@
 """A variant of a case of bench.families, in the process that is its own: what bench.families starts.
 
-    python -m bench.family_step CASE VARIANT DEVICE [--tiny]
+    python -m bench.family_step CASE VARIANT DEVICE [--compiler NAME] [--tiny]
 
 It answers in lines of JSON: first by itself, then to each line that it reads: `again` (another try at the first step),
 `settle` or a number of steps.
@@ -21,7 +21,7 @@ import torch
 
 from bench.common import Row
 from bench.family_table import BY_NAME, Case
-from bench.turns import Turns, alone, suppressing_out_of_memory
+from bench.turns import Turns, one_of_few, suppressing_out_of_memory
 
 AGAIN, SETTLE = "again", "settle"
 INDUCTOR, INDUCTOR_AGAIN, OURS = "inductor", "inductor-again", "liger-compile"
@@ -48,8 +48,9 @@ VARIANTS: Mapping[str, Variant] = {
 class FamilyStep(Turns):
     """A step of a case. Raises LookupError or ImportError where the variant does not exist for it."""
 
-    def __init__(self, case: Case, variant: Variant, device: str, tiny: bool) -> None:
+    def __init__(self, case: Case, variant: Variant, device: str, compiler: str, tiny: bool) -> None:
         self._case, self._variant, self.device = case, variant, torch.device(device)
+        self._compiler = compiler
         config = case.config_of(tiny)
         self._patch = _patch_of(config.model_type) if variant.patched else None
         self.model = case.build(config, self.device)
@@ -57,6 +58,7 @@ class FamilyStep(Turns):
         self._scaler = torch.amp.GradScaler(self.device.type, enabled=case.scaler)
         self._function: Callable[..., Any] = self.model
         self._eager_loss: float | None = None
+        self.clear()
         self._reserved = self._reserved_bytes()
 
     def first(self) -> Row:
@@ -66,7 +68,7 @@ class FamilyStep(Turns):
         """
         with suppressing_out_of_memory():
             if self._eager_loss is None:
-                with alone(), torch.no_grad():  # many eager steps at once could need all the memory
+                with one_of_few(), torch.no_grad():  # more eager steps at once could need all the memory
                     self._eager_loss = self._forward().loss.item()
                     self.clear()
                 self._compile()
@@ -93,7 +95,8 @@ class FamilyStep(Turns):
 
     def peak(self) -> int | str:
         """As of any step; with CUDA graphs, what is reserved, for a replay allocates nothing."""
-        if self.device.type == "cuda" and self._case.mode == "reduce-overhead":
+        has_graphs = self._case.mode == "reduce-overhead" and self._variant.compile is not None
+        if self.device.type == "cuda" and has_graphs:
             self.clear()
             return self._reserved_bytes() - self._reserved
         return super().peak()
@@ -124,8 +127,8 @@ class FamilyStep(Turns):
         if self._patch is not None:
             self._patch(self.model)
         if self._variant.compile is not None:
-            mode: dict[str, Any] = {} if self._case.mode is None else {"mode": self._case.mode}
-            self._function = torch.compile(self.model, **self._variant.compile, **mode)
+            arguments = _arguments(self._variant.compile, self._compiler, self._case.mode)
+            self._function = torch.compile(self.model, **arguments)
 
     def _agreeing(self, loss: float, eager_loss: float, seconds: float) -> Row:
         found: Row = {
@@ -139,6 +142,13 @@ class FamilyStep(Turns):
 
     def _reserved_bytes(self) -> int:
         return torch.cuda.memory_reserved() if self.device.type == "cuda" else 0
+
+
+def _arguments(compile: Mapping[str, Any], compiler: str, mode: str | None) -> dict[str, Any]:
+    """The arguments of torch.compile; with another compiler than Inductor, without a mode, which is Inductor's."""
+    if compiler == INDUCTOR:
+        return {**compile, **({} if mode is None else {"mode": mode})}
+    return {**compile, "options": {"liger.inner": compiler}} if compile else {"backend": compiler}
 
 
 def _patch_of(model_type: str) -> Callable[[Any], None]:
@@ -157,8 +167,7 @@ def _patch_of(model_type: str) -> Callable[[Any], None]:
     return patch
 
 
-def serve(case: Case, variant: Variant, device: str, tiny: bool) -> None:
-    step = FamilyStep(case, variant, device, tiny)
+def serve(step: FamilyStep) -> None:
     _say(step.first())
     for line in sys.stdin:
         command = line.strip()
@@ -171,11 +180,13 @@ def main() -> None:
     parser.add_argument("case", choices=BY_NAME)
     parser.add_argument("variant", choices=VARIANTS)
     parser.add_argument("device")
+    parser.add_argument("--compiler", default=INDUCTOR)
     parser.add_argument("--tiny", action="store_true")
     chosen = parser.parse_args()
     torch.set_float32_matmul_precision("highest")
     try:
-        serve(BY_NAME[chosen.case], VARIANTS[chosen.variant], chosen.device, chosen.tiny)
+        case, variant = BY_NAME[chosen.case], VARIANTS[chosen.variant]
+        serve(FamilyStep(case, variant, chosen.device, chosen.compiler, chosen.tiny))
     except (Exception, SystemExit) as error:
         first, *_ = str(error).strip().splitlines() or [""]
         _say({"error": f"{type(error).__name__}: {first}"[:300]})

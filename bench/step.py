@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -18,14 +17,12 @@ import torch.nn.functional as F
 from bench.common import Row
 from bench.models import MODELS
 from bench.process import PROGRESS
-from bench.turns import WARMUP, Turns, alone, suppressing_out_of_memory
+from bench.turns import WARMUP, Turns, alone, one_of_few, suppressing_out_of_memory
 from liger_compile.registry import default_patterns
 
 OURS, LIGER_KERNEL, INDUCTOR, FLOOR = "liger-compile", "liger-kernel", "inductor", "floor"
 PATTERN_OPS = tuple(dict.fromkeys(pattern.name.partition(".")[0] for pattern in default_patterns()))
 BUDGET = 0.8  # of what would be kept for backward; 0.5 was slower and larger (Llama-3.2-1B, 4x2048, H100, 2026-11-22)
-SLOT = "BENCH_SLOT"  # variable of the environment: a number that a process shares with some of the others
-SLOTS = 4  # processes that compile at once: the step that compiles needs as much memory as any
 NONE, DDP, FSDP = "none", "ddp", "fsdp"
 COPIED_ELEMENTS = 2**28  # of the floor at once
 LONGEST, MOST_SEQUENCES = 2**18, 2**10  # that are tried
@@ -141,7 +138,7 @@ class Step(Turns):
     def first(self) -> Row:
         """Compiles and warms up: seconds of compiling, loss and gradients, peak memory, what was replaced."""
         is_compiled = self._variant.compile is not None
-        with alone(f".{os.environ.get(SLOT)}" if is_compiled else ""):
+        with one_of_few() if is_compiled else alone():
             compiling = self._compiling()
         with alone():
             return self._first(compiling)

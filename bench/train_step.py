@@ -36,15 +36,13 @@ from bench.step import (
     LIGER_KERNEL,
     NONE,
     OURS,
-    SLOT,
-    SLOTS,
     VARIANTS,
     Case,
     Floor,
     Step,
 )
 from bench.timing import spread
-from bench.turns import LOCK
+from bench.turns import LOCK, SLOT, SLOTS
 
 SCALE = "scale"  # what a variant's process reads instead of a number of steps
 PACKAGES = ("triton", "transformers", "liger-kernel")

@@ -17,6 +17,8 @@ from bench.common import Row
 from bench.timing import peak_bytes
 
 LOCK = "BENCH_LOCK"  # variable of the environment: a file that processes lock
+SLOT = "BENCH_SLOT"  # likewise: a number that a process shares with some of the others
+SLOTS = 4  # such numbers: the step that compiles, or an eager one, needs as much memory as any
 WARMUP = 2  # steps that are not measured: after the first, which compiles, and in each turn
 
 
@@ -34,14 +36,19 @@ def alone(slot: str = "") -> Iterator[None]:
         yield
 
 
+def one_of_few() -> contextlib.AbstractContextManager[None]:
+    """Of the processes that are started at once, at most SLOTS are in here."""
+    return alone(f".{os.environ.get(SLOT)}")
+
+
 @contextlib.contextmanager
 def suppressing_out_of_memory() -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError:
         pass
-    except RuntimeError as error:  # cuBLAS has one of its own
-        if "ALLOC_FAILED" not in str(error):
+    except RuntimeError as error:  # cuBLAS has one of its own, and a compiler wraps it
+        if not any(words in str(error) for words in ("ALLOC_FAILED", "out of memory")):
             raise
 
 
