@@ -66,9 +66,8 @@ class Process:
 
     def poll(self, seconds: float = 0) -> Row | None:
         """What it says within `seconds`, or None. Raises RuntimeError if it has ended."""
-        has_ended = (
-            self._processes[0].poll() is not None
-        )  # looked at first: what it said before is in the pipe
+        # Looked at first, for then all that it said is in the pipe, which others may hold open.
+        has_ended = self._processes[0].poll() is not None
         with contextlib.suppress(queue.Empty):
             while True:
                 line = self._lines.get(timeout=1 if has_ended else seconds)
