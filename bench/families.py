@@ -148,16 +148,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         chosen.patience,
         time.monotonic() + chosen.limit,
     )
-    left = [case.name for case in cases]
+    bench, left = "families_tiny" if plan.tiny else "families", [case.name for case in cases]
     for case, facts in measured(cases, plan):
         left.remove(case.name)
         rows = rows_of(case, facts, plan)
         for row in rows:
             print_row(row, WIDTHS, header=row is rows[0])
         if folder is not None:
-            merge_csv(
-                file_name("families_tiny" if plan.tiny else "families", plan.device), rows, KEYS, folder
-            )
+            merge_csv(file_name(bench, plan.device), rows, KEYS, folder)
     if left:
         print(f"not measured for lack of time: --cases {','.join(left)}")
 
@@ -234,8 +232,10 @@ def _compiled(cases: Sequence[Case], plan: Plan, folder: Path, opened: contextli
         time.sleep(_LOOK)
     for key in compiling:
         entrants.pop(key).process.close(patience=0)
-    for entrant in entrants.values():  # one after the other: now the others leave them the memory
-        if AGAIN in entrant.fact:
+    for key, entrant in list(entrants.items()):  # one after the other: now the others leave them the memory
+        if AGAIN in entrant.fact and time.monotonic() > end:
+            del entrants[key]
+        elif AGAIN in entrant.fact:
             entrant.ask(AGAIN, min(time.monotonic() + plan.patience, plan.end))
             entrant.fact.pop("first_s", None)
     return entrants

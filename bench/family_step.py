@@ -57,7 +57,7 @@ class FamilyStep(Turns):
         self._inputs = case.inputs(config, self.device, tiny)
         self._scaler = torch.amp.GradScaler(self.device.type, enabled=case.scaler)
         self._function: Callable[..., Any] = self.model
-        self._eager_loss: float | None = None
+        self.eager_loss: float | None = None
         self.clear()
         self._reserved = self._reserved_bytes()
 
@@ -67,16 +67,16 @@ class FamilyStep(Turns):
         Where others have taken the memory, the answer is AGAIN.
         """
         with suppressing_out_of_memory():
-            if self._eager_loss is None:
+            if self.eager_loss is None:
                 with one_of_few(), torch.no_grad():  # more eager steps at once could need all the memory
-                    self._eager_loss = self._forward().loss.item()
+                    self.eager_loss = self._forward().loss.item()
                     self.clear()
                 self._compile()
             begin = time.perf_counter()
             loss = self.run()
             seconds = time.perf_counter() - begin
             self.clear()
-            return self._agreeing(loss, self._eager_loss, seconds)
+            return self._agreeing(loss, self.eager_loss, seconds)
         self.clear()
         return {AGAIN: "out of memory"}
 

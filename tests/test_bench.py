@@ -272,7 +272,7 @@ def test_a_wrong_loss_is_not_timed():
     step = family_step.FamilyStep(case, family_step.Variant(None), "cpu", family_step.INDUCTOR, tiny=True)
     assert "error" not in step.first()
     for wrong in (12.0, float("nan")):
-        step._eager_loss = wrong
+        step.eager_loss = wrong
         assert "not timed: expected the loss of eager code" in step.first()["error"]
 
 
