@@ -1,10 +1,10 @@
 """Draws figures from the CSVs of bench/results.
 
-    python -m bench.plot                    for every ops_*.csv, train_step_*.csv and convergence_*.csv there
+    python -m bench.plot                    for every CSV of ops, train_step, families and convergence there
     python -m bench.plot ops_nvidia_h200    for one file
 
-Training steps and loss curves go to docs/<file>.svg, the chart of the README to docs/<file>_overview.svg. The figures
-of ops go to bench/figures/<file>_<op>.svg, which git ignores.
+Training steps, families and loss curves go to docs/<file>.svg, the chart of the README to docs/<file>_overview.svg.
+The figures of ops go to bench/figures/<file>_<op>.svg, which git ignores.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ COLORS = {
     "eager": "#9e9e9e",
     "inductor": "#1f77b4",
     "inductor loss": "#7fb2d9",
+    "inductor-again": "#7fb2d9",
     "liger-kernel": "#ff9e2c",
+    "liger-kernel-eager": "#ffd09b",
     "cut-cross-entropy": "#b07cc6",
     "liger-compile": "#2a9d4a",
     "liger-compile 128 MiB": "#93d1a3",
@@ -50,6 +52,8 @@ def main(
         elif path.stem.startswith("train_step_"):
             _draw_steps(rows, docs / f"{path.stem}.svg")
             _draw_overview(rows, docs / f"{path.stem}_overview.svg")
+        elif path.stem.startswith("families_"):
+            _draw_families(rows, docs / f"{path.stem}.svg")
         elif path.stem.startswith("convergence_"):
             _draw_curves(rows, docs / f"{path.stem}.svg")
 
@@ -110,6 +114,28 @@ def _draw_overview(rows: pd.DataFrame, path: Path) -> None:
         ax.spines[["top", "right"]].set_visible(False)
     axes[0].set_yticks(range(len(cases)), [f"{model}, {tokens.replace('x', '×')}" for model, tokens in cases])
     axes[0].invert_yaxis()
+    _save(figure, list(axes), path)
+
+
+def _draw_families(rows: pd.DataFrame, path: Path) -> None:
+    """Time and peak memory of each case as shares of stock torch.compile: a dot for each variant."""
+    rows = rows[rows["median_ms"].notna()]
+    places = {name: place for place, name in enumerate(dict.fromkeys(rows["case"]))}
+    titles = {"of_inductor": "time of a step", "peak_of_inductor": "peak memory"}
+    figure, axes = plt.subplots(1, 2, figsize=(8.4, 1.2 + 0.22 * len(places)), sharey=True)
+    for ax, (column, title) in zip(axes, titles.items(), strict=True):
+        for variant in ("inductor-again", "liger-kernel", "liger-kernel-eager", "liger-compile"):
+            of_variant = rows[rows["variant"] == variant]
+            ax.scatter(
+                of_variant[column], of_variant["case"].map(places), 22, label=variant, color=COLORS[variant]
+            )
+        ax.axvline(1, color="black", linewidth=0.8)
+        ax.set_title(f"{title} (torch.compile = 1)", fontsize=9)
+        ax.grid(axis="y", linewidth=0.3)
+        ax.spines[["top", "right"]].set_visible(False)
+    axes[0].set_yticks(list(places.values()), list(places), fontsize=7)
+    axes[0].invert_yaxis()
+    figure.suptitle(f"{rows['device'].iloc[0]}, torch {rows['torch'].iloc[0]}")
     _save(figure, list(axes), path)
 
 

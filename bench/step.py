@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
-import gc
 import importlib
 import json
-import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,20 +16,16 @@ import torch.nn.functional as F
 
 from bench.common import Row
 from bench.models import MODELS
-from bench.timing import peak_bytes
+from bench.process import PROGRESS
+from bench.turns import WARMUP, Turns, alone, one_of_few, suppressing_out_of_memory
 from liger_compile.registry import default_patterns
 
 OURS, LIGER_KERNEL, INDUCTOR, FLOOR = "liger-compile", "liger-kernel", "inductor", "floor"
 PATTERN_OPS = tuple(dict.fromkeys(pattern.name.partition(".")[0] for pattern in default_patterns()))
 BUDGET = 0.8  # of what would be kept for backward; 0.5 was slower and larger (Llama-3.2-1B, 4x2048, H100, 2026-11-22)
-LOCK = "BENCH_TRAIN_STEP_LOCK"  # variable of the environment: a file that processes lock
-SLOT = "BENCH_TRAIN_STEP_SLOT"  # likewise: a number that a process shares with some of the others
-PROGRESS = "  size "  # how a line begins that is passed on while the answer is awaited
-SLOTS = 4  # processes that compile at once: the step that compiles needs as much memory as any
 NONE, DDP, FSDP = "none", "ddp", "fsdp"
 COPIED_ELEMENTS = 2**28  # of the floor at once
 LONGEST, MOST_SEQUENCES = 2**18, 2**10  # that are tried
-WARMUP = 2  # steps that are not measured: after the first, which compiles, and in each turn
 
 
 @dataclass(frozen=True)
@@ -102,41 +94,19 @@ def largest(fits: Callable[[int], bool], first: int, most: int) -> int:
     return low
 
 
-@contextlib.contextmanager
-def alone(slot: str = "") -> Iterator[None]:
-    """Of the processes that are started at once, only one is in here; with a slot, one of those that share it."""
-    if LOCK not in os.environ:
-        yield
-        return
-    with open(os.environ[LOCK] + slot, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-@contextlib.contextmanager
-def suppressing_out_of_memory() -> Iterator[None]:
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        pass
-    except RuntimeError as error:  # cuBLAS has one of its own
-        if "ALLOC_FAILED" not in str(error):
-            raise
-
-
-class Step:
+class Step(Turns):
     """The step of a variant, in the process that is the variant's own."""
 
     def __init__(self, case: Case, variant: Variant) -> None:
         torch.set_float32_matmul_precision("highest")
-        self._device, self._variant = torch.device(case.device), variant
+        self.device, self._variant = torch.device(case.device), variant
         model = MODELS[case.model]
         if variant.patched:
             peer = importlib.import_module("liger_kernel.transformers")
             getattr(peer, f"apply_liger_kernel_to_{model.family}")()
         if variant.memory_budget is not None:
             functorch_config.activation_memory_budget = variant.memory_budget
-        self.model: Any = model.build(self._device, case.dtype, case.layers)
+        self.model: Any = model.build(self.device, case.dtype, case.layers)
         self._parallel = _parallel(self.model, case)
         self._case = case
         self._inputs = self._inputs_of(*map(int, case.tokens.split("x")))
@@ -144,7 +114,7 @@ class Step:
 
     def _inputs_of(self, batch: int, length: int) -> dict[str, Any]:
         random = torch.Generator().manual_seed(1)
-        ids = torch.randint(self.model.config.vocab_size, (batch, length), generator=random).to(self._device)
+        ids = torch.randint(self.model.config.vocab_size, (batch, length), generator=random).to(self.device)
         inputs: dict[str, Any] = {"input_ids": ids, "labels": ids}
         if self._case.use_cache == "off":
             inputs["use_cache"] = False
@@ -168,47 +138,32 @@ class Step:
     def first(self) -> Row:
         """Compiles and warms up: seconds of compiling, loss and gradients, peak memory, what was replaced."""
         is_compiled = self._variant.compile is not None
-        with alone(f".{os.environ.get(SLOT)}" if is_compiled else ""):
+        with one_of_few() if is_compiled else alone():
             compiling = self._compiling()
         with alone():
             return self._first(compiling)
 
     def _first(self, compiling: float) -> Row:
-        seconds = [self._clocked() for _ in range(WARMUP)]
-        loss = self.run()
-        norms = [_norm(p.grad) for p in self.model.parameters() if p.grad is not None]
-        grad_norm = torch.stack(norms).norm().item()
-        self._clear()
-        peak = peak_bytes(self.run) / 2**30 if self._device.type == "cuda" else None
-        self._clear()
+        found = self.settle()
+        peak = found["peak"]
 
         import liger_compile
 
         reports = liger_compile.reports()
         return {
-            "compile_s": round(compiling - seconds[-1], 1),
-            "loss": round(loss, 5),
-            "grad_norm": round(grad_norm, 5),
-            "peak_gib": "" if peak is None else round(peak, 2),
+            "compile_s": round(compiling - found["step_s"], 1),
+            "loss": round(found["loss"], 5),
+            "grad_norm": round(found["grad_norm"], 5),
+            "peak_gib": "" if peak == "" else round(peak / 2**30, 2),
             "replaced": sum(report.count("replace") for report in reports),
             "marked": sum(report.count("annotate") for report in reports),
         }
 
     def turn(self, steps: int) -> Row:
-        """Milliseconds of some steps and of their forwards, after some that are not measured."""
-        marks = [self._marked() for _ in range(WARMUP + steps)][WARMUP:]
-        if self._device.type == "cuda":
-            torch.cuda.synchronize()
-            marks = [(0.0, a.elapsed_time(b), a.elapsed_time(c)) for a, b, c in marks]
-        self._clear()
-        return {
-            "forward_ms": [forward - begin for begin, forward, _ in marks],
-            "step_ms": [end - begin for begin, _, end in marks],
-        }
-
-    def run(self, mark: Callable[[], Any] = lambda: None) -> float:
-        """Forward and backward from no gradients on; returns the loss."""
-        return self.run_marked(mark).item()
+        """As of any step; then leaves the memory to the next process."""
+        found = super().turn(steps)
+        self.clear()
+        return found
 
     def run_marked(self, mark: Callable[[], Any]) -> Any:
         self.model.zero_grad(set_to_none=True)
@@ -220,22 +175,9 @@ class Step:
         mark()
         return loss.detach()
 
-    def _marked(self) -> tuple[Any, ...]:
-        marks: list[Any] = []
-
-        def mark() -> None:
-            if self._device.type == "cuda":
-                marks.append(torch.cuda.Event(enable_timing=True))
-                marks[-1].record()
-            else:
-                marks.append(1000 * time.perf_counter())
-
-        self.run_marked(mark)  # the CPU may run ahead, as it does in training: no loss is read
-        return tuple(marks)
-
     def fits(self, batch: int, length: int) -> bool:
         """Whether a step of that many tokens fits on the GPU."""
-        self._clear()  # of what the step before has left, whole or broken off
+        self.clear()  # of what the step before has left, whole or broken off
         self._inputs = self._inputs_of(batch, length)
         begin, fits = time.perf_counter(), False
         with suppressing_out_of_memory():
@@ -259,27 +201,13 @@ class Step:
         with suppressing_out_of_memory():
             self.run()
             seconds = time.perf_counter() - begin
-            self._clear()
+            self.clear()
             return seconds
         with alone():
-            self._clear()
+            self.clear()
             self.run()
-            self._clear()
+            self.clear()
         return time.perf_counter() - begin
-
-    def _clocked(self) -> float:
-        begin = time.perf_counter()
-        self.run()
-        if self._device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - begin
-
-    def _clear(self) -> None:
-        """Leaves the GPU's memory to the next process, but for the weights."""
-        self.model.zero_grad(set_to_none=True)
-        if self._device.type == "cuda":
-            gc.collect()
-            torch.cuda.empty_cache()
 
 
 def _parallel(model: Any, case: Case) -> Any:
@@ -293,11 +221,6 @@ def _parallel(model: Any, case: Case) -> Any:
     return model
 
 
-def _norm(gradient: torch.Tensor) -> torch.Tensor:
-    norm = gradient.float().norm()
-    return norm.full_tensor() if isinstance(norm, dist.tensor.DTensor) else norm
-
-
 class Floor(Step):
     """The GEMMs of all linear layers, causal attention, and the bytes of the rest; loss and memory mean nothing."""
 
@@ -307,7 +230,7 @@ class Floor(Step):
         config, num_tokens = self.model.config, batch * length
 
         def random(*shape: int) -> torch.Tensor:
-            return torch.randn(shape, device=self._device, dtype=case.dtype)
+            return torch.randn(shape, device=self.device, dtype=case.dtype)
 
         self._weights = [m.weight for m in self.model.modules() if isinstance(m, torch.nn.Linear)]
         widths = {width for weight in self._weights for width in weight.shape}

@@ -16,36 +16,33 @@ import dataclasses
 import json
 import os
 import socket
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from bench.common import RESULTS, ROOT, Row, file_name, machine, merge_csv, print_row
+from bench.common import RESULTS, Row, file_name, machine, merge_csv, print_row
 from bench.models import MODELS
+from bench.process import Process, failing_into, rotated
 from bench.step import (
     DDP,
     FLOOR,
     FSDP,
     INDUCTOR,
     LIGER_KERNEL,
-    LOCK,
     NONE,
     OURS,
-    PROGRESS,
-    SLOT,
-    SLOTS,
     VARIANTS,
     Case,
     Floor,
     Step,
 )
 from bench.timing import spread
+from bench.turns import LOCK, SLOT, SLOTS
 
 SCALE = "scale"  # what a variant's process reads instead of a number of steps
 PACKAGES = ("triton", "transformers", "liger-kernel")
@@ -98,77 +95,21 @@ def serve(case: Case, variant: str) -> None:
         print(json.dumps(step.scale() if line.strip() == SCALE else step.turn(int(line))), flush=True)
 
 
-class Process:
-    """A variant's process, or processes, seen from the one that hands out the turns."""
-
-    def __init__(self, case: Case, variant: str, folder: Path) -> None:
-        folder.mkdir(exist_ok=True)
-        self._errors = (folder / "stderr").open("a+")  # several may write
-        variables = {
-            LOCK: str(folder.parent / "lock"),
-            SLOT: str(tuple(VARIANTS).index(variant) % SLOTS),
-            "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"),
-            "TRITON_CACHE_DIR": str(folder / "triton"),
-        }
-        if case.parallel != NONE:  # these wait for one another, and must not for those of other variants
-            del variables[LOCK]
-            address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
-            variables.update(address, WORLD_SIZE=str(case.processes))
-        command = [
-            sys.executable,
-            "-m",
-            "bench.train_step",
-            "serve",
-            json.dumps(dataclasses.asdict(case)),
-            variant,
-        ]
-        self._processes = [
-            subprocess.Popen(
-                command,
-                cwd=ROOT,
-                env={**os.environ, **variables, "RANK": str(rank)},
-                stdin=subprocess.PIPE,
-                stdout=self._errors if rank else subprocess.PIPE,
-                stderr=self._errors,
-                text=True,
-            )
-            for rank in range(case.processes)
-        ]
-
-    def answer(self) -> Row:
-        """The next that the first says. Raises RuntimeError with its last words if it ends instead."""
-        process, *_ = self._processes
-        assert process.stdout is not None
-        for line in process.stdout:
-            if line.startswith("{"):  # libraries print too
-                return json.loads(line)
-            if line.startswith(PROGRESS):
-                print(line, end="", flush=True)
-        process.wait()
-        self._errors.seek(0)
-        lines = [line for line in self._errors.read().splitlines() if line.strip()]
-        raise RuntimeError("\n".join(lines[-30:]) or f"ended with {process.returncode} and no word")
-
-    def turn(self, steps: int | str) -> Row:
-        for process in self._processes:
-            assert process.stdin is not None
-            process.stdin.write(f"{steps}\n")
-            process.stdin.flush()
-        return self.answer()
-
-    def close(self) -> None:
-        """Ends it by the end of its input."""
-        for process in self._processes:
-            with contextlib.suppress(BrokenPipeError):
-                assert process.stdin is not None
-                process.stdin.close()
-        for process in self._processes:
-            try:
-                process.wait(timeout=30)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-        self._errors.close()
+def started(case: Case, variant: str, folder: Path) -> Process:
+    """A variant's process, or processes, with caches of their own in `folder`."""
+    variables = {
+        LOCK: str(folder.parent / "lock"),
+        SLOT: str(tuple(VARIANTS).index(variant) % SLOTS),
+        "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"),
+        "TRITON_CACHE_DIR": str(folder / "triton"),
+    }
+    if case.parallel != NONE:  # these wait for one another, and must not for those of other variants
+        del variables[LOCK]
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+        variables.update(address, WORLD_SIZE=str(case.processes))
+    described = json.dumps(dataclasses.asdict(case))
+    command = [sys.executable, "-m", "bench.train_step", "serve", described, variant]
+    return Process(command, variables, folder, case.processes)
 
 
 def _free_port() -> int:
@@ -257,8 +198,8 @@ def measure(
     with tempfile.TemporaryDirectory() as name_of_folder, contextlib.ExitStack() as opened:
         folder = Path(name_of_folder)
 
-        def started(name: str) -> Process:
-            process = Process(case, name, folder / name.replace(" ", "_"))
+        def start(name: str) -> Process:
+            process = started(case, name, folder / name.replace(" ", "_"))
             opened.callback(process.close)
             return process
 
@@ -268,28 +209,29 @@ def measure(
             print(f"  {name}: ready after {time.perf_counter() - begin:.0f} s, {found}", flush=True)
             return found
 
-        processes = {name: started(name) for name in names} if at_once else {}
+        processes = {name: start(name) for name in names} if at_once else {}
         for name in names:
-            with _failing_into(facts, name):
+            with failing_into(facts, name):
                 if not at_once:
-                    processes[name] = started(name)
+                    processes[name] = start(name)
                 facts[name] = ready(name, processes[name])
                 if at_once:
                     facts[name].pop("compile_s", None)  # with others on the same cores
             if "error" in facts[name]:
                 processes.pop(name, None)
         for round_ in range(rounds):
-            for name in _rotated(list(processes), round_):
-                with _failing_into(facts, name):
-                    for key, values in processes[name].turn(steps).items():
+            for name in rotated(list(processes), round_):
+                with failing_into(facts, name):
+                    processes[name].ask(steps)
+                    for key, values in processes[name].answer().items():
                         samples[name][key] += values
                 if "error" in facts[name]:
                     processes.pop(name, None)
         opened.close()  # their memory
         for name in list(processes) if warm else ():
             if VARIANTS[name].compile is not None:
-                with _failing_into(facts, name):
-                    process = started(name)
+                with failing_into(facts, name):
+                    process = start(name)
                     facts[name]["compile_warm_s"] = ready(name, process)["compile_s"]
                     process.close()
     for name, fact in facts.items():
@@ -306,30 +248,16 @@ def scaled(case: Case, names: Sequence[str]) -> dict[str, Row]:
     facts: dict[str, Row] = {}
     with tempfile.TemporaryDirectory() as folder:
         for name in names:
-            with _failing_into(facts, name), contextlib.ExitStack() as opened:
-                process = Process(case, name, Path(folder) / name.replace(" ", "_"))
+            with failing_into(facts, name), contextlib.ExitStack() as opened:
+                process = started(case, name, Path(folder) / name.replace(" ", "_"))
                 opened.callback(process.close)
                 begin = time.perf_counter()
                 process.answer()
-                facts[name] = process.turn(SCALE)
+                process.ask(SCALE)
+                facts[name] = process.answer()
                 facts[name]["seconds"] = round(time.perf_counter() - begin)
                 print(f"  {name}: {facts[name]}", flush=True)
     return facts
-
-
-@contextlib.contextmanager
-def _failing_into(facts: dict[str, Row], name: str) -> Iterator[None]:
-    """A variant that fails is reported in its row, and the others go on."""
-    try:
-        yield
-    except (RuntimeError, OSError) as error:
-        print(f"  {name} failed:\n{error}", flush=True)
-        facts[name] = {"error": str(error).splitlines()[-1][:200]}
-
-
-def _rotated(names: list[str], by: int) -> list[str]:
-    by %= max(len(names), 1)
-    return names[by:] + names[:by]
 
 
 def _described(case: Case, name: str) -> Row:

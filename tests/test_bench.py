@@ -3,12 +3,28 @@
 from __future__ import annotations
 
 import csv
+import json
+import sys
+import time
+from collections import Counter
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench import common, convergence, ops, step, timing, train_step, vocabulary
+from bench import (
+    common,
+    convergence,
+    families,
+    family_report,
+    family_step,
+    ops,
+    step,
+    timing,
+    train_step,
+    vocabulary,
+)
+from bench.family_table import CASES
 
 
 def rows_of(folder, pattern):
@@ -203,6 +219,190 @@ def test_training_with_liger_converges_as_eager_does(tmp_path):
     assert convergence.main([*arguments, "--compiler", "aot_eager", "--out", str(tmp_path)]) == 0
     rows = rows_of(tmp_path, "convergence_cpu.csv")
     assert len(rows) == 5 * 3 and {row["step"] for row in rows} == {"0", "1", "2"}
+
+
+TINY = ["--tiny", "--device", "cpu", "--compiler", "aot_eager", "--rounds", "1", "--at-once", "2"]
+
+
+def families_rows(tmp_path, *arguments):
+    families.main([*TINY, "--out", str(tmp_path), *arguments])
+    return {(row["case"], row["variant"]): row for row in rows_of(tmp_path, "families_tiny_*.csv")}
+
+
+def assert_measured(rows):
+    for (case, _), row in rows.items():
+        assert not row["error"] and float(row["median_ms"]) > 0, row
+        stock = rows[case, "inductor"]
+        assert float(row["grad_norm"]) == pytest.approx(float(stock["grad_norm"]), rel=0.02), row
+
+
+def test_a_family_is_measured(tmp_path):
+    rows = families_rows(tmp_path, "--cases", "llama-padded", "--variants", "inductor,liger-compile")
+    assert len(rows) == 2
+    assert_measured(rows)
+    ours = rows["llama-padded", "liger-compile"]
+    assert int(ours["replaced"]) > 0 and float(ours["of_inductor"]) > 0 and ours["tokens"] == "2x32"
+    assert float(ours["loss"]) == pytest.approx(float(ours["eager_loss"]), rel=1e-2)
+
+
+@pytest.mark.slow
+def test_families_of_every_kind_are_measured(tmp_path):
+    names = ("llama-fp16-scaler", "llama-evaluation-logits", "llama-checkpointed", "bert", "t5", "qwen3-moe")
+    rows = families_rows(tmp_path, "--cases", ",".join(names), "--variants", "inductor,liger-compile")
+    assert len(rows) == 2 * len(names)
+    assert_measured(rows)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_every_family_has_a_step(case):
+    if case.name == "lora":
+        pytest.importorskip("peft")
+    step = family_step.FamilyStep(case, family_step.Variant(None), "cpu", family_step.INDUCTOR, tiny=True)
+    found = step.first()
+    assert "error" not in found and found["loss"] > 1
+    assert bool(step.settled()["grad_norm"]) == case.is_trained
+
+
+def test_families_are_many_and_have_different_names():
+    assert len({case.name for case in CASES}) == len(CASES) >= 26
+
+
+def test_a_wrong_loss_is_not_timed():
+    case = families.BY_NAME["llama-tied"]
+    step = family_step.FamilyStep(case, family_step.Variant(None), "cpu", family_step.INDUCTOR, tiny=True)
+    assert "error" not in step.first()
+    for wrong in (12.0, float("nan")):
+        step.eager_loss = wrong
+        assert "not timed: expected the loss of eager code" in step.first()["error"]
+
+
+# A process of a variant that writes what it does into a file, and does what the name of its variant says.
+PLAYED = """
+import json, os, subprocess, sys, time
+log, case, variant, ways = *sys.argv[1:4], json.loads(sys.argv[4])
+way = ways.get(variant, "") if case == "gpt2" else ""
+def does(what, answer=None):
+    with open(log, "a") as file:
+        file.write(f"{case} {variant} {what}\\n")
+    if answer is not None:
+        print(json.dumps(answer), flush=True)
+does("begins")
+if way in ("dies", "hangs"):
+    subprocess.Popen(["sleep", "600"])  # which holds the pipe of the answers too
+    time.sleep(600 if way == "hangs" else 0)
+    sys.exit("it is dead")
+time.sleep(0.2)
+does("is ready", {"again": "out of memory"} if way == "again" else {"loss": 1.0, "first_s": 2.0})
+for line in sys.stdin:
+    if way == "dies later" and line.strip() != "settle":
+        os.abort()
+    settled = {"step_s": 0.05, "peak_mib": 10}
+    answers = {"settle": settled, "again": {"loss": 1.0}}
+    does("is asked", answers.get(line.strip(), {"step_ms": [1.0, 3.0], "forward_ms": [1.0, 1.0]}))
+"""
+
+
+def played(tmp_path, monkeypatch, ways, *arguments):
+    """The rows, and what the processes did, one after the other, where they do in `gpt2` what `ways` says."""
+    log = tmp_path / "log"
+
+    def command(case, variant, plan):
+        return [sys.executable, "-c", PLAYED, str(log), case, variant, json.dumps(ways)]
+
+    monkeypatch.setattr(families, "command_of", command)
+    rows = families_rows(tmp_path, *arguments)
+    return rows, log.read_text().splitlines()
+
+
+def test_a_family_that_fails_makes_no_other_one_wait(tmp_path, monkeypatch):
+    ways = {
+        "inductor-again": "hangs",
+        "liger-kernel": "dies",
+        "liger-kernel-eager": "dies later",
+        "inductor": "again",
+    }
+    begin = time.monotonic()
+    rows, _ = played(tmp_path, monkeypatch, ways, "--cases", "gpt2,bert", "--patience", "2", "--rounds", "3")
+    assert time.monotonic() - begin < 60
+    errors = {variant: row["error"] for (case, variant), row in rows.items() if case == "gpt2"}
+    assert errors.pop("inductor-again") == "the first step took too long"
+    assert errors.pop("liger-kernel") == "it is dead"
+    assert "ended with -6" in errors.pop("liger-kernel-eager")
+    assert errors == {"inductor": "", "liger-compile": ""}
+    for key in (
+        ("gpt2", "liger-compile"),
+        ("gpt2", "inductor"),
+        *(("bert", name) for name in family_step.VARIANTS),
+    ):
+        assert (rows[key]["median_ms"], rows[key]["of_inductor"], rows[key]["steps"]) == (
+            "2.0",
+            "1.0",
+            "6",
+        ), key
+    assert rows["gpt2", "inductor"]["first_s"] == ""  # of another try, which had less to do
+
+
+def test_families_are_measured_when_nothing_compiles(tmp_path, monkeypatch):
+    _, done = played(tmp_path, monkeypatch, {}, "--cases", "gpt2,bert,t5", "--batch", "2")
+    compiling = Counter()
+    for line in done:
+        what = line.split(" ", 2)[2]
+        compiling += Counter({"begins": 1}) if what == "begins" else Counter()
+        compiling -= Counter({"begins": 1}) if what == "is ready" else Counter()
+        assert compiling["begins"] <= 2
+        assert what != "is asked" or not compiling["begins"], done
+    first_of_third = done.index(next(line for line in done if line.startswith("t5")))
+    assert all(line.startswith("t5") for line in done[first_of_third:])  # when the first two have ended
+
+
+def test_families_end_in_time_with_what_they_have(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(families, "MEASURING", 1)
+    arguments = ["--cases", "bert,gpt2", "--batch", "2", "--limit", "8", "--at-once", "8"]
+    rows, _ = played(tmp_path, monkeypatch, {"liger-compile": "hangs"}, *arguments)
+    assert {case for case, _ in rows} == {"bert"}
+    assert "not measured for lack of time: --cases gpt2" in capsys.readouterr().out
+    families.main([*TINY, "--cases", "t5,vit,bert,gpt2", "--part", "2/2", "--limit", "0"])
+    assert "not measured for lack of time: --cases vit,gpt2" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arguments", [["--cases", "gpt1"], ["--part", "3/2"], ["--variants", "fast"]])
+def test_families_that_do_not_exist_are_not_measured(arguments, capsys):
+    with pytest.raises(SystemExit):
+        families.main(arguments)
+    assert "expected " in capsys.readouterr().err
+
+
+def test_the_table_of_families_says_what_breaks_a_promise():
+    def row(case, variant, time, peak, error=""):
+        return {
+            "case": case,
+            "variant": variant,
+            "tokens": "2x32",
+            "first_s": "9.0",
+            "error": error,
+            "median_ms": time,
+            "of_inductor": time,
+            "peak_mib": peak,
+            "peak_of_inductor": peak,
+        }
+
+    rows = [
+        *(row("gpt2", "inductor", "1.0", "1.0"), row("gpt2", "inductor-again", "0.99", "1.0")),
+        *(row("gpt2", "liger-kernel", "0.9", "0.4"), row("gpt2", "liger-compile", "1.009", "0.5")),
+        *(row("bert", "inductor", "1.0", "1.0"), row("bert", "liger-compile", "1.009", "1.1")),
+        *(row("t5", "inductor", "1.0", "1.0"), row("t5", "liger-compile", "", "", "no memory")),
+    ]
+    page = family_report.page(rows)
+    assert "| gpt2 | 2x32 | 1.0 | 0.99 | 0.9 |  | 1.009 | 1.0 | 0.4 |  | 0.5 | 9.0 | 9.0 |" in page
+    assert "[1] no memory" in page and "| t5 | 2x32 | 1.0 |  |  |  | [1] |" in page
+    for sentence in (
+        'backend="liger" fails: t5 (no memory)',
+        "slower than stock torch.compile: bert (1.009)",  # for gpt2, two runs of stock differ as much
+        "higher peak than stock torch.compile: bert (1.1)",
+        "slower than liger-kernel: gpt2 (1.121)",
+        "higher peak than liger-kernel: gpt2 (1.25)",
+    ):
+        assert f"- {sentence}" in page.splitlines(), page
 
 
 @pytest.mark.gpu
