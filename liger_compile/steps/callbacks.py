@@ -82,9 +82,10 @@ def left_for(error: PatternError, match: Match, strict: bool) -> Decision:
     return Decision(match, "leave", str(error), failed=True)
 
 
-def warn_of_failures(decisions: Iterable[Decision]) -> None:
-    """Warns once for each kind of failure."""
-    for reason in dict.fromkeys(decision.reason for decision in decisions if decision.failed):
+def warn_of_failures(decisions: Iterable[Decision], others: Iterable[str] = ()) -> None:
+    """Warns once for each kind of failure: of the failed decisions, and of `others`, which are sentences."""
+    reasons = (decision.reason for decision in decisions if decision.failed)
+    for reason in dict.fromkeys((*reasons, *others)):
         warnings.warn(f"liger_compile: {reason}; liger.strict=True raises instead", stacklevel=2)
 
 
