@@ -191,3 +191,19 @@ def public_names() -> list[str]:
             if hasattr(value, "__qualname__"):
                 names.append(f"{value.__module__}.{value.__qualname__}")
     return names
+
+
+def test_modules_with_public_names_are_strictly_typed():
+    """pyproject.toml lists for pyright the modules that define a public name, and the command line."""
+    listed = re.search(r"^strict = \[(.*?)\]", PYPROJECT, re.MULTILINE | re.DOTALL)
+    assert listed is not None
+    strict = [ROOT / path for path in re.findall(r'"(.*?)"', listed[1])]
+    assert all(path.exists() for path in strict)
+    modules = {module for name in public_names() for module in sys.modules if name.startswith(f"{module}.")}
+    for module in (*modules, "liger_compile.__main__", "liger_compile.backend", "liger_compile.cli.doctor"):
+        spec = importlib.util.find_spec(module)
+        assert spec is not None and spec.origin is not None
+        path = Path(spec.origin).resolve()
+        assert any(path == each or each in path.parents for each in strict), (
+            f"{module}: add it to `strict` in pyproject.toml"
+        )

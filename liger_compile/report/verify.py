@@ -12,13 +12,14 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from liger_compile.report import SCHEMA, GraphReport, Site, reports
 from liger_compile.testing import precision
+from liger_compile.torch_internals import typed
 from liger_compile.torch_internals.dynamo import is_compiled
 from liger_compile.torch_internals.pytree import keystr, tree_flatten_with_path, tree_leaves
 
@@ -169,7 +170,7 @@ def verify(
             "expected a model that is not compiled, got the result of torch.compile; pass the model itself"
         )
     call = _Call(model, args, kwargs)
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+    with typed.fork_rng(devices=range(torch.cuda.device_count())):
         reference = _Reference.of(call)
         settings = {"liger.strict": True, **(options or {})}
         rows, made = _compare(call, reference, settings)
@@ -190,7 +191,7 @@ class _Call:
         """Returns the results of one step by name. It runs on copies that `change` makes of model and arguments."""
         model, args, kwargs = change((self.model, self.args, dict(self.kwargs)))
         named = _named((model, args, kwargs))
-        torch.manual_seed(0)
+        typed.manual_seed(0)
         outputs = compile(model)(*args, **kwargs)
         flat = [(f"output{keystr(path)}", leaf) for path, leaf in tree_flatten_with_path(outputs)[0]]
         seen: dict[str, Any] = {name: leaf for name, leaf in flat if isinstance(leaf, Tensor)}
@@ -220,7 +221,10 @@ def _named(tree: Any) -> dict[str, Tensor]:
 
 def _loss_in(outputs: Any) -> Any:
     """Returns the value at which backward starts."""
-    loss = outputs.get("loss") if isinstance(outputs, Mapping) else getattr(outputs, "loss", None)
+    is_mapping = isinstance(outputs, Mapping)
+    loss: object = (
+        cast(Mapping[str, Any], outputs).get("loss") if is_mapping else getattr(outputs, "loss", None)
+    )
     if isinstance(loss, Tensor) and loss.requires_grad:
         return loss
     first = next((leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)), None)
@@ -272,7 +276,7 @@ class _Reference:
         exact = self.exact[name] if self.exact is not None else eager
         if exact is None:
             return replace(described, problem="there is no such gradient in float64")
-        norm = torch.where(exact.isfinite(), exact, 0).double().norm().item() or 1.0
+        norm = typed.norm(torch.where(exact.isfinite(), exact, 0).double()) or 1.0
         eager_error, allowed = precision.error_of(eager, eager, exact), precision.bound(eager, exact, FACTOR)
         if self.exact is None:
             others = [precision.error_of(run[name], eager, eager) for run in self.nudged]
@@ -315,7 +319,7 @@ def _compare(
     torch.compiler.reset()
     earlier = reports()
     actual = call.run(
-        precision.copied, lambda model: torch.compile(model, backend=backend, options=dict(options) or None)
+        precision.copied, lambda model: typed.compile(model, backend=backend, options=dict(options) or None)
     )
     rows = tuple(reference.row(name, actual.get(name)) for name in reference.eager)
     return rows, tuple(report for report in reports() if report not in earlier)
@@ -355,7 +359,7 @@ def _rewritten(report: GraphReport) -> list[Site]:
 def _more(after: Sequence[GraphReport], before: Sequence[GraphReport]) -> tuple[Site, ...]:
     """Returns the sites that are rewritten in `after` and not in `before`."""
     earlier = Counter((site.pattern, site.place) for report in before for site in _rewritten(report))
-    found = []
+    found: list[Site] = []
     for site in (site for report in after for site in _rewritten(report)):
         earlier[site.pattern, site.place] -= 1
         found += [site] if earlier[site.pattern, site.place] < 0 else []
