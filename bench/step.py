@@ -21,10 +21,10 @@ import torch.nn.functional as F
 from bench.common import Row
 from bench.models import MODELS
 from bench.timing import peak_bytes
-from liger_compile.registry import default_patterns
+from liger_compile.patterns import DEFAULT_PATTERNS
 
 OURS, LIGER_KERNEL, INDUCTOR, FLOOR = "liger-compile", "liger-kernel", "inductor", "floor"
-PATTERN_OPS = tuple(dict.fromkeys(pattern.name.partition(".")[0] for pattern in default_patterns()))
+PATTERN_OPS = tuple(dict.fromkeys(pattern.name.partition(".")[0] for pattern in DEFAULT_PATTERNS))
 BUDGET = 0.8  # of what would be kept for backward; 0.5 was slower and larger (Llama-3.2-1B, 4x2048, H100, 2026-11-22)
 LOCK = "BENCH_TRAIN_STEP_LOCK"  # variable of the environment: a file that processes lock
 SLOT = "BENCH_TRAIN_STEP_SLOT"  # likewise: a number that a process shares with some of the others
