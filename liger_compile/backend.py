@@ -17,7 +17,7 @@ from torch.fx import GraphModule
 from liger_compile import compile as compiling
 from liger_compile import ops  # noqa: F401  # pyright: ignore[reportUnusedImport] - ops are registered, so that cached artifacts find them
 from liger_compile.backward_passes import NAMES
-from liger_compile.failures import or_as_it_came
+from liger_compile.failures import or_unchanged
 from liger_compile.forward_passes import specialize
 from liger_compile.forward_passes.inline_subgraphs import inlined
 from liger_compile.forward_passes.logits import materializing
@@ -59,10 +59,10 @@ def liger(
     notes = chosen.notes_on_skip([*(pattern.name for pattern in known), *NAMES])
     if not compiling.is_right_for_subgraphs(chosen.reported_inner):
         notes.extend(inlined(gm))
-    generic, special = or_as_it_came(
+    generic, special = or_unchanged(
         lambda: rewritten(gm, example_inputs, patterns, chosen, inductor_options),
         lambda why: (Rewritten(gm, GraphReport.of(gm, (), (), notes=(why,))), None),
-        what="the graph",
+        subject="the graph",
         strict=chosen.strict,
     )
 

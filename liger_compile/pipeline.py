@@ -257,7 +257,7 @@ def _backward_plan(options: Options, fuel: int | None, report: GraphReport) -> B
 
     def made(changes: Iterable[tuple[Pass, Applied]]) -> None:
         sites = [
-            site_of_pass(one_pass.name, applied.node, applied.what, applied.memory, applied.traffic)
+            site_of_pass(one_pass.name, applied.node, applied.change, applied.memory, applied.traffic)
             for one_pass, applied in changes
         ]
         report.backward.add(report.name, sites)

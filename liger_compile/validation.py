@@ -17,7 +17,7 @@ from torch.fx import Graph, GraphModule
 
 from liger_compile.graphs.regions import without_modes
 from liger_compile.pattern import Pattern
-from liger_compile.steps.callbacks import described, told
+from liger_compile.steps.callbacks import described, in_one_line
 from liger_compile.steps.recording import Recorder, autograd_function, faults_of
 from liger_compile.terms.build import trace
 from liger_compile.terms.term import ConstVar, Scalar, Term, sizes_of
@@ -204,7 +204,7 @@ def _captures(pattern: Pattern, dtype: torch.dtype, needs_grad: bool = False) ->
 
 
 def _check_terms(pattern: Pattern, captures: Mapping[str, Any]) -> None:
-    with _told_of(pattern, "search"):
+    with _errors_named(pattern, "search"):
         terms = trace(pattern.search, captures)
     if unused := sorted(set(pattern.parameters) - set().union(*(_used(term) for term in terms))):
         _refuse(
@@ -234,7 +234,7 @@ def _check_run(
         if isinstance(value, torch.Tensor):
             inputs[name].meta["example_value"] = value
             arguments[name] = recorder.knows(name, value, inputs[name])
-    with _told_of(pattern, function), recorder.watching(), recorder:
+    with _errors_named(pattern, function), recorder.watching(), recorder:
         returned = getattr(pattern, function)(**arguments)
     results = _check_returned(pattern, function, returned)
     for fault in _faults(function, results, recorder, originals):
@@ -308,13 +308,13 @@ def _check_results(
 
 
 @contextlib.contextmanager
-def _told_of(pattern: Pattern, function: str) -> Generator[None, None, None]:
+def _errors_named(pattern: Pattern, function: str) -> Generator[None, None, None]:
     """Adds to an error of search or replace the name of the function, and advice."""
     try:
         yield
     except Exception as error:
         raise ValueError(
-            f"pattern {pattern.name!r}: {function} could not be traced ({told(error)}); {_advice(error)}"
+            f"pattern {pattern.name!r}: {function} could not be traced ({in_one_line(error)}); {_advice(error)}"
         ) from error
 
 

@@ -175,8 +175,8 @@ def verify(
         settings = {"liger.strict": True, **(options or {})}
         rows, made = _compare(call, reference, settings)
         if all(row.is_right for row in rows):
-            return Verification(rows, reference.words, made)
-        return _bisected(call, reference, settings, Verification(rows, reference.words, made))
+            return Verification(rows, reference.description, made)
+        return _bisected(call, reference, settings, Verification(rows, reference.description, made))
 
 
 @dataclass(frozen=True)
@@ -238,7 +238,7 @@ class _Reference:
     eager: Mapping[str, Any]
     exact: Mapping[str, Any] | None  # in float64; None where the model does not run in float64
     nudged: Sequence[Mapping[str, Any]]
-    words: str
+    description: str
 
     @staticmethod
     def of(call: _Call) -> _Reference:
@@ -263,13 +263,15 @@ class _Reference:
         eager = self.eager[name]
         if eager is None or actual is None:
             problem = (
-                "" if eager is actual else f"eager gives {_said(eager)}, the compiled step {_said(actual)}"
+                ""
+                if eager is actual
+                else f"eager gives {_described(eager)}, the compiled step {_described(actual)}"
             )
             return Row(name, problem=problem)
         described = Row(name, tuple(actual.shape), str(actual.dtype).removeprefix("torch."))
-        if _said(eager) != _said(actual):
+        if _described(eager) != _described(actual):
             return replace(
-                described, problem=f"eager gives {_said(eager)}, the compiled step {_said(actual)}"
+                described, problem=f"eager gives {_described(eager)}, the compiled step {_described(actual)}"
             )
         if not (eager.is_floating_point() or eager.is_complex()):
             return replace(described, problem="" if torch.equal(eager, actual) else "differs from eager's")
@@ -290,7 +292,7 @@ class _Reference:
         )
 
 
-def _said(value: Tensor | None) -> str:
+def _described(value: Tensor | None) -> str:
     if value is None:
         return "none"
     gradient = ", requires_grad" if value.requires_grad else ""

@@ -63,12 +63,12 @@ def described(value: Any) -> str:
 
 def raised(pattern: Pattern, function: str, error: Exception) -> PatternError:
     """Returns the PatternError for an exception of a pattern's function, with `error` as its cause."""
-    failure = PatternError(f"{function} of pattern {pattern.name!r} fails here: {told(error)}")
+    failure = PatternError(f"{function} of pattern {pattern.name!r} fails here: {in_one_line(error)}")
     failure.__cause__ = error
     return failure
 
 
-def told(error: Exception) -> str:
+def in_one_line(error: Exception) -> str:
     """Returns an exception in one line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     text = lines[0][:LONGEST] if lines else ""

@@ -215,7 +215,7 @@ def _run(op: str, args: tuple[Term, ...]) -> int:
     return 1 + max((arg.run for arg in args if arg.may_be_passed), default=0)
 
 
-def _told_apart(consts: tuple[Any, ...]) -> tuple[Any, ...]:
+def _key_of_constants(consts: tuple[Any, ...]) -> tuple[Any, ...]:
     """Returns constants as a key that separates -0.0 from 0.0: copysign(x, -0.0) is not copysign(x, 0.0)."""
     if any(type(const) is float and not const for const in consts):
         return (
@@ -262,7 +262,7 @@ class Space:
 
     def __init__(
         self,
-        make_bare: Callable[[Space, Term], Term],
+        make_uncast: Callable[[Space, Term], Term],
         rules: Mapping[str, Sequence[Callable[..., Any]]],
         mul_rules: Sequence[Callable[..., Any]],
         strict: bool = True,
@@ -270,7 +270,7 @@ class Space:
         self.rules, self.mul_rules, self.strict = rules, mul_rules, strict
         self._table: dict[tuple, Term] = {}
         self._serials = itertools.count()
-        self._make_uncast = make_bare
+        self._make_uncast = make_uncast
         self.same_uncast: dict[Term, list[Term]] = {}  # uncast term -> the terms that round it differently
         self.parts: dict[Term, list[Term]] = {}  # term -> its views and slices
         self.better: dict[Term, Term] = {}  # term -> its rewrite by the rules
@@ -287,7 +287,7 @@ class Space:
         shape: tuple[Size, ...],
     ) -> Term:
         """Returns the only term with this op, arguments, constants and dtype."""
-        key = (op, tuple(arg.serial for arg in args), _told_apart(consts), dtype)
+        key = (op, tuple(arg.serial for arg in args), _key_of_constants(consts), dtype)
         term = self._table.get(key)
         if term is None:
             term = Term.__new__(Term)

@@ -79,8 +79,8 @@ def assert_refuses(
 
     replaced = [site.pattern for site in _sites(made, "replace") if is_meant(site.pattern)]
     assert not replaced, f"expected no {pattern} to be replaced, got {replaced}\n{text}"
-    told = [*_sites(made, "leave"), *(near for report in made for near in report.near_misses)]
-    reasons = [site.reason for site in told if is_meant(site.pattern)]
+    refused = [*_sites(made, "leave"), *(near for report in made for near in report.near_misses)]
+    reasons = [site.reason for site in refused if is_meant(site.pattern)]
     assert not reason or any(re.search(reason, text) for text in reasons), (
         f"expected {pattern} to be refused because of {reason!r}, got {reasons or 'no such place'}\n{text}"
     )
