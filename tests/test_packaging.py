@@ -77,11 +77,29 @@ def test_versions_are_the_same_wherever_they_are_named():
     oldest, newest = (".".join(map(str, version)) for version in (OLDEST_TORCH, NEWEST_TESTED_TORCH))
     assert f'"torch>={oldest}"' in PYPROJECT
     assert f'torch: ["{oldest}",' in (ROOT / ".github" / "workflows" / "ci.yml").read_text()
-    assert f"| {newest}" in (ROOT / "docs" / "stability.md").read_text()
+    assert f"| {newest}" in (ROOT / "docs" / "tested_versions.md").read_text()
     oldest_python = re.search(r'requires-python = ">=(.*?)"', PYPROJECT)[1]
     assert f'python: ["{oldest_python}",' in (ROOT / ".github" / "workflows" / "ci.yml").read_text()
     hooks = (ROOT / ".pre-commit-config.yaml").read_text()
     assert set(re.findall(r'"(ruff==.*?)"', hooks)) == set(re.findall(r'"(ruff==.*?)"', PYPROJECT))
+
+
+def test_a_run_of_the_tests_is_a_row_of_the_page(tmp_path: Path):
+    results = tmp_path / "results.xml"
+    results.write_text(
+        '<testsuites><testsuite tests="1234" failures="1" errors="1" skipped="32"/></testsuites>'
+    )
+    done = subprocess.run(
+        [sys.executable, ROOT / ".ci" / "row.py", results, "tests/ops"], text=True, capture_output=True
+    )
+    assert done.returncode == 0, done.stderr
+    page = (ROOT / "docs" / "tested_versions.md").read_text().splitlines()
+    heading = next(line for line in page if line.startswith("| torch |")).strip("|").split("|")
+    row = dict(
+        zip(map(str.strip, heading), map(str.strip, done.stdout.strip().strip("|").split("|")), strict=True)
+    )
+    assert row["torch"] == torch.__version__.partition("+")[0] and row["tests"] == "`tests/ops`"
+    assert (row["passed"], row["skipped"], row["failed"]) == ("1,200", "32", "2")
 
 
 @pytest.fixture(scope="module")
