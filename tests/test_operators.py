@@ -11,6 +11,7 @@ import torch
 from torch.nn import functional as F
 
 import liger_compile
+from liger_compile.graphs.guards import GuardError
 from liger_compile.terms import identities, operators
 from liger_compile.terms.build import Recorder, trace
 from liger_compile.terms.term import RuleError, Space, Term
@@ -138,6 +139,17 @@ def test_a_rule_that_fails_on_a_pattern_raises(monkeypatch: pytest.MonkeyPatch):
     sentence = plant(monkeypatch, "operator")
     with pytest.raises(RuleError, match=re.escape(sentence)):
         trace(lambda q: torch.softmax(q, -1), {"q": torch.randn(2, 2)})
+
+
+def test_a_size_that_is_not_known_is_no_fault(monkeypatch: pytest.MonkeyPatch):
+    """Who forbids guards handles it: the report says that the computation is not known for all sizes."""
+
+    def asks(call: Any, input: Term, dim: Any = None) -> Term:
+        raise GuardError("it depends on a size")
+
+    monkeypatch.setitem(operators.TABLE, "softmax", asks)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(GuardError), Recorder(identities.new_space(strict=False)):
+        x.softmax(-1)
 
 
 def test_a_term_whose_rule_failed_is_made_anew():

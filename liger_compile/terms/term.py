@@ -21,6 +21,8 @@ import sympy
 import torch
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
+from liger_compile.graphs.guards import GuardError
+
 if TYPE_CHECKING:
     from liger_compile.terms.attention import Note
     from liger_compile.terms.indices import Meaning
@@ -310,7 +312,10 @@ class Space:
 
         Raises:
             RuleError: under `strict`, with that sentence, from `error`.
+            GuardError: `error` is one: a fact that is not known for all sizes is no fault.
         """
+        if isinstance(error, GuardError):
+            raise error
         sentence = f"{subject} failed: {type(error).__name__}: {error}"
         if self.strict:
             raise RuleError(sentence) from error
