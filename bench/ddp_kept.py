@@ -90,7 +90,7 @@ def main() -> None:
     for family in FAMILIES:
         for way in WAYS:
             places = (lambda *_: Places()) if way == ANYWHERE else places_to_cut
-            with mock.patch("liger_compile.backend.places_to_cut", places):
+            with mock.patch("liger_compile.forward_passes.split_for_ddp.places_to_cut", places):
                 row = measured(family, way)
             print_row(row, WIDTHS, header=not rows)
             rows.append({**row, **machine("cpu")})

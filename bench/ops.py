@@ -84,32 +84,32 @@ def measure(op: Op, shape: tuple[int, ...], chosen: argparse.Namespace) -> Itera
     variants[INDUCTOR] = torch.compile(variants["eager"], dynamic=False)
     if chosen.variants is not None:
         variants = {name: variants[name] for name in chosen.variants if name in variants}
-    with _factories(device, dtype):
-        sets = _buffers(op, shape, is_on_cpu=device.type == "cpu")
-        contenders = [_floor(op, shape, device)]
-    reference = timing.step(op.variants["eager"], _copies(sets[0]))
+    with factories_on(device, dtype):
+        sets = buffers_of(op, shape, is_on_cpu=device.type == "cpu")
+        contenders = [floor_of(op, shape, device)]
+    reference = timing.step(op.variants["eager"], copies_of(sets[0]))
 
     facts: dict[str, Row] = {}
     for name, function in variants.items():
         try:
             facts[name] = _facts(function, sets[0], reference, op.is_long)
         except Exception as error:
-            facts[name] = _failed(error)
+            facts[name] = row_of_failure(error)
     del reference
     for name, function in variants.items():
         if "error" in facts[name]:
             continue
         try:
-            contender = _contender(name, function, sets, op.is_long)
+            contender = contender_of(name, function, sets, op.is_long)
             interleave([contender], rounds=1, seconds=0)
             contenders.append(contender)
         except Exception as error:
-            facts[name] = _failed(error)
+            facts[name] = row_of_failure(error)
     rounds = 5 if chosen.quick else chosen.rounds
     found = interleave(contenders, rounds, chosen.seconds * (4 if op.is_long else 1))
     took = {stage: spread(samples)[0] for stage, samples in found["floor"].items()}
     if "copy" in took:
-        took["copy"] *= dtype.itemsize / (2 * _copied_bytes(device))  # of an element
+        took["copy"] *= dtype.itemsize / (2 * copied_bytes(device))  # of an element
     floors = floors_of(op, shape, took)
 
     timed_by = {contender.name: contender.timed_by for contender in contenders}
@@ -138,7 +138,7 @@ def measure(op: Op, shape: tuple[int, ...], chosen: argparse.Namespace) -> Itera
             }
 
 
-def _buffers(op: Op, shape: tuple[int, ...], is_on_cpu: bool) -> list[tuple[Any, ...]]:
+def buffers_of(op: Op, shape: tuple[int, ...], is_on_cpu: bool) -> list[tuple[Any, ...]]:
     torch.manual_seed(0)
     sets = [op.make(*shape)]
     if not (op.is_long or is_on_cpu):
@@ -148,7 +148,7 @@ def _buffers(op: Op, shape: tuple[int, ...], is_on_cpu: bool) -> list[tuple[Any,
     return sets
 
 
-def _contender(
+def contender_of(
     name: str, function: Callable[..., Any], sets: Sequence[tuple[Any, ...]], is_long: bool
 ) -> Contender:
     args = sets[0]
@@ -171,11 +171,11 @@ def _contender(
     return Contender(name, {"both": lambda: timing.step(function, args)}, "wall")
 
 
-def _floor(op: Op, shape: tuple[int, ...], device: torch.device) -> Contender:
+def floor_of(op: Op, shape: tuple[int, ...], device: torch.device) -> Contender:
     """What the hardware does at best: a large copy, and the GEMMs of the op with nothing around them."""
     stages: dict[str, Callable[[], Any]] = {}
     if op.elements is not None:
-        source = torch.randn(_copied_bytes(device) // 2, dtype=torch.bfloat16)
+        source = torch.randn(copied_bytes(device) // 2, dtype=torch.bfloat16)
         copy = torch.empty_like(source)
         # No copy_, which a CUDA graph gives to the copy engine: that is slower than a kernel.
         stages["copy"] = lambda: torch.neg(source, out=copy)
@@ -204,7 +204,7 @@ def floors_of(op: Op, shape: tuple[int, ...], took: Mapping[str, float]) -> dict
     return {**floors, "both": together}
 
 
-def _copied_bytes(device: torch.device) -> int:
+def copied_bytes(device: torch.device) -> int:
     return 2**30 if device.type == "cuda" else 2**22
 
 
@@ -212,12 +212,12 @@ def _facts(
     function: Callable[..., Any], args: Sequence[Any], reference: Sequence[Tensor], is_long: bool
 ) -> Row:
     """How far results and gradients are from eager code's, and the memory that a step takes."""
-    found = timing.step(function, _copies(args))
-    difference = max(_apart(a, b) for a, b in zip(found, reference, strict=True))
+    found = timing.step(function, copies_of(args))
+    difference = max(difference_of(a, b) for a, b in zip(found, reference, strict=True))
     del found
     facts: Row = {"difference": f"{difference:.1e}"}
     if args[0].is_cuda:
-        args = _copies(args)
+        args = copies_of(args)
         upstream = timing.upstream_of(function(*args))
         gradients = sum(arg.nbytes for arg in timing.differentiated(args))
         peak = peak_bytes(lambda: timing.step(function, args, upstream))
@@ -228,11 +228,11 @@ def _facts(
     return facts
 
 
-def _apart(found: Tensor, reference: Tensor) -> float:
+def difference_of(found: Tensor, reference: Tensor) -> float:
     return ((found.float() - reference.float()).norm() / reference.float().norm()).item()
 
 
-def _copies(args: Sequence[Any]) -> list[Any]:
+def copies_of(args: Sequence[Any]) -> list[Any]:
     """Of what some functions overwrite, laid out as it is."""
     return [
         arg.detach().clone().requires_grad_()
@@ -242,7 +242,7 @@ def _copies(args: Sequence[Any]) -> list[Any]:
     ]
 
 
-def _failed(error: Exception) -> Row:
+def row_of_failure(error: Exception) -> Row:
     traceback.print_exception(error, limit=-8)
     return {"error": _sentence(error)}
 
@@ -253,7 +253,7 @@ def _sentence(error: Exception) -> str:
 
 
 @contextlib.contextmanager
-def _factories(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+def factories_on(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
     """torch.randn and the like make tensors of this device and dtype."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)

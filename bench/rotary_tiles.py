@@ -156,11 +156,11 @@ def measure(
     gc.collect()  # the graphs of the shape before, and with them their memory
     op, tiled = OPS[op_name], TILED[op_name]
     dtype, device = getattr(torch, chosen.dtype), torch.device(chosen.device)
-    with ops._factories(device, dtype):
-        sets = ops._buffers(op, shape, device.type == "cpu")
-        contenders = [ops._floor(op, shape, device)]
+    with ops.factories_on(device, dtype):
+        sets = ops.buffers_of(op, shape, device.type == "cpu")
+        contenders = [ops.floor_of(op, shape, device)]
     # Not its graph, whose nodes for the weights would tie captures to this stream.
-    reference = [tensor.detach() for tensor in timing.step(op.variants["eager"], ops._copies(sets[0]))]
+    reference = [tensor.detach() for tensor in timing.step(op.variants["eager"], ops.copies_of(sets[0]))]
     facts: dict[str, Row] = {}
     for name in PEERS if device.type == "cuda" else ():
         function = (
@@ -168,9 +168,9 @@ def measure(
         )
         facts[name] = {}
         try:
-            contenders.append(ops._contender(name, function, sets, is_long=False))
+            contenders.append(ops.contender_of(name, function, sets, is_long=False))
         except Exception as error:
-            facts[name] = ops._failed(error)
+            facts[name] = ops.row_of_failure(error)
     compiled()
     upstream = [timing.upstream_of(tiled.forward(*args)) for args in sets]
     pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
@@ -179,17 +179,17 @@ def measure(
             continue
         try:
             difference = max(
-                ops._apart(a, b)
+                ops.difference_of(a, b)
                 for a, b in zip(tiled.results(tile, upstream[0], sets[0]), reference, strict=True)
             )
             facts[name] = {"difference": f"{difference:.1e}"}
             contenders.append(_contender(name, tiled, tile, upstream, sets, pool))
         except Exception as error:
-            facts[name] = ops._failed(error)
+            facts[name] = ops.row_of_failure(error)
     with torch.no_grad():
         samples = interleave(contenders, chosen.rounds, seconds=10)
     copy = spread(samples["floor"]["copy"])[0]
-    floors = ops.floors_of(op, shape, {"copy": copy * dtype.itemsize / (2 * ops._copied_bytes(device))})
+    floors = ops.floors_of(op, shape, {"copy": copy * dtype.itemsize / (2 * ops.copied_bytes(device))})
     rows = [
         {"tile": name, "error": "", **fact, **_times(samples.get(name, {}), floors)}
         for name, fact in facts.items()
@@ -257,7 +257,7 @@ def _compile(work: Sequence[tuple[str, int, str, str]]) -> None:
     for op, channels, name, dtype in work:
         tiled = TILED[op]
         with contextlib.suppress(Exception), torch.no_grad():  # whoever measures it meets the error again
-            with ops._factories(torch.device("cuda"), getattr(torch, dtype)):
+            with ops.factories_on(torch.device("cuda"), getattr(torch, dtype)):
                 args = OPS[op].make(2, 256, 32, 8, channels)
             upstream = [torch.empty_like(tensor) for tensor in tiled.forward(*args)]
             tiled.results({CHOSEN: None, **tiled.tiles(channels)}[name], upstream, args)

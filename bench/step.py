@@ -18,10 +18,10 @@ from bench.common import Row
 from bench.models import MODELS
 from bench.process import PROGRESS
 from bench.turns import WARMUP, Turns, alone, one_of_few, suppressing_out_of_memory
-from liger_compile.registry import default_patterns
+from liger_compile.patterns import DEFAULT_PATTERNS
 
 OURS, LIGER_KERNEL, INDUCTOR, FLOOR = "liger-compile", "liger-kernel", "inductor", "floor"
-PATTERN_OPS = tuple(dict.fromkeys(pattern.name.partition(".")[0] for pattern in default_patterns()))
+PATTERN_OPS = tuple(dict.fromkeys(pattern.name.partition(".")[0] for pattern in DEFAULT_PATTERNS))
 BUDGET = 0.8  # of what would be kept for backward; 0.5 was slower and larger (Llama-3.2-1B, 4x2048, H100, 2026-11-22)
 NONE, DDP, FSDP = "none", "ddp", "fsdp"
 COPIED_ELEMENTS = 2**28  # of the floor at once

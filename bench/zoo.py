@@ -34,8 +34,7 @@ import liger_compile
 from bench.common import ROOT
 from liger_compile.backend import liger
 from liger_compile.patterns import DEFAULT_PATTERNS
-from liger_compile.report import GraphReport
-from liger_compile.testing import precision
+from liger_compile.testing import assert_no_worse
 from tests.models.families import (
     BY_NAME,
     HEADS,
@@ -353,7 +352,7 @@ class Runs:
     """A backend that remembers which graphs ran, so that one that runs for each layer counts as often."""
 
     inner: str = "aot_eager"
-    reports: list[GraphReport] = field(default_factory=list)
+    reports: list[liger_compile.GraphReport] = field(default_factory=list)
     attentions: list[int] = field(
         default_factory=list
     )  # calls of scaled_dot_product_attention, graph by graph
@@ -361,7 +360,7 @@ class Runs:
 
     def __call__(self, gm: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         self.num_graphs += 1
-        attention = torch._C._nn.scaled_dot_product_attention
+        attention = torch.nn.functional.scaled_dot_product_attention
         attentions = sum(node.target is attention for node in gm.graph.nodes)
         compiled = liger(gm, inputs, options={**OPTIONS, "liger.inner": self.inner})
         report = liger_compile.reports()[-1]
@@ -425,7 +424,7 @@ def _worth(pattern: str) -> dict[str, int]:
 
 
 def fresh() -> None:
-    torch._dynamo.reset()
+    torch.compiler.reset()
     liger_compile.clear_reports()
     gc.collect()
 
@@ -472,7 +471,7 @@ def _worse(*of: Sequence[Step]) -> list[str]:
     stacked = (tree_map(lambda *each: torch.stack(each), *map(tuple, steps)) for steps in of)
     try:
         for values in zip(*stacked, strict=True):  # losses, then gradients: a loss has a dtype of its own
-            precision.assert_no_worse(*values)
+            assert_no_worse(*values)
     except AssertionError as error:
         return [str(error)]
     return []

@@ -8,7 +8,7 @@ import importlib.util
 import json
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 from liger_compile import __version__
 from liger_compile.cli import demo
@@ -120,15 +120,14 @@ def _call_of(target: str) -> tuple[Any, Sequence[Any], dict[str, Any]]:
     factory = getattr(importlib.import_module(module_name), factory_name, None)
     if not callable(factory):
         raise ValueError(f"module {module_name!r} has no function {factory_name!r}")
-    match factory():
-        case (model, dict() as kwargs) if callable(model):
-            return model, (), kwargs
-        case (model, tuple() | list() as args, dict() as kwargs) if callable(model):
-            return model, args, kwargs
-        case other:
-            raise ValueError(
-                f"{target} returned {type(other).__name__}; return (model, kwargs) or (model, args, kwargs)"
-            )
+    returned: object = factory()
+    if isinstance(returned, tuple) and len(cast(tuple[Any, ...], returned)) in (2, 3):
+        model, *rest, kwargs = cast(tuple[Any, ...], returned)
+        args = rest[0] if rest else ()
+        if callable(model) and isinstance(args, (tuple, list)) and isinstance(kwargs, dict):
+            return model, cast(Sequence[Any], args), cast(dict[str, Any], kwargs)
+    kind = type(cast(object, returned)).__name__
+    raise ValueError(f"{target} returned {kind}; return (model, kwargs) or (model, args, kwargs)")
 
 
 if __name__ == "__main__":

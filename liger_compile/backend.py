@@ -15,9 +15,9 @@ from typing import Any
 from torch.fx import GraphModule
 
 from liger_compile import compile as compiling
-from liger_compile import ops  # noqa: F401 - ops are registered, so that cached artifacts find them
+from liger_compile import ops  # noqa: F401  # pyright: ignore[reportUnusedImport] - ops are registered, so that cached artifacts find them
 from liger_compile.backward_passes import NAMES
-from liger_compile.failures import or_as_it_came
+from liger_compile.failures import or_unchanged
 from liger_compile.forward_passes import specialize
 from liger_compile.forward_passes.inline_subgraphs import inlined
 from liger_compile.forward_passes.logits import materializing
@@ -59,10 +59,10 @@ def liger(
     notes = chosen.notes_on_skip([*(pattern.name for pattern in known), *NAMES])
     if not compiling.is_right_for_subgraphs(chosen.reported_inner):
         notes.extend(inlined(gm))
-    generic, special = or_as_it_came(
+    generic, special = or_unchanged(
         lambda: rewritten(gm, example_inputs, patterns, chosen, inductor_options),
         lambda why: (Rewritten(gm, GraphReport.of(gm, (), (), notes=(why,))), None),
-        what="the graph",
+        subject="the graph",
         strict=chosen.strict,
     )
 
@@ -106,7 +106,9 @@ def _compiled(
     )
     # Recorded last: Dynamo may restart the analysis and call the backend again with another graph of the same code.
     record(graph.report.of_variant(variant).with_notes(notes))
-    return materializing(separating(sharing_zeros(result, strides), storages), graph.late_outputs)
+    if graph.backward and "backward.shared_zeros" in graph.backward.choices:
+        result = sharing_zeros(result, strides, partial(graph.backward.chose, "backward.shared_zeros"))
+    return materializing(separating(result, storages), graph.late_outputs)
 
 
 liger.reset = inductor.free_cudagraphs  # pyright: ignore[reportFunctionMemberAccess]

@@ -65,7 +65,8 @@ class BackwardPlan:
         strict: reraise the exception of a pass.
         everywhere: run on a CPU too, where no pass pays.
         made: called once for each graph of backward, with the changes that the passes made to it.
-        chose: called with the name of each choice that had an effect.
+        planned: called when the passes are handed to Inductor.
+        chose: called with the name of each choice that had an effect, and the number that its text has.
     """
 
     passes: tuple[Pass, ...] = DEFAULT_PASSES
@@ -74,7 +75,8 @@ class BackwardPlan:
     strict: bool = False
     everywhere: bool = False
     made: Callable[[Sequence[tuple[Pass, Applied]]], None] = lambda _: None
-    chose: Callable[[str], None] = lambda _: None
+    planned: Callable[[], None] = lambda: None
+    chose: Callable[..., None] = lambda *_: None
 
 
 @restored_if_raised()
@@ -122,6 +124,7 @@ def compile_graph(
             decompositions.update(LATE_OPS)
         else:
             patches["post_grad_custom_post_pass"] = passes
+            backward.planned()
             traced = inlining_late()
     with traced:
         return inductor.compile_fx(gm, example_inputs, patches, decompositions)

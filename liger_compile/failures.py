@@ -9,11 +9,13 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
-def or_as_it_came(rewritten: Callable[[], T], untouched: Callable[[str], T], *, what: str, strict: bool) -> T:
+def or_unchanged(
+    rewritten: Callable[[], T], untouched: Callable[[str], T], *, subject: str, strict: bool
+) -> T:
     """Returns the result of `rewritten`; if it raises, warns and returns `untouched` of a sentence with the reason.
 
     Args:
-        what: the subject of that sentence, for example "the graph".
+        subject: the subject of that sentence, for example "the graph".
         strict: raise instead.
     """
     try:
@@ -21,6 +23,6 @@ def or_as_it_came(rewritten: Callable[[], T], untouched: Callable[[str], T], *, 
     except Exception as error:
         if strict:
             raise
-        why = f"{what} is compiled unchanged, because the rewriter failed: {type(error).__name__}: {error}"
+        why = f"{subject} is compiled unchanged, because the rewriter failed: {type(error).__name__}: {error}"
         warnings.warn(f"liger_compile: {why}; liger.strict=True raises instead", stacklevel=3)
         return untouched(why)

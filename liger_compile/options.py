@@ -13,7 +13,7 @@ import difflib
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import Field, dataclass, field, fields
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from liger_compile.pattern import Pattern
 
@@ -34,7 +34,13 @@ def _one_of(*values: str) -> _Kind:
 
 
 def _tuple_of(kind: type, accepts: str) -> _Kind:
-    return _Kind(accepts, lambda value: isinstance(value, tuple) and all(isinstance(v, kind) for v in value))
+    return _Kind(
+        accepts, lambda value: isinstance(value, tuple) and _all_are(kind, cast(tuple[object, ...], value))
+    )
+
+
+def _all_are(kind: type, values: Iterable[object]) -> bool:
+    return all(isinstance(value, kind) for value in values)
 
 
 _COUNT = _Kind(
@@ -163,12 +169,13 @@ def parse(mode: str | None, options: Mapping[str, Any] | None) -> tuple[Options,
     for key, value in ours.items():
         if key not in _FIELDS:
             raise ValueError(_unknown(key))
-        value = tuple(value) if isinstance(value, list) else value
+        value = tuple(cast(list[Any], value)) if isinstance(value, list) else value
         chosen[_FIELDS[key].name] = _validated(f"option {key!r}", value, _FIELDS[key])
 
     if mode is not None and chosen.get("mode") not in (None, mode):
         raise ValueError(f"mode={mode!r} and liger.mode={chosen['mode']!r} differ; give one of the two")
-    return Options(**{**chosen, "mode": chosen.get("mode") or mode}), inductors
+    chosen["mode"] = chosen.get("mode") or mode
+    return Options(**chosen), inductors
 
 
 class Description(NamedTuple):
@@ -182,7 +189,7 @@ class Description(NamedTuple):
 
 def descriptions() -> list[Description]:
     """Returns the options in words, in order."""
-    described = []
+    described: list[Description] = []
     for key, option in _FIELDS.items():
         kind, text, env = (option.metadata[name] for name in ("kind", "help", "env"))
         effect = f"{text} Environment: {env}." if env else text

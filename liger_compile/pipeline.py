@@ -67,6 +67,7 @@ class _Found:
     decisions: list[Decision] = field(default_factory=list)
     near_misses: list[NearMiss] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
     attention: list[Note] = field(default_factory=list)
     late_outputs: list[LateOutput] = field(default_factory=list)
     # By subgraph: the operands of each call, and the modes of each call.
@@ -113,8 +114,8 @@ def run_steps(
         _rewrite_one(
             module, patterns, options, why_logits_stay, found, is_top=module is gm, runs_once=module in once
         )
-    warn_of_failures(found.decisions)
-    notes = (*found.notes, *sentences(found.attention), *map(str, found.late_outputs))
+    warn_of_failures(found.decisions, found.failures)
+    notes = (*found.notes, *found.failures, *sentences(found.attention), *map(str, found.late_outputs))
     seconds = time.perf_counter() - start
     report = GraphReport.of(gm, found.decisions, found.near_misses, notes=notes, seconds=seconds)
     for module in modules:
@@ -144,7 +145,8 @@ def _rewrite_one(
     graph = module.graph
     mutations = Mutations(graph)
     regions = Regions(graph, found.called_in.get(module, ()))
-    terms = Terms(graph, mutations, found.arguments.get(module, ()), regions)
+    terms = Terms(graph, mutations, found.arguments.get(module, ()), regions, strict=options.strict)
+    found.failures.extend(terms.failures())
     for call, body in _calls(module):
         found.arguments.setdefault(body, []).append(terms.arguments(call, body.graph))
         found.called_in.setdefault(body, []).append(regions.of[call])
@@ -255,7 +257,7 @@ def _backward_plan(options: Options, fuel: int | None, report: GraphReport) -> B
 
     def made(changes: Iterable[tuple[Pass, Applied]]) -> None:
         sites = [
-            site_of_pass(one_pass.name, applied.node, applied.what, applied.memory, applied.traffic)
+            site_of_pass(one_pass.name, applied.node, applied.change, applied.memory, applied.traffic)
             for one_pass, applied in changes
         ]
         report.backward.add(report.name, sites)
@@ -267,5 +269,8 @@ def _backward_plan(options: Options, fuel: int | None, report: GraphReport) -> B
         strict=options.strict,
         everywhere=options.backward_passes == "always",
         made=made,
-        chose=lambda name: report.backward.choices.update({name: CHOICES[name]}),
+        planned=report.backward.plan,
+        chose=lambda name, *numbers: report.backward.choose(
+            report.name, name, CHOICES[name].format(*numbers)
+        ),
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable
+from importlib import import_module
 from importlib.metadata import entry_points
 from typing import Any
 
@@ -33,11 +34,7 @@ def register_pattern(pattern: Pattern, *, replace_existing: bool = False) -> Non
             an example is missing, or the replacement has another shape or dtype or writes into its arguments.
         TypeError: `pattern` is not a Pattern, or one of its fields has the wrong type.
     """
-    if not isinstance(pattern, Pattern):
-        raise TypeError(
-            f"register_pattern: expected a Pattern, got {described(pattern)}; "
-            "write Pattern(name=..., search=..., replace=..., examples=...), and register several one by one"
-        )
+    _refuse_other_types(pattern)
     registered = [
         other for name, other in REGISTERED.items() if not (replace_existing and name == pattern.name)
     ]
@@ -67,9 +64,8 @@ def patterns_in_use(extra: Iterable[Pattern] = ()) -> tuple[Pattern, ...]:
 @functools.cache
 def default_patterns() -> tuple[Pattern, ...]:
     """Returns the patterns of this package."""
-    from liger_compile.patterns import DEFAULT_PATTERNS
-
-    return DEFAULT_PATTERNS
+    # By name, because pyright does not find this package in an editable install.
+    return import_module("liger_compile.patterns").DEFAULT_PATTERNS
 
 
 @functools.cache
@@ -83,6 +79,14 @@ def installed_patterns() -> tuple[Pattern, ...]:
             validate(pattern)
             found.append(pattern)
     return tuple(found)
+
+
+def _refuse_other_types(given: object) -> None:
+    if not isinstance(given, Pattern):
+        raise TypeError(
+            f"register_pattern: expected a Pattern, got {described(given)}; "
+            "write Pattern(name=..., search=..., replace=..., examples=...), and register several one by one"
+        )
 
 
 def _refuse_taken_name(pattern: Pattern, others: Iterable[Pattern]) -> None:

@@ -9,15 +9,15 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NoReturn
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from typing import Any, NoReturn, cast
 
 import torch
 from torch.fx import Graph, GraphModule
 
 from liger_compile.graphs.regions import without_modes
 from liger_compile.pattern import Pattern
-from liger_compile.steps.callbacks import described, told
+from liger_compile.steps.callbacks import described, in_one_line
 from liger_compile.steps.recording import Recorder, autograd_function, faults_of
 from liger_compile.terms.build import trace
 from liger_compile.terms.term import ConstVar, Scalar, Term, sizes_of
@@ -52,12 +52,17 @@ def _refuse(pattern: Pattern, sentence: str) -> NoReturn:
 
 
 @contextlib.contextmanager
-def _tracing() -> Iterator[None]:
+def _tracing() -> Generator[None, None, None]:
     with errors_not_logged(), FakeTensorMode(), without_modes():
         yield
 
 
 # Fields ----------------------------------------------------------------------------------------------------
+
+
+def _are_names(keys: Iterable[object]) -> bool:
+    return all(isinstance(key, str) for key in keys)
+
 
 # The requirement of each field: a test, and text that completes "expected ...".
 _FIELDS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
@@ -65,7 +70,7 @@ _FIELDS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "search": (callable, "a function"),
     "replace": (lambda value: value is None or callable(value), "a function or None"),
     "examples": (
-        lambda value: isinstance(value, Mapping) and all(isinstance(key, str) for key in value),
+        lambda value: isinstance(value, Mapping) and _are_names(cast(Mapping[object, object], value)),
         "a dictionary from the names of the parameters of search to example values",
     ),
     **dict.fromkeys(
@@ -154,7 +159,8 @@ def _check_example(pattern: Pattern, name: str, example: Any) -> None:
         getattr(annotation, "__name__", str(annotation)) if isinstance(annotation, type) else str(annotation)
     )
     kind = type(example).__name__
-    if not isinstance(example, (torch.Tensor, float, int, str)) or isinstance(example, bool):
+    given: object = example
+    if not isinstance(given, (torch.Tensor, float, int, str)) or isinstance(given, bool):
         _refuse(
             pattern,
             f"the example for {name!r} is a {kind}; expected a tensor, a float, an int or a str",
@@ -198,7 +204,7 @@ def _captures(pattern: Pattern, dtype: torch.dtype, needs_grad: bool = False) ->
 
 
 def _check_terms(pattern: Pattern, captures: Mapping[str, Any]) -> None:
-    with _told_of(pattern, "search"):
+    with _errors_named(pattern, "search"):
         terms = trace(pattern.search, captures)
     if unused := sorted(set(pattern.parameters) - set().union(*(_used(term) for term in terms))):
         _refuse(
@@ -228,7 +234,7 @@ def _check_run(
         if isinstance(value, torch.Tensor):
             inputs[name].meta["example_value"] = value
             arguments[name] = recorder.knows(name, value, inputs[name])
-    with _told_of(pattern, function), recorder.watching(), recorder:
+    with _errors_named(pattern, function), recorder.watching(), recorder:
         returned = getattr(pattern, function)(**arguments)
     results = _check_returned(pattern, function, returned)
     for fault in _faults(function, results, recorder, originals):
@@ -248,7 +254,8 @@ def _check_backward(pattern: Pattern, replace: Callable[..., Any]) -> None:
             returned = replace(**captures)
         except Exception:  # an op may require that some captures need no gradient
             return
-    if name := autograd_function(returned if isinstance(returned, tuple) else (returned,)):
+    tensors = [result for result in _as_tuple(returned) if isinstance(result, torch.Tensor)]
+    if name := autograd_function(tensors):
         _refuse(
             pattern,
             f"replace calls {name}, an autograd.Function, whose backward cannot be part of a graph; make it an op by "
@@ -268,13 +275,18 @@ def _faults(
 
 
 def _check_returned(pattern: Pattern, function: str, returned: Any) -> tuple[torch.Tensor, ...]:
-    results = returned if isinstance(returned, tuple) else (returned,)
-    wrong = next((result for result in results if not isinstance(result, torch.Tensor)), None)
-    if wrong is not None or not results or returned is None:
-        words = "an empty tuple" if isinstance(returned, tuple) and not returned else described(wrong)
-        within = " in a tuple" if isinstance(returned, tuple) and returned else ""
+    results = _as_tuple(returned)
+    tensors = tuple(result for result in results if isinstance(result, torch.Tensor))
+    if not results or len(tensors) < len(results):
+        wrong = next((result for result in results if not isinstance(result, torch.Tensor)), None)
+        words = described(wrong) if results else "an empty tuple"
+        within = " in a tuple" if isinstance(returned, tuple) and results else ""
         _refuse(pattern, f"{function} could not be traced (it returns {words}{within}); {_RETURNS}")
-    return results
+    return tensors
+
+
+def _as_tuple(returned: object) -> tuple[object, ...]:
+    return cast(tuple[object, ...], returned) if isinstance(returned, tuple) else (returned,)
 
 
 def _check_results(
@@ -296,13 +308,13 @@ def _check_results(
 
 
 @contextlib.contextmanager
-def _told_of(pattern: Pattern, function: str) -> Iterator[None]:
+def _errors_named(pattern: Pattern, function: str) -> Generator[None, None, None]:
     """Adds to an error of search or replace the name of the function, and advice."""
     try:
         yield
     except Exception as error:
         raise ValueError(
-            f"pattern {pattern.name!r}: {function} could not be traced ({told(error)}); {_advice(error)}"
+            f"pattern {pattern.name!r}: {function} could not be traced ({in_one_line(error)}); {_advice(error)}"
         ) from error
 
 
@@ -319,7 +331,7 @@ def _advice(error: Exception) -> str:
 
 def _used(term: Term) -> Iterator[str]:
     """Yields the captures that a term contains."""
-    stack, seen = [term], set()
+    stack, seen = [term], set[Term]()
     while stack:
         term = stack.pop()
         if term in seen:

@@ -7,6 +7,7 @@ from liger_compile.graphs.aliasing import Mutations
 from liger_compile.terms.attention import notes_in, sentences
 from liger_compile.terms.build import Terms
 from liger_compile.terms.indices import mask_meaning
+from liger_compile.terms.term import RuleError
 
 BATCH, LENGTH = 2, 6
 INF = float("-inf")
@@ -330,11 +331,16 @@ def test_attention_that_keeps_its_mask_has_a_reason():
     assert note.startswith("attention keeps its mask 1x") and "not as many queries as keys" in note
 
 
-def test_a_proof_that_fails_is_a_reason_and_no_silence():
-    """Its ValueError would count as a call that does not fit the operator, and attention would be in no report."""
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_proof_that_fails_is_a_reason_and_raises_under_strict(strict: bool):
     graph = torch.fx.Graph()
-    space = Terms(graph, Mutations(graph)).space
+    space = Terms(graph, Mutations(graph), strict=strict).space
     no_start = space.intern("arange", (), (), torch.int64, (LENGTH,))
     mask = space.intern("cast", (no_start,), (), torch.bool, (LENGTH, LENGTH))
-    found = mask_meaning(space, mask, LENGTH, LENGTH)
-    assert found.kind == "unknown" and found.reason.startswith("the proof about its mask failed: ValueError")
+    if strict:
+        with pytest.raises(RuleError, match="the proof about its mask failed: ValueError"):
+            mask_meaning(space, mask, LENGTH, LENGTH)
+    else:
+        found = mask_meaning(space, mask, LENGTH, LENGTH)
+        assert found.kind == "unknown"
+        assert found.reason.startswith("the proof about its mask failed: ValueError")

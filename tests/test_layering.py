@@ -231,6 +231,118 @@ def test_the_tables_hold_for_this_torch():
                 pkgutil.resolve_name(part)
 
 
+# Programs beside the package: the bench, and what several tests share. They use public names as users do.
+
+PUBLIC = ("liger_compile", "liger_compile.functional", "liger_compile.patterns", "liger_compile.testing")
+
+OF_TORCH = "the one folder with private parts of torch"
+
+# The other names that they use, by file, with the reason. A prefix allows what is below it.
+BESIDE = {
+    "bench/ddp_kept.py": {
+        "liger_compile.forward_passes.buckets": "compares the places where parts begin with other places",
+        "liger_compile.forward_passes.split_for_ddp.places_to_cut": "the name that it replaces for that",
+    },
+    "bench/rotary_tiles.py": {
+        "liger_compile.kernels": "measures the tiles of kernels, which only kernels know"
+    },
+    "bench/step.py": {
+        "torch._functorch.config": "no public name for the memory budget, with which it compares"
+    },
+    "bench/timing.py": {"torch.cuda._sleep": "no public name; the CPU has to launch ahead"},
+    "bench/vocabulary.py": {
+        "liger_compile.ops.alignment": "measures the split of the head at other alignments",
+        "liger_compile.ops.linear_cross_entropy": "measures the matmuls of one chunk of that op",
+    },
+    "bench/zoo.py": {
+        "liger_compile.backend.liger": "counts the graphs that it passes on to the backend",
+        "torch.utils._pytree": "no public name in torch 2.11",
+    },
+    "tests/helpers/gradients.py": {
+        "liger_compile.testing.precision": "gradients as the test kit takes them",
+        "liger_compile.torch_internals": OF_TORCH,
+    },
+    "tests/helpers/kernels.py": {
+        "liger_compile.kernels.launch": "the kernels are tested without the ops",
+        "liger_compile.testing.precision": "numbers that the assertions of the test kit do not return",
+        "liger_compile.torch_internals": OF_TORCH,
+    },
+    "tests/helpers/large_graphs.py": {
+        "liger_compile.testing.graphs": "records graphs without Dynamo",
+        "liger_compile.torch_internals": OF_TORCH,
+    },
+    "tests/helpers/mask_programs.py": {
+        "liger_compile.terms": "the proofs about masks are tested without a graph",
+        "liger_compile.torch_internals": OF_TORCH,
+        "torch._dynamo.source.ConstantSource": "no public name; a symbolic size needs a source",
+    },
+    "tests/helpers/versions.py": {"torch._dynamo.exc.BackendCompilerFailed": "no public name of the error"},
+}
+ROOT = Path(__file__).parents[1]
+FILES_BESIDE = [
+    path for folder in ("bench", "tests/helpers") for path in sorted((ROOT / folder).glob("*.py"))
+]
+PATH_OF_OURS = re.compile(r"liger_compile(\.\w+)+")
+
+
+def names_beside(path: Path) -> Iterator[tuple[int, str]]:
+    """The line and dotted name of each use of ours that is not public, and of each private name of others."""
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
+        names = [node.value] if is_text(node) and PATH_OF_OURS.fullmatch(node.value) else names_in(node)
+        yield from ((node.lineno, name) for name in names if is_ours(name) and not is_public(name))
+    yield from ((line, name) for line, name in private_uses(tree) if not is_ours(name))
+
+
+def is_ours(name: str) -> bool:
+    return name.partition(".")[0] == "liger_compile"
+
+
+def is_public(name: str) -> bool:
+    """Whether a name is one that docs/stability.md lists, or an attribute of such a name."""
+    owner = next(
+        (package for package in sorted(PUBLIC, reverse=True) if name.startswith(f"{package}.")), None
+    )
+    if owner is None:
+        return name in PUBLIC
+    first = name.removeprefix(f"{owner}.").partition(".")[0]
+    module = pkgutil.resolve_name(owner)
+    return first in getattr(module, "__all__", vars(module)) and not first.startswith("_")
+
+
+@pytest.mark.parametrize("path", FILES_BESIDE, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_programs_beside_the_package_use_public_names(path: Path):
+    listed, used = BESIDE.get(path.relative_to(ROOT).as_posix(), {}), set()
+    for line, name in names_beside(path):
+        reasons = {entry for entry in listed if f"{name}.".startswith(f"{entry}.")}
+        used |= reasons
+        assert reasons, f"{path}:{line}: {name} is not public; use a public name, or list it with the reason"
+    assert used == set(listed), f"{path} does not use {set(listed) - used}: remove the reasons"
+
+
+def test_paths_in_strings_are_names():
+    """As of mock.patch: a module that no longer has the name would be noticed only when the program runs."""
+    for path in FILES_BESIDE:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if is_text(node) and PATH_OF_OURS.fullmatch(node.value):
+                assert pkgutil.resolve_name(node.value), f"{path}:{node.lineno}"
+
+
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [
+        ("from liger_compile.steps import match", "liger_compile.steps.match"),
+        ("import liger_compile.steps.match", "liger_compile.steps.match"),
+        ("import liger_compile\nliger_compile.steps.match", "liger_compile.steps.match"),
+        ('patch("liger_compile.steps.match")', "liger_compile.steps.match"),
+        ("from liger_compile import validation", "liger_compile.validation"),
+    ],
+)
+def test_a_use_of_what_is_not_public_is_found(tmp_path: Path, source: str, name: str):
+    (tmp_path / "program.py").write_text(source)
+    assert name in {found for _, found in names_beside(tmp_path / "program.py")}
+
+
 def test_ops_have_no_triton_at_module_level():
     for name, path in sources():
         if name.startswith("ops") or name == "functional":

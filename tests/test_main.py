@@ -13,6 +13,7 @@ import torch
 
 import liger_compile
 from liger_compile.cli import demo
+from liger_compile.cli.device import peak_bytes
 
 FACTORY = """
 import torch
@@ -92,28 +93,29 @@ def test_demo_of_tiny_size():
     assert [f"loss of step {number}" in rows for number in range(1, 7)] == [True] * 5 + [False]
     assert all(len(row.split()) == 3 for name, row in rows.items() if "loss" in name)
     seconds = [float(figure) for figure in re.findall(r"([\d.]+) s", rows["time of a step, median"])]
-    mebibytes = [int(figure) for figure in re.findall(r"(\d+) MiB", rows["peak memory of a step"])]
+    mebibytes = [int(figure) for figure in re.findall(r"(\d+) MiB", rows["activations and gradients"])]
     assert len(seconds) == len(mebibytes) == 3 and min(seconds) > 0
     assert "Replaced\n  linear_cross_entropy" in done.stdout
-    assert "The losses differ from eager mode's by at most" in done.stdout and "FAILED" not in done.stdout
+    assert len(rows["largest difference"].split()) == 3
+    assert "The losses agree" in done.stdout and "FAILED" not in done.stdout
 
 
 def runs(ours: list[float]) -> dict[str, demo.Run]:
     good = [9.0, 8.0, 7.0]
     curves = {demo.EAGER: good, demo.STOCK: good, demo.OURS: ours}
-    return {name: demo.Run(losses, 0.1, 2**20) for name, losses in curves.items()}
+    return {name: demo.Run(losses, [0.1], 2**20) for name, losses in curves.items()}
 
 
-def test_the_demo_fails_where_losses_disagree():
-    assert demo.faults_in(runs([9.0, 8.0, 7.000001]), num_replaced=1)[0] == []
-    (fault,), differences = demo.faults_in(runs([9.0, 8.0, 7.8]), num_replaced=1)
-    assert fault.startswith("FAILED: the losses of backend=")
-    assert differences == '0.0e+00 (torch.compile) and 1.1e-01 (backend="liger")'
-    assert demo.faults_in(runs([9.0, float("nan"), 7.0]), num_replaced=1)[0]
+@pytest.mark.parametrize(("last", "is_right"), [(7.000001, True), (7.8, False), (float("nan"), False)])
+def test_the_demo_fails_where_losses_disagree(last: float, is_right: bool):
+    faults = demo.faults_in(runs([9.0, 8.0, last]), num_replaced=1)
+    assert faults == (
+        [] if is_right else [f"FAILED: the losses of {demo.OURS} differ in more than rounding."]
+    )
 
 
 def test_the_demo_fails_where_nothing_was_replaced():
-    (fault,), _ = demo.faults_in(runs([9.0, 8.0, 7.0]), num_replaced=0)
+    (fault,) = demo.faults_in(runs([9.0, 8.0, 7.0]), num_replaced=0)
     assert "replaced nothing" in fault
 
 
@@ -127,10 +129,10 @@ def test_the_demo_counts_what_a_step_allocates_at_its_peak():
         del first
         torch.add(second, kept)  # 4 MiB
 
-    assert demo.peak_of(step) == 8 * 2**20
+    assert peak_bytes(step) == 8 * 2**20
 
 
-def test_the_text_of_the_demo_is_long_enough_and_mostly_in_its_vocabulary():
+def test_the_text_of_the_demo_is_long_and_uses_its_vocabulary():
     ids = demo.library_tokens(demo.Sizes().vocabulary)
     assert len(ids) > 300_000 and int(ids.max()) < demo.Sizes().vocabulary
-    assert (ids == 0).float().mean() < 0.1
+    assert len(ids.unique()) > 0.9 * demo.Sizes().vocabulary

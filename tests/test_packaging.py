@@ -77,11 +77,29 @@ def test_versions_are_the_same_wherever_they_are_named():
     oldest, newest = (".".join(map(str, version)) for version in (OLDEST_TORCH, NEWEST_TESTED_TORCH))
     assert f'"torch>={oldest}"' in PYPROJECT
     assert f'torch: ["{oldest}",' in (ROOT / ".github" / "workflows" / "ci.yml").read_text()
-    assert f"| {newest}" in (ROOT / "docs" / "stability.md").read_text()
+    assert f"| {newest}" in (ROOT / "docs" / "tested_versions.md").read_text()
     oldest_python = re.search(r'requires-python = ">=(.*?)"', PYPROJECT)[1]
     assert f'python: ["{oldest_python}",' in (ROOT / ".github" / "workflows" / "ci.yml").read_text()
     hooks = (ROOT / ".pre-commit-config.yaml").read_text()
     assert set(re.findall(r'"(ruff==.*?)"', hooks)) == set(re.findall(r'"(ruff==.*?)"', PYPROJECT))
+
+
+def test_a_run_of_the_tests_is_a_row_of_the_page(tmp_path: Path):
+    results = tmp_path / "results.xml"
+    results.write_text(
+        '<testsuites><testsuite tests="1234" failures="1" errors="1" skipped="32"/></testsuites>'
+    )
+    done = subprocess.run(
+        [sys.executable, ROOT / ".ci" / "row.py", results, "tests/ops"], text=True, capture_output=True
+    )
+    assert done.returncode == 0, done.stderr
+    page = (ROOT / "docs" / "tested_versions.md").read_text().splitlines()
+    heading = next(line for line in page if line.startswith("| torch |")).strip("|").split("|")
+    row = dict(
+        zip(map(str.strip, heading), map(str.strip, done.stdout.strip().strip("|").split("|")), strict=True)
+    )
+    assert row["torch"] == torch.__version__.partition("+")[0] and row["tests"] == "`tests/ops`"
+    assert (row["passed"], row["skipped"], row["failed"]) == ("1,200", "32", "2")
 
 
 @pytest.fixture(scope="module")
@@ -191,3 +209,19 @@ def public_names() -> list[str]:
             if hasattr(value, "__qualname__"):
                 names.append(f"{value.__module__}.{value.__qualname__}")
     return names
+
+
+def test_modules_with_public_names_are_strictly_typed():
+    """pyproject.toml lists for pyright the modules that define a public name, and the command line."""
+    listed = re.search(r"^strict = \[(.*?)\]", PYPROJECT, re.MULTILINE | re.DOTALL)
+    assert listed is not None
+    strict = [ROOT / path for path in re.findall(r'"(.*?)"', listed[1])]
+    assert all(path.exists() for path in strict)
+    modules = {module for name in public_names() for module in sys.modules if name.startswith(f"{module}.")}
+    for module in (*modules, "liger_compile.__main__", "liger_compile.backend", "liger_compile.cli.doctor"):
+        spec = importlib.util.find_spec(module)
+        assert spec is not None and spec.origin is not None
+        path = Path(spec.origin).resolve()
+        assert any(path == each or each in path.parents for each in strict), (
+            f"{module}: add it to `strict` in pyproject.toml"
+        )

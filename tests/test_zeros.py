@@ -9,7 +9,8 @@ from torch._dynamo import compiled_autograd
 from torch.fx import Graph
 from torch.profiler import ProfilerActivity, profile
 
-from liger_compile.runtime.shared_zeros import FEWEST, sharing_zeros, strides_of_outputs
+import liger_compile
+from liger_compile.runtime.shared_zeros import FEWEST, STRIDES, sharing_zeros, strides_of_outputs
 from tests.helpers.gradients import gradients_of
 
 SIZE = 4
@@ -23,6 +24,17 @@ def compiled_by(inner):
         return sharing_zeros(torch._dynamo.lookup_backend(inner)(gm, example_inputs), strides)
 
     return lambda function: torch.compile(function, backend=backend)
+
+
+def by_backend(function, **options):
+    """`function` under backend="liger", and the report of one forward."""
+    torch.compiler.reset()
+    liger_compile.clear_reports()
+    options = {f"liger.{name}": value for name, value in {"inner": "aot_eager", **options}.items()}
+    called = torch.compile(function, backend="liger", options=options)
+    loss = called(*leaves((SIZE, SIZE), (SIZE, SIZE)))[0]
+    (report,) = liger_compile.reports()
+    return loss, report
 
 
 @pytest.fixture(params=["aot_eager", "inductor"])
@@ -429,3 +441,36 @@ def test_dynamic_sizes():
             loss.backward()
         assert torch.equal(x.grad, torch.ones(rows, SIZE))
     assert {event.key: event.count for event in profiled.key_averages()}["aten::zeros"] == 1
+
+
+# The report.
+
+NAME = "backward.shared_zeros"
+
+
+def test_the_report_names_outputs_that_share_their_zeros():
+    loss, report = by_backend(several)
+    assert hasattr(loss.grad_fn, STRIDES)
+    text = report.to_dict()["backward"]["choices"][NAME]
+    assert text.startswith("of 5 outputs with a gradient, the unused ones share a buffer of zeros")
+    assert "In backward" in str(report) and NAME in str(report)
+    assert "did not run" not in str(report)  # on a CPU no pass is expected
+
+
+@pytest.mark.parametrize(
+    "options", [{"skip": (NAME,)}, {"skip": ("backward",)}, {"policy": "never"}, {"backward_passes": "never"}]
+)
+def test_zeros_are_autograds_where_the_choice_is_left_out(options):
+    loss, report = by_backend(several, **options)
+    assert not hasattr(loss.grad_fn, STRIDES)
+    assert not report.backward.choices and "In backward" not in str(report)
+    assert not any("liger.skip" in note for note in report.notes)
+
+
+def test_no_report_names_outputs_that_share_nothing():
+    for function in (lambda x, w: (x @ w, x * w), lambda x, w: ((x @ w).detach(), x.detach(), w.detach())):
+        _, report = by_backend(function)
+        assert not report.backward.choices
+    with torch.no_grad():
+        _, report = by_backend(several)
+    assert not report.backward.choices

@@ -21,10 +21,12 @@ DEFAULT_PASSES: tuple[Pass, ...] = (
     Pass("backward.embedding_in_place", add_embedding_rows_in_place),
 )
 
-# Choices for backward that need no pass, by name, with the text for reports. `liger.skip` leaves them out too.
+# Choices for backward that need no pass, by name, with the text for reports; {} is the number that `chose` receives.
+# `liger.skip` leaves them out too.
 CHOICES: Mapping[str, str] = {
     "backward.early_free": "each buffer is freed after its last use (Inductor's allow_buffer_reuse is off)",
     "backward.embedding": "op embedding_backward sums the gradient of a large embedding in half precision",
+    "backward.shared_zeros": "of {} outputs with a gradient, the unused ones share a buffer of zeros for each dtype",
 }
 
 # All that `liger.skip` may name here.

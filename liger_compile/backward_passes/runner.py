@@ -23,13 +23,13 @@ class Applied:
 
     Args:
         node: the node that the pass began at; it may be erased by now, and locates the change in the program.
-        what: the change in words.
+        change: the change, in a sentence without a period.
         memory: bytes that backward no longer allocates; 0 where it allocates the same.
         traffic: bytes that backward no longer reads or writes; an estimate.
     """
 
     node: Node
-    what: str
+    change: str
     memory: int = 0
     traffic: int = 0
 

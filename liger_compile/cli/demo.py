@@ -6,25 +6,25 @@ other, on a GPU if there is one. Needs transformers and rich: pip install "liger
 
 from __future__ import annotations
 
-import json
-import os
+import functools
 import re
 import statistics
 import sysconfig
-import tempfile
 import time
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+import zlib
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 import liger_compile
+from liger_compile.cli.device import device_name, peak_bytes
 from liger_compile.cli.doctor import inductor_needs
+from liger_compile.torch_internals import typed
 
 EAGER, STOCK, OURS = "eager", "torch.compile", 'backend="liger"'
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DEVICE, DTYPE = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
 # The largest relative difference of a loss that counts as rounding. In float32 stock torch.compile stays within 3e-7 of
 # eager over 40 steps (two cores, torch 2.13). In bfloat16 a rounding is 4e-3, and every step rounds the weights.
 BOUND = 5e-2 if DEVICE == "cuda" else 1e-5
@@ -43,11 +43,11 @@ class Sizes(NamedTuple):
 
 
 class Run(NamedTuple):
-    """The loss of each step, the median time of a step, and the peak of the bytes that a step allocates."""
+    """The loss and the seconds of each step, and the peak of the bytes that the last step allocates."""
 
     losses: list[float]
-    seconds: float
-    peak_bytes: int
+    seconds: list[float]
+    peak: int
 
 
 def main(sizes: Sizes, compiler: str = "inductor") -> int:
@@ -59,46 +59,28 @@ def main(sizes: Sizes, compiler: str = "inductor") -> int:
     if compiler == "inductor" and (missing := inductor_needs()):
         console.print(f"Inductor cannot run here: {missing}. The compiled runs use aot_eager instead.\n")
         compiler = "aot_eager"
-    device = torch.cuda.get_device_name() if DEVICE == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    console.print(
-        f"Model  LlamaForCausalLM of transformers, {sizes.layers} layers of width {sizes.hidden}, random weights\n"
-        f"Text   the source of Python's standard library, with a vocabulary of {sizes.vocabulary:,}\n"
-        f"Run    {sizes.steps} steps of AdamW, each with {sizes.batch} x {sizes.length} tokens, on {device}\n"
-    )
-    calls = {
+    console.print(f"A Llama with random weights reads the source of Python on {device_name()}.\n{sizes}\n")
+    settings: dict[str, dict[str, Any]] = {
         EAGER: {},
         STOCK: {"backend": compiler},
         OURS: {"backend": "liger", "options": {"liger.inner": compiler}},
     }
-    tokens, runs = library_tokens(sizes.vocabulary), {}
-    for name, call in calls.items():
-        runs[name] = train(sizes, tokens, call, track(range(sizes.steps), f"{name:<15}", console=console))
-    reports = liger_compile.reports()
-    console.print(
-        "", table_of(runs), "The memory is that of activations and gradients. The times are no benchmark.\n"
-    )
-    console.print(f"The report of {OURS}:\n")
-    console.print("\n\n".join(map(str, reports)), "", sep="\n", markup=False, soft_wrap=True)
-    faults, differences = faults_in(runs, sum(report.count("replace") for report in reports))
-    console.print(
-        *faults,
-        f"The losses differ from eager mode's by at most {differences}. {BOUND:.0e} is rounding.",
-        sep="\n",
-    )
+    runs: dict[str, Run] = {}
+    for name, given in settings.items():
+        runs[name] = train(sizes, given, track(range(sizes.steps), f"{name:<15}", console=console))
+    console.print("", table_of(runs), "")
+    console.print(*map(str, liger_compile.reports()), "", sep="\n\n", markup=False, soft_wrap=True)
+    faults = faults_in(runs, sum(report.count("replace") for report in liger_compile.reports()))
+    console.print(*faults or [f"The losses agree: differences up to {BOUND:.0e} are rounding."], sep="\n")
     return 1 if faults else 0
 
 
-def loss_of(model: Any, ids: torch.Tensor) -> torch.Tensor:
-    """Returns the loss of a model of transformers on token ids (batch, length)."""
-    return model(input_ids=ids, labels=ids, use_cache=False).loss
-
-
-def train(sizes: Sizes, tokens: torch.Tensor, call: Mapping[str, Any], steps: Iterable[int]) -> Run:
-    """Trains a new model. `call` is the arguments of torch.compile, empty for eager mode."""
+def train(sizes: Sizes, settings: Mapping[str, Any], steps: Iterable[int]) -> Run:
+    """Trains a new model. `settings` are the arguments of torch.compile, empty for eager mode."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.compiler.reset()
-    torch.manual_seed(0)
+    typed.manual_seed(0)
     config = LlamaConfig(
         vocab_size=sizes.vocabulary,
         hidden_size=sizes.hidden,
@@ -107,79 +89,58 @@ def train(sizes: Sizes, tokens: torch.Tensor, call: Mapping[str, Any], steps: It
         num_attention_heads=max(sizes.hidden // 64, 1),
     )
     model: Any = LlamaForCausalLM(config)
-    model.to(DEVICE, torch.bfloat16 if DEVICE == "cuda" else torch.float32)
-    compute_loss = torch.compile(loss_of, **call) if call else loss_of
+    model.to(DEVICE, DTYPE)
+    compiled = typed.compile(model, **settings) if settings else model
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    random = torch.Generator().manual_seed(0)
-    losses, seconds, peak = [], [], 0
+    tokens, random, run = library_tokens(sizes.vocabulary), torch.Generator().manual_seed(0), Run([], [], 0)
 
     def step() -> None:
-        starts = torch.randint(len(tokens) - sizes.length, (sizes.batch, 1), generator=random)
-        loss = compute_loss(model, tokens[starts + torch.arange(sizes.length)].to(DEVICE))
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-
-    for number in steps:
         begin = time.perf_counter()
-        if number == sizes.steps - 1:  # its time does not count, since a profiler makes a step slower
-            peak = peak_of(step)
-        else:
-            step()
-            seconds.append(time.perf_counter() - begin)
-    return Run(losses, statistics.median(seconds[NUM_WARMUP:]), peak)
+        starts = torch.randint(len(tokens) - sizes.length, (sizes.batch, 1), generator=random)
+        ids = tokens[starts + torch.arange(sizes.length)].to(DEVICE)
+        loss = compiled(input_ids=ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        optimizer.step()  # pyright: ignore[reportUnknownMemberType] - torch's annotation is incomplete
+        optimizer.zero_grad()
+        run.losses.append(loss.item())
+        run.seconds.append(time.perf_counter() - begin)
+
+    # A profiler counts the memory of the last step, so that the time of this step does not count.
+    peaks = [peak_bytes(step) if number == sizes.steps - 1 else step() for number in steps]
+    return Run(run.losses, run.seconds[NUM_WARMUP:-1], peaks[-1] or 0)
 
 
-def peak_of(step: Callable[[], None]) -> int:
-    """Returns the peak of the bytes that tensors take in a step, above what is allocated before it."""
-    if DEVICE == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        step()
-        return torch.cuda.max_memory_allocated() - before
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # no messages of the profiler
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-    ) as profile:
-        step()
-    with tempfile.TemporaryDirectory() as folder:
-        profile.export_chrome_trace(f"{folder}/trace.json")
-        events = json.loads(Path(folder, "trace.json").read_text())["traceEvents"]
-    return max(event["args"]["Total Allocated"] for event in events if event.get("name") == "[memory]")
-
-
+@functools.cache
 def library_tokens(vocabulary: int) -> torch.Tensor:
-    """Returns the source of the standard library as token ids: frequent words and signs; 0 is all other text."""
+    """Returns the words and signs of Python's standard library as token ids: their hashes."""
     files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
     text = "\n".join(file.read_text(encoding="utf-8", errors="replace") for file in files)
-    pieces = re.findall(r" ?\w+|\s+|[^\w\s]+", text)
-    ids = {piece: i for i, (piece, _) in enumerate(Counter(pieces).most_common(vocabulary - 1), start=1)}
-    return torch.tensor([ids.get(piece, 0) for piece in pieces])
+    return torch.tensor([zlib.crc32(word.encode()) % vocabulary for word in re.findall(r" ?\w+|\W", text)])
 
 
 def table_of(runs: Mapping[str, Run]) -> Any:
-    """Returns a table of losses, time and memory, with a column for each run."""
+    """Returns a table of losses, time and memory, with a column for each run. The times are no benchmark."""
     from rich.table import Table
 
     table = Table("", *runs, box=None)
     for number, losses in enumerate(zip(*(run.losses for run in runs.values()), strict=True), start=1):
         table.add_row(f"loss of step {number}", *(f"{loss:.6f}" for loss in losses))
-    table.add_row("time of a step, median", *(f"{run.seconds:.3f} s" for run in runs.values()))
-    table.add_row("peak memory of a step", *(f"{run.peak_bytes / 2**20:.0f} MiB" for run in runs.values()))
+    table.add_row("largest difference", *(f"{difference(run, runs[EAGER]):.1e}" for run in runs.values()))
+    table.add_row(
+        "time of a step, median", *(f"{statistics.median(run.seconds):.3f} s" for run in runs.values())
+    )
+    table.add_row("activations and gradients", *(f"{run.peak / 2**20:.0f} MiB" for run in runs.values()))
     return table
 
 
-def faults_in(runs: Mapping[str, Run], num_replaced: int) -> tuple[list[str], str]:
-    """Returns a sentence for each fault, and the largest relative differences of the losses in words."""
-    faults = (
-        [] if num_replaced else [f"FAILED: {OURS} replaced nothing in this model; the report states why."]
-    )
-    expected, shown = torch.tensor(runs[EAGER].losses, dtype=torch.float64), []
-    for name in (STOCK, OURS):
-        losses = torch.tensor(runs[name].losses, dtype=torch.float64)
-        difference = (losses / expected - 1).abs().max().item()
-        shown.append(f"{difference:.1e} ({name})")
-        if not difference <= BOUND:  # also NaN
-            faults.append(f"FAILED: the losses of {name} differ by more than rounding explains.")
-    return faults, " and ".join(shown)
+def difference(run: Run, eager: Run) -> float:
+    """Returns the largest relative difference of a loss from that of eager mode; NaN if a loss is NaN."""
+    losses, expected = (torch.tensor(each.losses, dtype=torch.float64) for each in (run, eager))
+    return (losses / expected - 1).abs().max().item()
+
+
+def faults_in(runs: Mapping[str, Run], num_replaced: int) -> list[str]:
+    """Returns a sentence for each fault."""
+    differing = [name for name, run in runs.items() if not difference(run, runs[EAGER]) <= BOUND]  # also NaN
+    faults = [f"FAILED: the losses of {name} differ in more than rounding." for name in differing]
+    return faults if num_replaced else [*faults, f"FAILED: {OURS} replaced nothing; the report states why."]

@@ -27,6 +27,7 @@ import liger_compile
 from liger_compile.ops.dispatch import has_kernel
 from liger_compile.options import Options, parse
 from liger_compile.report.verify import Verification, verify
+from liger_compile.torch_internals import typed
 
 OLDEST_TORCH = (2, 11)
 NEWEST_TESTED_TORCH = (2, 14)
@@ -111,7 +112,7 @@ def _version(package: str) -> str:
 def _device() -> str:
     if not torch.cuda.is_available():
         return f"CPU ({platform.machine()}, {torch.get_num_threads()} threads)"
-    found = torch.cuda.get_device_properties(torch.cuda.current_device())
+    found = typed.device_properties(torch.cuda.current_device())
     capability = f"compute capability {found.major}.{found.minor}"
     return f"{found.name} ({capability}, {found.total_memory / 2**30:.0f} GiB), {torch.cuda.device_count()} in all"
 
@@ -165,7 +166,7 @@ def _environment(_: str) -> Iterator[Finding]:
 
 def _discovery(_: str) -> Iterator[Finding]:
     entries = _entry_points()
-    if "liger" not in torch.compiler.list_backends(exclude_tags=()):
+    if "liger" not in typed.list_backends(()):
         yield Finding(
             "NO",
             'torch.compile does not find backend="liger": no installed package has the entry point; install '
@@ -208,7 +209,7 @@ def _compiler(inner: str) -> Iterator[Finding]:
 
 def _training_step(inner: str) -> Iterator[Finding]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    torch.manual_seed(0)
+    typed.manual_seed(0)
     model, tokens = TinyModel().to(device), torch.arange(64, device=device).view(2, 32)
     options = {"liger.inner": inner, "liger.policy": "always", "liger.fuel": None}
     try:

@@ -16,10 +16,10 @@ from liger_compile.diagnose.formula import Formula
 from liger_compile.diagnose.roundings import Moved
 from liger_compile.terms.term import Scalar, Term
 
-TOLD = 2  # most differences in one sentence
+SHOWN = 2  # most differences in one sentence
 
 
-def telling(differences: Sequence[Difference], formula: Formula) -> Sequence[Difference]:
+def reported_differences(differences: Sequence[Difference], formula: Formula) -> Sequence[Difference]:
     """Returns the differences that have a fact in FACTS, or all of them if none has."""
     return [difference for difference in differences if _fact(difference, formula)] or differences
 
@@ -37,8 +37,8 @@ def rounding_sentence(different: Sequence[Moved]) -> str:
 
 def _joined(texts: Sequence[str]) -> str:
     texts = list(dict.fromkeys(texts))
-    more = f"; and {len(texts) - TOLD} more" if len(texts) > TOLD else ""
-    return "; ".join(texts[:TOLD]) + more
+    more = f"; and {len(texts) - SHOWN} more" if len(texts) > SHOWN else ""
+    return "; ".join(texts[:SHOWN]) + more
 
 
 def _fact(difference: Difference, formula: Formula) -> str | None:

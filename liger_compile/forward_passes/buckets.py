@@ -60,7 +60,7 @@ def padding_in(graph: Graph) -> set[str]:
 def _read(graph: Graph) -> dict[Node, Meaning | None]:
     """Maps the nodes computed from positions and flags, in graph order, to their meaning as a mask, if square."""
     mutations = Mutations(graph)
-    terms = Terms(graph, mutations)
+    terms = Terms(graph, mutations, strict=False)  # the pipeline reads the parts again, and reports failures
     found: dict[Node, Meaning | None] = {}
     for node in graph.nodes:
         term = _of_positions(node, terms, mutations)

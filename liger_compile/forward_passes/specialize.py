@@ -34,13 +34,13 @@ class Assumption:
     """An assumption about an input: its value in most calls.
 
     Args:
-        words: the value in words.
+        description: the value in words.
         rank: the number of last dimensions along which the value varies.
         steps: make the value from any tensor of its shape and dtype, or from the last `rank` dimensions of one; each
             step is a function with its further arguments.
     """
 
-    words: str
+    description: str
     rank: int
     steps: tuple[tuple[Any, ...], ...]
 
@@ -95,7 +95,7 @@ def specialized_variant(assumptions: Mapping[str, Assumption]) -> Variant:
     name = WITHOUT if set(assumptions.values()) == {ONES} else CAUSAL
     return Variant(
         name,
-        f"specialized for {_said(assumptions)} (checked on every call, {syncs}); other calls use the {GENERIC} graph, "
+        f"specialized for {_text(assumptions)} (checked on every call, {syncs}); other calls use the {GENERIC} graph, "
         "which is compiled when a call first needs it and then has its own report",
     )
 
@@ -106,14 +106,14 @@ def generic_variant(assumptions: Mapping[str, Assumption]) -> Variant:
     others = "padding" if name == WITHOUT else "other masks"
     return Variant(
         GENERIC,
-        f"generic: used by calls with {others}; calls with {_said(assumptions)} use the graph {name!r}",
+        f"generic: used by calls with {others}; calls with {_text(assumptions)} use the graph {name!r}",
     )
 
 
-def _said(assumptions: Mapping[str, Assumption]) -> str:
+def _text(assumptions: Mapping[str, Assumption]) -> str:
     names: dict[str, list[str]] = {}
     for name, assumption in assumptions.items():
-        names.setdefault(assumption.words, []).append(name)
+        names.setdefault(assumption.description, []).append(name)
     return " and ".join(f"{' and '.join(inputs)} {words}" for words, inputs in names.items())
 
 

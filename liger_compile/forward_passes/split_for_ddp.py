@@ -15,7 +15,7 @@ from typing import Any
 from torch.fx import GraphModule
 
 from liger_compile import compile as compiling
-from liger_compile.failures import or_as_it_came
+from liger_compile.failures import or_unchanged
 from liger_compile.forward_passes import specialize
 from liger_compile.forward_passes.buckets import (
     Places,
@@ -62,8 +62,8 @@ def split(gm: GraphModule, example_inputs: Sequence[Any], cut: Cut, options: Opt
             whole.places[module] = Places() if is_symbolic else places_to_cut(module.graph, cut.bucket_bytes)
         return whole
 
-    whole = or_as_it_came(
-        prepared, lambda _: None, what="the graph that DDP cuts in buckets", strict=options.strict
+    whole = or_unchanged(
+        prepared, lambda _: None, subject="the graph that DDP cuts in buckets", strict=options.strict
     )
     if whole is None:
         return cut(gm, example_inputs)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from liger_compile.report import SCHEMA, GraphReport, reports
+from liger_compile.torch_internals import typed
 from liger_compile.torch_internals.dynamo import graph_breaks
 
 
@@ -52,7 +53,7 @@ def explain(model: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Explanat
     torch.compiler.reset()  # a graph that was compiled before would not be compiled and reported again
     with _state_restored(model):
         breaks_before = graph_breaks()
-        torch.compile(model, backend="liger", options={"liger.inner": "report"})(*args, **kwargs)
+        typed.compile(model, backend="liger", options={"liger.inner": "report"})(*args, **kwargs)
         breaks = graph_breaks() - breaks_before
     torch.compiler.reset()  # the next torch.compile of this model must not reuse these graphs
     graphs = tuple(report for report in reports() if report not in earlier)
@@ -60,10 +61,10 @@ def explain(model: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Explanat
 
 
 @contextlib.contextmanager
-def _state_restored(model: Callable[..., Any]) -> Iterator[None]:
+def _state_restored(model: Callable[..., Any]) -> Generator[None, None, None]:
     buffers = list(model.buffers()) if isinstance(model, nn.Module) else []
     saved = [buffer.clone() for buffer in buffers]
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+    with typed.fork_rng(devices=range(torch.cuda.device_count())):
         try:
             yield
         finally:

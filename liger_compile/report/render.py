@@ -5,11 +5,12 @@ from __future__ import annotations
 import textwrap
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     from liger_compile.report.report import GraphReport, Near, Site
 
+T = TypeVar("T")
 WIDTH = 110
 NO_PASSES = "did not run yet: backward is compiled later, or Inductor's cache has its code"
 MAX_NEAR_MISSES = 12  # in the text; to_dict() has all of them
@@ -24,7 +25,7 @@ def details(report: GraphReport) -> list[str]:
         "annotate": "Left to Inductor, marked as cheap to recompute",
         "leave": "Left alone",
     }
-    lines = []
+    lines: list[str] = []
     for kind, heading in headings.items():
         sites = [site for site in report.sites if site.kind == kind]
         groups = _grouped(sites, key=lambda site: (site.pattern, site.reason))
@@ -39,7 +40,7 @@ def details(report: GraphReport) -> list[str]:
     groups = _grouped(report.backward.sites, key=lambda site: (site.pattern, site.reason))
     rows = [_site_row(group) for group in groups]
     rows += [((name, "", ""), (), sentence) for name, sentence in report.backward.choices.items()]
-    if rows and not report.backward.is_compiled:
+    if rows and report.backward.has_passes and not report.backward.is_compiled:
         rows.append((("passes", "", ""), (), NO_PASSES))
     lines += _section("In backward", rows)
     if report.notes:
@@ -82,15 +83,15 @@ def _section(heading: str, rows: Sequence[Row]) -> list[str]:
     return lines
 
 
-def _grouped(items: Iterable[Any], key: Callable[[Any], Any]) -> list[list[Any]]:
-    groups: dict[Any, list[Any]] = {}
+def _grouped(items: Iterable[T], key: Callable[[T], object]) -> list[list[T]]:
+    groups: dict[object, list[T]] = {}
     for item in items:
         groups.setdefault(key(item), []).append(item)
     return list(groups.values())
 
 
 def _places(items: Iterable[Site | Near]) -> list[str]:
-    lines = []
+    lines: list[str] = []
     for same_class in _grouped((item.place for item in items), key=lambda place: place.module_class):
         suffix = f" ({same_class[0].module_class})" if same_class[0].module_class else ""
         lines += [(path + suffix).strip() for path in folded({place.module: None for place in same_class})]

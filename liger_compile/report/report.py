@@ -13,7 +13,7 @@ import re
 from collections import Counter, deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.fx import GraphModule, Node
@@ -81,12 +81,24 @@ class BackwardReport:
     Args:
         sites: the changes that passes made, in order.
         choices: other choices for backward, by name.
+        has_passes: whether passes run when backward is compiled. By default they do not where a CPU runs it.
         is_compiled: whether passes have run. They do not run where Inductor's cache has the compiled code.
     """
 
-    sites: list[Site] = field(default_factory=list)
-    choices: dict[str, str] = field(default_factory=dict)
+    sites: list[Site] = field(default_factory=list[Site])
+    choices: dict[str, str] = field(default_factory=dict[str, str])
+    has_passes: bool = False
     is_compiled: bool = False
+
+    def plan(self) -> None:
+        """Records that passes run when backward is compiled."""
+        self.has_passes = True
+
+    def choose(self, graph: str, name: str, text: str) -> None:
+        """Records a choice for backward of the named graph, and logs it the first time."""
+        if name not in self.choices:
+            _log.debug("liger_compile  backward of graph %s: %s: %s", graph, name, text)
+        self.choices[name] = text
 
     def add(self, graph: str, sites: Iterable[Site]) -> None:
         """Records and logs the changes that passes made to the graph of backward of the named graph."""
@@ -213,12 +225,16 @@ def _site(decision: Decision) -> Site:
         kind=decision.kind,
         reason=decision.reason,
         place=Place.of(match.nodes, match.outputs[0]),
-        ops=tuple(
-            dict.fromkeys(n.target.name() for n in decision.inserted if isinstance(n.target, OpOverload))
-        ),
+        ops=tuple(dict.fromkeys(filter(None, (_op_name(node) for node in decision.inserted)))),
         result=counted(_describe(node.meta.get("example_value")) for node in match.outputs),
         saved_bytes=decision.saved_bytes,
     )
+
+
+def _op_name(node: Node) -> str:
+    """Returns the name of the op that a node calls; empty for nodes that call no op."""
+    target: object = node.target
+    return cast("OpOverload[..., Any]", target).name() if isinstance(target, OpOverload) else ""
 
 
 def site_of_pass(name: str, node: Node, text: str, memory: int, traffic: int) -> Site:
@@ -236,7 +252,7 @@ def site_of_pass(name: str, node: Node, text: str, memory: int, traffic: int) ->
 
 
 def _values(value: Any) -> Sequence[Any]:
-    return value if isinstance(value, tuple | list) else (value,)
+    return cast(Sequence[Any], value) if isinstance(value, tuple | list) else (value,)
 
 
 def _near(miss: NearMiss) -> Near:

@@ -12,13 +12,14 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from liger_compile.report import SCHEMA, GraphReport, Site, reports
 from liger_compile.testing import precision
+from liger_compile.torch_internals import typed
 from liger_compile.torch_internals.dynamo import is_compiled
 from liger_compile.torch_internals.pytree import keystr, tree_flatten_with_path, tree_leaves
 
@@ -169,13 +170,13 @@ def verify(
             "expected a model that is not compiled, got the result of torch.compile; pass the model itself"
         )
     call = _Call(model, args, kwargs)
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+    with typed.fork_rng(devices=range(torch.cuda.device_count())):
         reference = _Reference.of(call)
         settings = {"liger.strict": True, **(options or {})}
         rows, made = _compare(call, reference, settings)
         if all(row.is_right for row in rows):
-            return Verification(rows, reference.words, made)
-        return _bisected(call, reference, settings, Verification(rows, reference.words, made))
+            return Verification(rows, reference.description, made)
+        return _bisected(call, reference, settings, Verification(rows, reference.description, made))
 
 
 @dataclass(frozen=True)
@@ -190,7 +191,7 @@ class _Call:
         """Returns the results of one step by name. It runs on copies that `change` makes of model and arguments."""
         model, args, kwargs = change((self.model, self.args, dict(self.kwargs)))
         named = _named((model, args, kwargs))
-        torch.manual_seed(0)
+        typed.manual_seed(0)
         outputs = compile(model)(*args, **kwargs)
         flat = [(f"output{keystr(path)}", leaf) for path, leaf in tree_flatten_with_path(outputs)[0]]
         seen: dict[str, Any] = {name: leaf for name, leaf in flat if isinstance(leaf, Tensor)}
@@ -220,7 +221,10 @@ def _named(tree: Any) -> dict[str, Tensor]:
 
 def _loss_in(outputs: Any) -> Any:
     """Returns the value at which backward starts."""
-    loss = outputs.get("loss") if isinstance(outputs, Mapping) else getattr(outputs, "loss", None)
+    is_mapping = isinstance(outputs, Mapping)
+    loss: object = (
+        cast(Mapping[str, Any], outputs).get("loss") if is_mapping else getattr(outputs, "loss", None)
+    )
     if isinstance(loss, Tensor) and loss.requires_grad:
         return loss
     first = next((leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)), None)
@@ -234,7 +238,7 @@ class _Reference:
     eager: Mapping[str, Any]
     exact: Mapping[str, Any] | None  # in float64; None where the model does not run in float64
     nudged: Sequence[Mapping[str, Any]]
-    words: str
+    description: str
 
     @staticmethod
     def of(call: _Call) -> _Reference:
@@ -259,20 +263,22 @@ class _Reference:
         eager = self.eager[name]
         if eager is None or actual is None:
             problem = (
-                "" if eager is actual else f"eager gives {_said(eager)}, the compiled step {_said(actual)}"
+                ""
+                if eager is actual
+                else f"eager gives {_described(eager)}, the compiled step {_described(actual)}"
             )
             return Row(name, problem=problem)
         described = Row(name, tuple(actual.shape), str(actual.dtype).removeprefix("torch."))
-        if _said(eager) != _said(actual):
+        if _described(eager) != _described(actual):
             return replace(
-                described, problem=f"eager gives {_said(eager)}, the compiled step {_said(actual)}"
+                described, problem=f"eager gives {_described(eager)}, the compiled step {_described(actual)}"
             )
         if not (eager.is_floating_point() or eager.is_complex()):
             return replace(described, problem="" if torch.equal(eager, actual) else "differs from eager's")
         exact = self.exact[name] if self.exact is not None else eager
         if exact is None:
             return replace(described, problem="there is no such gradient in float64")
-        norm = torch.where(exact.isfinite(), exact, 0).double().norm().item() or 1.0
+        norm = typed.norm(torch.where(exact.isfinite(), exact, 0).double()) or 1.0
         eager_error, allowed = precision.error_of(eager, eager, exact), precision.bound(eager, exact, FACTOR)
         if self.exact is None:
             others = [precision.error_of(run[name], eager, eager) for run in self.nudged]
@@ -286,7 +292,7 @@ class _Reference:
         )
 
 
-def _said(value: Tensor | None) -> str:
+def _described(value: Tensor | None) -> str:
     if value is None:
         return "none"
     gradient = ", requires_grad" if value.requires_grad else ""
@@ -315,7 +321,7 @@ def _compare(
     torch.compiler.reset()
     earlier = reports()
     actual = call.run(
-        precision.copied, lambda model: torch.compile(model, backend=backend, options=dict(options) or None)
+        precision.copied, lambda model: typed.compile(model, backend=backend, options=dict(options) or None)
     )
     rows = tuple(reference.row(name, actual.get(name)) for name in reference.eager)
     return rows, tuple(report for report in reports() if report not in earlier)
@@ -355,7 +361,7 @@ def _rewritten(report: GraphReport) -> list[Site]:
 def _more(after: Sequence[GraphReport], before: Sequence[GraphReport]) -> tuple[Site, ...]:
     """Returns the sites that are rewritten in `after` and not in `before`."""
     earlier = Counter((site.pattern, site.place) for report in before for site in _rewritten(report))
-    found = []
+    found: list[Site] = []
     for site in (site for report in after for site in _rewritten(report)):
         earlier[site.pattern, site.place] -= 1
         found += [site] if earlier[site.pattern, site.place] < 0 else []

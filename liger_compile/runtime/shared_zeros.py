@@ -46,15 +46,24 @@ def _strides(output: Any) -> Strides | None:
     return value.stride() if all(isinstance(stride, int) for stride in value.stride()) else None
 
 
-def sharing_zeros(compiled: Callable[..., Any], strides: Sequence[Strides | None]) -> Callable[..., Any]:
-    """Returns `compiled` with zeros for its unused outputs materialized in its backward, in these strides."""
+def sharing_zeros(
+    compiled: Callable[..., Any],
+    strides: Sequence[Strides | None],
+    shared: Callable[[int], None] = lambda _: None,
+) -> Callable[..., Any]:
+    """Returns `compiled` with zeros for its unused outputs materialized in its backward, in these strides.
+
+    Args:
+        shared: called after each forward whose backward is changed, with the number of outputs that have a gradient.
+    """
     if len(strides) < FEWEST:
         return compiled
 
     def call(*inputs: Any) -> Any:
         outputs = compiled(*inputs)
         for backward, strides_by_number in _backwards(inputs, outputs, strides).items():
-            _share_zeros(backward, strides_by_number)
+            if _share_zeros(backward, strides_by_number):
+                shared(len(strides_by_number))
         return outputs
 
     return call
@@ -82,10 +91,13 @@ def _is_plain(tensor: Tensor) -> bool:
     return is_of_torch and tensor.layout is torch.strided and not tensor.is_nested
 
 
-def _share_zeros(backward: Any, strides: Mapping[int, Strides | None]) -> None:
-    """Makes a backward materialize its zeros. Its class belongs to one compiled graph, and is patched once."""
+def _share_zeros(backward: Any, strides: Mapping[int, Strides | None]) -> bool:
+    """Makes a backward materialize its zeros, and returns whether it did.
+
+    The class of a backward belongs to one compiled graph, and is patched once.
+    """
     if hasattr(backward, STRIDES) or expected_gradients(backward) is None:
-        return
+        return False
     function = function_of(backward)
     if not hasattr(function, _MAKES_ZEROS):
         # It calls the graph instead of `backward`, with autograd's zeros.
@@ -94,6 +106,7 @@ def _share_zeros(backward: Any, strides: Mapping[int, Strides | None]) -> None:
         setattr(function, _MAKES_ZEROS, True)  # last: patching twice is harmless, a mark set too early is not
     setattr(backward, STRIDES, strides)
     backward.set_materialize_grads(False)
+    return True
 
 
 def _making_zeros(method: Callable[..., Any]) -> Callable[..., Any]:

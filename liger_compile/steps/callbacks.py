@@ -63,12 +63,12 @@ def described(value: Any) -> str:
 
 def raised(pattern: Pattern, function: str, error: Exception) -> PatternError:
     """Returns the PatternError for an exception of a pattern's function, with `error` as its cause."""
-    failure = PatternError(f"{function} of pattern {pattern.name!r} fails here: {told(error)}")
+    failure = PatternError(f"{function} of pattern {pattern.name!r} fails here: {in_one_line(error)}")
     failure.__cause__ = error
     return failure
 
 
-def told(error: Exception) -> str:
+def in_one_line(error: Exception) -> str:
     """Returns an exception in one line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     text = lines[0][:LONGEST] if lines else ""
@@ -82,9 +82,10 @@ def left_for(error: PatternError, match: Match, strict: bool) -> Decision:
     return Decision(match, "leave", str(error), failed=True)
 
 
-def warn_of_failures(decisions: Iterable[Decision]) -> None:
-    """Warns once for each kind of failure."""
-    for reason in dict.fromkeys(decision.reason for decision in decisions if decision.failed):
+def warn_of_failures(decisions: Iterable[Decision], others: Iterable[str] = ()) -> None:
+    """Warns once for each kind of failure: of the failed decisions, and of `others`, which are sentences."""
+    reasons = (decision.reason for decision in decisions if decision.failed)
+    for reason in dict.fromkeys((*reasons, *others)):
         warnings.warn(f"liger_compile: {reason}; liger.strict=True raises instead", stacklevel=2)
 
 

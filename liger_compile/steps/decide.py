@@ -158,7 +158,7 @@ def _without_covered(decisions: list[Decision], consumed: set[Node]) -> list[Dec
     Drops a refusal if another pattern replaced the place, or if a larger pattern was refused there. Of patterns that
     only mark, an MLP and the product in it are one place: a mark there, or else the larger refusal, is kept alone.
     """
-    told: set[Node] = set()
+    reported: set[Node] = set()
     marked = {
         node for decision in decisions if decision.kind == "annotate" for node in decision.match.outputs
     }
@@ -167,14 +167,14 @@ def _without_covered(decisions: list[Decision], consumed: set[Node]) -> list[Dec
     for decision in decisions:
         match, root = decision.match, decision.match.outputs[0]
         has_place = decision.kind != "leave" or decision.covers
-        is_news = has_place or (root not in consumed and root not in told)
+        is_news = has_place or (root not in consumed and root not in reported)
         if not has_place and match.pattern.replace is None:
             is_news = is_news and root not in unmarked and marked.isdisjoint(match.nodes)
             unmarked.update(match.nodes)
         if is_news or decision.failed:
             kept.append(decision)
             if has_place or not decision.failed:
-                told.add(root)
+                reported.add(root)
     return kept
 
 

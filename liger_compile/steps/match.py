@@ -31,7 +31,7 @@ from torch.fx import Graph, Node
 from liger_compile.diagnose.compare import Comparer, Comparison, Difference
 from liger_compile.diagnose.formula import Formula
 from liger_compile.diagnose.roundings import Moved, moved, roundings
-from liger_compile.diagnose.sentences import rounding_sentence, sentence, telling
+from liger_compile.diagnose.sentences import reported_differences, rounding_sentence, sentence
 from liger_compile.graphs.guards import GuardError, no_guards
 from liger_compile.graphs.regions import without_modes
 from liger_compile.pattern import Capture, Match, NearMiss, Pattern
@@ -521,15 +521,15 @@ def _near_misses(failed: Sequence[_Attempt], matches: Sequence[Match], index: _I
         found = comparison and _Near.of(attempt, comparison, covered)
         if found:
             near.append(found)
-    told: list[_Near] = []
+    reported: list[_Near] = []
     roots: set[Node] = set()
     regions: set[Node] = set()
     for miss in sorted(near, key=lambda near_miss: near_miss.rank):
         if miss.root not in regions and roots.isdisjoint(miss.region):
-            told.append(miss)
+            reported.append(miss)
             roots.add(miss.root)
             regions.update(miss.region)
-    return [miss.told() for miss in told]
+    return [miss.near_miss() for miss in reported]
 
 
 @dataclass(frozen=True, eq=False)
@@ -584,10 +584,10 @@ class _Near:
         """The sort key: nearest first, then more captures; patterns of several outputs come after simpler patterns."""
         return len(self.attempt.skeleton.outputs), -self.score, -len(self.bindings)
 
-    def told(self) -> NearMiss:
+    def near_miss(self) -> NearMiss:
         formula = self.attempt.index.formula(self.bindings)
         if self.differences:
-            differences = telling(self.differences, formula)
+            differences = reported_differences(self.differences, formula)
             reason, culprit = sentence(differences, formula), self._culprit(differences[0])
         else:
             reason, culprit = rounding_sentence(self.roundings), self._rounding_node(self.roundings[0])

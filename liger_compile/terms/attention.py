@@ -34,7 +34,7 @@ DEPTH = 8  # most adds, muls, tanhs and wheres between the matmul of q and k and
 class Note:
     """Records that an attention keeps its mask or stays written out, why, and the mask's meaning if that is why."""
 
-    what: str
+    outcome: str
     reason: str
     meaning: Meaning | None = None
 
@@ -179,7 +179,7 @@ def _of_scores(space: Space, scores: _Scores, dropout_p: float, product: Term) -
         raise _LeftError(
             f"its scores are of {_name(scores.q.dtype)} and {_name(scores.k.dtype)}, its values are {_name(v.dtype)}"
         )
-    mask = scores.joined(space) or space.intern("full", (), (True,), torch.bool, (1, 1))
+    mask = scores.combined(space) or space.intern("full", (), (True,), torch.bool, (1, 1))
     if product.shape != (*q.shape[:-1], *v.shape[-1:]) or k.shape[1:2] not in (q.shape[1:2], (1,)):
         return None
     cap = () if scores.cap is None else (_constant(scores.cap),)
@@ -236,7 +236,7 @@ class _Scores:
     def filled(self, condition: Term, fill: float) -> _Scores:
         return replace(self.plus(condition), fill=max(self.fill, fill))
 
-    def joined(self, space: Space) -> Term | None:
+    def combined(self, space: Space) -> Term | None:
         """Returns one mask for all masks, which hides the scores that any of them hides; None if there is no mask."""
         if len(self.masks) <= 1:
             return next(iter(self.masks), None)
@@ -377,5 +377,5 @@ def notes_in(space: Space, terms: Iterable[Any]) -> list[Note]:
 
 def sentences(notes: Iterable[Note]) -> Iterator[str]:
     """Yields one sentence for each distinct note."""
-    for (outcome, reason), times in Counter((note.what, note.reason) for note in notes).items():
+    for (outcome, reason), times in Counter((note.outcome, note.reason) for note in notes).items():
         yield f"attention {outcome} {times}x: {reason}"

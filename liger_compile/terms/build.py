@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -40,9 +40,16 @@ class Terms:
         mutations: Mutations,
         calls: Sequence[Sequence[Value]] = (),
         regions: Regions | None = None,
+        *,
+        strict: bool = True,
     ) -> None:
-        """Builds all terms. `calls`: for a subgraph, what each call passes to its placeholders (`arguments`)."""
-        self.space = identities.new_space()
+        """Builds all terms.
+
+        Args:
+            calls: for a subgraph, what each call passes to its placeholders (`arguments`).
+            strict: raise RuleError if a rule of ours fails. Otherwise the value is opaque, and `failures` counts it.
+        """
+        self.space = identities.new_space(strict=strict)
         self.of: dict[Node, Value] = {}
         self.nodes: dict[Term, list[Node]] = {}  # in graph order
         self.written: dict[Term, Node] = {}  # value after the last in-place write -> its node
@@ -71,6 +78,12 @@ class Terms:
             if value in self.nodes and self._comes_from(node, value):
                 self.passes_through.add(node)
             self.nodes.setdefault(value, []).append(node)
+
+    def failures(self) -> Iterator[str]:
+        """Yields a sentence about each rule of ours that failed."""
+        for sentence, count in self.space.findings.failures.items():
+            left = "1 call is left as it is" if count == 1 else f"{count} calls are left as they are"
+            yield f"{sentence}; {left}"
 
     def _seen(self, node: Node, reader: Node) -> Value:
         """Returns the value of `node` in the modes of `reader`.

@@ -6,6 +6,7 @@ and strings, terms see names.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,6 +16,15 @@ from liger_compile.terms.term import MADE_HERE, ConstVar, Scalar, Space, Term, s
 
 Value = Any  # a Term, a tuple of Values, or a constant
 
+# The kinds of arguments, as annotations of table functions: binding.py compares the arguments with them.
+Operand = Term | torch.SymInt | int | float
+SizeArgument = int | torch.SymInt
+Dims = int | Sequence[int] | None
+
+
+class UnsupportedError(Exception):
+    """A call does not fit the table function of its operator; its value is opaque."""
+
 
 class Call:
     """The properties of a call that a table function needs besides the arguments."""
@@ -23,12 +33,21 @@ class Call:
         self.space, self.out = space, out
 
     @property
+    def result(self) -> torch.Tensor:
+        """The example of the result. Raises UnsupportedError for a call that returns several tensors."""
+        if not isinstance(self.out, torch.Tensor):
+            raise UnsupportedError(
+                f"expected a call that returns one tensor, got a {type(self.out).__name__}"
+            )
+        return self.out
+
+    @property
     def dtype(self) -> torch.dtype:
-        return self.out.dtype
+        return self.result.dtype
 
     @property
     def shape(self) -> tuple[Any, ...]:
-        return sizes_of(self.out.shape)
+        return sizes_of(self.result.shape)
 
 
 def scalar_of(value: Any) -> Scalar | None:
@@ -48,7 +67,7 @@ def term_of(call: Call, value: Any) -> Term:
     """Returns the term of an operand: a tensor's term, a number or a symbolic size.
 
     Raises:
-        TypeError: the value is something else.
+        UnsupportedError: the value is something else.
     """
     if isinstance(value, Term):
         return value
@@ -56,7 +75,7 @@ def term_of(call: Call, value: Any) -> Term:
         return call.space.intern("leaf", (), (size_of(value),), None, ())
     scalar = scalar_of(value)
     if scalar is None:
-        raise TypeError(f"expected a tensor or a number, got {value!r}")
+        raise UnsupportedError(f"expected a tensor or a number, got {value!r}")
     return call.space.number(scalar)
 
 
@@ -64,20 +83,28 @@ def const_of(value: Any) -> Any:
     """Returns a constant in the form that `consts` holds.
 
     Raises:
-        ValueError: the value is a number capture that was multiplied.
+        UnsupportedError: the value is a number capture that was multiplied.
     """
     if isinstance(value, (IntVar, StrVar)):
         return value.var
     if isinstance(value, NumberVar):
         ((name, power),) = value.scalar.powers
         if power != 1 or value.scalar.value != 1:
-            raise ValueError(f"expected {name} itself, got a product with it")
+            raise UnsupportedError(f"expected {name} itself, got a product with it")
         return ConstVar(name)
     return value
 
 
 def negative(dim: int, rank: int) -> int:
-    return dim - rank if dim >= 0 else dim
+    """Returns a dimension counted from the end.
+
+    Raises:
+        UnsupportedError: there is no such dimension; torch takes 0 and -1 for a zero-dimensional tensor.
+    """
+    counted = dim - rank if dim >= 0 else dim
+    if not -rank <= counted < 0:
+        raise UnsupportedError(f"expected a dimension of a tensor with {rank} dimensions, got {dim}")
+    return counted
 
 
 def flat(args: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -24,7 +24,7 @@ from liger_compile.terms.normalize import (
     cast,
     cat,
     is_negative,
-    make_bare,
+    make_uncast,
     mul,
     permute,
     slice_,
@@ -36,9 +36,9 @@ from liger_compile.terms.term import Scalar, Size, Space, Term, close
 NO_CLASS = -100  # the ignore_index of a cross_entropy that ignores nothing
 
 
-def new_space() -> Space:
+def new_space(*, strict: bool = True) -> Space:
     """Returns an empty space whose terms the identities of this file normalize."""
-    return Space(make_bare, RULES, MUL_RULES)
+    return Space(make_uncast, RULES, MUL_RULES, strict)
 
 
 def _sigmoid_written_out(space, factors, scalar, dtype):

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from liger_compile.terms import normalize
-from liger_compile.terms.call import Call, IntVar, NumberVar, negative, term_of
+from liger_compile.terms.call import Call, IntVar, NumberVar, Operand, SizeArgument, negative, term_of
 from liger_compile.terms.exact import is_whole, promoted
 from liger_compile.terms.term import Size, Term, size_of
 
@@ -67,7 +67,7 @@ def _operand(call: Call, value: Any) -> Term:
 
 
 def _compare(op: str, is_swapped: bool = False, is_negated: bool = False) -> Callable:
-    def make(call, input, other):
+    def make(call, input: Operand, other: Operand):
         if call.dtype is not torch.bool:  # in place, into a tensor of numbers
             return None
         common = promoted(input, other)
@@ -94,13 +94,13 @@ def _boolean(call: Call, op: str, *terms: Term) -> Term:
     return normalize.apply(call.space, op, terms, (), torch.bool, call.shape)
 
 
-def _where(call, condition, input, other):
+def _where(call, condition: Term, input: Operand, other: Operand):
     if isinstance(input, Term) and input.dtype is torch.bool:
         return None  # may be the method, whose second argument is the condition
     return _chosen(call, condition, input, other)
 
 
-def _masked_fill(call, input, mask, value):
+def _masked_fill(call, input: Term, mask: Term, value: Operand):
     return _chosen(call, mask, value, input)
 
 
@@ -112,26 +112,26 @@ def _chosen(call: Call, condition: Term, *values: Any) -> Term | None:
 
 
 def _triangle(op: str) -> Callable:
-    def make(call, input, diagonal=0):
+    def make(call, input: Term, diagonal: SizeArgument = 0):
         return normalize.apply(call.space, op, (input,), (size_of(diagonal),), call.dtype, call.shape)
 
     return make
 
 
-def _abs(call, input):
+def _abs(call, input: Term):
     if call.dtype.is_complex or input.dtype != call.dtype:
         return None
     return normalize.apply(call.space, "abs", (input,), (), call.dtype, call.shape)
 
 
-def _cumsum(call, input, dim, *, dtype=None):
+def _cumsum(call, input: Term, dim: int, *, dtype=None):
     if input.dtype not in (torch.bool, torch.int32, torch.int64) or dtype is not None:
         return None
     consts = (negative(dim, len(call.shape)),)
     return normalize.apply(call.space, "cumsum", (input,), consts, call.dtype, call.shape)
 
 
-def _diff(call, input, n=1, dim=-1, prepend=None, append=None):
+def _diff(call, input: Term, n=1, dim: int = -1, prepend: Term | None = None, append=None):
     dim = negative(dim, len(call.shape))
     if n != 1 or append is not None or input.dtype not in (torch.int32, torch.int64):
         return None

@@ -79,11 +79,8 @@ def mask_meaning(space: Space, mask: Term, queries: Size, keys: Size) -> Meaning
     if key not in known:
         try:
             known[key] = _proven(space, mask, queries, keys)
-        except (TypeError, AttributeError, LookupError, ValueError) as fault:
-            # `operators.call` takes these for a call that does not fit its operator, which no report names.
-            known[key] = Meaning(
-                "unknown", f"the proof about its mask failed: {type(fault).__name__}: {fault}"
-            )
+        except Exception as error:
+            known[key] = Meaning("unknown", space.fail("the proof about its mask", error))
     return known[key]
 
 

@@ -2,42 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from liger_compile.terms import normalize
-from liger_compile.terms.call import Call, flat, negative
+from liger_compile.terms.call import Call, SizeArgument, flat, negative
 from liger_compile.terms.index_operators import element
 from liger_compile.terms.term import Term, size_of
 
 
-def _view(call, input, *shape, **kwargs):
+def _view(call, input: Term, *shape, **kwargs):
     if any(isinstance(size, torch.dtype) for size in shape) or "dtype" in kwargs:
         return None
     return normalize.view(call.space, input, *call.shape)
 
 
-def _expand(call, input, *sizes, **kwargs):
+def _expand(call, input: Term, *sizes, **kwargs):
     rank = len(call.shape) - len(input.shape)
     term = normalize.view(call.space, input, *(1,) * rank, *input.shape)
     return normalize.expand(call.space, term, *call.shape)
 
 
-def _permute(call, input, *dims):
+def _permute(call, input: Term, *dims):
     rank = len(input.shape)
     return normalize.permute(call.space, input, *(negative(d, rank) for d in flat(dims)))
 
 
-def _transpose(call, input, dim0, dim1):
+def _transpose(call, input: Term, dim0: int, dim1: int):
     rank = len(input.shape)
     dims = [*range(-rank, 0)]
-    dims[dim0], dims[dim1] = dims[dim1], dims[dim0]
+    first, second = negative(dim0, rank), negative(dim1, rank)
+    dims[first], dims[second] = dims[second], dims[first]
     return normalize.permute(call.space, input, *dims)
 
 
-def _t(call, input):
+def _t(call, input: Term):
     return _transpose(call, input, -1, -2) if len(input.shape) == 2 else input
 
 
@@ -53,7 +54,7 @@ def _bounded(index: Any, size: Any, default: Any) -> Any:
 
 def _narrowed(call: Call, term: Term, dim: int, index: slice) -> Term | None:
     step = 1 if index.step is None else index.step
-    if not isinstance(step, int) or step < 1:
+    if not isinstance(step, int) or step < 1 or any(isinstance(b, Term) for b in (index.start, index.stop)):
         return None
     size = term.shape[dim]
     start, stop = _bounded(index.start, size, 0), _bounded(index.stop, size, size)
@@ -88,20 +89,20 @@ def _getitem(call, input, index):
     return normalize.view(call.space, term, *call.shape)
 
 
-def _select(call, input, dim, index):
+def _select(call, input: Term, dim: int, index: SizeArgument):
     dim = negative(dim, len(input.shape))
     term = _narrowed(call, input, dim, slice(index, index + 1 if index != -1 else None))
     return None if term is None else normalize.view(call.space, term, *call.shape)
 
 
-def _narrow(call, input, dim, start, length):
+def _narrow(call, input: Term, dim: int, start: SizeArgument, length: SizeArgument):
     dim = negative(dim, len(input.shape))
-    if isinstance(start, int) and start < 0:  # slice(start, start + length) could end at 0
-        start = start + input.shape[dim]
-    return _narrowed(call, input, dim, slice(start, start + length))
+    # slice(start, start + length) could end at 0
+    first = start + input.shape[dim] if isinstance(start, int) and start < 0 else start
+    return _narrowed(call, input, dim, slice(first, first + length))
 
 
-def _pieces(call, input, dim):
+def _pieces(call: Call, input: Term, dim: int) -> tuple[Term, ...]:
     """Returns the parts of a chunk or split, with the sizes of the call's outputs."""
     dim, start, parts = negative(dim, len(input.shape)), 0, []
     for part in call.out:
@@ -111,7 +112,7 @@ def _pieces(call, input, dim):
     return tuple(parts)
 
 
-def _chunk(call, input, chunks, dim=0):
+def _chunk(call, input: Term, chunks, dim: int = 0):
     return _pieces(call, input, dim)
 
 
@@ -124,39 +125,39 @@ def halves(call: Call, term: Term, dim: int) -> tuple[Term, Term]:
     return first, normalize.slice_(call.space, term, dim, middle, size, 1)
 
 
-def _split(call, input, split_size_or_sections, dim=0):
+def _split(call, input: Term, split_size_or_sections, dim: int = 0):
     return _pieces(call, input, dim)
 
 
-def _unbind(call, input, dim=0):
+def _unbind(call, input: Term, dim: int = 0):
     return tuple(_select(Call(call.space, part), input, dim, index) for index, part in enumerate(call.out))
 
 
-def _cat(call, tensors, dim=0, axis=None):
+def _cat(call, tensors: Sequence[Term], dim: int = 0, axis: int | None = None):
     dim = negative(dim if axis is None else axis, len(call.shape))
     parts = [normalize.cast(call.space, part, call.dtype) for part in tensors]
     return normalize.cat(call.space, *parts, dim, shape=call.shape)
 
 
-def _stack(call, tensors, dim=0):
+def _stack(call, tensors: Sequence[Term], dim: int = 0):
     dim = negative(dim, len(call.shape))
     size = [*call.shape]
     size[dim] = 1
     return _cat(call, [normalize.view(call.space, part, *size) for part in tensors], dim)
 
 
-def _attribute(call, input, name):
-    if name in ("real", "imag") and input.dtype.is_complex:
+def _attribute(call, input: Term, name: str):
+    if name in ("real", "imag") and input.dtype is not None and input.dtype.is_complex:
         return normalize.apply(call.space, name, (input,), (), call.dtype, call.shape)
     of_attribute = _TRANSPOSED.get(name)
     return of_attribute(call, input) if of_attribute else None
 
 
-def _matrices_transposed(call, input):
+def _matrices_transposed(call, input: Term):
     return _transpose(call, input, -1, -2)
 
 
-def _matrix_transposed(call, input):
+def _matrix_transposed(call, input: Term):
     return _transpose(call, input, -1, -2) if len(input.shape) == 2 else None
 
 
@@ -164,7 +165,7 @@ def _matrix_transposed(call, input):
 _TRANSPOSED: Mapping[str, Callable[..., Any]] = {"mT": _matrices_transposed, "T": _matrix_transposed}
 
 
-def _repeat_interleave(call, input, repeats, dim=None, *, output_size=None):
+def _repeat_interleave(call, input: Term, repeats, dim: int | None = None, *, output_size=None):
     if not isinstance(repeats, int) or dim is None:
         return None
     consts = (repeats, negative(dim, len(call.shape)))

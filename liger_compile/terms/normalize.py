@@ -45,7 +45,7 @@ Factor = tuple[Term, float]
 Factors = Mapping[Factor, int]
 
 
-def make_bare(space: Space, term: Term) -> Term:
+def make_uncast(space: Space, term: Term) -> Term:
     if term.op == "cast":
         return term.args[0].uncast
     args = tuple(arg.uncast for arg in term.args)

@@ -1,23 +1,38 @@
 """The operator table: the term of each of torch's operators, however it is called.
 
 `call` is the entry point. It finds the canonical name of the operator, binds the arguments by the signature of the
-table function, and falls back to an opaque leaf for calls that the table does not cover. To add an operator, add a
-function here; an identity between operators belongs in identities.py.
+table function (binding.py), and falls back to an opaque leaf for calls that the table does not cover. To add an
+operator, add a function here; an identity between operators belongs in identities.py.
+
+A table function returns None, or raises UnsupportedError, for arguments that it does not support. Any other exception
+is a fault of the function: `liger.strict` raises it, otherwise the value is opaque and the report has a note.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from liger_compile.graphs.effects import is_in_place
-from liger_compile.terms import normalize
+from liger_compile.terms import binding, normalize
 from liger_compile.terms.attention import attention
-from liger_compile.terms.call import Call, Draw, Value, const_of, negative, opaque, scalar_of, term_of
+from liger_compile.terms.call import (
+    Call,
+    Dims,
+    Draw,
+    Operand,
+    UnsupportedError,
+    Value,
+    const_of,
+    negative,
+    opaque,
+    scalar_of,
+    term_of,
+)
 from liger_compile.terms.index_operators import INDEX_TABLE
 from liger_compile.terms.layout_operators import LAYOUT_TABLE, halves
 from liger_compile.terms.term import ConstVar, Scalar, Space, Term
@@ -34,9 +49,12 @@ def call(space: Space, target: Any, args: Any, kwargs: Any, out: Any, name: str)
     if is_in_place(name_in_torch) and any(_is_wider(arg, out) for arg in args):
         return opaque(space, out, name, is_made=True)  # computed in the wider dtype, and rounded by the write
     try:
-        value = make(Call(space, out), *args, **kwargs)
-    except (TypeError, AttributeError, IndexError, ValueError):
-        # The call does not fit the table function: it has other arguments, or no tensor among them.
+        bound = binding.bound(make, Call(space, out), args, kwargs)
+        value = make(*bound.args, **bound.kwargs)
+    except UnsupportedError:
+        value = None
+    except Exception as error:
+        space.findings.failures[space.fail(f"the rule of operator {operator!r}", error)] += 1
         value = None
     return opaque(space, out, name, is_made=True) if value is None else value
 
@@ -130,26 +148,27 @@ def _elementwise(target: Any, name: str) -> Callable[..., Any] | None:
 _ARGUMENT = "a tensor"  # marks a tensor argument among the constants
 
 
-# Each function takes a Call, and the arguments by their names in torch's documentation.
+# Each function takes a Call, and the arguments by their names in torch's documentation. An annotation states the kind
+# that the function relies on; a call with another kind of argument is opaque.
 
 
-def _mul(call, input, other):
+def _mul(call, input: Operand, other: Operand):
     terms = term_of(call, input), term_of(call, other)
     return normalize.mul(call.space, ((term, 1) for term in terms), normalize.ONE, call.dtype, call.shape)
 
 
-def _truediv(call, input, other, *, rounding_mode=None):
+def _truediv(call, input: Operand, other: Operand, *, rounding_mode=None):
     if rounding_mode is not None:
         return None
     factors = (term_of(call, input), 1), (term_of(call, other), -1)
     return normalize.mul(call.space, factors, normalize.ONE, call.dtype, call.shape)
 
 
-def _rtruediv(call, input, other):
+def _rtruediv(call, input: Operand, other: Operand):
     return _truediv(call, other, input)
 
 
-def _power(call, input, exponent):
+def _power(call, input: Operand, exponent):
     power = scalar_of(exponent)
     if power is None or power.powers or not math.isfinite(power.value) or call.dtype.is_complex:
         return None
@@ -162,7 +181,7 @@ def _fixed_power(power: float):
     return lambda call, input: _power(call, input, power)
 
 
-def _neg(call, input):
+def _neg(call, input: Operand):
     return _mul(call, input, -1)
 
 
@@ -178,19 +197,19 @@ def _sum_of(call, input, other, alpha, sign):
     return normalize.add(call.space, (term_of(call, input), second), Scalar(0.0), call.dtype, call.shape)
 
 
-def _add(call, input, other, *, alpha=1):
+def _add(call, input: Operand, other: Operand, *, alpha=1):
     return _sum_of(call, input, other, alpha, 1.0)
 
 
-def _sub(call, input, other, *, alpha=1):
+def _sub(call, input: Operand, other: Operand, *, alpha=1):
     return _sum_of(call, input, other, alpha, -1.0)
 
 
-def _rsub(call, input, other, *, alpha=1):
+def _rsub(call, input: Operand, other: Operand, *, alpha=1):
     return _sum_of(call, other, input, alpha, -1.0)
 
 
-def _addcmul(call, input, tensor1, tensor2, *, value=1):
+def _addcmul(call, input: Operand, tensor1: Term, tensor2: Term, *, value=1):
     product = normalize.broadcast((tensor1.shape, tensor2.shape))
     scalar = scalar_of(value)
     if product is None or scalar is None:
@@ -201,7 +220,7 @@ def _addcmul(call, input, tensor1, tensor2, *, value=1):
 
 
 def _unary(op: str):
-    def make(call, input, inplace=False):
+    def make(call, input: Operand, inplace=False):
         term = normalize.cast(call.space, term_of(call, input), call.dtype)
         return normalize.apply(call.space, op, (term,), (), call.dtype, call.shape)
 
@@ -210,21 +229,25 @@ def _unary(op: str):
 
 def _reinterpreted(op: str):
     """Returns a table function that reinterprets the same numbers without a cast."""
-    return lambda call, input: normalize.apply(call.space, op, (input,), (), call.dtype, call.shape)
+
+    def make(call, input: Term):
+        return normalize.apply(call.space, op, (input,), (), call.dtype, call.shape)
+
+    return make
 
 
-def _gelu(call, input, approximate="none"):
+def _gelu(call, input: Operand, approximate="none"):
     term = normalize.cast(call.space, term_of(call, input), call.dtype)
     return normalize.apply(call.space, "gelu", (term,), (const_of(approximate),), call.dtype, call.shape)
 
 
-def _glu(call, input, dim=-1):
+def _glu(call, input: Term, dim: int = -1):
     first, second = halves(call, input, dim)
     gate = normalize.apply(call.space, "sigmoid", (second,), (), call.dtype, call.shape)
     return normalize.mul(call.space, ((first, 1), (gate, 1)), normalize.ONE, call.dtype, call.shape)
 
 
-def _dropout(call, input, p=0.5, training=True, inplace=False):
+def _dropout(call, input: Term, p=0.5, training=True, inplace=False):
     if isinstance(p, (int, float)) and (p == 0 or training is False):
         return input
     if training is not True or inplace:
@@ -233,16 +256,16 @@ def _dropout(call, input, p=0.5, training=True, inplace=False):
     return normalize.apply(call.space, "dropout", (input,), (p,), call.dtype, call.shape)
 
 
-def _same(call, input, *args, **kwargs):
+def _same(call, input: Term, *args, **kwargs):
     return input
 
 
-def _to(call, input, *args, **kwargs):
+def _to(call, input: Term, *args, **kwargs):
     return normalize.cast(call.space, input, call.dtype)
 
 
 def _reduce(op: str):
-    def make(call, input, dim=None, keepdim=False, *, dtype=None):
+    def make(call, input: Term, dim: Dims = None, keepdim=False, *, dtype=None):
         return _reduced(call, op, input, dim, call.dtype)
 
     return make
@@ -260,7 +283,7 @@ def _reduced(call: Call, op: str, input: Term, dim: Any, dtype: torch.dtype) -> 
     return normalize.view(call.space, term, *call.shape)
 
 
-def _norm(call, input, p: Any = "fro", dim=None, keepdim=False, dtype=None):
+def _norm(call, input: Term, p: Any = "fro", dim: Dims = None, keepdim=False, dtype=None):
     """Returns the L2 norm, with the squares summed in at least float32, as in torch; float16 would overflow."""
     if p not in (2, 2.0, "fro"):
         return None
@@ -271,11 +294,11 @@ def _norm(call, input, p: Any = "fro", dim=None, keepdim=False, dtype=None):
     return normalize.cast(call.space, root, call.dtype)
 
 
-def _vector_norm(call, x, ord=2, dim=None, keepdim=False, *, dtype=None):
+def _vector_norm(call, x: Term, ord=2, dim: Dims = None, keepdim=False, *, dtype=None):
     return _norm(call, x, ord, dim, keepdim, dtype)
 
 
-def _normalized(call, input, p=2.0, dim=1, eps=1e-12, out=None):
+def _normalized(call, input: Term, p=2.0, dim=1, eps=1e-12, out=None):
     """Returns x / max(norm(x), eps), torch's own formula, with the rounding of `_norm`."""
     if p not in (2, 2.0) or not isinstance(dim, int) or call.dtype != input.dtype:
         return None
@@ -291,7 +314,7 @@ def _normalized(call, input, p=2.0, dim=1, eps=1e-12, out=None):
 
 
 def _softmax(op: str):
-    def make(call, input, dim=None, _stacklevel=3, dtype=None):
+    def make(call, input: Term, dim: int | None = None, _stacklevel=3, dtype=None):
         if dim is None:
             return None
         term = normalize.cast(call.space, input, call.dtype)
@@ -302,19 +325,18 @@ def _softmax(op: str):
     return make
 
 
-def _logsumexp(call, input, dim, keepdim=False):
-    dims = dim if isinstance(dim, (tuple, list)) else (dim,)
-    if len(dims) != 1:
+def _logsumexp(call, input: Term, dim: Dims, keepdim=False):
+    if dim is None or (isinstance(dim, Sequence) and len(dim) != 1):
         return None
-    return _reduce("logsumexp")(call, input, dims, keepdim)
+    return _reduced(call, "logsumexp", input, dim, call.dtype)
 
 
-def _gather(call, input, dim, index, *, sparse_grad=False):
+def _gather(call, input: Term, dim: int, index: Term, *, sparse_grad=False):
     consts = (negative(dim, len(input.shape)),)
     return normalize.apply(call.space, "gather", (input, index), consts, call.dtype, call.shape)
 
 
-def _take_along_dim(call, input, indices, dim=None):
+def _take_along_dim(call, input: Term, indices: Term, dim: int | None = None):
     """Returns a gather if nothing is broadcast, since gather does not broadcast; otherwise None."""
     if dim is None or len(indices.shape) != len(input.shape):
         return None
@@ -326,7 +348,7 @@ def _take_along_dim(call, input, indices, dim=None):
     return _gather(call, input, dim, indices) if others[0] == others[1] else None
 
 
-def _rms_norm(call, input, normalized_shape, weight=None, eps=None):
+def _rms_norm(call, input: Term, normalized_shape: Sequence[Any], weight=None, eps=None):
     """Returns the formula of rms_norm in at least float32, as torch computes it."""
     space, shape, dims = call.space, call.shape, tuple(range(-len(normalized_shape), 0))
     wide = torch.promote_types(call.dtype, torch.float32)
@@ -345,35 +367,35 @@ def _rms_norm(call, input, normalized_shape, weight=None, eps=None):
     return normalize.cast(space, normalize.mul(space, factors, normalize.ONE, wide, shape), call.dtype)
 
 
-def _layer_norm(call, input, normalized_shape, weight=None, bias=None, eps=1e-5):
+def _layer_norm(call, input: Term, normalized_shape: Sequence[Any], weight=None, bias=None, eps=1e-5):
     args = (input, *(operand if isinstance(operand, Term) else call.space.none for operand in (weight, bias)))
     consts = (len(normalized_shape), const_of(eps))
     return normalize.apply(call.space, "layer_norm", args, consts, call.dtype, call.shape)
 
 
-def _linear(call, input, weight, bias=None):
+def _linear(call, input: Term, weight: Term, bias: Term | None = None):
     space, dtype = call.space, call.dtype  # autocast casts the operands without a node
     bias = normalize.cast(space, bias, dtype) if isinstance(bias, Term) else space.none
     args = (normalize.cast(space, input, dtype), normalize.cast(space, weight, dtype), bias)
     return normalize.apply(space, "linear", args, (), dtype, call.shape)
 
 
-def _addmm(call, input, mat1, mat2, *, beta=1, alpha=1):
+def _addmm(call, input: Term, mat1: Term, mat2: Term, *, beta=1, alpha=1):
     if beta != 1 or alpha != 1:
         return None
     return _linear(call, mat1, normalize.permute(call.space, mat2, -1, -2), input)
 
 
-def _complex(call, real, imag):
+def _complex(call, real: Term, imag: Term):
     return normalize.apply(call.space, "complex", (real, imag), (), call.dtype, call.shape)
 
 
-def _matmul(call, input, other):
+def _matmul(call, input: Term, other: Term):
     args = tuple(normalize.cast(call.space, arg, call.dtype) for arg in (input, other))
     return normalize.apply(call.space, "matmul", args, (), call.dtype, call.shape)
 
 
-def _baddbmm(call, input, batch1, batch2, *, beta=1, alpha=1):
+def _baddbmm(call, input: Term, batch1: Term, batch2: Term, *, beta=1, alpha=1):
     beta, alpha = scalar_of(beta), scalar_of(alpha)
     if beta is None or alpha is None:
         return None
@@ -384,15 +406,18 @@ def _baddbmm(call, input, batch1, batch2, *, beta=1, alpha=1):
     return normalize.add(call.space, (scaled, product), Scalar(0.0), call.dtype, call.shape)
 
 
-def _einsum(call, equation, *operands):
+def _einsum(call, equation: str, *operands: Term | Sequence[Term]):
     """Returns the term of an einsum of two operands, or None.
 
     Supported are a linear layer, "...i,oi->...o"; a sum of products, "btd,btd->bt"; and a batched matmul,
     "bthd,bshd->bhts".
     """
-    x, y = operands[0] if len(operands) == 1 else operands
-    names, out = equation.replace(" ", "").replace("...", "*").split("->")
-    first, second = names.split(",")
+    terms = [term for given in operands for term in ((given,) if isinstance(given, Term) else given)]
+    names, arrow, out = equation.replace(" ", "").replace("...", "*").partition("->")
+    first, *others = names.split(",")
+    if not (first and arrow) or len(others) != 1 or len(terms) != 2:
+        return None
+    (x, y), (second,) = terms, others
     if len(first) == len(x.shape) and len(second) == len(y.shape) and "*" not in first + second:
         product = _batched(call, x, y, first, second, out)
         if product is not None:
@@ -407,7 +432,13 @@ def _einsum(call, equation, *operands):
         return _reduce("sum")(call, product, [first.index(name) - len(first) for name in summed])
     rows, channel = first[:-1], first[-1]
     features = second.replace(channel, "")
-    if len(second) != 2 or len(features) != 1 or out != rows + features or features in rows:
+    if (
+        len(second) != 2
+        or len(y.shape) != 2
+        or len(features) != 1
+        or out != rows + features
+        or features in rows
+    ):
         return None
     weight = y if second[1] == channel else normalize.permute(call.space, y, -1, -2)
     return _linear(call, x, weight)
@@ -443,8 +474,8 @@ def _batched(call: Call, x: Term, y: Term, first: str, second: str, out: str) ->
 # Many parameters because they are those of F.cross_entropy.
 def _cross_entropy(
     call,
-    input,
-    target,
+    input: Term,
+    target: Term,
     weight=None,
     size_average=None,
     ignore_index=-100,
@@ -452,7 +483,8 @@ def _cross_entropy(
     reduction="mean",
     label_smoothing=0.0,
 ):
-    if size_average is not None or reduce is not None or target.dtype.is_floating_point:
+    has_classes = target.dtype is not None and not target.dtype.is_floating_point
+    if size_average is not None or reduce is not None or not has_classes:
         return None
     logits = normalize.cast(call.space, _classes_last(call, input), call.dtype)  # autocast upcasts losses
     consts = (const_of(ignore_index), const_of(reduction), const_of(label_smoothing))
@@ -463,7 +495,14 @@ def _cross_entropy(
 
 
 def _nll_loss(
-    call, input, target, weight=None, size_average=None, ignore_index=-100, reduce=None, reduction="mean"
+    call,
+    input: Term,
+    target: Term,
+    weight=None,
+    size_average=None,
+    ignore_index=-100,
+    reduce=None,
+    reduction="mean",
 ):
     if size_average is not None or reduce is not None:
         return None

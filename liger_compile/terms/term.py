@@ -10,7 +10,9 @@ This file stores terms. build.py decides which term an operator makes; normalize
 from __future__ import annotations
 
 import functools
+import itertools
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -18,6 +20,8 @@ from typing import TYPE_CHECKING, Any
 import sympy
 import torch
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+from liger_compile.graphs.guards import GuardError
 
 if TYPE_CHECKING:
     from liger_compile.terms.attention import Note
@@ -213,7 +217,7 @@ def _run(op: str, args: tuple[Term, ...]) -> int:
     return 1 + max((arg.run for arg in args if arg.may_be_passed), default=0)
 
 
-def _told_apart(consts: tuple[Any, ...]) -> tuple[Any, ...]:
+def _key_of_constants(consts: tuple[Any, ...]) -> tuple[Any, ...]:
     """Returns constants as a key that separates -0.0 from 0.0: copysign(x, -0.0) is not copysign(x, 0.0)."""
     if any(type(const) is float and not const for const in consts):
         return (
@@ -237,26 +241,38 @@ class Findings:
         parts_of_cats: a cat -> its parts by (start, stop) (normalize.py).
         meanings: a mask and the sizes of queries and keys -> its meaning (indices.py).
         notes: a term of attention -> why it keeps its mask, or stays written out (attention.py).
+        failures: a sentence about a rule that failed -> the number of calls that it left opaque (operators.py).
     """
 
     unbroadcast: dict[Term, Term] = field(default_factory=dict)
     parts_of_cats: dict[Term, Mapping[tuple[Size, Size], Term]] = field(default_factory=dict)
     meanings: dict[tuple[Term, Size, Size], Meaning] = field(default_factory=dict)
     notes: dict[Term, Note] = field(default_factory=dict)
+    failures: Counter[str] = field(default_factory=Counter)
+
+
+class RuleError(Exception):
+    """A rule about terms raised an exception: a fault of this package, not of the program."""
 
 
 class Space:
-    """All terms of one graph, or of one traced pattern."""
+    """All terms of one graph, or of one traced pattern.
+
+    Args:
+        strict: whether a failure of our own code raises (`fail`).
+    """
 
     def __init__(
         self,
-        make_bare: Callable[[Space, Term], Term],
+        make_uncast: Callable[[Space, Term], Term],
         rules: Mapping[str, Sequence[Callable[..., Any]]],
         mul_rules: Sequence[Callable[..., Any]],
+        strict: bool = True,
     ) -> None:
-        self.rules, self.mul_rules = rules, mul_rules
+        self.rules, self.mul_rules, self.strict = rules, mul_rules, strict
         self._table: dict[tuple, Term] = {}
-        self._make_uncast = make_bare
+        self._serials = itertools.count()
+        self._make_uncast = make_uncast
         self.same_uncast: dict[Term, list[Term]] = {}  # uncast term -> the terms that round it differently
         self.parts: dict[Term, list[Term]] = {}  # term -> its views and slices
         self.better: dict[Term, Term] = {}  # term -> its rewrite by the rules
@@ -273,19 +289,37 @@ class Space:
         shape: tuple[Size, ...],
     ) -> Term:
         """Returns the only term with this op, arguments, constants and dtype."""
-        key = (op, tuple(arg.serial for arg in args), _told_apart(consts), dtype)
+        key = (op, tuple(arg.serial for arg in args), _key_of_constants(consts), dtype)
         term = self._table.get(key)
         if term is None:
             term = Term.__new__(Term)
             term.op, term.args, term.consts, term.dtype, term.shape = op, args, consts, dtype, shape
-            term.serial = len(self._table)
+            term.serial = next(self._serials)
             term.run = _run(op, args)
             self._table[key] = term
-            term.uncast = term if dtype is None else self._make_uncast(self, term)
+            try:
+                term.uncast = term if dtype is None else self._make_uncast(self, term)
+            except Exception:
+                del self._table[key]  # no one may get a term without `uncast`
+                raise
             self.same_uncast.setdefault(term.uncast, []).append(term)
             if op in ("view", "slice"):
                 self.parts.setdefault(args[0], []).append(term)
         return term
+
+    def fail(self, subject: str, error: Exception) -> str:
+        """Returns a sentence about a failure of our own code, `error`, in its words.
+
+        Raises:
+            RuleError: under `strict`, with that sentence, from `error`.
+            GuardError: `error` is one: a fact that is not known for all sizes is no fault.
+        """
+        if isinstance(error, GuardError):
+            raise error
+        sentence = f"{subject} failed: {type(error).__name__}: {error}"
+        if self.strict:
+            raise RuleError(sentence) from error
+        return sentence
 
     def in_order(self) -> Iterable[Term]:
         """Returns all terms so far, the arguments of each before it."""

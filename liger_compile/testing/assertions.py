@@ -17,6 +17,7 @@ from liger_compile.pattern import Pattern
 from liger_compile.registry import patterns_in_use
 from liger_compile.report import GraphReport, Site, reports
 from liger_compile.testing import precision
+from liger_compile.torch_internals import typed
 from liger_compile.torch_internals.pytree import tree_leaves, tree_map
 
 
@@ -78,8 +79,8 @@ def assert_refuses(
 
     replaced = [site.pattern for site in _sites(made, "replace") if is_meant(site.pattern)]
     assert not replaced, f"expected no {pattern} to be replaced, got {replaced}\n{text}"
-    told = [*_sites(made, "leave"), *(near for report in made for near in report.near_misses)]
-    reasons = [site.reason for site in told if is_meant(site.pattern)]
+    refused = [*_sites(made, "leave"), *(near for report in made for near in report.near_misses)]
+    reasons = [site.reason for site in refused if is_meant(site.pattern)]
     assert not reason or any(re.search(reason, text) for text in reasons), (
         f"expected {pattern} to be refused because of {reason!r}, got {reasons or 'no such place'}\n{text}"
     )
@@ -132,7 +133,7 @@ def _compiled(
     options["skip"] = skip
     options = {f"liger.{name}": value for name, value in options.items()}
     torch.compiler.reset()
-    return torch.compile(function, backend="liger", dynamic=dynamic, options=options)
+    return typed.compile(function, backend="liger", dynamic=dynamic, options=options)
 
 
 def _with_reports(run: Callable[[], Any]) -> tuple[tuple[GraphReport, ...], Any]:
@@ -148,11 +149,14 @@ def _sites(made: Iterable[GraphReport], kind: str) -> list[Site]:
 def _outcome(function: Any, args: Any, kwargs: Any, leaves: list[Tensor] | None = None) -> Any:
     """Returns the results, detached, and the gradients."""
     leaves = _leaves((function, args, kwargs)) if leaves is None else leaves
-    torch.manual_seed(0)
+    typed.manual_seed(0)
     results = function(*args, **kwargs)
     gradients = precision.gradients(results, leaves)
-    detached = tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, results)
-    return {"result": detached, "gradients": gradients}
+    return {"result": tree_map(_detached, results), "gradients": gradients}
+
+
+def _detached(leaf: Any) -> Any:
+    return leaf.detach() if isinstance(leaf, Tensor) else leaf
 
 
 def _leaves(tree: Any) -> list[Tensor]:

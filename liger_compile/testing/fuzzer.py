@@ -13,7 +13,7 @@ import logging
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from random import Random
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ from liger_compile.testing import graphs, precision
 from liger_compile.testing.graphs import Recorder, Rewriting, Value, again, name_of, replay
 from liger_compile.testing.mutations import MUTATIONS, ON_PURPOSE, WRITES, Call, Mutation, NotApplicable
 from liger_compile.testing.spellings import neutral_to, spellings_of
+from liger_compile.torch_internals import typed
 from liger_compile.torch_internals.fx import LazyGraphModule
 from liger_compile.torch_internals.modes import SET_GRAD_ENABLED
 from liger_compile.torch_internals.pytree import tree_leaves
@@ -242,11 +243,13 @@ def _replaced(written: Sample, new: tuple[Pattern, ...], known: tuple[Pattern, .
 def respelled(gm: GraphModule, random: Random) -> GraphModule:
     """Returns `gm` with calls in other spellings, some of them respelled several times."""
     for _ in range(1 + random.randrange(ROUNDS)):
-        gm = replay(gm, lambda *call: _spelled(random, *call))
+        gm = replay(gm, functools.partial(_spelled, random))
     return gm
 
 
-def _spelled(random: Random, recorder: Recorder, node: Node, args: tuple, kwargs: dict) -> Any:
+def _spelled(
+    random: Random, recorder: Recorder, node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
     name = name_of(node)
     choices = [None, *spellings_of(name, args, kwargs)]
     chosen = random.choice(choices)
@@ -258,8 +261,12 @@ def _spelled(random: Random, recorder: Recorder, node: Node, args: tuple, kwargs
     ):  # view() of a tensor that must be copied, or a module that rejects a Value
         result = again(recorder, node, args, kwargs)
     if isinstance(result, Value) and isinstance(result.fake, Tensor) and random.randrange(10) == 9:
-        result = random.choice([lambda x: x, *(spelling.spelled for spelling in neutral_to(result))])(result)
+        result = random.choice([_unchanged, *(spelling.spelled for spelling in neutral_to(result))])(result)
     return result
+
+
+def _unchanged(value: Value) -> Value:
+    return value
 
 
 def mutated(gm: GraphModule, random: Random, mutations: Sequence[Mutation]) -> GraphModule | None:
@@ -267,7 +274,7 @@ def mutated(gm: GraphModule, random: Random, mutations: Sequence[Mutation]) -> G
     chosen = random.choice([node for node in gm.graph.nodes if node.op.startswith("call")])
     mutation: Mutation
 
-    def visit(recorder: Recorder, node: Node, args: tuple, kwargs: dict) -> Any:
+    def visit(recorder: Recorder, node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if node is not chosen:
             return again(recorder, node, args, kwargs)
         return mutation(Call(recorder, node, args, kwargs), random)
@@ -336,7 +343,7 @@ def outcome(
         tensor.view_as(tensor) if isinstance(tensor, Tensor) and tensor.requires_grad else tensor
         for tensor in inputs
     ]
-    torch.manual_seed(0)
+    typed.manual_seed(0)
     if double:
         with precision.in_double():
             outputs = _InDouble(gm).run(*arguments)
@@ -375,9 +382,7 @@ class _InDouble(Interpreter):
         if not _is_floating(result):
             return result
         exact = super().run_node(n)
-        return (
-            _WithGradientOf.apply(exact, result.detach().double()) if exact.requires_grad else result.double()
-        )
+        return _with_gradient_of(exact, result.detach().double()) if exact.requires_grad else result.double()
 
 
 class _WithGradientOf(torch.autograd.Function):
@@ -388,6 +393,11 @@ class _WithGradientOf(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         return gradient, None
+
+
+def _with_gradient_of(exact: Tensor, result: Tensor) -> Tensor:
+    """Returns `result`, whose gradient goes to `exact`."""
+    return cast(Any, _WithGradientOf).apply(exact, result)
 
 
 def _detached(values: Any) -> list[Any]:

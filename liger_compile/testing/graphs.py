@@ -169,10 +169,10 @@ def _called(kind: str, target: Any, args: Any, kwargs: Any) -> Any:
     return target(*args, **kwargs)
 
 
-Visit = Callable[[Recorder, Node, tuple, dict], Any]
+Visit = Callable[[Recorder, Node, tuple[Any, ...], dict[str, Any]], Any]
 
 
-def again(recorder: Recorder, node: Node, args: tuple, kwargs: dict) -> Any:
+def again(recorder: Recorder, node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The visit that records a node unchanged."""
     if node.target is operator.getitem and isinstance(args[0], (tuple, list)):
         return args[0][args[1]]

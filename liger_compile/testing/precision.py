@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from liger_compile.torch_internals import typed
 from liger_compile.torch_internals.pytree import keystr, tree_flatten_with_path, tree_leaves, tree_map
 
 _DOUBLE = {
@@ -60,7 +61,7 @@ def _assert_tensor(
         return
     error, allowed = error_of(actual, eager, exact), bound(eager, exact, factor, coarsest)
     if error > allowed:
-        norm = _finite(exact, exact, exact).norm().item() or 1.0
+        norm = typed.norm(_finite(exact, exact, exact)) or 1.0
         eagers = error_of(eager, eager, exact)
         raise AssertionError(
             f"{name}: error {error / norm:.3g} relative to float64, eager's is {eagers / norm:.3g}, "
@@ -73,7 +74,7 @@ def error_of(actual: Tensor, eager: Tensor, exact: Tensor) -> float:
     wide = _finite(actual, exact, exact) - _finite(exact, exact, exact)
     rest = ~torch.isfinite(exact)
     same = torch.equal(torch.nan_to_num(actual[rest]), torch.nan_to_num(eager[rest]))
-    error = wide.norm().item()
+    error = typed.norm(wide)
     return error if same and math.isfinite(error) else math.inf
 
 
@@ -81,7 +82,7 @@ def bound(eager: Tensor, exact: Tensor, factor: float = 2.0, coarsest: float = 0
     """Returns the allowed error of a result that eager computes as `eager`; see assert_no_worse."""
     numel = max(1, int(torch.isfinite(exact).sum()))
     floor = _eps(eager) * 12**-0.5 + max(_eps(eager), coarsest) * 2 * numel**-0.5
-    return factor * error_of(eager, eager, exact) + floor * _finite(exact, exact, exact).norm().item()
+    return factor * error_of(eager, eager, exact) + floor * typed.norm(_finite(exact, exact, exact))
 
 
 def _eps(value: Any) -> float:
@@ -95,21 +96,26 @@ def _finite(tensor: Tensor, exact: Tensor, like: Tensor) -> Tensor:
 
 
 class _InDouble(TorchFunctionMode):
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        args, kwargs = tree_map(
-            lambda leaf: _DOUBLE.get(leaf, leaf) if _is_dtype(leaf) else leaf, (args, kwargs or {})
-        )
-        if getattr(func, "__name__", "") in _CASTS and isinstance(args[0], Tensor):
-            return args[0].cdouble() if args[0].is_complex() else args[0].double()
-        return func(*args, **kwargs)
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        values: tuple[Any, ...] = tree_map(_doubled, args)
+        keywords: dict[str, Any] = tree_map(_doubled, dict(kwargs or {}))
+        if getattr(func, "__name__", "") in _CASTS and isinstance(values[0], Tensor):
+            return values[0].to(torch.complex128 if values[0].is_complex() else torch.float64)
+        return func(*values, **keywords)
 
 
-def _is_dtype(value: Any) -> bool:
-    return isinstance(value, torch.dtype)
+def _doubled(value: Any) -> Any:
+    return _DOUBLE.get(value, value) if isinstance(value, torch.dtype) else value
 
 
 @contextmanager
-def in_double() -> Iterator[None]:
+def in_double() -> Generator[None, None, None]:
     """Treats every cast to a floating dtype as a cast to float64. Inputs must be float64: `as_double`."""
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)

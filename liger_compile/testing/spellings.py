@@ -317,12 +317,12 @@ NEUTRAL: tuple[Identity, ...] = (
 )
 
 
-def spellings_of(name: str, args: tuple, kwargs: dict) -> list[Identity]:
+def spellings_of(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Identity]:
     """Returns the identities that hold for this call."""
     return [identity for identity in SPELLINGS if identity.name == name and _holds(identity, args, kwargs)]
 
 
-def _holds(identity: Identity, args: tuple, kwargs: dict) -> bool:
+def _holds(identity: Identity, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     try:
         return bool(identity.when(*args, **kwargs))
     except (TypeError, AttributeError, ValueError):  # the call has another form than that of the identity

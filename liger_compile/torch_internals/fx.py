@@ -10,10 +10,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch.fx import Node
-from torch.fx._lazy_graph_module import _LazyGraphModule as LazyGraphModule
+from torch.fx import GraphModule, Node
+from torch.fx._lazy_graph_module import _LazyGraphModule
 
 __all__ = ["LazyGraphModule", "copy_source", "is_erased"]
+
+
+LazyGraphModule: type[GraphModule] = _LazyGraphModule
 
 
 def is_erased(node: Node) -> bool:

@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
 
 from liger_compile.testing import precision
+from liger_compile.torch_internals.pytree import tree_map
 
 
 def gradients_of(
@@ -22,4 +22,5 @@ def gradients_of(
     leaves = [arg for arg in args if isinstance(arg, Tensor) and arg.requires_grad]
     results = function(*args)
     gradients = precision.gradients(results, [*leaves, *parameters])
-    return tree_map_only(Tensor, Tensor.detach, results), gradients
+    detached = tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, results)
+    return detached, gradients

@@ -5,10 +5,10 @@ from __future__ import annotations
 from unittest.mock import patch
 
 import torch
-from torch.utils._pytree import tree_leaves
 
 from liger_compile.kernels import launch
 from liger_compile.testing import precision
+from liger_compile.torch_internals.pytree import tree_leaves
 from tests.helpers.gradients import gradients_of
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch.fx import Graph, GraphModule
 
 from liger_compile.testing.graphs import Recorder, Value
+from liger_compile.torch_internals.fake_tensors import FakeTensorMode
+from liger_compile.torch_internals.modes import SET_GRAD_ENABLED
 
 Kind = Callable[["Inputs", int], Any]
 
@@ -54,7 +56,7 @@ class Inputs:
 
 def recorded(kind: Kind, nodes: int) -> tuple[GraphModule, Sequence[Any]]:
     """The graph of a kind with about so many nodes, and its inputs."""
-    mode, recorder = torch._subclasses.FakeTensorMode(static_shapes=True), Recorder()
+    mode, recorder = FakeTensorMode(static_shapes=True), Recorder()
     with mode:
         inputs = Inputs(recorder, mode)
         outputs = kind(inputs, nodes)
@@ -99,12 +101,12 @@ def _nearly_norm(x: Any, i: Inputs, _: int) -> Any:
 
 
 def _toggled(x: Any, i: Inputs, at: int) -> Any:
-    i.call(torch._C._set_grad_enabled, at % 2 == 1)
+    i.call(SET_GRAD_ENABLED, at % 2 == 1)
     return x + i.scale
 
 
 def _toggled_norm(x: Any, i: Inputs, at: int) -> Any:
-    i.call(torch._C._set_grad_enabled, True)
+    i.call(SET_GRAD_ENABLED, True)
     return torch.relu(norm(x, i.scale) @ i.weight)
 
 
@@ -324,7 +326,7 @@ KINDS: dict[str, Kind] = {**CHAINS, **OTHERS}
 def calls_of_one_body(calls: int, size: int) -> tuple[GraphModule, Sequence[Any]]:
     """A graph that calls one checkpoint, of so many sums, so many times."""
     mode, recorder, within, root = (
-        torch._subclasses.FakeTensorMode(static_shapes=True),
+        FakeTensorMode(static_shapes=True),
         Recorder(),
         Recorder(),
         torch.nn.Module(),

@@ -15,13 +15,13 @@ import torch
 import torch.nn.functional as F
 from hypothesis import strategies as st
 from torch._dynamo.source import ConstantSource
-from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
 from liger_compile.terms import identities
 from liger_compile.terms.build import Recorder
 from liger_compile.terms.indices import HIDES, Meaning, mask_meaning
 from liger_compile.terms.term import Size, Space, Term, size_of
+from liger_compile.torch_internals.fake_tensors import FakeTensorMode
 
 # Expressions
 
