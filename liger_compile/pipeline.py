@@ -185,11 +185,8 @@ def _rewrite_one(
     if is_top and options.policy != "never" and (marked := keep_what_written_inputs_give(graph, mutations)):
         values = "1 value is" if marked == 1 else f"{marked} values are"
         found.notes.append(f"{values} saved for backward, because the graph writes into their inputs later")
-    if options.reported_inner == "inductor" and (count := keep_rounding(graph, terms)):
-        places = "1 place" if count == 1 else f"{count} places"
-        found.notes.append(
-            f"half precision is rounded between two operations in {places}: the second undoes the first"
-        )
+    if options.reported_inner == "inductor":
+        found.notes.extend(keep_rounding(graph, terms))
     found.decisions.extend(decisions)
     found.near_misses.extend(missed)
 

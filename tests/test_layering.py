@@ -243,6 +243,12 @@ BESIDE = {
         "liger_compile.forward_passes.buckets": "compares the places where parts begin with other places",
         "liger_compile.forward_passes.split_for_ddp.places_to_cut": "the name that it replaces for that",
     },
+    "bench/family_step.py": {
+        "monkey_patch._apply_liger_kernel_to_instance": "how liger-kernel patches a model",
+    },
+    "bench/family_table.py": {
+        "cls._from_config": "transformers has no public name for a model of one class in another dtype",
+    },
     "bench/rotary_tiles.py": {
         "liger_compile.kernels": "measures the tiles of kernels, which only kernels know"
     },

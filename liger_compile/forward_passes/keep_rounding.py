@@ -25,8 +25,8 @@ HALF = (torch.float16, torch.bfloat16)
 LAYOUT = ("view", "permute", "slice", "expand")  # terms/ does not move these before every operation
 
 
-def keep_rounding(graph: Graph, terms: Terms) -> int:
-    """Inserts the op where a value is rounded between two numbers; returns the number of places."""
+def keep_rounding(graph: Graph, terms: Terms) -> tuple[str, ...]:
+    """Inserts the op where a value is rounded between two numbers; returns the notes for the report."""
     count = 0
     for node, term in list(terms.of.items()):
         if not isinstance(term, Term) or is_erased(node):
@@ -36,7 +36,9 @@ def keep_rounding(graph: Graph, terms: Terms) -> int:
             if inner is not None and _is_undone(inner, term):
                 _round(graph, operand, node)
                 count += 1
-    return count
+    places = "1 place" if count == 1 else f"{count} places"
+    note = f"half precision is rounded between two operations in {places}: the second undoes the first"
+    return (note,) if count else ()
 
 
 def _computed_by(operand: Node, user: Node, term: Term, terms: Terms) -> Term | None:
