@@ -113,11 +113,11 @@ def needs_kernel(match: Match) -> str | None:
 def few_logits(device: torch.device, bytes_: int | None) -> str | None:
     """Reject a loss on a GPU whose kernels take less time than a CPU needs to launch them; None bytes are unknown.
 
-    H200, torch 2.11.0, bf16, 2026-11-30. Forward and backward of linear + cross-entropy, ours / Inductor, tokens x hidden
-    x vocabulary: 256 x 1024 x 32000 (15.6 MiB of logits) 0.94 / 0.14 ms, of which the GPU computes 0.12 ms in both;
-    1024 x 4096 x 32000 (62.5 MiB) 1.23 / 1.11 ms; 2048 x 2048 x 32000 (125 MiB) 1.13 / 1.20 ms; 512 x 2048 x 128256 (125
-    MiB) 1.23 / 1.30 ms. But in steps of Llama with 4 layers, which the CPU launches, the last two took 1.16 and 1.35 of
-    the time of stock torch.compile (bench/results/families_nvidia_h200.csv).
+    H200, torch 2.11.0, bf16, 2026-11-30, forward and backward of linear + cross-entropy, ours / Inductor, tokens x
+    hidden x vocabulary: 256 x 1024 x 32000 (15.6 MiB of logits) 0.94 / 0.14 ms, of which the GPU computes 0.12 ms in
+    both; 1024 x 4096 x 32000 (62.5 MiB) 1.23 / 1.11 ms; 2048 x 2048 x 32000 (125 MiB) 1.13 / 1.20 ms; 512 x 2048 x
+    128256 (125 MiB) 1.23 / 1.30 ms. But in steps of Llama with 4 layers, which the CPU launches, the last two took 1.16
+    and 1.35 of the time of stock torch.compile (bench/results/families_nvidia_h200.csv).
     """
     if device.type == "cpu" or bytes_ is None or bytes_ > FEW_LOGITS:
         return None
