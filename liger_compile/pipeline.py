@@ -15,14 +15,14 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 
 from liger_compile.backward_passes import CHOICES, DEFAULT_PASSES, Applied, Pass
 from liger_compile.compile import BackwardPlan, uses_cudagraphs
 from liger_compile.forward_passes import specialize
 from liger_compile.forward_passes.inline_subgraphs import describe_operands
 from liger_compile.forward_passes.keep_rounding import keep_rounding
-from liger_compile.forward_passes.logits import LateOutput, logits_in, restore, take_out
+from liger_compile.forward_passes.logits import Deferred, LateOutput, logits_in, restore, take_out
 from liger_compile.graphs.aliasing import SUBGRAPH_OPS, Mutations
 from liger_compile.graphs.regions import Region, Regions
 from liger_compile.options import Options
@@ -151,16 +151,7 @@ def _rewrite_one(
         found.arguments.setdefault(body, []).append(terms.arguments(call, body.graph))
         found.called_in.setdefault(body, []).append(regions.of[call])
     found.attention.extend(notes_in(terms.space, terms.of.values()))
-    deferred = []
-    if is_top:
-        found.notes.extend(notes_on_logits(graph, terms))
-        logits = logits_in(graph, terms)
-        staying = {
-            output: why_logits_stay or _why_read(regions.of[output.head], options) for output in logits
-        }
-        reasons = dict.fromkeys(filter(None, staying.values()))
-        found.notes.extend(f"the logits are computed in the graph: {why}" for why in reasons)
-        deferred = take_out([output for output, why in staying.items() if not why], terms)
+    deferred = _without_logits(graph, terms, options, why_logits_stay, found) if is_top else []
     matches, missed = find_matches(graph, patterns, terms, strict=options.strict)
     rules = Rules(
         policy=options.policy,
@@ -189,6 +180,20 @@ def _rewrite_one(
         found.notes.extend(keep_rounding(graph, terms))
     found.decisions.extend(decisions)
     found.near_misses.extend(missed)
+
+
+def _without_logits(
+    graph: Graph, terms: Terms, options: Options, why_logits_stay: str | None, found: _Found
+) -> list[Deferred]:
+    """Takes the logits out of the outputs of a graph, except those that stay, and adds notes with the reasons."""
+    found.notes.extend(notes_on_logits(graph, terms))
+    staying = {
+        output: why_logits_stay or _why_read(terms.regions.of[output.head], options)
+        for output in logits_in(graph, terms)
+    }
+    reasons = dict.fromkeys(filter(None, staying.values()))
+    found.notes.extend(f"the logits are computed in the graph: {why}" for why in reasons)
+    return take_out([output for output, why in staying.items() if not why], terms)
 
 
 def _why_read(region: Region, options: Options) -> str | None:
