@@ -56,7 +56,7 @@ class Pattern:
         is_loss: the replacement is a loss that computes its gradients in forward, so it is used at top level only,
             never in the subgraph of a checkpoint, which would run it twice.
         saves_result: the replacement saves its result for backward, and the computation does not. A result that the
-            graph returns is then copied, because the caller may write into it before backward.
+            graph writes, or returns to a caller who may write into it, is then copied.
         has_near_misses: whether the report names places that resemble the computation and differ from it. None: if
             there is a replacement.
     """

@@ -167,6 +167,14 @@ def test_gradients_under_autocast_are_compared_in_its_dtype():
     assert differences(eager, Outcome({"call 0: gradient of bias": torch.tensor(1.4)}), in_half=["call 0"])
 
 
+def test_attention_may_give_zero_for_nan():
+    eager, ours, wrong = (Outcome({"call 0: output 0": torch.tensor([x, 1.0])}) for x in (NAN, 0.0, 2.0))
+    assert not differences(eager, ours, attends=True)
+    assert differences(eager, ours)
+    assert differences(eager, wrong, attends=True)
+    assert differences(ours, eager, attends=True)
+
+
 def test_weights_that_are_not_finite_end_the_comparison_after_their_call():
     def outcome(weight, output, later):
         values = {"call 0: head after it": weight, "call 0: output 0": output, "call 1: output 0": later}

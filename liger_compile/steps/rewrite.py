@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from liger_compile.graphs.aliasing import storages_of
+from liger_compile.graphs.aliasing import Mutations, storages_of
 from liger_compile.graphs.guards import GuardError, no_guards
 from liger_compile.graphs.regions import Region, Regions
 from liger_compile.pattern import Capture, Decision, Match
@@ -64,12 +64,13 @@ def rewrite(
     """
     regions = regions or Regions(graph)
     refused: dict[Match, Decision] = {}
+    mutations = Mutations(graph)
     while True:
         drafts: dict[Match, _Draft] = {}
         known = len(refused)
         for decision in decisions:
             if decision.kind == "replace" and decision.match not in refused:
-                drafted = _draft(graph, decision, regions, settings or {}, strict)
+                drafted = _draft(graph, decision, regions, mutations, settings or {}, strict)
                 if isinstance(drafted, Decision):
                     refused[decision.match] = drafted
                 else:
@@ -104,6 +105,7 @@ def _draft(
     graph: Graph,
     decision: Decision,
     regions: Regions,
+    mutations: Mutations,
     settings: Mapping[str, Any],
     strict: bool,
 ) -> _Draft | Decision:
@@ -114,7 +116,10 @@ def _draft(
     originals = [output.meta["example_value"] for output in match.outputs]
     results: tuple[Any, ...] = ()
     try:
-        results = _results(match, recorder, regions.of[match.outputs[0]], settings)
+        copied = [
+            match.pattern.saves_result and _may_be_written(output, mutations) for output in match.outputs
+        ]
+        results = _results(match, recorder, regions.of[match.outputs[0]], settings, copied)
         reason = _why_not(originals, results, recorder)
     except (ValueError, TypeError, GuardError) as error:  # an op raises these for arguments that it rejects
         reason = f"the replacement refuses: {error}"
@@ -135,7 +140,11 @@ _REFUSAL = "the replacement {}; it has to compute new tensors from its arguments
 
 
 def _results(
-    match: Match, recorder: Recorder, region: Region, settings: Mapping[str, Any]
+    match: Match,
+    recorder: Recorder,
+    region: Region,
+    settings: Mapping[str, Any],
+    copied: Sequence[bool],
 ) -> tuple[Any, ...]:
     """Runs the replacement on the captures of a match, records it, and returns its results."""
     arguments: dict[str, Any] = {}
@@ -145,7 +154,6 @@ def _results(
             arguments[name] = recorder.knows(name, node.meta["example_value"], node)
     fake_mode = getattr(match.result, "fake_mode", None) or nullcontext()
     originals = [output.meta["example_value"] for output in match.outputs]
-    is_returned = [_is_returned(output) for output in match.outputs]
     # A user's hooks on saved tensors expect tensors that have values.
     hooks = torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is)
     guards = no_guards(match.result)
@@ -161,16 +169,16 @@ def _results(
         if len(results) != len(originals):
             return results
         results = tuple(map(_laid_out_like, results, originals))
-        if match.pattern.saves_result:
-            pairs = zip(results, is_returned, strict=True)
-            return tuple(result.clone() if returned else result for result, returned in pairs)
-        return results
+        return tuple(
+            result.clone() if is_copied else result for result, is_copied in zip(results, copied, strict=True)
+        )
 
 
-def _is_returned(node: Node) -> bool:
-    """Returns whether the graph returns memory of a node, as a view or as it is."""
+def _may_be_written(node: Node, mutations: Mutations) -> bool:
+    """Returns whether the graph, or the caller to whom it returns the memory of a node, may write into its value."""
     returned = node.graph.output_node().all_input_nodes
-    return any(storages_of(node) & storages_of(output) for output in returned)
+    is_returned = any(storages_of(node) & storages_of(output) for output in returned)
+    return is_returned or not mutations.is_as_made(node)
 
 
 def _wanted(settings: Mapping[str, Any], match: Match) -> dict[str, Any]:

@@ -414,3 +414,36 @@ def test_a_write_into_the_result_before_backward_changes_no_gradient(given, leng
         found.append([leaf.grad for leaf in leaves])
     assert [site.kind for site in liger_compile.reports()[0].sites] == ["replace"]
     torch.testing.assert_close(*found)
+
+
+def doubled(out):
+    return out.mul_(2)
+
+
+def doubled_without_gradient(out):
+    with torch.no_grad():
+        out.mul_(2)
+    return out * 1
+
+
+def doubled_unseen_by_autograd(out):
+    out.detach().mul_(2)
+    return out * 1
+
+
+@pytest.mark.parametrize("length", [1, 5])
+@pytest.mark.parametrize("write", [doubled, doubled_without_gradient, doubled_unseen_by_autograd])
+def test_a_write_into_the_result_in_the_graph_changes_no_gradient(write, length):
+    def attention(q, k, v):
+        scores = (q @ k.transpose(-1, -2)).masked_fill(~lower(q), float("-inf"))
+        return write(scores.softmax(-1) @ v)
+
+    options = {"liger.inner": "aot_eager", "liger.strict": True, "liger.policy": "always"}
+    found = []
+    for function in (torch.compile(attention, backend="liger", options=options), attention):
+        leaves = [x.clone().requires_grad_() for x in inputs(groups=HEADS, length=length)]
+        out = function(*leaves)
+        out.backward(torch.linspace(-1, 1, out.numel()).view_as(out))
+        found.append((out, [leaf.grad for leaf in leaves]))
+    assert [site.kind for site in liger_compile.reports()[0].sites] == ["replace"]
+    torch.testing.assert_close(*found)
