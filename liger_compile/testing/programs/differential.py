@@ -472,17 +472,10 @@ def differences(
         if _same(value, mine):
             continue
         if other is not None and name in other.seen and _same(other.seen[name], mine):
-            if other.error:
-                last = (
-                    call  # its weights differ from eager's, and it ends before the next calls can be compared
-                )
+            if other.error:  # before the next calls, and its weights may differ from eager's
+                last = call
             continue
-        is_gradient = "gradient of" in name
-        runs = [(scale, run.seen.get(name)) for scale, run in scaled.items()]
-        if is_gradient and (
-            _lost_alike(value, mine)
-            or any(_overflowed(value, mine, gradient, scale) for scale, gradient in runs)
-        ):
+        if "gradient of" in name and _is_lost(name, value, mine, scaled):
             last = f"{call}: gradient of"  # a step with such a gradient gives weights that are not finite
             continue
         if not _is_accepted(name, eager, mine, nudged, in_half, attends):
@@ -561,6 +554,12 @@ def _are_zeros_for_nan(a: Any, b: Any) -> bool:
     if not isinstance(a, Tensor) or not isinstance(b, Tensor) or a.shape != b.shape:
         return False
     return _same(a.masked_fill(a.isnan(), 0.0), b.masked_fill(a.isnan() & b.isnan(), 0.0))
+
+
+def _is_lost(name: str, a: Any, b: Any, scaled: Mapping[float, Outcome]) -> bool:
+    """Whether a gradient is not finite in eager mode, and `b` may be it as well."""
+    runs = ((scale, run.seen.get(name)) for scale, run in scaled.items())
+    return _lost_alike(a, b) or any(_overflowed(a, b, gradient, scale) for scale, gradient in runs)
 
 
 def _lost_alike(a: Any, b: Any) -> bool:
