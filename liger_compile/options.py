@@ -125,6 +125,11 @@ class Options:
         _one_of("auto", "always", "never"),
         "Passes over the graph of backward: on GPUs, on every device (for debugging), or on none.",
     )
+    outline: str = _option(
+        "auto",
+        _one_of("auto", "off"),
+        "'auto' compiles layers that are equal once and calls the result for each of them; 'off' compiles every layer.",
+    )
     strict: bool = _option(
         False,
         _FLAG,
