@@ -20,7 +20,7 @@ from liger_compile.backward_passes import NAMES
 from liger_compile.compile import BackwardPlan
 from liger_compile.failures import or_unchanged
 from liger_compile.forward_passes import segments, specialize
-from liger_compile.forward_passes.inline_subgraphs import inlined
+from liger_compile.forward_passes.inline_subgraphs import inline_subgraphs, inlined
 from liger_compile.forward_passes.logits import materializing
 from liger_compile.forward_passes.split_for_ddp import before_ddp_cuts
 from liger_compile.options import Options, parse
@@ -120,18 +120,28 @@ def _compiled(
             result = sharing_zeros(result, strides, partial(backward.chose, "backward.shared_zeros"))
         return result
 
+    def inlined_again(why: str) -> None:
+        inline_subgraphs(graph.gm)
+        failures.append(why)
+
+    failures: list[str] = []
     storages = storages_of_outputs(graph.gm.graph)
-    if graph.backward_of:
-        plan = segments.cut(graph.gm)
+    plan = or_unchanged(
+        lambda: segments.cut(graph.gm) if graph.backward_of else None,
+        inlined_again,
+        subject="each layer of the graph",
+        strict=chosen.strict,
+    )
+    if plan is None:
+        result = compiled(graph.gm, inputs, graph.backward)
+    else:
         parts = [
             compiled(part.gm, part.fakes(), graph.backward_of[part.body] if part.body else graph.backward)
             for part in plan.segments
         ]
         result = segments.chained(plan, parts)
-    else:
-        result = compiled(graph.gm, inputs, graph.backward)
     # Recorded last: Dynamo may restart the analysis and call the backend again with another graph of the same code.
-    record(graph.report.of_variant(variant).with_notes(notes))
+    record(graph.report.of_variant(variant).with_notes((*notes, *failures)))
     return materializing(separating(result, storages), graph.late_outputs)
 
 

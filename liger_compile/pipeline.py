@@ -312,7 +312,9 @@ def _backward_plan(
 
     def made(changes: Iterable[tuple[Pass, Applied]]) -> None:
         sites = [
-            site_of_pass(one_pass.name, applied.node, applied.change, applied.memory, applied.traffic).at(paths)
+            site_of_pass(one_pass.name, applied.node, applied.change, applied.memory, applied.traffic).at(
+                paths
+            )
             for one_pass, applied in changes
             for paths in places
         ]

@@ -159,10 +159,10 @@ def _outline(module: GraphModule, name: str, repeats: Repeats) -> None:
     paths = tuple(_paths(first, region) for region in repeats.regions)
     body.meta[_OUTLINED] = Outlined(paths, len(first))
     setattr(module, name, body)
-    replaced: dict[Node, Node] = {}  # results of earlier regions
+    replaced: dict[Any, Node] = {}  # results of earlier regions
     for at, region in enumerate(repeats.regions):
-        passed = (slot[at] for slot in slots)
-        operands = [replaced[node] if node in replaced else node for node in passed]
+        passed = [slot[at] for slot in slots]
+        operands = [replaced[node] if node in replaced else node for node in passed]  # noqa: SIM401
         replaced.update(_replace(region, name, operands, results))
 
 

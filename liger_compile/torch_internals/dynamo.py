@@ -2,6 +2,7 @@
 
 part                                            torch           can go
 torch._guards                                   2.11 to 2.13    no public name for traces and their contexts
+_guards._TLS.tracing_context                    2.11 to 2.13    no public name to replace the trace of a thread
 torch._dynamo.lookup_backend                    2.11 to 2.13    no public name
 torch._dynamo.OptimizedModule                   2.11 to 2.13    no public name
 model._torchdynamo_orig_callable                2.11 to 2.13    no public name; on a compiled function
