@@ -1,6 +1,6 @@
 """START HERE. The backend: `torch.compile(model, backend="liger")` calls `liger` with each captured graph.
 
-    Dynamo graph -> pipeline.py (terms, match, decide, rewrite) -> compile.py -> callable
+    Dynamo graph -> pipeline.py (terms, match, decide, rewrite) -> assemble.py (compile.py) -> callable
 
 `pipeline.py` rewrites one copy of the graph for all calls (generic), and a second copy for calls whose masks have the
 values that they have in most calls (specialized). Each call dispatches on its inputs.
@@ -16,20 +16,18 @@ from torch.fx import GraphModule
 
 from liger_compile import compile as compiling
 from liger_compile import ops  # noqa: F401  # pyright: ignore[reportUnusedImport] - ops are registered, so that cached artifacts find them
+from liger_compile.assemble import assembled
 from liger_compile.backward_passes import NAMES
 from liger_compile.failures import or_unchanged
 from liger_compile.forward_passes import specialize
 from liger_compile.forward_passes.inline_subgraphs import inlined
-from liger_compile.forward_passes.logits import materializing
 from liger_compile.forward_passes.split_for_ddp import before_ddp_cuts
 from liger_compile.options import Options, parse
 from liger_compile.pattern import Pattern
-from liger_compile.pipeline import Rewritten, rewritten
+from liger_compile.pipeline import Rewritten, rewritten, with_bodies
 from liger_compile.registry import patterns_in_use
 from liger_compile.report import GraphReport, record
 from liger_compile.runtime.optimizer_steps import watch_steps
-from liger_compile.runtime.separate_outputs import separating, storages_of_outputs
-from liger_compile.runtime.shared_zeros import sharing_zeros, strides_of_outputs
 from liger_compile.torch_internals import inductor
 
 
@@ -59,8 +57,15 @@ def liger(
     notes = chosen.notes_on_skip([*(pattern.name for pattern in known), *NAMES])
     if not compiling.is_right_for_subgraphs(chosen.reported_inner):
         notes.extend(inlined(gm))
+    graph, said = or_unchanged(
+        lambda: with_bodies(gm, example_inputs, chosen, inductor_options),
+        lambda why: (gm, (why,)),
+        subject="each layer of the graph",
+        strict=chosen.strict,
+    )
+    notes.extend(said)
     generic, special = or_unchanged(
-        lambda: rewritten(gm, example_inputs, patterns, chosen, inductor_options),
+        lambda: rewritten(graph, example_inputs, patterns, chosen, inductor_options),
         lambda why: (Rewritten(gm, GraphReport.of(gm, (), (), notes=(why,))), None),
         subject="the graph",
         strict=chosen.strict,
@@ -93,22 +98,12 @@ def _compiled(
     notes: Sequence[str],
 ) -> Callable[..., Any]:
     """Compiles a rewritten graph and records its report."""
-    strides, storages = strides_of_outputs(graph.gm.graph), storages_of_outputs(graph.gm.graph)
-    result = compiling.compile_graph(
-        graph.gm,
-        inputs,
-        mode=chosen.mode,
-        inductor_options=inductor_options,
-        inner=chosen.compiler,
-        patterns=patterns,
-        key=repr((chosen.policy, chosen.skip, chosen.fuel, chosen.backward_passes)),
-        backward=graph.backward,
+    result, failures = assembled(
+        graph, inputs, options=chosen, patterns=patterns, inductor_options=inductor_options
     )
     # Recorded last: Dynamo may restart the analysis and call the backend again with another graph of the same code.
-    record(graph.report.of_variant(variant).with_notes(notes))
-    if graph.backward and "backward.shared_zeros" in graph.backward.choices:
-        result = sharing_zeros(result, strides, partial(graph.backward.chose, "backward.shared_zeros"))
-    return materializing(separating(result, storages), graph.late_outputs)
+    record(graph.report.of_variant(variant).with_notes((*notes, *failures)))
+    return result
 
 
 liger.reset = inductor.free_cudagraphs  # pyright: ignore[reportFunctionMemberAccess]

@@ -43,6 +43,7 @@ from liger_compile.torch_internals.dynamo import (
     as_dynamo_compiles,
     leave_out_of_traces,
     lookup_backend,
+    own_trace,
     resumed_later,
     when_traces_begin,
 )
@@ -106,6 +107,18 @@ def compile_graph(
     # not pickled). Inductor's cache, below AOTAutograd, does not see them.
     digest = cache_key(gm, patterns, key)
     gm.liger_compile_key = digest  # pyright: ignore[reportArgumentType]
+    with own_trace():
+        return _compiled(gm, example_inputs, patches, inner, digest, backward)
+
+
+def _compiled(
+    gm: GraphModule,
+    example_inputs: Sequence[Any],
+    patches: inductor.Patches,
+    inner: str,
+    digest: str,
+    backward: BackwardPlan | None,
+) -> Callable[..., Any]:
     if inner != "inductor":
         # "aot_eager" partitions by min-cut, which honors recompute marks, and then runs the aten ops.
         return _on_their_device(lookup_backend(inner)(gm, list(example_inputs)), example_inputs)
@@ -238,6 +251,11 @@ def is_right_for_subgraphs(inner: str) -> bool:
 def uses_cudagraphs(mode: str | None, inductor_options: Mapping[str, Any] | None) -> bool:
     """Returns whether outputs may live in the memory pool of a CUDA graph, where the next call overwrites them."""
     return inductor.uses_cudagraphs(inductor.patches_of(mode, inductor_options))
+
+
+def uses_freezing(mode: str | None, inductor_options: Mapping[str, Any] | None) -> bool:
+    """Returns whether Inductor makes constants of the parameters where no gradients are computed."""
+    return inductor.uses_freezing(inductor.patches_of(mode, inductor_options))
 
 
 # The cache key ---------------------------------------------------------------------------------------------

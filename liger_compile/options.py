@@ -125,6 +125,12 @@ class Options:
         _one_of("auto", "always", "never"),
         "Passes over the graph of backward: on GPUs, on every device (for debugging), or on none.",
     )
+    outline: str = _option(
+        "off",
+        _one_of("auto", "off"),
+        "'auto' compiles equal layers once and calls the result for each of them: a shorter first step. The default is "
+        "'off' until step time and memory are measured on GPUs.",
+    )
     strict: bool = _option(
         False,
         _FLAG,

@@ -18,16 +18,17 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from liger_compile.backward_passes import CHOICES, DEFAULT_PASSES, Applied, Pass
-from liger_compile.compile import BackwardPlan, uses_cudagraphs
+from liger_compile.compile import BackwardPlan, uses_cudagraphs, uses_freezing
 from liger_compile.forward_passes import specialize
 from liger_compile.forward_passes.inline_subgraphs import describe_operands
 from liger_compile.forward_passes.keep_rounding import keep_rounding
 from liger_compile.forward_passes.logits import Deferred, LateOutput, logits_in, restore, take_out
+from liger_compile.forward_passes.outline import drop_unread, num_nodes_inlined, outlined, outlined_of
 from liger_compile.graphs.aliasing import SUBGRAPH_OPS, Mutations
 from liger_compile.graphs.regions import Region, Regions
 from liger_compile.options import Options
 from liger_compile.pattern import Decision, NearMiss, Pattern
-from liger_compile.report import GraphReport, site_of_pass
+from liger_compile.report import HERE, GraphReport, Paths, site_of_pass
 from liger_compile.steps.callbacks import warn_of_failures
 from liger_compile.steps.decide import Rules, decide
 from liger_compile.steps.match import find_matches
@@ -50,6 +51,7 @@ class Rewritten:
         padding: names of inputs that are padding masks; more of attention would be known if they were all ones.
         masks: names of inputs that are attention masks and were built outside the graph.
         backward: the changes to the graph of backward; None means no changes.
+        backward_of: the same for each outlined body.
     """
 
     gm: GraphModule
@@ -58,6 +60,7 @@ class Rewritten:
     padding: frozenset[str] = frozenset()
     masks: frozenset[str] = frozenset()
     backward: BackwardPlan | None = None
+    backward_of: Mapping[GraphModule, BackwardPlan | None] = field(default_factory=dict)
 
 
 @dataclass
@@ -73,6 +76,35 @@ class _Found:
     # By subgraph: the operands of each call, and the modes of each call.
     arguments: dict[GraphModule, list[tuple[Any, ...]]] = field(default_factory=dict)
     called_in: dict[GraphModule, list[Region]] = field(default_factory=dict)
+    # By graph: the module paths of each of its calls, where it was outlined, or of the graph that calls it.
+    places: dict[GraphModule, Sequence[Paths]] = field(default_factory=dict)
+    placed: dict[int, Sequence[Paths]] = field(default_factory=dict)  # by id of decision or near miss
+
+
+def with_bodies(
+    gm: GraphModule, example_inputs: Sequence[Any], options: Options, inductor_options: Mapping[str, Any]
+) -> tuple[GraphModule, tuple[str, ...]]:
+    """Returns a copy of `gm` in which equal layers are calls of one body, or `gm`; and the notes for the report."""
+    if options.outline == "off" or options.policy == "never":
+        return gm, ()
+    module, notes = outlined(gm)
+    why = why_not_outlined(example_inputs, options, inductor_options) if notes else None
+    return (gm, (f"equal layers are compiled one by one: {why}",)) if why else (module, notes)
+
+
+def why_not_outlined(
+    example_inputs: Sequence[Any], options: Options, inductor_options: Mapping[str, Any]
+) -> str | None:
+    """Returns why these settings need a compiled graph for the whole captured graph, in a sentence."""
+    if options.fuel is not None:
+        return "liger.fuel counts the rewrites of each layer"
+    if any(isinstance(value, FakeTensor) for value in example_inputs):
+        return "the inputs have no values yet, as in a part of a graph that DDP cuts"
+    if uses_cudagraphs(options.mode, inductor_options):
+        return "a CUDA graph is recorded for the parameters of one layer"
+    if uses_freezing(options.mode, inductor_options):
+        return "Inductor's freezing makes constants of the parameters"
+    return None
 
 
 def rewritten(
@@ -109,7 +141,7 @@ def run_steps(
 ) -> Rewritten:
     """Rewrites `gm` and its subgraphs, in place."""
     start, why_logits_stay = time.perf_counter(), reason_to_keep_logits(options, inductor_options)
-    modules, once, found = _graphs(gm), _running_once(gm), _Found()
+    modules, once, found = _graphs(gm), _running_once(gm), _Found(places={gm: HERE})
     for module in modules:
         _rewrite_one(
             module, patterns, options, why_logits_stay, found, is_top=module is gm, runs_once=module in once
@@ -117,17 +149,32 @@ def run_steps(
     warn_of_failures(found.decisions, found.failures)
     notes = (*found.notes, *found.failures, *sentences(found.attention), *map(str, found.late_outputs))
     seconds = time.perf_counter() - start
-    report = GraphReport.of(gm, found.decisions, found.near_misses, notes=notes, seconds=seconds)
+    report = GraphReport.of(
+        gm,
+        found.decisions,
+        found.near_misses,
+        notes=notes,
+        num_nodes=num_nodes_inlined(gm),
+        places=lambda one: found.placed[id(one)],
+        seconds=seconds,
+    )
+    drop_unread(gm)
     for module in modules:
         module.recompile()
     meanings = [note.meaning for note in found.attention if note.meaning]
+    fuel = _left(options.fuel, found.decisions)
     return Rewritten(
         gm,
         report,
         found.late_outputs,
         padding=frozenset(name for meaning in meanings for name in meaning.padding),
         masks=frozenset(name for meaning in meanings for name in meaning.masks),
-        backward=_backward_plan(options, _left(options.fuel, found.decisions), report),
+        backward=_backward_plan(options, fuel, report),
+        backward_of={
+            body: _backward_plan(options, fuel, report, found.places[body])
+            for body in modules
+            if outlined_of(body)
+        },
     )
 
 
@@ -150,7 +197,10 @@ def _rewrite_one(
     for call, body in _calls(module):
         found.arguments.setdefault(body, []).append(terms.arguments(call, body.graph))
         found.called_in.setdefault(body, []).append(regions.of[call])
-    found.attention.extend(notes_in(terms.space, terms.of.values()))
+        outlined = outlined_of(body)
+        found.places.setdefault(body, outlined.paths if outlined else found.places[module])
+    places = found.places[module]
+    found.attention.extend(note for note in notes_in(terms.space, terms.of.values()) for _ in places)
     deferred = _without_logits(graph, terms, options, why_logits_stay, found) if is_top else []
     matches, missed = find_matches(graph, patterns, terms, strict=options.strict)
     rules = Rules(
@@ -180,6 +230,7 @@ def _rewrite_one(
         found.notes.extend(keep_rounding(graph, terms))
     found.decisions.extend(decisions)
     found.near_misses.extend(missed)
+    found.placed.update({id(one): places for one in (*decisions, *missed)})
 
 
 def _without_logits(
@@ -252,15 +303,20 @@ def reason_to_keep_logits(options: Options, inductor_options: Mapping[str, Any])
     return None
 
 
-def _backward_plan(options: Options, fuel: int | None, report: GraphReport) -> BackwardPlan | None:
-    """Returns the changes to the graph of backward; the plan adds the applied changes to the report."""
+def _backward_plan(
+    options: Options, fuel: int | None, report: GraphReport, places: Sequence[Paths] = HERE
+) -> BackwardPlan | None:
+    """Returns the changes to the graph of backward; the plan adds the applied changes to the report, at each place."""
     if "never" in (options.policy, options.backward_passes):
         return None
 
     def made(changes: Iterable[tuple[Pass, Applied]]) -> None:
         sites = [
-            site_of_pass(one_pass.name, applied.node, applied.change, applied.memory, applied.traffic)
+            site_of_pass(one_pass.name, applied.node, applied.change, applied.memory, applied.traffic).at(
+                paths
+            )
             for one_pass, applied in changes
+            for paths in places
         ]
         report.backward.add(report.name, sites)
 

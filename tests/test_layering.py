@@ -65,12 +65,20 @@ ALLOWED = {
     "report.verify": ("report", "testing.precision"),
     "forward_passes.inline_subgraphs": ("graphs",),
     "forward_passes.specialize": ("graphs",),
+    "forward_passes.segments": ("graphs",),
+    "forward_passes.outline": (
+        "forward_passes.inline_subgraphs",
+        "forward_passes.segments",
+        "forward_passes.specialize",
+        "graphs",
+    ),
     "forward_passes.buckets": ("graphs", "terms"),
     "forward_passes.logits": ("graphs", "runtime", "terms"),
     "forward_passes.split_for_ddp": ("compile", "failures", "forward_passes", "options"),
     "validation": ("graphs", "pattern", "steps", "terms"),
     "registry": ("pattern", "patterns", "steps.callbacks", "validation"),
     "patterns": ("functional", "ops.dispatch", "ops.flex", "pattern", "patterns"),
+    "assemble": ("compile", "failures", "forward_passes", "options", "pattern", "pipeline", "runtime"),
     "pipeline": (
         "backward_passes",
         "compile",
@@ -239,6 +247,9 @@ OF_TORCH = "the one folder with private parts of torch"
 
 # The other names that they use, by file, with the reason. A prefix allows what is below it.
 BESIDE = {
+    "bench/compile_time.py": {
+        "torch._dynamo.utils.compilation_time_metrics": "no public name for the time of each phase"
+    },
     "bench/ddp_kept.py": {
         "liger_compile.forward_passes.buckets": "compares the places where parts begin with other places",
         "liger_compile.forward_passes.split_for_ddp.places_to_cut": "the name that it replaces for that",

@@ -47,7 +47,7 @@ def inline_subgraphs(gm: GraphModule) -> int:
             stack = _stack_of(call)
             _inline(call, body, first.setdefault(body, stack), stack)
             count += 1
-        _drop_unnamed_graphs(module)
+        drop_unnamed_graphs(module)
         module.recompile()
     return count
 
@@ -165,7 +165,8 @@ def _attribute(owner: Any, body: GraphModule, path: str) -> str:
     return name
 
 
-def _drop_unnamed_graphs(module: GraphModule) -> None:
+def drop_unnamed_graphs(module: GraphModule) -> None:
+    """Removes the subgraphs that no node of a graph names."""
     named = {str(node.target).split(".")[0] for node in module.graph.find_nodes(op="get_attr")}
     named |= {str(node.target).split(".")[0] for node in module.graph.find_nodes(op="call_module")}
     for name, child in list(module.named_children()):

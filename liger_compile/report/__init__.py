@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from liger_compile.report.report import (
+    HERE,
     SCHEMA,
     BackwardReport,
     GraphReport,
     Near,
+    Paths,
     Place,
     Site,
     clear_reports,
@@ -16,10 +18,12 @@ from liger_compile.report.report import (
 )
 
 __all__ = [
+    "HERE",
     "SCHEMA",
     "BackwardReport",
     "GraphReport",
     "Near",
+    "Paths",
     "Place",
     "Site",
     "clear_reports",

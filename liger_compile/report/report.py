@@ -11,7 +11,7 @@ import logging
 import os
 import re
 from collections import Counter, deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -20,6 +20,7 @@ from torch.fx import GraphModule, Node
 
 from liger_compile.pattern import Decision, NearMiss
 from liger_compile.report.render import counted, details, plural, size
+from liger_compile.torch_internals.dynamo import readable_path
 from liger_compile.torch_internals.operators import OpOverload
 from liger_compile.torch_internals.structured_logs import log_artifact
 
@@ -27,6 +28,10 @@ SCHEMA = 1  # the version of the dictionaries that to_dict() returns; docs/repor
 
 _log = logging.getLogger("liger_compile")
 _reports: deque[GraphReport] = deque(maxlen=256)
+
+
+Paths = Mapping[str, str]  # from module paths of Dynamo, in a body, to those in one of its calls
+HERE: Sequence[Paths] = ({},)  # the place of a graph that is called where it stands
 
 
 @dataclass(frozen=True)
@@ -50,6 +55,15 @@ class Place:
         """File and line, as "modeling_llama.py:67"; empty where unknown."""
         return f"{os.path.basename(self.file)}:{self.line}" if self.file else ""
 
+    def at(self, paths: Paths) -> Place:
+        """Returns the place in a call of the body that this place is in."""
+        named = {readable_path(path): readable_path(to) for path, to in paths.items()}
+        around = [path for path in named if f"{self.module}.".startswith(f"{path}.")]
+        if not around:
+            return self
+        longest = max(around, key=len)
+        return dataclasses.replace(self, module=named[longest] + self.module[len(longest) :])
+
 
 @dataclass(frozen=True)
 class Site:
@@ -63,6 +77,10 @@ class Site:
     result: str  # "f32[8, 256, 256]", "2 x bf16[8, 256]"
     saved_bytes: int | None
 
+    def at(self, paths: Paths) -> Site:
+        """Returns the same site in a call of the body that it is in."""
+        return dataclasses.replace(self, place=self.place.at(paths))
+
 
 @dataclass(frozen=True)
 class Near:
@@ -72,6 +90,10 @@ class Near:
     reason: str
     place: Place
     score: float
+
+    def at(self, paths: Paths) -> Near:
+        """Returns the same near miss in a call of the body that it is in."""
+        return dataclasses.replace(self, place=self.place.at(paths))
 
 
 @dataclass(eq=False)
@@ -131,14 +153,24 @@ class GraphReport:
         near_misses: Iterable[NearMiss] = (),
         notes: Iterable[str] = (),
         *,
+        num_nodes: int | None = None,
+        places: Callable[[Any], Sequence[Paths]] = lambda _: HERE,
         seconds: float | None = None,
     ) -> GraphReport:
-        """Returns the report of a rewritten `gm`. Keeps no nodes. `seconds` is the time that the rewrite took."""
+        """Returns the report of a rewritten `gm`. Keeps no nodes.
+
+        Args:
+            num_nodes: the size of the graph, if bodies were outlined from `gm`.
+            places: for a decision or a near miss in such a body, its places in the calls.
+            seconds: the time that the rewrite took.
+        """
+        decided = [(_site(decision), places(decision)) for decision in decisions]
+        missed = [(_near(miss), places(miss)) for miss in near_misses]
         return GraphReport(
             name=str(gm.meta.get("dynamo_compile_id", "?")),
-            num_nodes=len(gm.graph.nodes),
-            sites=tuple(_site(decision) for decision in decisions),
-            near_misses=tuple(_near(miss) for miss in near_misses),
+            num_nodes=len(gm.graph.nodes) if num_nodes is None else num_nodes,
+            sites=tuple(site.at(paths) for site, at in decided for paths in at),
+            near_misses=tuple(near.at(paths) for near, at in missed for paths in at),
             notes=tuple(notes),
             seconds=seconds,
         )
@@ -279,13 +311,7 @@ def _module_of(nodes: Sequence[Node]) -> tuple[str, str]:
     if not shared:
         return "", ""
     path, cls = max(shared, key=lambda entry: len(entry[0]))
-    # Dynamo writes a path as source: L['self'].layers.0, G['model'].head, getattr(L['fn'].blocks, 'w-x'), and
-    # L['self'].__dict__['_modules']['base_model'] where a class defines __getattr__, as those of PEFT do.
-    path = re.sub(r"\.__dict__\['_modules'\]\['([^']*)'\]", r".\1", path)
-    path = re.sub(r"getattr\(|, '([^']*)'\)", lambda found: f".{found[1]}" if found[1] else "", path)
-    # The model itself has no name: it is the self of a method, or the first of a wrapper's *args.
-    path = re.sub(r"^[LG]\['(\w+)'\](\[0\])?", lambda f: "" if f[1] in ("self", "fn", "args") else f[1], path)
-    return path.lstrip("."), getattr(cls, "__name__", str(cls))
+    return readable_path(path), getattr(cls, "__name__", str(cls))
 
 
 _FRAME = re.compile(r'File "(?P<file>.+?)", line (?P<line>\d+), in .*(?:\n +(?P<code>.*))?')

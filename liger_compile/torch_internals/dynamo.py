@@ -2,6 +2,7 @@
 
 part                                            torch           can go
 torch._guards                                   2.11 to 2.13    no public name for traces and their contexts
+torch._guards._TLS                              2.11 to 2.13    no public name to replace the trace of a thread
 torch._dynamo.lookup_backend                    2.11 to 2.13    no public name
 torch._dynamo.OptimizedModule                   2.11 to 2.13    no public name
 model._torchdynamo_orig_callable                2.11 to 2.13    no public name; on a compiled function
@@ -17,13 +18,16 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import copy
 import functools
 import random
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, MutableSet, Sequence
 from typing import Any
 
 import torch
+from torch import _guards
 from torch._guards import CompileContext, TracingContext, compile_context, tracing
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
@@ -62,6 +66,17 @@ def graph_breaks() -> Counter[str]:
     return counters["graph_break"] | counters["unimplemented"]  # Dynamo counts each break in one of them
 
 
+def readable_path(path: str) -> str:
+    """Returns the name of a module from the path in a node's `nn_module_stack`: "layers.0" of "L['self'].layers.0"."""
+    # Dynamo writes a path as source: L['self'].layers.0, G['model'].head, getattr(L['fn'].blocks, 'w-x'), and
+    # L['self'].__dict__['_modules']['base_model'] where a class defines __getattr__, as those of PEFT do.
+    path = re.sub(r"\.__dict__\['_modules'\]\['([^']*)'\]", r".\1", path)
+    path = re.sub(r"getattr\(|, '([^']*)'\)", lambda found: f".{found[1]}" if found[1] else "", path)
+    # The model itself has no name: it is the self of a method, or the first of a wrapper's *args.
+    path = re.sub(r"^[LG]\['(\w+)'\](\[0\])?", lambda f: "" if f[1] in ("self", "fn", "args") else f[1], path)
+    return path.lstrip(".")
+
+
 # Compiling outside of Dynamo's own calls.
 
 
@@ -90,6 +105,26 @@ def _in_new_trace(
         result = compile(inputs)
     del fakes
     return result
+
+
+@contextlib.contextmanager
+def own_trace() -> Iterator[None]:
+    """Gives a compilation within a trace the facts that AOTAutograd records there, for itself.
+
+    A trace has room for one graph. The backward of a graph is compiled later and reads there which of its inputs it may
+    overwrite, which would be those of the graph that was compiled last.
+    """
+    trace = TracingContext.try_get()
+    if trace is None:
+        yield
+        return
+    mine = copy.copy(trace)
+    mine.fw_metadata = mine.params_flat = mine.params_flat_unwrap_subclasses = None
+    _guards._TLS.tracing_context = mine
+    try:
+        yield
+    finally:
+        _guards._TLS.tracing_context = trace
 
 
 @contextlib.contextmanager

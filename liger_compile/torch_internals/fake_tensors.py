@@ -10,12 +10,14 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterator
+from typing import Any
 
+import torch
 from torch._guards import detect_fake_mode
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
-__all__ = ["NEEDS_VALUES", "FakeTensor", "FakeTensorMode", "detect_fake_mode", "errors_not_logged"]
+__all__ = ["NEEDS_VALUES", "FakeTensor", "FakeTensorMode", "detect_fake_mode", "errors_not_logged", "like"]
 
 # Raised where a function reads a value, or makes a shape that depends on one.
 NEEDS_VALUES = (DataDependentOutputException, DynamicOutputShapeException)
@@ -31,3 +33,16 @@ def errors_not_logged() -> Iterator[None]:
         yield
     finally:
         _log.disabled = disabled
+
+
+def like(value: Any) -> Any:
+    """Returns a new fake tensor with the properties of a tensor, in the mode of the current trace; other values as is.
+
+    It shares memory with no other tensor, nobody has written into it, and no storage offset precedes it.
+    """
+    if not isinstance(value, torch.Tensor):
+        return value
+    mode = detect_fake_mode() or getattr(value, "fake_mode", None) or FakeTensorMode()
+    with mode, torch.inference_mode(value.is_inference()), torch.set_grad_enabled(not value.is_inference()):
+        made = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
+    return made.requires_grad_(value.requires_grad)

@@ -40,6 +40,13 @@ def uses_cudagraphs(patches: Patches) -> bool:
     return patches.get("triton.cudagraphs", config.triton.cudagraphs)
 
 
+def uses_freezing(patches: Patches) -> bool:
+    """Returns whether parameters become constants where no gradients are computed."""
+    from torch._inductor import config
+
+    return patches.get("freezing", config.freezing)
+
+
 def with_cache_key(patches: Patches, name: str, digest: str) -> Patches:
     """Returns patches that put a digest into the keys of AOTAutograd's and Inductor's caches, beside those of users.
 

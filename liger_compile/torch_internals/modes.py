@@ -12,6 +12,7 @@ part                                    torch           can go
 torch._C._InferenceMode                 2.11 to 2.13    with the fault above
 torch._C._PreserveDispatchKeyGuard      2.11 to 2.13    with the fault above
 torch._C._set_grad_enabled              2.11 to 2.13    no public name for what Dynamo's graphs call
+torch.amp.autocast_mode._exit_autocast  2.11 to 2.13    no public name for what Dynamo's graphs call
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import torch
 from torch.fx import Interpreter
 
 SET_GRAD_ENABLED = torch._C._set_grad_enabled  # the function that a graph calls to switch gradients on or off
+EXIT_AUTOCAST = torch.amp.autocast_mode._exit_autocast  # the function that a graph calls where autocast ends
 
 _Settings = tuple[tuple[Callable[[], Any], Callable[[Any], Any]], ...]
 _MODES = (torch._C._InferenceMode, torch.amp.autocast_mode.autocast)  # the types that the first calls return

@@ -228,10 +228,10 @@ FAMILIES = (
         feed_forward_proj="gated-gelu",
         decoder_start_token_id=0,
     ),
-    Family("nanogpt", lambda **more: NanoGPT(**_SIZES, **more), nanogpt_loss, _LOSS, ignore_index=-1),
+    Family("nanogpt", lambda **more: NanoGPT(**{**_SIZES, **more}), nanogpt_loss, _LOSS, ignore_index=-1),
     Family(
         "nanogpt_written_out",
-        lambda **more: NanoGPT(**_SIZES, is_written_out=True, **more),
+        lambda **more: NanoGPT(**{**_SIZES, **more}, is_written_out=True),
         nanogpt_loss,
         {**_CAUSAL, **_LOSS},
         ignore_index=-1,
@@ -247,13 +247,15 @@ FAMILIES = (
     hf("gpt2_written_out", "GPT2LMHeadModel", {**_CAUSAL, **_LOSS}, **_GPT2, **_EAGER),
     Family(
         "meta_llama",
-        lambda **more: MetaLlama(**_SIZES, **_GQA, **more),
+        lambda **more: MetaLlama(**{**_SIZES, **_GQA, **more}),
         meta_loss,
         {**_LLAMA, **_CAUSAL},
     ),
-    Family("torchtitan", lambda **more: Titan(**_SIZES, **_GQA, **more), titan_loss, _LLAMA),
-    Family("packed", lambda **more: Packed(**_SIZES, **_GQA, **more), packed_loss, _LLAMA),
-    Family("torchtitan_packed", lambda **more: Titan(**_SIZES, **_GQA, **more), titan_positions_loss, _LLAMA),
+    Family("torchtitan", lambda **more: Titan(**{**_SIZES, **_GQA, **more}), titan_loss, _LLAMA),
+    Family("packed", lambda **more: Packed(**{**_SIZES, **_GQA, **more}), packed_loss, _LLAMA),
+    Family(
+        "torchtitan_packed", lambda **more: Titan(**{**_SIZES, **_GQA, **more}), titan_positions_loss, _LLAMA
+    ),
 )
 
 BY_NAME = {family.name: family for family in FAMILIES}
