@@ -312,8 +312,8 @@ class _Cutter:
 
 def _acts(node: Node) -> bool:
     """Returns whether a node may have an effect: it writes, or has no result, as an assertion."""
-    is_switch = node.op == "get_attr" or is_harmless(node) or is_switch(node)
-    return any(written_arguments(node)) or (node.meta.get("example_value") is None and not is_switch)
+    is_known = node.op == "get_attr" or is_harmless(node) or is_switch(node)
+    return any(written_arguments(node)) or (node.meta.get("example_value") is None and not is_known)
 
 
 def _is_constant(node: Node) -> bool:
