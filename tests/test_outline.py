@@ -262,6 +262,48 @@ def test_writes_into_memory_of_a_layer_s_own():
     check(model_of(lambda _: Writing()), expected=[LAYERS])
 
 
+def test_values_that_pass_beside_the_residual_stream():
+    """Two streams, a value of two layers before, and one for each layer that the end reads."""
+    model = model_of()
+
+    def function(x):
+        y, before, means = x.cos(), x, []
+        for layer in model.layers:
+            x, y, before = layer(x) + y.sin() + before, layer(y).tanh(), x
+            means.append(x.square().mean())
+        return x * y, torch.stack(means).sum()
+
+    check(model, function=function, expected=[LAYERS])
+
+
+def test_skip_connections_between_stacks():
+    model = model_of(count=8)
+
+    def function(x):
+        saved = []
+        for layer in model.layers[:4]:
+            x = layer(x)
+            saved.append(x)
+        for layer in model.layers[4:]:
+            x = layer(x + saved.pop())
+        return x, x[0]
+
+    check(model, function=function, expected=[4, 4])
+
+
+def test_operands_in_other_layouts():
+    model = model_of()
+
+    def function(x):
+        table = model.head.weight[:1].expand(ROWS, SIZE)
+        x = x.transpose(0, 1)
+        for layer in model.layers:
+            x = layer(x * table[:, None])
+        return x
+
+    check(model, function=function, expected=[LAYERS])
+
+
 # What is not merged ---------------------------------------------------------------------------------------------
 
 
@@ -350,9 +392,10 @@ def test_settings_that_need_one_graph(mode, options, sentence):
 # Modes ----------------------------------------------------------------------------------------------------------
 
 BF16 = torch.autocast("cpu", torch.bfloat16)
+MODES = ["no_grad", "inference_mode", "autocast"]
 
 
-@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode, lambda: BF16], ids=str)
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode, lambda: BF16], ids=MODES)
 def test_modes_around(context):
     model = model_of()
     x = inputs() if context() is BF16 else inputs().detach()  # the first layer is as the others
@@ -389,6 +432,22 @@ def test_gradients_under_autocast_within_the_graph():
     want, got = outcome(function, model, inputs()), outcome(compiled(function), model, inputs())
     torch.testing.assert_close(got, want, rtol=2e-2, atol=2e-2)
     assert counts() == [LAYERS]
+
+
+def test_autocast_that_ends_within_the_stack():
+    model = model_of(count=8)
+
+    def function(x):
+        for layer in model.layers[:4]:
+            x = layer(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            for layer in model.layers[4:]:
+                x = layer(x)
+        return x
+
+    want, got = outcome(function, model, inputs()), outcome(compiled(function), model, inputs())
+    torch.testing.assert_close(got, want, rtol=2e-2, atol=2e-2)
+    assert counts() == [4, 4]
 
 
 def test_sizes_that_are_known_at_run_time():
@@ -429,6 +488,7 @@ def test_compiled_autograd():
     want = outcome(model, model, inputs())
     with torch._dynamo.utils.maybe_enable_compiled_autograd(True):
         got = outcome(compiled(model), model, inputs())
+    torch._dynamo.utils.counters["compiled_autograd"].clear()  # tests/test_compile.py counts there
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
     assert counts() == [LAYERS]
 

@@ -20,7 +20,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from liger_compile.graphs.aliasing import Mutations, graph_of, handed_to
 from liger_compile.graphs.effects import written_arguments
-from liger_compile.graphs.regions import Region, Regions, around
+from liger_compile.graphs.regions import Region, Regions, around, is_harmless, is_switch
 from liger_compile.torch_internals.dispatch import is_traceable_wrapper_subclass
 from liger_compile.torch_internals.fake_tensors import FakeTensor, like
 from liger_compile.torch_internals.modes import EXIT_AUTOCAST
@@ -163,7 +163,7 @@ def _why_written(graph: Graph, mutations: Mutations, segments: Mapping[Node, int
 
 
 def _without_autocast(region: Region) -> Region:
-    return replace(region.meaning, autocast=(), stream=None)
+    return replace(region.meaning, autocast=())
 
 
 def _is_autocast(node: Node) -> bool:
@@ -227,7 +227,7 @@ class _Cutter:
         given = [node for node in nodes if _passes(node) and not inside.issuperset(node.users)]
         for node in nodes:
             self._follow_autocast(node)
-        if not given and not any(any(written_arguments(node)) for node in nodes):
+        if not given and not any(map(_acts, nodes)):
             return
         outside = dict.fromkeys(arg for node in nodes for arg in node.all_input_nodes if arg not in inside)
         reads = self._with_sizes([node for node in outside if _passes(node)], [*outside, *nodes])
@@ -308,6 +308,12 @@ class _Cutter:
         if isinstance(value, Node):
             return (value.meta["example_value"],) if _is_constant(value) else self._registers[value]
         return (value,)
+
+
+def _acts(node: Node) -> bool:
+    """Returns whether a node may have an effect: it writes, or has no result, as an assertion."""
+    is_known = node.op == "get_attr" or is_harmless(node) or is_switch(node)
+    return any(written_arguments(node)) or (node.meta.get("example_value") is None and not is_known)
 
 
 def _is_constant(node: Node) -> bool:

@@ -165,6 +165,11 @@ def is_switch(node: Node) -> bool:
     return not effect_of(node).is_nothing
 
 
+def is_harmless(node: Node) -> bool:
+    """Returns whether a node is a call without a result that has no effect on results: of a profiler, or of a log."""
+    return node.op in ("call_function", "call_method") and _name(node) in _HARMLESS
+
+
 def _holds_tensor(value: Any) -> bool:
     """Returns whether a value has a tensor; stops at the first, since a split has as many parts as users."""
     return any(isinstance(leaf, torch.Tensor) for leaf in tree_iter(value))

@@ -27,7 +27,6 @@ from collections.abc import Callable, Iterable, Iterator, MutableSet, Sequence
 from typing import Any
 
 import torch
-from torch import _guards
 from torch._guards import CompileContext, TracingContext, compile_context, tracing
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
@@ -112,19 +111,19 @@ def own_trace() -> Iterator[None]:
     """Gives a compilation within a trace the facts that AOTAutograd records there, for itself.
 
     A trace has room for one graph. The backward of a graph is compiled later and reads there which of its inputs it may
-    overwrite, which would be those of the graph that was compiled last.
+    overwrite, which would be those of the graph that was compiled last. DDP's optimizer keeps these facts itself.
     """
     trace = TracingContext.try_get()
-    if trace is None:
+    if trace is None or trace.ddp_optimizer_ctx is not None:
         yield
         return
     mine = copy.copy(trace)
     mine.fw_metadata = mine.params_flat = mine.params_flat_unwrap_subclasses = None
-    _guards._TLS.tracing_context = mine
+    torch._guards._TLS.tracing_context = mine
     try:
         yield
     finally:
-        _guards._TLS.tracing_context = trace
+        torch._guards._TLS.tracing_context = trace
 
 
 @contextlib.contextmanager
