@@ -27,6 +27,7 @@ from collections.abc import Callable, Iterable, Iterator, MutableSet, Sequence
 from typing import Any
 
 import torch
+from torch import _guards
 from torch._guards import CompileContext, TracingContext, compile_context, tracing
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
@@ -119,11 +120,11 @@ def own_trace() -> Iterator[None]:
         return
     mine = copy.copy(trace)
     mine.fw_metadata = mine.params_flat = mine.params_flat_unwrap_subclasses = None
-    torch._guards._TLS.tracing_context = mine
+    _guards._TLS.tracing_context = mine
     try:
         yield
     finally:
-        torch._guards._TLS.tracing_context = trace
+        _guards._TLS.tracing_context = trace
 
 
 @contextlib.contextmanager
