@@ -20,8 +20,12 @@ class DeviceProperties(Protocol):
 
 compile: Callable[..., Callable[..., Any]] = torch.compile
 fork_rng: Callable[..., AbstractContextManager[None]] = torch.random.fork_rng
-list_backends: Callable[[Iterable[str]], list[str]] = torch.compiler.list_backends
 manual_seed: Callable[[int], object] = torch.manual_seed
+
+
+def list_backends(exclude_tags: Iterable[str]) -> list[str]:
+    """Returns the names of the backends that torch.compile finds, without those of these tags."""
+    return torch.compiler.list_backends(tuple(exclude_tags))
 
 
 def norm(tensor: torch.Tensor) -> float:
