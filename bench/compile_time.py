@@ -32,7 +32,7 @@ from bench.rewrite_time import build
 
 VARIANTS: Mapping[str, Mapping[str, Any]] = {
     "stock": {"backend": "inductor"},
-    "liger": {"backend": "liger"},
+    "liger": {"backend": "liger", "options": {"liger.outline": "auto"}},
     "flat": {"backend": "liger", "options": {"liger.outline": "off"}},
 }
 STEPS = 20
