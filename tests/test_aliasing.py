@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch.fx import Graph, GraphModule
 from torch.utils.checkpoint import checkpoint
 
+import liger_compile
 from liger_compile.graphs.aliasing import Mutations
 from liger_compile.graphs.effects import EVERYTHING, effect_of, written_arguments
 from liger_compile.testing import graphs
@@ -263,3 +264,44 @@ def test_it_is_linear_in_the_graph():
 
     seconds(100)
     assert min(seconds(4000) for _ in range(3)) < 25 * min(seconds(400) for _ in range(3))
+
+
+def _normed(h, weight):
+    return weight * (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-6))
+
+
+def _adds_to_what_was_copied(x, weight):
+    x = x * 1.5
+    x += _normed(x.clone(), weight)
+    return x.sin()
+
+
+def _writes_after_a_copy(x, weight):
+    x = x * 1.5
+    copy = x.clone()
+    normed = _normed(copy, weight)
+    x.mul_(2)
+    return normed + copy
+
+
+def _writes_unseen_by_autograd(x, weight):
+    x = x * 1.5
+    normed = _normed(x.clone(), weight)
+    x.detach().mul_(2)
+    return normed
+
+
+@pytest.mark.parametrize(
+    "function", [_adds_to_what_was_copied, _writes_after_a_copy, _writes_unseen_by_autograd]
+)
+def test_a_copy_of_what_is_written_later_is_read_and_not_the_original(function):
+    """An op saves what it reads, and the original has other values in backward."""
+    options = {"liger.policy": "always", "liger.inner": "aot_eager", "liger.strict": True}
+    found = []
+    for each in (torch.compile(function, backend="liger", options=options), function):
+        torch.manual_seed(0)
+        leaves = torch.randn(4, 8, requires_grad=True), torch.rand(8, requires_grad=True)
+        result = each(*leaves)
+        found.append((result, torch.autograd.grad(result.square().sum(), leaves)))
+    torch.testing.assert_close(*found)
+    assert liger_compile.reports()[0].count("replace") == 1

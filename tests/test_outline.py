@@ -103,8 +103,21 @@ def check(model, *args, expected=None, function=None, **kwargs):
     for name, buffer in model.named_buffers():
         buffer.copy_(state[name])
     got = outcome(compiled(function, **kwargs), model, *(args or (inputs(),)))
-    torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4)
+    for found, wanted in zip(got, want, strict=True):
+        assert_near(found, wanted)
     assert counts() == (expected or []), notes()
+
+
+ROUNDING = 1e-5  # relative, L2, as for whole models in float32: an element near 0 may cancel
+
+
+def assert_near(found, expected):
+    """The same shape and dtype, and as near as sums in another order are."""
+    if expected is None or not expected.is_floating_point():
+        assert (found is None) == (expected is None) and (found is None or torch.equal(found, expected))
+        return
+    assert (found.shape, found.dtype) == (expected.shape, expected.dtype)
+    assert (found - expected).norm() <= ROUNDING * expected.norm()
 
 
 def why():
@@ -328,6 +341,7 @@ def test_another_mask_is_not_merged():
 
     def function(x):
         for at, layer in enumerate(model.layers):
+            # tanh: scores of x are large, and one unit of rounding in x then moves eager's gradients by 1e-2.
             x = layer(x) + masked(x.tanh(), at)
         return x
 

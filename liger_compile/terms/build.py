@@ -187,11 +187,16 @@ class Terms:
         return self.mutations.last_write(self.written[base]) if is_written else None
 
     def _recordable(self, term: Term) -> Node | None:
-        """Returns a node with the value of `term`; inference tensors, which backward cannot save, come last."""
+        """Returns a node with the value of `term`, which backward can save: the first that is not written later.
+
+        A copy of a tensor that is written later has the same term. Inference tensors come last.
+        """
         if term not in self._recordables:
             nodes = self.nodes.get(term, ())
-            recordable = (node for node in nodes if not self.regions.of[node].inference_mode)
-            self._recordables[term] = next(recordable, nodes[0] if nodes else self.written.get(term))
+            recordable = [node for node in nodes if not self.regions.of[node].inference_mode]
+            kept = filter(self.mutations.is_as_made, recordable)
+            first = next(iter(recordable or nodes), self.written.get(term))
+            self._recordables[term] = next(kept, first)
         return self._recordables[term]
 
     def _base(self, term: Term) -> tuple[Term, tuple[Step, ...]]:
