@@ -158,6 +158,7 @@ class Decision:
     keeps_outputs: bool = False  # if annotated: see Annotate
     saved_bytes: int | None = None  # None: not known, for example where a size is symbolic
     inserted: tuple[Node, ...] = ()  # if replaced: the nodes that steps/rewrite.py inserted
+    copied: int = 0  # if replaced: the number of results that are copied: see Pattern.saves_result
     covers: bool = False  # if left: smaller patterns are not used here either
     failed: bool = False  # a function of the pattern failed: see steps/callbacks.py
 

@@ -147,7 +147,13 @@ def run_steps(
             module, patterns, options, why_logits_stay, found, is_top=module is gm, runs_once=module in once
         )
     warn_of_failures(found.decisions, found.failures)
-    notes = (*found.notes, *found.failures, *sentences(found.attention), *map(str, found.late_outputs))
+    notes = (
+        *found.notes,
+        *_notes_on_copies(found.decisions),
+        *found.failures,
+        *sentences(found.attention),
+        *map(str, found.late_outputs),
+    )
     seconds = time.perf_counter() - start
     report = GraphReport.of(
         gm,
@@ -176,6 +182,14 @@ def run_steps(
             if outlined_of(body)
         },
     )
+
+
+def _notes_on_copies(decisions: Iterable[Decision]) -> Iterator[str]:
+    if count := sum(decision.copied for decision in decisions):
+        results = (
+            "1 result of a fused op is copied" if count == 1 else f"{count} results of fused ops are copied"
+        )
+        yield f"{results}: the op saves it for backward, and the graph or its caller may write into it"
 
 
 def _rewrite_one(

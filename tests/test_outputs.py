@@ -437,6 +437,7 @@ def test_logits_are_right_after_a_write_into_the_hidden_state_that_is_returned_t
     _, logits, hidden = compiled(model, inner)(x, w, labels)
     expected = model(x, w, labels)
     assert isinstance(logits, LazyTensor) and fused() == ["replace"]
+    assert any("the hidden state is copied" in note for note in liger_compile.reports()[0].notes)
     for written in (hidden, expected[2]):
         with torch.no_grad():
             written.zero_()

@@ -194,17 +194,19 @@ def restore(graph: Graph, deferred: Sequence[Deferred], is_dropped: bool) -> lis
         if not is_erased(removed.head):
             returned.update(dict.fromkeys(removed.positions, _put_back(graph, removed)))
             continue
+        is_copied = False
         if is_dropped:
             returned.update(dict.fromkeys(removed.positions))
         else:
-            returned.update(dict.fromkeys(removed.positions, _hidden_of_its_own(graph, removed, late)))
+            hidden = _hidden_of_its_own(graph, removed, late)
+            is_copied = hidden is not graph.output_node().args[0][removed.positions[0]]  # pyright: ignore[reportIndexIssue, reportOptionalSubscript, reportArgumentType]
+            returned.update(dict.fromkeys(removed.positions, hidden))
         for node in removed.recipe.nodes:
             node.meta.clear()  # fake tensors
         function = GraphModule(torch.nn.Module(), removed.recipe)
         recipe = None if is_dropped else Recipe(function, "logits", _ADVICE, removed.autocast)
-        found.append(
-            LateOutput(removed.positions, tuple(map(placeholders.__getitem__, removed.inputs)), recipe)
-        )
+        inputs = tuple(map(placeholders.__getitem__, removed.inputs))
+        found.append(LateOutput(removed.positions, inputs, recipe, is_copied))
     if returned:
         _return(graph, returned)
     return found
@@ -254,13 +256,22 @@ class LateOutput:
     positions: tuple[int, ...]
     inputs: tuple[int, ...]  # graph inputs that the recipe takes after the hidden state
     recipe: Recipe | None  # None fills the output with None
+    is_copied: bool = False  # the hidden state is copied
     likes: dict[Any, Tensor] = field(default_factory=dict)  # a meta tensor like the output, by `_layout`
 
     def __str__(self) -> str:
         which = ", ".join(map(str, self.positions))
         if self.recipe is None:
             return f"the logits (graph output {which}) are None: liger.logits is 'none'"
-        return f"the logits (graph output {which}) are computed on the first read; the option liger.logits changes this"
+        copied = (
+            "; the hidden state is copied for them, because the graph returns it too"
+            if self.is_copied
+            else ""
+        )
+        return (
+            f"the logits (graph output {which}) are computed on the first read; "
+            f"the option liger.logits changes this{copied}"
+        )
 
     def fill(self, outputs: list[Any], inputs: Sequence[Any]) -> None:
         """Puts a LazyTensor in place of the returned hidden state."""

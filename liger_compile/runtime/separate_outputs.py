@@ -10,6 +10,7 @@ those of the graph do.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,6 +18,8 @@ from torch import Tensor
 from torch.fx import Graph, Node
 
 from liger_compile.torch_internals.tensors import storage_of
+
+_log = logging.getLogger("liger_compile")
 
 
 def storages_of_outputs(graph: Graph) -> list[int | None]:
@@ -37,6 +40,10 @@ def separating(compiled: Callable[..., Any], storages: Sequence[int | None]) -> 
         outputs = compiled(*inputs)
         if copied is None and all(not isinstance(output, Tensor) or output.numel() for output in outputs):
             copied = _to_copy(outputs, storages)
+            for group in copied:
+                _log.info(
+                    "outputs %s are copied: the compiled graph gave them the memory of another output", group
+                )
         if not copied:
             return outputs
         separate = list(outputs)

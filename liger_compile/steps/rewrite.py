@@ -36,10 +36,12 @@ class _Draft:
 
     Args:
         outputs: the node that replaces each output of the match.
+        copied: the number of outputs that are copies.
     """
 
     recorder: Recorder
     outputs: tuple[Node, ...]
+    copied: int
 
 
 def rewrite(
@@ -98,7 +100,7 @@ def _carried_out(
     for output, node in zip(decision.match.outputs, draft.outputs, strict=True):
         node.meta["example_value"] = output.meta["example_value"]
         output.replace_all_uses_with(node)
-    return replace(decision, inserted=tuple(draft.recorder.inserted))
+    return replace(decision, inserted=tuple(draft.recorder.inserted), copied=draft.copied)
 
 
 def _draft(
@@ -114,11 +116,9 @@ def _draft(
     assert decision.before is not None, "decide() sets the position of every replacement"
     recorder = Recorder(graph, decision.before, match.outputs[0])
     originals = [output.meta["example_value"] for output in match.outputs]
+    copied = [match.pattern.saves_result and _may_be_written(output, mutations) for output in match.outputs]
     results: tuple[Any, ...] = ()
     try:
-        copied = [
-            match.pattern.saves_result and _may_be_written(output, mutations) for output in match.outputs
-        ]
         results = _results(match, recorder, regions.of[match.outputs[0]], settings, copied)
         reason = _why_not(originals, results, recorder)
     except (ValueError, TypeError, GuardError) as error:  # an op raises these for arguments that it rejects
@@ -131,7 +131,7 @@ def _draft(
     if reason:
         recorder.undo()
         return replace(decision, kind="leave", reason=reason, saved_bytes=None)
-    return _Draft(recorder, tuple(recorder.node_of[id(value)] for value in results))
+    return _Draft(recorder, tuple(recorder.node_of[id(value)] for value in results), sum(copied))
 
 
 # Autograd's message for x.mul_(2) where x is an input that requires a gradient.
