@@ -146,7 +146,7 @@ def verify(
 
     The comparison covers outputs, the gradient of every parameter and floating argument that requires one, and in-place
     writes into parameters, buffers and arguments. The reference is a float64 run of the same step: the error may be
-    twice that of eager mode, plus a unit of rounding. If the model does not run in float64, the reference is eager
+    twice that of eager mode, plus a few units of rounding. If the model does not run in float64, the reference is eager
     mode, and the difference may be four times the change that a unit of rounding in the parameters causes. Backward
     starts at the loss: the output `loss`, else the first output if it is a scalar, else all outputs with a random
     incoming gradient.
