@@ -111,7 +111,9 @@ def test_one_site_with_the_numbers(run_liger, liger_is_as_right_as_eager, name, 
     (report,) = liger_compile.reports()
     (site,) = report.sites
     assert (site.kind, site.pattern) == ("replace", f"attention.{name.partition(',')[0]}")
-    assert not report.notes
+    # gemma's result is made contiguous after the op. The others return what flex_attention saves for backward.
+    assert bool(report.notes) == ("capped" not in name)
+    assert all("1 result of a fused op is copied" in note for note in report.notes)
 
 
 @pytest.mark.parametrize("name", CASES)
