@@ -6,6 +6,9 @@ from types import SimpleNamespace
 
 # Two cores, small tensors: threads cost more than they bring, and results do not depend on their number.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# What Inductor writes for a CPU compiles in half the time without vector instructions; what it writes is not ours.
+# An environment variable, so that it holds in processes that tests start.
+os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "0")
 
 import pytest
 import torch
@@ -13,8 +16,6 @@ import torch
 # Before anything imports Triton, which reads it then: without a GPU, kernels run on the tensors of a CPU.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
-
-import torch._inductor.config
 
 import liger_compile
 from liger_compile import pipeline
@@ -25,9 +26,6 @@ from tests.helpers.gradients import gradients_of
 # Dynamo measures how long the guards of each graph take, and empties the caches of the processor before: that is half
 # of the time of a small compilation, and nobody reads it.
 torch._dynamo.guards.profile_guard_manager = lambda *_: 0.0
-
-# What Inductor writes for a CPU compiles in half the time without vector instructions; what it writes is not ours.
-torch._inductor.config.cpp.simdlen = 1
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads its options

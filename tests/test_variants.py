@@ -342,7 +342,6 @@ from liger_compile.torch_internals.aot_autograd import cache_counts
 from tests.helpers.attending import causal, compiled, found, inputs, masks
 from tests.helpers.gradients import gradients_of
 
-torch._inductor.config.cpp.simdlen = 1  # as in conftest.py
 fast = compiled(causal, inner="inductor")
 ours = [gradients_of(fast, *inputs(), mask) for mask in masks()]
 eager = [gradients_of(causal, *inputs(), mask) for mask in masks()]

@@ -11,6 +11,7 @@ from torch import nn
 
 import liger_compile
 from liger_compile import Pattern, verify
+from liger_compile.__main__ import main
 
 NORM = {"x": torch.empty(2, 4), "weight": torch.empty(4)}
 
@@ -115,7 +116,7 @@ def test_what_is_compiled_already_is_refused():
         verify(torch.compile(Model()), IDS, labels=IDS)
 
 
-def test_the_command(tmp_path):
+def test_the_command(tmp_path, monkeypatch, capsys):
     (tmp_path / "mine.py").write_text(
         "import torch\n"
         "from liger_compile import Pattern, register_pattern\n"
@@ -126,8 +127,12 @@ def test_the_command(tmp_path):
         "                             examples={'x': torch.empty(2)}))\n"
         "    return right()\n"
     )
-    command = [sys.executable, "-m", "liger_compile", "verify"]
-    done = subprocess.run([*command, "mine:right"], cwd=tmp_path, text=True, capture_output=True, timeout=300)
-    assert done.returncode == 0 and "verify: right" in done.stdout, done.stdout + done.stderr
-    done = subprocess.run([*command, "mine:wrong"], cwd=tmp_path, text=True, capture_output=True, timeout=300)
+    command = [sys.executable, "-m", "liger_compile", "verify", "mine:wrong"]
+    done = subprocess.run(command, cwd=tmp_path, text=True, capture_output=True, timeout=300)
     assert done.returncode == 1 and "planted.tanh" in done.stdout, done.stdout + done.stderr
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", ["", *sys.path])
+    monkeypatch.setattr(sys, "modules", dict(sys.modules))
+    assert main(["verify", "mine:right"]) == 0
+    assert "verify: right" in capsys.readouterr().out

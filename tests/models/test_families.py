@@ -28,8 +28,9 @@ NUM_LOSSES = 24
 
 # What is of no other structure than a family before it is a slow test.
 ALIKE = {
-    "llama": ("mistral", "mistral_window", "qwen2", "meta_llama"),
-    "gemma2": ("gemma", "glm4"),
+    "llama": ("mistral", "mistral_window", "qwen2", "meta_llama", "phi3"),
+    "llama_written_out": ("olmo",),
+    "gemma2": ("gemma", "gemma2_window", "glm4"),
     "phi": ("phi_written_out",),
     "nanogpt_written_out": ("nanogpt", "gpt2_written_out"),
     "torchtitan_packed": ("torchtitan",),
@@ -74,7 +75,9 @@ def test_bfloat16_is_as_exact_as_eager(family: Family) -> None:
     precision.assert_no_worse(*found)
 
 
-@pytest.mark.parametrize("family", [BY_NAME["llama"], BY_NAME["gemma2"]], ids=str)
+@pytest.mark.parametrize(
+    "family", [BY_NAME["llama"], pytest.param(BY_NAME["gemma2"], marks=pytest.mark.slow)], ids=str
+)
 def test_inductor(family: Family) -> None:
     model, inputs = family.build(), batch(family)
     expected = step(family.loss, model, *inputs)

@@ -124,7 +124,7 @@ def model():
     return Model().to(torch.bfloat16)
 
 
-@pytest.mark.parametrize("policy", ["auto", "always"])
+@pytest.mark.parametrize("policy", ["auto", pytest.param("always", marks=pytest.mark.slow)])
 def test_gradients_are_as_near_to_the_exact_ones_as_in_eager(model, policy):
     exact, eager = gradients(as_it_is_exactly(model)), gradients(copy.deepcopy(model))
     options = {"liger.inner": "aot_eager", "liger.strict": True, "liger.policy": policy}

@@ -23,7 +23,6 @@ CLOSE = 3e-5
 
 FEW = (
     "gpt2",  # sizes that come of size arithmetic, LayerNorm, a product with a bias
-    "t5",  # a bias of positions, encoder and decoder
     "own_chunks",  # two losses
 )
 

@@ -127,8 +127,8 @@ WAYS = {
 OFTEN = {
     "llama": ("dynamic", "layer_by_layer", "checkpointed", "autocast_around"),
     "qwen3": ("broken_within_layers", "autocast_inside"),
-    "gemma2": ("dynamic", "float16"),
-    "packed": ("automatic_dynamic", "broken_between_layers", "float16", "autocast_inside"),
+    "gemma2": ("float16",),
+    "packed": ("automatic_dynamic", "broken_between_layers", "autocast_inside"),
 }
 CASES = [
     pytest.param(name, way, marks=() if way in OFTEN[name] else pytest.mark.slow)
