@@ -35,6 +35,7 @@ def pytest_cmdline_main(config):
     is_whole = config.args_source is not pytest.Config.ArgsSource.ARGS
     if has_xdist and is_whole and config.option.numprocesses is None and not config.option.usepdb:
         config.option.numprocesses = 2
+        config.option.dist = "worksteal"  # the tests of a file differ by a factor of a thousand
 
 
 def pytest_addoption(parser):

@@ -85,16 +85,16 @@ def failing_in_a_body(mode, x):
 @pytest.mark.parametrize(
     ("mode", "function", "inner", "is_late"),
     [
-        ("inference_mode", failing_in, "aot_eager", False),
         ("inference_mode", failing_in, "inductor", True),
         ("inference_mode", failing_in_a_body, "aot_eager", False),
-        ("no_grad", failing_in, "aot_eager", True),
-        ("autocast", failing_in, "inductor", False),
-        ("autocast", failing_in, "aot_eager", True),
         ("autocast", failing_in_a_body, "aot_eager", True),
-        ("deterministic", failing_in, "aot_eager", True),
         ("several", failing_in, "aot_eager", False),
-        ("several", failing_in, "aot_eager", True),
+        pytest.param("inference_mode", failing_in, "aot_eager", False, marks=pytest.mark.slow),
+        pytest.param("no_grad", failing_in, "aot_eager", True, marks=pytest.mark.slow),
+        pytest.param("autocast", failing_in, "inductor", False, marks=pytest.mark.slow),
+        pytest.param("autocast", failing_in, "aot_eager", True, marks=pytest.mark.slow),
+        pytest.param("deterministic", failing_in, "aot_eager", True, marks=pytest.mark.slow),
+        pytest.param("several", failing_in, "aot_eager", True, marks=pytest.mark.slow),
     ],
 )
 def test_a_trace_that_raises_leaves_no_mode(modes_stay, mode, function, inner, is_late):

@@ -20,6 +20,7 @@ from tests.helpers.kernels import (
     leaf,
     randn,
 )
+from tests.helpers.pairwise import parametrize
 
 SPELLINGS = {"llama": (llama, {"casting": "llama"}), "gemma": (gemma, {"offset": 1.0, "casting": "gemma"})}
 ops = torch.ops.liger_compile
@@ -72,10 +73,7 @@ class Joined(torch.autograd.Function):
         return None, None, dx, None if weight is None else dweight
 
 
-@by_spelling
-@by_dtype
-@pytest.mark.parametrize("count", [1, 2, 3])
-@pytest.mark.parametrize("width", [3, 96, 1000, 1500])
+@parametrize(spelling=[*SPELLINGS], dtype=DTYPES, count=[1, 2, 3], width=[3, 96, 1000, 1500])
 def test_backward_with_the_sums_around_it(device, width, count, dtype, spelling):
     eager, options = SPELLINGS[spelling]
     x, weight = randn(2, 7, width, device=device, dtype=dtype), randn(width, device=device, dtype=dtype)
