@@ -8,12 +8,13 @@ import importlib.util
 import json
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, cast
 
 from liger_compile import __version__
 from liger_compile.cli import demo
 from liger_compile.cli.doctor import doctor
-from liger_compile.report.explain import explain
+from liger_compile.report.explain import Explanation, explain
 from liger_compile.report.verify import Verification, verify
 
 EXPLAIN_HELP = """\
@@ -54,6 +55,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             of_command: argparse.ArgumentParser = chosen.parser
             of_command.error(str(error))
         found = (explain if chosen.command == "explain" else verify)(model, *args, **kwargs)
+        if isinstance(found, Explanation) and chosen.html:
+            Path(chosen.html).write_text(found.to_html(), encoding="utf-8")
+            return 0
         print(json.dumps(found.to_dict(), indent=1) if chosen.json else found)
         return int(isinstance(found, Verification) and not found.is_right)
     return doctor(chosen.inner)
@@ -94,6 +98,7 @@ def _parser() -> argparse.ArgumentParser:
         of_model.add_argument("target", metavar="MODULE:FACTORY", help="for example my_model:factory")
         of_model.set_defaults(parser=of_model)  # for its errors
         of_model.add_argument("--json", action="store_true", help="for programs")
+    explain_parser.add_argument("--html", metavar="FILE", help="write a page to look at, instead of text")
 
     doctor_parser = commands.add_parser(
         "doctor",

@@ -29,6 +29,7 @@ from liger_compile.graphs.regions import Region, Regions
 from liger_compile.options import Options
 from liger_compile.pattern import Decision, NearMiss, Pattern
 from liger_compile.report import HERE, GraphReport, Paths, site_of_pass
+from liger_compile.report.kept import kept_by_module
 from liger_compile.steps.callbacks import warn_of_failures
 from liger_compile.steps.decide import Rules, decide
 from liger_compile.steps.match import find_matches
@@ -140,6 +141,7 @@ def run_steps(
     gm: GraphModule, patterns: Sequence[Pattern], options: Options, inductor_options: Mapping[str, Any]
 ) -> Rewritten:
     """Rewrites `gm` and its subgraphs, in place."""
+    kept = kept_by_module(gm) if options.inner == "report" else None
     start, why_logits_stay = time.perf_counter(), reason_to_keep_logits(options, inductor_options)
     modules, once, found = _graphs(gm), _running_once(gm), _Found(places={gm: HERE})
     for module in modules:
@@ -163,6 +165,7 @@ def run_steps(
         num_nodes=num_nodes_inlined(gm),
         places=lambda one: found.placed[id(one)],
         seconds=seconds,
+        kept_by_module=kept,
     )
     drop_unread(gm)
     for module in modules:

@@ -57,7 +57,8 @@ def _without_inductor(monkeypatch):
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)
 @pytest.mark.usefixtures("_registered_patterns_restored", "_without_inductor")
-def test_a_page_is_a_program_that_prints_what_it_shows(path, tmp_path):
+def test_a_page_is_a_program_that_prints_what_it_shows(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # a page may write files
     blocks, lines = blocks_of(path), [""] * path.read_text().count("\n")
     for language, above, content in blocks:
         if language == "python":

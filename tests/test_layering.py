@@ -59,8 +59,10 @@ ALLOWED = {
         "pattern",
         "sources",
     ),
-    "report.report": ("pattern", "report.render"),
+    "report.report": ("pattern", "report.html", "report.render"),
     "report.render": ("report.report",),  # for types
+    "report.html": ("report.render", "report.report"),  # report: for types
+    "report.kept": ("graphs", "report.report"),
     "report.explain": ("report",),
     "report.verify": ("report", "testing.precision"),
     "forward_passes.inline_subgraphs": ("graphs",),

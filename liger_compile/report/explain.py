@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from liger_compile.report import SCHEMA, GraphReport, reports
+from liger_compile.report.html import in_notebook, page
 from liger_compile.torch_internals import typed
 from liger_compile.torch_internals.dynamo import graph_breaks
 
@@ -27,6 +28,17 @@ class Explanation:
         """Returns values that json.dumps accepts; docs/report_schema.md lists the fields."""
         graphs = [graph.to_dict() for graph in self.graphs]
         return {"schema": SCHEMA, "graphs": graphs, "graph_breaks": list(self.graph_breaks)}
+
+    def to_html(self) -> str:
+        """Returns a page that needs no other file: the modules as a tree, with equal layers as one.
+
+        It shows each site and near miss beside its line of source, and the bytes that each module keeps for backward,
+        in eager mode and without what the sites no longer keep. Notebooks show this page.
+        """
+        return page(self.graphs, self.graph_breaks)
+
+    def _repr_html_(self) -> str:
+        return in_notebook(self.to_html())
 
     def __str__(self) -> str:
         if not self.graphs:

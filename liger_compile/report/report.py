@@ -19,6 +19,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from liger_compile.pattern import Decision, NearMiss
+from liger_compile.report.html import in_notebook, page
 from liger_compile.report.render import counted, details, plural, size
 from liger_compile.torch_internals.dynamo import readable_path
 from liger_compile.torch_internals.operators import OpOverload
@@ -145,6 +146,7 @@ class GraphReport:
     seconds: float | None = None
     variant: str = ""  # set where one graph is compiled more than once
     backward: BackwardReport = field(default_factory=BackwardReport)
+    kept_by_module: Mapping[str, int] | None = None  # see kept.py; None except in an explanation
 
     @staticmethod
     def of(
@@ -156,6 +158,7 @@ class GraphReport:
         num_nodes: int | None = None,
         places: Callable[[Any], Sequence[Paths]] = lambda _: HERE,
         seconds: float | None = None,
+        kept_by_module: Mapping[str, int] | None = None,
     ) -> GraphReport:
         """Returns the report of a rewritten `gm`. Keeps no nodes.
 
@@ -163,6 +166,7 @@ class GraphReport:
             num_nodes: the size of the graph, if bodies were outlined from `gm`.
             places: for a decision or a near miss in such a body, its places in the calls.
             seconds: the time that the rewrite took.
+            kept_by_module: the bytes that eager mode keeps for backward, by module path.
         """
         decided = [(_site(decision), places(decision)) for decision in decisions]
         missed = [(_near(miss), places(miss)) for miss in near_misses]
@@ -173,6 +177,7 @@ class GraphReport:
             near_misses=tuple(near.at(paths) for near, at in missed for paths in at),
             notes=tuple(notes),
             seconds=seconds,
+            kept_by_module=kept_by_module,
         )
 
     def of_variant(self, variant: tuple[str, str] | None) -> GraphReport:
@@ -220,6 +225,9 @@ class GraphReport:
             "saved_bytes": self.saved_bytes,
         }
         return json.loads(json.dumps(content))
+
+    def _repr_html_(self) -> str:
+        return in_notebook(page([self]))
 
     def __str__(self) -> str:
         return "\n".join([self.summary, *details(self)])
