@@ -181,7 +181,8 @@ def _results(
     with fake_mode, guards, hooks, region.entered(), recorder.watching(), recorder:
         for name, bound in match.captures.items():
             if name in copies.operands:
-                arguments[name] = arguments[name].clone()
+                # Inductor removes the clone of an input, also if the graph writes into the input later.
+                arguments[name] = torch.ops.liger_compile.rounded.default(arguments[name])
             if isinstance(bound, Capture):
                 arguments[name] = bound.derive(arguments[name])
             elif not isinstance(bound, Node):
