@@ -181,8 +181,7 @@ def _results(
     with fake_mode, guards, hooks, region.entered(), recorder.watching(), recorder:
         for name, bound in match.captures.items():
             if name in copies.operands:
-                # Inductor removes the clone of an input, also if the graph writes into the input later.
-                arguments[name] = torch.ops.liger_compile.rounded.default(arguments[name])
+                arguments[name] = _copied(arguments[name])
             if isinstance(bound, Capture):
                 arguments[name] = bound.derive(arguments[name])
             elif not isinstance(bound, Node):
@@ -194,9 +193,14 @@ def _results(
             return results
         results = tuple(map(_laid_out_like, results, originals))
         return tuple(
-            result.clone() if is_copied else result
+            _copied(result) if is_copied else result
             for result, is_copied in zip(results, copies.results, strict=True)
         )
+
+
+def _copied(tensor: torch.Tensor) -> torch.Tensor:
+    """Returns a copy by an opaque op: Inductor removes clones, of saved values and of inputs written later too."""
+    return torch.ops.liger_compile.rounded.default(tensor)
 
 
 def _may_be_written(node: Node, mutations: Mutations) -> bool:
