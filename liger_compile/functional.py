@@ -166,7 +166,7 @@ def rotary_complex(q: Tensor, k: Tensor | None = None, freqs: Tensor | None = No
     """
     validation.check_rotary_complex(q, k, freqs)
     assert freqs is not None
-    cos, sin = torch.view_as_real(freqs).unbind(-1)
+    cos, sin = torch.view_as_real(freqs.resolve_conj()).unbind(-1)
     return rotary(q, k, cos, sin, layout="interleaved", half_tables=True, out_dtype=q.dtype)
 
 

@@ -159,6 +159,7 @@ class Decision:
     saved_bytes: int | None = None  # None: not known, for example where a size is symbolic
     inserted: tuple[Node, ...] = ()  # if replaced: the nodes that steps/rewrite.py inserted
     copied: int = 0  # if replaced: the number of results that are copied: see Pattern.saves_result
+    copied_operands: int = 0  # if replaced: the number of operands that are copied: the op saves them
     covers: bool = False  # if left: smaller patterns are not used here either
     failed: bool = False  # a function of the pattern failed: see steps/callbacks.py
 

@@ -188,11 +188,19 @@ def run_steps(
 
 
 def _notes_on_copies(decisions: Iterable[Decision]) -> Iterator[str]:
-    if count := sum(decision.copied for decision in decisions):
-        results = (
-            "1 result of a fused op is copied" if count == 1 else f"{count} results of fused ops are copied"
-        )
+    decisions = list(decisions)
+    results = _counted(sum(decision.copied for decision in decisions), "result")
+    operands = _counted(sum(decision.copied_operands for decision in decisions), "operand")
+    if results:
         yield f"{results}: the op saves it for backward, and the graph or its caller may write into it"
+    if operands:
+        yield f"{operands}: the op saves it for backward, and the graph writes into it later"
+
+
+def _counted(count: int, what: str) -> str | None:
+    if count == 1:
+        return f"1 {what} of a fused op is copied"
+    return f"{count} {what}s of fused ops are copied" if count else None
 
 
 def _rewrite_one(

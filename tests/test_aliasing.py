@@ -305,3 +305,98 @@ def test_a_copy_of_what_is_written_later_is_read_and_not_the_original(function):
         found.append((result, torch.autograd.grad(result.square().sum(), leaves)))
     torch.testing.assert_close(*found)
     assert liger_compile.reports()[0].count("replace") == 1
+
+
+def _normed_then_written(x, weight):
+    x = x.detach() * 1.5
+    normed = _normed(x, weight)
+    x.mul_(2)
+    return normed
+
+
+def _normed_then_written_unseen(x, weight):
+    x = x.detach() * 1.5
+    normed = _normed(x, weight)
+    x.data.mul_(2)
+    return normed
+
+
+def _attended_then_written(x, weight):
+    """A fused attention saves the values, and softmax @ values does not if the scores have no gradient."""
+    q, values = x.detach().view(1, 1, 4, 8), (x * weight).view(1, 1, 4, 8)
+    attended = (q @ q.mT * 0.5).softmax(-1) @ values
+    values.mul_(2)
+    return attended
+
+
+def _input_then_written(x, weight):
+    normed = _normed(x, weight)
+    x.mul_(2)
+    return normed
+
+
+_SAVED_AND_WRITTEN = [
+    _normed_then_written,
+    _normed_then_written_unseen,
+    _attended_then_written,
+]
+
+
+def _step(function, x_requires_grad=True):
+    torch.manual_seed(0)
+    leaves = torch.randn(4, 8, requires_grad=x_requires_grad), torch.rand(8, requires_grad=True)
+    result = function(*leaves)
+    result.square().sum().backward()
+    return result, [leaf.grad for leaf in leaves]
+
+
+def _compiled(function, inner="aot_eager"):
+    options = {"liger.policy": "always", "liger.inner": inner, "liger.strict": True}
+    return torch.compile(function, backend="liger", options=options)
+
+
+@pytest.mark.parametrize("function", _SAVED_AND_WRITTEN)
+def test_an_operand_that_only_the_op_saves_is_copied_if_it_is_written_later(function):
+    torch.testing.assert_close(_step(_compiled(function)), _step(function))
+    (report,) = liger_compile.reports()
+    assert report.count("replace") == 1
+    assert any("1 operand of a fused op is copied" in note for note in report.notes)
+
+
+@pytest.mark.parametrize("inner", ["aot_eager", "inductor"])
+def test_an_input_that_only_the_op_saves_is_copied_if_it_is_written_later(inner):
+    """Inductor removes clones of inputs that are written later."""
+    found = _step(_compiled(_input_then_written, inner), False)
+    torch.testing.assert_close(found, _step(_input_then_written, False))
+    assert liger_compile.reports()[0].count("replace") == 1
+
+
+def test_memory_that_two_inputs_share_is_copied_if_it_is_written_later():
+    def function(x, y, weight):
+        normed = _normed(x, weight) + y
+        y.add_(1)
+        return normed
+
+    found = []
+    for each in (_compiled(function), function):
+        torch.manual_seed(0)
+        whole, weight = torch.randn(6, 8), torch.rand(8, requires_grad=True)
+        result = each(whole[:4], whole[2:], weight)
+        found.append((result, whole, torch.autograd.grad(result.square().sum(), weight)))
+    torch.testing.assert_close(*found)
+    assert liger_compile.reports()[0].count("replace") == 1
+
+
+def test_an_operand_that_the_code_saves_too_is_not_copied():
+    """Eager mode raises here, and a copy would hide the error."""
+
+    def function(x, weight):
+        x = x * 1.5
+        normed = _normed(x, weight)
+        x.mul_(2)
+        return normed
+
+    for each in (function, _compiled(function)):
+        with pytest.raises(Exception, match="modified by an inplace operation"):
+            _step(each)
+    assert not any("copied" in note for report in liger_compile.reports() for note in report.notes)

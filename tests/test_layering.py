@@ -49,7 +49,8 @@ ALLOWED = {
     "steps.recording": ("graphs", "terms.term"),
     "steps.match": ("diagnose", "graphs", "pattern", "steps.callbacks", "terms"),
     "steps.decide": ("graphs", "pattern", "steps.callbacks"),
-    "steps.rewrite": ("graphs", "pattern", "steps.callbacks", "steps.recording", "terms.term"),
+    "steps.saved": ("graphs",),
+    "steps.rewrite": ("graphs", "pattern", "steps.callbacks", "steps.recording", "steps.saved", "terms.term"),
     "steps.recompute": ("graphs", "pattern"),
     "backward_passes": ("backward_passes", "graphs", "ops"),
     "compile": (

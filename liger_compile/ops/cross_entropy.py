@@ -23,7 +23,7 @@ from .blocks import row_blocks
 from .dispatch import has_kernel
 from .precision import accumulation_dtype
 from .registration import opaque_op, padded
-from .softmax_loss import SoftmaxLoss, reduce
+from .softmax_loss import SoftmaxLoss
 
 
 @opaque_op
@@ -47,7 +47,7 @@ def cross_entropy(
         losses, row_max, log_sum = kernels.losses_and_statistics(logits, target, head.terms)
     else:
         losses, row_max, log_sum = _reference(head, logits, target)
-    return reduce(losses, head.token_weight(target, losses.dtype), reduction), row_max, log_sum
+    return head.reduce(losses, head.token_weight(target, losses.dtype), reduction), row_max, log_sum
 
 
 def _reference(head: SoftmaxLoss, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:

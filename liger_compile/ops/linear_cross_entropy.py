@@ -57,7 +57,7 @@ from .precision import accumulation_dtype
 from .registration import opaque_op, padded, second_derivative_error
 from .scale import by_rows, scale_into
 from .scaled_rows import power_of_two
-from .softmax_loss import SoftmaxLoss, reduce
+from .softmax_loss import SoftmaxLoss
 
 # A chunk of logits is small relative to any model, and long enough that its matmuls run at full speed, on a CPU and on
 # a GPU. 2048 rows of 128256 or 151936 logits are long enough on a GPU. With 1664 rows, the matmuls took 1.09 times as
@@ -329,7 +329,7 @@ def linear_cross_entropy(
     losses, made = losses_and_gradients(head, x, target, upstream.expand(x.shape[:1]), scale, needs, memory)
     _undo(made, counted, rest)
     dx, dweight, dbias, token_scales, class_scales = made
-    return reduce(losses, token_weight, reduction), dx, dweight, dbias, token_scales, class_scales
+    return loss.reduce(losses, token_weight, reduction), dx, dweight, dbias, token_scales, class_scales
 
 
 @linear_cross_entropy.register_fake

@@ -153,9 +153,17 @@ class SoftmaxLoss:
         slope = self.slope(logits)
         return grad if isinstance(slope, float) and slope == 1.0 else grad.mul_(slope)
 
+    def reduce(self, losses: Tensor, weight: Tensor, reduction: str) -> Tensor:
+        """Return the reduced loss; "mean" divides by the sum of the tokens' weights.
 
-def reduce(losses: Tensor, weight: Tensor, reduction: str) -> Tensor:
-    """Return the reduced loss; "mean" divides by the sum of the weights: NaN if that is 0, as in F.cross_entropy."""
-    if reduction == "none":
-        return losses
-    return losses.sum() / weight.sum() if reduction == "mean" else losses.sum()
+        Where all weights are 0 the mean is NaN, as in F.cross_entropy. Label smoothing gives a token a loss also if the
+        weight of its own class is 0, and that loss divided by 0 would be infinite.
+        """
+        if reduction == "none":
+            return losses
+        total = losses.sum()
+        if reduction == "sum":
+            return total
+        if self.class_weight is not None and self.label_smoothing:
+            total = total * weight.any()
+        return total / weight.sum()

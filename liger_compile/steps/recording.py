@@ -70,6 +70,7 @@ class Recorder(TorchFunctionMode):
         self.faults: list[str] = []
         self.writers: list[str] = []  # the torch functions that write in place
         self.random: list[str] = []  # the operators that draw random numbers
+        self.saved: set[int | None] = set()  # the storages that are saved for backward
 
     def knows(self, name: str, value: Any, node: Node) -> Any:
         """Records that `node` has `value`, which the function calls `name`. Returns the value to pass to the function.
@@ -92,6 +93,9 @@ class Recorder(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         is_higher = isinstance(func, HigherOrderOperator)
+        if is_higher:  # it runs without gradients here, and may save what it reads
+            operands = (leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor))
+            self.saved.update(map(storage_of, operands))
         out = _without_gradients(func, args, kwargs) if is_higher else func(*args, **kwargs)
         parts = out if isinstance(out, (tuple, list)) else (out,)
         if any(isinstance(part, torch.Tensor) for part in parts):

@@ -26,8 +26,17 @@ from liger_compile.graphs.regions import Region, Regions
 from liger_compile.pattern import Capture, Decision, Match
 from liger_compile.steps import callbacks
 from liger_compile.steps.recording import Recorder, faults_of
+from liger_compile.steps.saved import saved_by, saved_tensors_into
 from liger_compile.terms.term import size_of, sizes_of
 from liger_compile.torch_internals.fx import is_erased
+
+
+@dataclass(frozen=True)
+class _Copies:
+    """What a replacement gets and gives as copies: flags for its results, and the names of captures."""
+
+    results: Sequence[bool]
+    operands: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -37,11 +46,13 @@ class _Draft:
     Args:
         outputs: the node that replaces each output of the match.
         copied: the number of outputs that are copies.
+        copied_operands: the number of operands of which the replacement reads copies.
     """
 
     recorder: Recorder
     outputs: tuple[Node, ...]
     copied: int
+    copied_operands: int
 
 
 def rewrite(
@@ -100,7 +111,12 @@ def _carried_out(
     for output, node in zip(decision.match.outputs, draft.outputs, strict=True):
         node.meta["example_value"] = output.meta["example_value"]
         output.replace_all_uses_with(node)
-    return replace(decision, inserted=tuple(draft.recorder.inserted), copied=draft.copied)
+    return replace(
+        decision,
+        inserted=tuple(draft.recorder.inserted),
+        copied=draft.copied,
+        copied_operands=draft.copied_operands,
+    )
 
 
 def _draft(
@@ -112,14 +128,20 @@ def _draft(
     strict: bool,
 ) -> _Draft | Decision:
     """Inserts the replacement of one match; returns a refusal if its result differs from the original's."""
-    match = decision.match
+    match, region = decision.match, regions.of[decision.match.outputs[0]]
     assert decision.before is not None, "decide() sets the position of every replacement"
     recorder = Recorder(graph, decision.before, match.outputs[0])
     originals = [output.meta["example_value"] for output in match.outputs]
     copied = [match.pattern.saves_result and _may_be_written(output, mutations) for output in match.outputs]
+    copies = _Copies(copied)
     results: tuple[Any, ...] = ()
     try:
-        results = _results(match, recorder, regions.of[match.outputs[0]], settings, copied)
+        results = _results(match, recorder, region, settings, copies)
+        if lent := _lent(decision, recorder, region, mutations):
+            recorder.undo()
+            recorder = Recorder(graph, decision.before, match.outputs[0])
+            copies = _Copies(copied, lent)
+            results = _results(match, recorder, region, settings, copies)
         reason = _why_not(originals, results, recorder)
     except (ValueError, TypeError, GuardError) as error:  # an op raises these for arguments that it rejects
         reason = f"the replacement refuses: {error}"
@@ -131,7 +153,8 @@ def _draft(
     if reason:
         recorder.undo()
         return replace(decision, kind="leave", reason=reason, saved_bytes=None)
-    return _Draft(recorder, tuple(recorder.node_of[id(value)] for value in results), sum(copied))
+    outputs = tuple(recorder.node_of[id(value)] for value in results)
+    return _Draft(recorder, outputs, sum(copies.results), len(copies.operands))
 
 
 # Autograd's message for x.mul_(2) where x is an input that requires a gradient.
@@ -144,7 +167,7 @@ def _results(
     recorder: Recorder,
     region: Region,
     settings: Mapping[str, Any],
-    copied: Sequence[bool],
+    copies: _Copies,
 ) -> tuple[Any, ...]:
     """Runs the replacement on the captures of a match, records it, and returns its results."""
     arguments: dict[str, Any] = {}
@@ -154,11 +177,11 @@ def _results(
             arguments[name] = recorder.knows(name, node.meta["example_value"], node)
     fake_mode = getattr(match.result, "fake_mode", None) or nullcontext()
     originals = [output.meta["example_value"] for output in match.outputs]
-    # A user's hooks on saved tensors expect tensors that have values.
-    hooks = torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is)
-    guards = no_guards(match.result)
+    hooks, guards = saved_tensors_into(recorder.saved), no_guards(match.result)
     with fake_mode, guards, hooks, region.entered(), recorder.watching(), recorder:
         for name, bound in match.captures.items():
+            if name in copies.operands:
+                arguments[name] = _copied(arguments[name])
             if isinstance(bound, Capture):
                 arguments[name] = bound.derive(arguments[name])
             elif not isinstance(bound, Node):
@@ -170,8 +193,14 @@ def _results(
             return results
         results = tuple(map(_laid_out_like, results, originals))
         return tuple(
-            result.clone() if is_copied else result for result, is_copied in zip(results, copied, strict=True)
+            _copied(result) if is_copied else result
+            for result, is_copied in zip(results, copies.results, strict=True)
         )
+
+
+def _copied(tensor: torch.Tensor) -> torch.Tensor:
+    """Returns a copy by an opaque op: Inductor removes clones, of saved values and of inputs written later too."""
+    return torch.ops.liger_compile.rounded.default(tensor)
 
 
 def _may_be_written(node: Node, mutations: Mutations) -> bool:
@@ -179,6 +208,23 @@ def _may_be_written(node: Node, mutations: Mutations) -> bool:
     returned = node.graph.output_node().all_input_nodes
     is_returned = any(storages_of(node) & storages_of(output) for output in returned)
     return is_returned or not mutations.is_as_made(node)
+
+
+def _lent(decision: Decision, recorder: Recorder, region: Region, mutations: Mutations) -> tuple[str, ...]:
+    """Returns the captures that the graph writes later and that the replacement saves, but not the replaced code."""
+    assert decision.before is not None
+    end, since = len(mutations.nodes), mutations.position[decision.before] - 1
+    bound = decision.match.captures.items()
+    captured = {name: at.node if isinstance(at, Capture) else at for name, at in bound}
+    written = {
+        name: storages_of(node)
+        for name, node in captured.items()
+        if isinstance(node, Node) and mutations.write_between(node, since, end) is not None
+    }
+    if not any(storages & recorder.saved for storages in written.values()):
+        return ()
+    known = saved_by(decision.match.nodes, region)
+    return tuple(name for name, storages in written.items() if storages & recorder.saved - known)
 
 
 def _wanted(settings: Mapping[str, Any], match: Match) -> dict[str, Any]:
@@ -204,10 +250,6 @@ def _why_not(originals: Sequence[torch.Tensor], results: Sequence[Any], recorder
     if any(id(value) not in recorder.node_of for value in results):
         return "the replacement returns a tensor that no torch function computed"
     return None
-
-
-def _as_it_is(value: Any) -> Any:
-    return value
 
 
 def _laid_out_like(result: Any, original: torch.Tensor) -> Any:

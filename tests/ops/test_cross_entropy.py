@@ -125,12 +125,14 @@ def test_targets_may_be_flat_and_losses_have_their_shape(ours):
 
 
 @both
-def test_class_weights_that_sum_to_zero_are_as_in_eager(ours):
-    weight = torch.zeros(V)
+@pytest.mark.parametrize("others, smoothing", [(0.0, 0.0), (1.0, 0.3)])
+def test_class_weights_of_all_tokens_that_are_zero_are_as_in_eager(ours, others, smoothing):
+    weight = torch.full((V,), others).index_fill(0, torch.tensor([1, 2]), 0)
     leaf = torch.randn(3, V, requires_grad=True)
     target = torch.tensor([1, 2, -100])
     name = "weight" if ours is L.cross_entropy else "class_weight"
-    loss = ours(leaf, target, **{name: weight})
+    loss = ours(leaf, target, label_smoothing=smoothing, **{name: weight})
+    assert F.cross_entropy(leaf, target, weight, label_smoothing=smoothing).isnan()
     assert loss.isnan() and torch.autograd.grad(loss, leaf)[0][:2].isnan().all()
 
 

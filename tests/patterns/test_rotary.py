@@ -241,6 +241,16 @@ def test_a_round_trip_of_the_output_is_no_second_site(round_trip):
     assert_rewrites(f, Q, COS, SIN, expect={"rotary.half": 1})
 
 
+def test_rotation_back_by_a_conjugate_table():
+    """The conjugate is a view with a flag, which has no real view."""
+
+    def f(q, freqs):
+        pairs = torch.view_as_complex(q.float().reshape(*q.shape[:-1], -1, 2))
+        return torch.view_as_real(pairs * freqs.conj()).flatten(-2).to(q.dtype)
+
+    assert_rewrites(f, Q, torch.polar(torch.ones(S, D // 2), ANGLES), expect={"rotary.complex": 1})
+
+
 def test_one_complex_angle_for_all_pairs_is_left():
     def f(q, freqs):
         pairs = torch.view_as_complex(q.float().reshape(*q.shape[:-1], -1, 2))

@@ -420,6 +420,26 @@ def test_a_write_into_the_result_before_backward_changes_no_gradient(given, leng
     torch.testing.assert_close(*found)
 
 
+def test_a_write_into_the_result_before_backward_changes_no_gradient_of_inductor():
+    """Inductor removes clones of values that are saved for backward."""
+
+    def attention(q, k, v):
+        mask = torch.full((5, 5), -torch.inf).triu(1)
+        return (q @ k.transpose(-1, -2) * 0.3 + mask).softmax(-1) @ v
+
+    options = {"liger.strict": True, "liger.policy": "always"}
+    found = []
+    for function in (torch.compile(attention, backend="liger", options=options), attention):
+        torch.manual_seed(0)
+        leaves = [torch.randn(2, 2, 5, 8, requires_grad=True) for _ in range(3)]
+        out = function(*leaves)
+        out.data.mul_(2)
+        out.backward(torch.linspace(-1, 1, out.numel()).view_as(out))
+        found.append([leaf.grad for leaf in leaves])
+    assert [site.kind for report in liger_compile.reports() for site in report.sites] == ["replace"]
+    torch.testing.assert_close(*found)
+
+
 def doubled(out):
     return out.mul_(2)
 
