@@ -21,6 +21,7 @@ from liger_compile.backward_passes import CHOICES, DEFAULT_PASSES, Applied, Pass
 from liger_compile.compile import BackwardPlan, uses_cudagraphs, uses_freezing
 from liger_compile.forward_passes import specialize
 from liger_compile.forward_passes.inline_subgraphs import describe_operands
+from liger_compile.forward_passes.keep_copies import keep_copies
 from liger_compile.forward_passes.keep_rounding import keep_rounding
 from liger_compile.forward_passes.logits import Deferred, LateOutput, logits_in, restore, take_out
 from liger_compile.forward_passes.outline import drop_unread, num_nodes_inlined, outlined, outlined_of
@@ -253,6 +254,7 @@ def _rewrite_one(
         found.notes.append(f"{values} saved for backward, because the graph writes into their inputs later")
     if options.reported_inner == "inductor":
         found.notes.extend(keep_rounding(graph, terms))
+        found.notes.extend(keep_copies(graph, terms) if is_top else ())
     found.decisions.extend(decisions)
     found.near_misses.extend(missed)
     found.placed.update({id(one): places for one in (*decisions, *missed)})
