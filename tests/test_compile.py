@@ -87,6 +87,10 @@ def test_buffers_of_a_gpu_are_freed_early(device, saves, options, expected, monk
     assert (decompositions is not None) == (device == "cuda" and saves)
 
 
+@pytest.mark.xfail(
+    (2, 12) <= torch.__version__ < (2, 13),
+    reason="torch 2.12 keeps nothing where decompositions are given: the cache's key has a local function of torch's",
+)
 def test_the_caches_keep_what_is_compiled_for_a_gpu():
     from torch._inductor.utils import fresh_cache
 
