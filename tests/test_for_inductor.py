@@ -299,6 +299,45 @@ def test_wrong_options_raise_at_once_and_change_nothing(options, error):
         torch.compile(step, options=options)
 
 
+# accelerate, which accepts only the backends of a fixed list. The Trainer is one of the programs in docs/examples.
+
+
+def a_llama():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        use_cache=False,
+    )
+    return transformers.LlamaForCausalLM(config)
+
+
+@pytest.mark.parametrize(("regional", "num_graphs"), [(False, 1), (True, 5)])
+def test_accelerate_by_name(regional, num_graphs):
+    pytest.importorskip("accelerate", reason="needs accelerate: pip install 'liger-compile[examples]'")
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+    from accelerate.utils import TorchDynamoPlugin
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    model, ids = a_llama(), torch.arange(32).view(2, 16)
+    expected = model(input_ids=ids, labels=ids).loss
+    with use_for_inductor(FAST):
+        plugin = TorchDynamoPlugin(backend="inductor", use_regional_compilation=regional)
+        accelerator = Accelerator(cpu=True, dynamo_plugin=plugin)
+        compiled = accelerator.prepare(model)
+    loss = compiled(input_ids=ids, labels=ids).loss
+    accelerator.backward(loss)
+    torch.testing.assert_close(loss, expected)
+    assert len(liger_compile.reports()) == num_graphs
+    notes = [note for report in liger_compile.reports() for note in report.notes]
+    assert sum("the graph is one layer of a model" in note for note in notes) == regional
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
 # Inductor itself.
 
 

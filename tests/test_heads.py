@@ -152,6 +152,16 @@ def a_stack_of_many():
     torch.compile(stack, **ARGUMENTS)(torch.randn(2, 5, 16, requires_grad=True) * 1).sum().backward()
 
 
+def attention_between_graph_breaks():
+    """As where weights are gathered before each linear layer: a piece of a layer."""
+
+    def attend(q, k, v):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+    q, k, v = (torch.randn(2, 2, 5, 8, requires_grad=True) * 1 for _ in range(3))
+    torch.compile(attend, **ARGUMENTS)(q, k, v).sum().backward()
+
+
 def an_mlp():
     mlp = nn.Sequential(nn.Linear(16, 64), nn.SiLU(), nn.Linear(64, 16))
     torch.compile(mlp, **ARGUMENTS)(torch.randn(2, 5, 16, requires_grad=True) * 1).sum().backward()
@@ -166,6 +176,7 @@ ALARMS = [
     a_block_alone,
     a_block_with_its_loss,
     a_stack_of_many,
+    attention_between_graph_breaks,
     an_mlp,
 ]
 

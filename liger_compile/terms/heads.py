@@ -41,7 +41,8 @@ def notes_on_logits(graph: Graph, terms: Terms) -> Iterator[str]:
 def notes_on_layer(graph: Graph, terms: Terms, computed: Collection[str]) -> Iterator[str]:
     """Yields a sentence if a graph is one layer of a model that is trained.
 
-    A layer has one attention, or two if it is a decoder's. It adds to hidden states that other code has computed.
+    A layer projects hidden states that other code has computed, has one attention, or two in a decoder, and returns
+    hidden states.
 
     Args:
         computed: the names of the inputs that other differentiable code has computed.
@@ -50,7 +51,7 @@ def notes_on_layer(graph: Graph, terms: Terms, computed: Collection[str]) -> Ite
     inputs = (terms.of[node] for node in graph.find_nodes(op="placeholder") if node.name in computed)
     hidden = {(value.shape, value.dtype) for value in inputs if isinstance(value, Term)}
     outputs = [node for node in graph.output_node().all_input_nodes if _needs_gradient(node)]
-    if not 1 <= len(found) <= 2 or _has(terms, "cross_entropy"):
+    if not 1 <= len(found) <= 2 or not _has(terms, "linear") or _has(terms, "cross_entropy"):
         return
     results = (terms.of.get(node) for node in outputs)
     if any(isinstance(value, Term) and (value.shape, value.dtype) in hidden for value in results):
