@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import os
+import pickle
 import re
 import subprocess
 import sys
@@ -200,6 +202,21 @@ def test_backends_of_inductor_are_equal_to_those_of_inductor_only():
         assert before != ours and ours != before
         assert isinstance(before, torch._TorchCompileInductorWrapper) and isinstance(ours, make)
         assert list(unwrapped(ours))[-1] is lookup_backend("liger")  # so DDP's parts are prepared
+
+
+def test_compiled_models_are_pickled_and_copied_as_those_of_inductor():
+    """torch.save(model) of a compiled model."""
+    model, ids = a_llama(), torch.arange(32).view(2, 16)
+    expected = model(input_ids=ids, labels=ids).loss
+    with use_for_inductor(FAST):
+        compiled = torch.compile(model)
+        models = [copy.deepcopy(compiled), pickle.loads(pickle.dumps(compiled))]
+    models.append(pickle.loads(pickle.dumps(compiled)))
+    for loaded in models:
+        before = len(liger_compile.reports())
+        torch._dynamo.reset()
+        torch.testing.assert_close(loaded(input_ids=ids, labels=ids).loss, expected)
+        assert len(liger_compile.reports()) == before + 1
 
 
 def test_other_threads_are_affected(inputs):
@@ -431,6 +448,12 @@ def test_the_variable_needs_no_line_in_the_program(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "linear_cross_entropy" in done.stdout
     assert "LIGER_COMPILE_FOR_INDUCTOR=1 replaces" in " ".join(done.stdout.split())
+
+
+def test_the_package_may_be_imported_before_torch(tmp_path):
+    program = "import liger_compile; print(liger_compile.for_inductor.is_used_for_inductor())"
+    done = run(tmp_path, "-c", program, LIGER_COMPILE_FOR_INDUCTOR="1")
+    assert done.returncode == 0 and done.stdout.strip() == "LIGER_COMPILE_FOR_INDUCTOR=1", done.stderr
 
 
 @pytest.mark.parametrize("value", ["", "0"])

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch.fx import Graph, GraphModule
@@ -78,30 +78,34 @@ class _OfStock(type):
 
 
 def _replacement(backend: str, settings: Callable[[str | None, Mapping[str, Any]], Settings]) -> type[_Stock]:
-    class Replacement(_Stock, metaclass=_OfStock):
-        # Mode and options become patches in the constructor of torch's class, and `reset` reads them.
-        def __init__(self, mode: str | None, options: Any, dynamic: bool | None, *name: Any) -> None:
-            given = settings(mode, options or {})
-            super().__init__(given.mode, dict(given.options), dynamic, *name)
-            self.compiler_fn = lookup_backend(backend)  # `unwrapped` finds the backend by this name
-            self.kwargs = {
-                **given.keywords,
-                "options": {**self.config, **given.keywords.get("options", {})},
-            }
+    class Replacement(metaclass=_OfStock):
+        def __new__(cls, mode: str | None, options: Any, dynamic: bool | None, *name: Any) -> Any:
+            return InPlaceOfInductor(backend, settings(mode, options or {}), dynamic, *name)
 
-        def __eq__(self, other: object) -> bool:
-            is_same = type(other) is type(self)
-            return is_same and super().__eq__(other) and self.kwargs == vars(other)["kwargs"]
+    return cast("type[_Stock]", Replacement)
 
-        __hash__ = None  # as torch's  # pyright: ignore[reportAssignmentType]
 
-        def __call__(
-            self, model_: Any, inputs_: Any, *, config_patches: Mapping[str, Any] | None = None
-        ) -> Any:
-            options = {**self.kwargs["options"], **(config_patches or {})}
-            return self.compiler_fn(model_, inputs_, **{**self.kwargs, "options": options})
+class InPlaceOfInductor(_Stock):
+    """What Dynamo calls with a graph where another backend has taken the place of Inductor.
 
-    return Replacement
+    torch's class makes patches of mode and options, and reads them in `reset`. Compiled models are pickled with it.
+    """
+
+    def __init__(self, backend: str, given: Settings, dynamic: bool | None, *name: Any) -> None:
+        super().__init__(given.mode, dict(given.options), dynamic, *name)
+        self.compiler_fn = lookup_backend(backend)  # `unwrapped` finds the backend by this name
+        self.kwargs = {**given.keywords, "options": {**self.config, **given.keywords.get("options", {})}}
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, InPlaceOfInductor) or not super().__eq__(other):
+            return False
+        return self.compiler_fn is other.compiler_fn and self.kwargs == other.kwargs
+
+    __hash__ = None  # as torch's  # pyright: ignore[reportAssignmentType]
+
+    def __call__(self, model_: Any, inputs_: Any, *, config_patches: Patches | None = None) -> Any:
+        options = {**self.kwargs["options"], **(config_patches or {})}
+        return self.compiler_fn(model_, inputs_, **{**self.kwargs, "options": options})
 
 
 def uses_cudagraphs(patches: Patches) -> bool:
