@@ -8,6 +8,7 @@ rewrites (explain, reports), to check them (verify), to add patterns (Pattern, r
 from __future__ import annotations
 
 from liger_compile import functional
+from liger_compile.for_inductor import ForInductor, follow_environment, use_for_inductor
 from liger_compile.pattern import Annotate, Match, Pattern
 from liger_compile.registry import register_pattern, unregister_pattern
 from liger_compile.report import GraphReport, clear_reports, reports
@@ -19,6 +20,7 @@ __version__ = "0.1.0"  # defined only here: pyproject.toml reads this line
 __all__ = [
     "Annotate",
     "Explanation",
+    "ForInductor",
     "GraphReport",
     "Match",
     "Pattern",
@@ -30,5 +32,8 @@ __all__ = [
     "register_pattern",
     "reports",
     "unregister_pattern",
+    "use_for_inductor",
     "verify",
 ]
+
+follow_environment()

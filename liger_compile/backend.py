@@ -37,6 +37,7 @@ def liger(
     *,
     mode: str | None = None,
     options: Mapping[str, Any] | None = None,
+    notes: Sequence[str] = (),
     **_: Any,
 ) -> Callable[..., Any]:
     """Rewrites parts of a Dynamo graph with fused ops, and compiles the graph.
@@ -46,6 +47,7 @@ def liger(
         example_inputs: the inputs of the graph.
         mode: as in torch.compile.
         options: options that begin with "liger." belong to this package (see options.py), all others to Inductor.
+        notes: sentences for the report.
 
     Raises:
         ValueError: if an option does not exist, or a pattern is invalid.
@@ -54,7 +56,7 @@ def liger(
     chosen, inductor_options = parse(mode, options)
     known = patterns_in_use(chosen.patterns)
     patterns = [pattern for pattern in known if not chosen.skips(pattern.name)]
-    notes = chosen.notes_on_skip([*(pattern.name for pattern in known), *NAMES])
+    notes = [*notes, *chosen.notes_on_skip([*(pattern.name for pattern in known), *NAMES])]
     if not compiling.is_right_for_subgraphs(chosen.reported_inner):
         notes.extend(inlined(gm))
     graph, said = or_unchanged(

@@ -38,7 +38,7 @@ from liger_compile.steps.recompute import keep_what_written_inputs_give, mark_fo
 from liger_compile.steps.rewrite import rewrite
 from liger_compile.terms.attention import Note, notes_in, sentences
 from liger_compile.terms.build import Terms
-from liger_compile.terms.heads import notes_on_logits
+from liger_compile.terms.heads import notes_on_layer, notes_on_logits
 from liger_compile.torch_internals.fake_tensors import FakeTensor
 
 Assumptions = Mapping[str, specialize.Assumption]
@@ -78,6 +78,9 @@ class _Found:
     # By subgraph: the operands of each call, and the modes of each call.
     arguments: dict[GraphModule, list[tuple[Any, ...]]] = field(default_factory=dict)
     called_in: dict[GraphModule, list[Region]] = field(default_factory=dict)
+    computed: frozenset[str] = (
+        frozenset()
+    )  # inputs of the whole graph that other differentiable code has computed
     # By graph: the module paths of each of its calls, where it was outlined, or of the graph that calls it.
     places: dict[GraphModule, Sequence[Paths]] = field(default_factory=dict)
     placed: dict[int, Sequence[Paths]] = field(default_factory=dict)  # by id of decision or near miss
@@ -126,25 +129,45 @@ def rewritten(
         The generic graph; and the assumptions of the specialized graph with that graph, or None.
     """
     describe_operands(gm)
-    generic = run_steps(specialize.copied(gm), patterns, options, inductor_options)
+    computed = _computed_inputs(gm, example_inputs)
+    generic = run_steps(specialize.copied(gm), patterns, options, inductor_options, computed)
     is_readable = not any(isinstance(value, FakeTensor) for value in example_inputs)
     if options.padding != "auto" or not is_readable or specialize.of_part(gm):
         return generic, None
     assumptions = specialize.find_assumptions(gm, generic.padding, generic.masks, example_inputs)
     if not assumptions:
         return generic, None
-    special = run_steps(specialize.with_assumptions(gm, assumptions), patterns, options, inductor_options)
+    assumed = specialize.with_assumptions(gm, assumptions)
+    special = run_steps(assumed, patterns, options, inductor_options, computed)
     pays = special.report.count("replace") > generic.report.count("replace")
     return generic, (assumptions, special) if pays else None
 
 
+def _computed_inputs(gm: GraphModule, example_inputs: Sequence[Any]) -> frozenset[str]:
+    """Returns the names of the inputs that other differentiable code has computed; none in a part of a DDP graph."""
+    if any(isinstance(value, FakeTensor) for value in example_inputs):
+        return frozenset()
+    pairs = zip(gm.graph.find_nodes(op="placeholder"), example_inputs, strict=True)
+    return frozenset(
+        node.name for node, value in pairs if isinstance(value, torch.Tensor) and value.grad_fn is not None
+    )
+
+
 def run_steps(
-    gm: GraphModule, patterns: Sequence[Pattern], options: Options, inductor_options: Mapping[str, Any]
+    gm: GraphModule,
+    patterns: Sequence[Pattern],
+    options: Options,
+    inductor_options: Mapping[str, Any],
+    computed: frozenset[str] = frozenset(),
 ) -> Rewritten:
-    """Rewrites `gm` and its subgraphs, in place."""
+    """Rewrites `gm` and its subgraphs, in place.
+
+    Args:
+        computed: the names of the inputs that other differentiable code has computed.
+    """
     kept = kept_by_module(gm) if options.inner == "report" else None
     start, why_logits_stay = time.perf_counter(), reason_to_keep_logits(options, inductor_options)
-    modules, once, found = _graphs(gm), _running_once(gm), _Found(places={gm: HERE})
+    modules, once, found = _graphs(gm), _running_once(gm), _Found(places={gm: HERE}, computed=computed)
     for module in modules:
         _rewrite_one(
             module, patterns, options, why_logits_stay, found, is_top=module is gm, runs_once=module in once
@@ -227,6 +250,8 @@ def _rewrite_one(
         found.places.setdefault(body, outlined.paths if outlined else found.places[module])
     places = found.places[module]
     found.attention.extend(note for note in notes_in(terms.space, terms.of.values()) for _ in places)
+    if is_top:
+        found.notes.extend(notes_on_layer(graph, terms, found.computed))
     deferred = _without_logits(graph, terms, options, why_logits_stay, found) if is_top else []
     matches, missed = find_matches(graph, patterns, terms, strict=options.strict)
     rules = Rules(

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from liger_compile import registry
+from liger_compile.for_inductor import is_used_for_inductor
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -48,8 +49,9 @@ def _without_inductor(monkeypatch):
     """Compiles by aot_eager where a page selects no compiler, to save time."""
     compile = torch.compile
 
-    def without_inductor(*args, backend, options=None, **kwargs):
-        options = {"liger.inner": "aot_eager", **(options or {})} if backend == "liger" else options
+    def without_inductor(*args, backend="inductor", options=None, **kwargs):
+        is_ours = backend == "liger" or (backend == "inductor" and is_used_for_inductor())
+        options = {"liger.inner": "aot_eager", **(options or {})} if is_ours else options
         return compile(*args, backend=backend, options=options, **kwargs)
 
     monkeypatch.setattr(torch, "compile", without_inductor)

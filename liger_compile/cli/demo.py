@@ -22,6 +22,7 @@ import liger_compile
 from liger_compile.cli.device import device_name, peak_bytes
 from liger_compile.cli.doctor import inductor_needs
 from liger_compile.torch_internals import typed
+from liger_compile.torch_internals.dynamo import lookup_backend
 
 EAGER, STOCK, OURS = "eager", "torch.compile", 'backend="liger"'
 DEVICE, DTYPE = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
@@ -62,7 +63,7 @@ def main(sizes: Sizes, compiler: str = "inductor") -> int:
     console.print(f"A Llama with random weights reads the source of Python on {device_name()}.\n{sizes}\n")
     settings: dict[str, dict[str, Any]] = {
         EAGER: {},
-        STOCK: {"backend": compiler},
+        STOCK: {"backend": lookup_backend(compiler)},  # by name, use_for_inductor() might replace it
         OURS: {"backend": "liger", "options": {"liger.inner": compiler}},
     }
     runs: dict[str, Run] = {}

@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import liger_compile
+from liger_compile.for_inductor import VARIABLE, is_used_for_inductor
 from liger_compile.ops.dispatch import has_kernel
 from liger_compile.options import Options, parse
 from liger_compile.report.verify import Verification, verify
@@ -32,6 +33,7 @@ from liger_compile.torch_internals import typed
 OLDEST_TORCH = (2, 11)
 NEWEST_TESTED_TORCH = (2, 14)
 BACKENDS = "torch_dynamo_backends"  # the group of entry points that torch.compile reads
+EXTENSIONS = "torch.backends"  # the group that the import of torch reads
 
 # Environment variables that change what is compiled, or where it runs.
 PREFIXES = (
@@ -88,7 +90,7 @@ def _facts() -> Iterator[tuple[str, str]]:
     yield "CUDA", f"torch is built for {torch.version.cuda or 'none'}, the driver takes {_driver() or 'none'}"
     yield (
         "backend",
-        ", ".join(f"{entry.name} = {entry.value}" for entry in _entry_points()) or "no entry point",
+        ", ".join(f"{entry.name} = {entry.value}" for entry in _backends()) or "no entry point",
     )
     yield "environment", f"\n{'':<15}".join(f"{name}={value}" for name, value in _settings()) or "nothing set"
 
@@ -128,8 +130,13 @@ def _driver() -> str | None:
     return f"{version.value // 1000}.{version.value % 1000 // 10}" if version.value else None
 
 
-def _entry_points() -> list[importlib.metadata.EntryPoint]:
-    return [entry for entry in importlib.metadata.entry_points(group=BACKENDS) if entry.name == "liger"]
+def entry_points(group: str) -> list[importlib.metadata.EntryPoint]:
+    """Returns the entry points of a group, of all installed packages."""
+    return list(importlib.metadata.entry_points(group=group))
+
+
+def _backends() -> list[importlib.metadata.EntryPoint]:
+    return [entry for entry in entry_points(BACKENDS) if entry.name == "liger"]
 
 
 def _torch(_: str) -> Iterator[Finding]:
@@ -150,7 +157,7 @@ def _dotted(version: Iterable[int]) -> str:
 
 def _environment(_: str) -> Iterator[Finding]:
     known = {field.metadata["env"] for field in dataclasses.fields(Options)}
-    for name in sorted(name for name in os.environ if name.startswith("LIGER_")):
+    for name in sorted(name for name in os.environ if name.startswith("LIGER_") and name != VARIABLE):
         if name in known:
             yield Finding("--", f"{name}={os.environ[name]} applies to every compilation in this environment")
         else:
@@ -164,8 +171,22 @@ def _environment(_: str) -> Iterator[Finding]:
         yield Finding("NO", str(error))
 
 
+def _for_inductor(_: str) -> Iterator[Finding]:
+    if (source := is_used_for_inductor()) is not None:
+        yield Finding("--", f'torch.compile uses backend="liger" for "inductor" too: {source}')
+    if os.environ.get(VARIABLE, "0") in ("", "0"):
+        return
+    if os.environ.get("TORCH_DEVICE_BACKEND_AUTOLOAD", "1") != "1":
+        why = "TORCH_DEVICE_BACKEND_AUTOLOAD is 0"
+    elif not any(entry.value.startswith("liger_compile") for entry in entry_points(EXTENSIONS)):
+        why = "no installed package has the entry point; install liger-compile again"
+    else:
+        return
+    yield Finding("--", f"{VARIABLE} takes effect only where a program imports liger_compile: {why}")
+
+
 def _discovery(_: str) -> Iterator[Finding]:
-    entries = _entry_points()
+    entries = _backends()
     if "liger" not in typed.list_backends(()):
         yield Finding(
             "NO",
@@ -285,6 +306,7 @@ class TinyModel(nn.Module):
 CHECKS: tuple[Callable[[str], Iterator[Finding]], ...] = (
     _torch,
     _environment,
+    _for_inductor,
     _discovery,
     _compiler,
     _training_step,

@@ -1,5 +1,8 @@
 """Inductor: its options, its passes, and its way in. It is imported when a graph is compiled, not before.
 
+torch.compile has no registry for the backend "inductor": it makes an object of one class, by the name of the class in
+torch. So another backend takes the place of that name.
+
 part                                                    torch           can go
 torch._TorchCompileInductorWrapper                      2.11 to 2.13    no public name
 torch._inductor.config                                  2.11 to 2.13    no public name for its values
@@ -14,12 +17,16 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch.fx import Graph, GraphModule
 
+from liger_compile.torch_internals.dynamo import lookup_backend
+
 Patches = dict[str, Any]  # values of Inductor's config, by name
+
+_Stock = torch._TorchCompileInductorWrapper  # kept, because `replace` changes the name
 
 
 def patches_of(mode: str | None, options: Mapping[str, Any] | None) -> Patches:
@@ -30,7 +37,75 @@ def patches_of(mode: str | None, options: Mapping[str, Any] | None) -> Patches:
     """
     # torch's wrapper turns mode and options into patches, validates them, and sets the environment that CUDA graphs
     # need. It never reads `dynamic`.
-    return dict(torch._TorchCompileInductorWrapper(mode, dict(options or {}), None).config)
+    return dict(_Stock(mode, dict(options or {}), None).config)
+
+
+class Settings(NamedTuple):
+    """The arguments of another backend that compiles in the place of Inductor.
+
+    Args:
+        mode: a mode of torch.compile.
+        options: Inductor's options.
+        keywords: what the backend receives besides Inductor's options; its "options" are added to them.
+    """
+
+    mode: str | None
+    options: Mapping[str, Any]
+    keywords: Mapping[str, Any]
+
+
+def replace(name: str, settings: Callable[[str | None, Mapping[str, Any]], Settings]) -> None:
+    """Makes torch.compile use the backend of this name where the backend "inductor" is asked for, until `restore`.
+
+    It concerns later calls of torch.compile only, in all threads.
+
+    Args:
+        settings: from the mode and the options of a call of torch.compile, which raises its errors.
+    """
+    torch._TorchCompileInductorWrapper = _replacement(name, settings)
+
+
+def restore() -> None:
+    """Makes torch.compile use Inductor again."""
+    torch._TorchCompileInductorWrapper = _Stock
+
+
+class _OfStock(type):
+    """The classes that replace torch's. Under its name, torch asks them whether an object calls Inductor."""
+
+    def __instancecheck__(cls, instance: Any) -> bool:
+        return isinstance(instance, _Stock)
+
+
+def _replacement(backend: str, settings: Callable[[str | None, Mapping[str, Any]], Settings]) -> type[_Stock]:
+    class Replacement(metaclass=_OfStock):
+        def __new__(cls, mode: str | None, options: Any, dynamic: bool | None, *name: Any) -> Any:
+            return InPlaceOfInductor(backend, settings(mode, options or {}), dynamic, *name)
+
+    return cast("type[_Stock]", Replacement)
+
+
+class InPlaceOfInductor(_Stock):
+    """What Dynamo calls with a graph where another backend has taken the place of Inductor.
+
+    torch's class makes patches of mode and options, and reads them in `reset`. Compiled models are pickled with it.
+    """
+
+    def __init__(self, backend: str, given: Settings, dynamic: bool | None, *name: Any) -> None:
+        super().__init__(given.mode, dict(given.options), dynamic, *name)
+        self.compiler_fn = lookup_backend(backend)  # `unwrapped` finds the backend by this name
+        self.kwargs = {**given.keywords, "options": {**self.config, **given.keywords.get("options", {})}}
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, InPlaceOfInductor) or not super().__eq__(other):
+            return False
+        return self.compiler_fn is other.compiler_fn and self.kwargs == other.kwargs
+
+    __hash__ = None  # as torch's  # pyright: ignore[reportAssignmentType]
+
+    def __call__(self, model_: Any, inputs_: Any, *, config_patches: Patches | None = None) -> Any:
+        options = {**self.kwargs["options"], **(config_patches or {})}
+        return self.compiler_fn(model_, inputs_, **{**self.kwargs, "options": options})
 
 
 def uses_cudagraphs(patches: Patches) -> bool:
