@@ -116,7 +116,14 @@ def missing_in(printed: str, name: str, arguments: tuple[str, ...]) -> list[str]
     return [pattern for pattern in expected if not any(each.startswith(pattern) for each in found)]
 
 
-@pytest.mark.parametrize(("name", "arguments"), CALLS)
+# Each runs twice, in processes of their own; the others are slow tests.
+USUAL = ("plain_loop", "torchtitan_loop", "own_pattern")
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [pytest.param(*call, marks=() if call[0] in USUAL else pytest.mark.slow) for call in CALLS],
+)
 def test_an_example_trains_as_in_eager_mode_and_prints_its_rewrites(
     name: str, arguments: tuple[str, ...], tmp_path: Path
 ):

@@ -22,7 +22,14 @@ from liger_compile.cli.doctor import NEWEST_TESTED_TORCH, OLDEST_TORCH
 
 ROOT = Path(__file__).parent.parent
 PYPROJECT = (ROOT / "pyproject.toml").read_text()
-IN_WHEEL = ("liger_compile", "patterns", "pyproject.toml", "README.md", "LICENSE")
+IN_WHEEL = (
+    "liger_compile",
+    "liger_compile_autoload.py",
+    "patterns",
+    "pyproject.toml",
+    "README.md",
+    "LICENSE",
+)
 
 TRAIN = """
 import sys
