@@ -14,7 +14,7 @@ import torch
 from torch.fx import Graph, Node
 
 from liger_compile.graphs.aliasing import Mutations
-from liger_compile.graphs.regions import Regions, in_words
+from liger_compile.graphs.regions import Region, Regions, in_words
 from liger_compile.pattern import Annotate, Capture, Decision, Match
 from liger_compile.steps import callbacks
 from liger_compile.torch_internals.dispatch import is_traceable_wrapper_subclass
@@ -235,9 +235,8 @@ def _refuse_several_regions(match: Match, context: _Context) -> str | None:
     there, own = insertion_point(match, position), regions.of[match.outputs[0]]
     if own.stream is not None:
         return "it runs on a stream that the function selects, and a replacement runs on the current stream"
-    if regions.of[there].kernels == own.kernels and all(
-        regions.of[node].meaning == own.meaning for node in (*floating, there)
-    ):
+    is_in_mode = regions.of[there].kernels == own.kernels and regions.of[there].meaning == own.meaning
+    if is_in_mode and all(_runs_in(own, regions.of[node], match.pattern.detaches) for node in floating):
         return None
     first, last = position(floating[0]), max(position(match.nodes[-1]), context.span(match)[1])
     change = regions.change_between(first, last)
@@ -250,6 +249,13 @@ def _refuse_several_regions(match: Match, context: _Context) -> str | None:
         f"{in_words(switch)} between {before.name} and {after.name}, and a replacement runs in one mode; "
         "compute the whole pattern on one side of the change"
     )
+
+
+def _runs_in(own: Region, region: Region, detaches: bool) -> bool:
+    """Returns whether a replacement in the region `own` may compute a value of `region`."""
+    if detaches and own.grad_mode:
+        region = replace(region, grad_mode=True)
+    return region.meaning == own.meaning
 
 
 def _is_of_integers(node: Node) -> bool:

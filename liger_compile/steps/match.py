@@ -62,9 +62,10 @@ def find_matches(
         PatternError: under `strict`, if a search function raises an error that tensors of another shape do not explain.
     """
     index = _Index(graph, terms, strict)
+    places = [pattern.finds(pattern, graph, terms) for pattern in patterns if pattern.finds]
     by_op: dict[str, list[tuple[Pattern, _Skeleton]]] = {}
     for pattern in patterns:
-        skeleton = index.skeleton(pattern)
+        skeleton = None if pattern.finds else index.skeleton(pattern)
         if skeleton is None:
             continue
         by_op.setdefault(skeleton.outputs[0].uncast.op, []).append((pattern, skeleton))
@@ -95,8 +96,10 @@ def find_matches(
             index.position[item[1].outputs[0]],
         )
     )
-    matches = [match for _, match in found]
-    return matches, [*index.failures, *_near_misses(failed, matches, index)]
+    matches = [*(match for of_pattern, _ in places for match in of_pattern), *(match for _, match in found)]
+    roots = {output for match in matches for output in match.outputs}
+    missed = [miss for _, near in places for miss in near if miss.root not in roots]
+    return matches, [*index.failures, *missed, *_near_misses(failed, matches, index)]
 
 
 def _has_near_misses(pattern: Pattern) -> bool:

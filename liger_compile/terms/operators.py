@@ -35,7 +35,7 @@ from liger_compile.terms.call import (
 )
 from liger_compile.terms.index_operators import INDEX_TABLE
 from liger_compile.terms.layout_operators import LAYOUT_TABLE, halves
-from liger_compile.terms.term import ConstVar, Scalar, Space, Term
+from liger_compile.terms.term import ConstVar, Scalar, Space, Term, sizes_of
 from liger_compile.torch_internals.operators import OpOverload, OpOverloadPacket, qualified_name, schema_of
 
 
@@ -271,14 +271,16 @@ def _reduce(op: str):
     return make
 
 
-def _reduced(call: Call, op: str, input: Term, dim: Any, dtype: torch.dtype) -> Term:
+def _reduced(
+    call: Call, op: str, input: Term, dim: Any, dtype: torch.dtype, *, is_cast: bool = True
+) -> Term:
     rank = len(input.shape)
     dims = range(rank) if dim is None or dim == () else (dim if isinstance(dim, (tuple, list)) else (dim,))
     dims = tuple(sorted(negative(d, rank) for d in dims))
     kept = list(input.shape)
     for d in dims:
         kept[d] = 1
-    term = normalize.cast(call.space, input, dtype)
+    term = normalize.cast(call.space, input, dtype) if is_cast else input
     term = normalize.apply(call.space, op, (term,), dims, dtype, tuple(kept))
     return normalize.view(call.space, term, *call.shape)
 
@@ -329,6 +331,24 @@ def _logsumexp(call, input: Term, dim: Dims, keepdim=False):
     if dim is None or (isinstance(dim, Sequence) and len(dim) != 1):
         return None
     return _reduced(call, "logsumexp", input, dim, call.dtype)
+
+
+def _argmax(call, input: Term, dim: int | None = None, keepdim=False):
+    return None if dim is None else _reduced(call, "argmax", input, dim, call.dtype, is_cast=False)
+
+
+def _topk(call, input: Term, k: int, dim: int = -1, largest=True, sorted=True):
+    """Returns the terms of the values and of the columns; None for an order that is not descending."""
+    if negative(dim, len(input.shape)) != -1 or not (largest and sorted) or type(k) is not int:
+        return None
+    return tuple(
+        call.space.intern(op, (input,), (-1, k), part.dtype, sizes_of(part.shape))
+        for op, part in zip(("top_values", "top_columns"), call.out, strict=True)
+    )
+
+
+def _detach(call, input: Term):
+    return call.space.intern("detached", (input,), (), input.dtype, input.shape)
 
 
 def _gather(call, input: Term, dim: int, index: Term, *, sparse_grad=False):
@@ -530,7 +550,7 @@ TABLE: Mapping[str, Callable[..., Any]] = {
     "vector_norm": _vector_norm, "softmax": _softmax("softmax"), "log_softmax": _softmax("log_softmax"),
     "rms_norm": _rms_norm, "layer_norm": _layer_norm, "linear": _linear, "addmm": _addmm, "matmul": _matmul,
     "baddbmm": _baddbmm, "einsum": _einsum, "complex": _complex, "logsumexp": _logsumexp, "gather": _gather,
-    "take_along_dim": _take_along_dim, "normalize": _normalized,
+    "argmax": _argmax, "topk": _topk, "detach": _detach, "take_along_dim": _take_along_dim, "normalize": _normalized,
     "cross_entropy": _cross_entropy, "nll_loss": _nll_loss, "scaled_dot_product_attention": attention,
     **LAYOUT_TABLE, **INDEX_TABLE,
     "view_as_complex": _reinterpreted("view_as_complex"), "view_as_real": _reinterpreted("view_as_real"),

@@ -1,0 +1,74 @@
+"""Questions about the softmax of a head: log-probabilities, entropy, logsumexp, argmax, ..., without its logits.
+
+Formula  z = softcap * tanh(scale * (x @ weight.T + bias) / softcap), and any set of: log_softmax(z) at given columns, z
+         at given columns, logsumexp(z), entropy, sum(p * z), sum(z), sum(log p), sum(p^2), argmax(z), topk(z)
+Shapes   x (..., H), weight (V, H), bias (V,); indices (..., K); each result as the graph has it
+Sources  TRL, OpenRLHF and verl (log-probabilities in loops over sequences, entropy by three formulas), transformers
+         (LabelSmoother, accuracy by argmax), PaLM's z-loss
+
+steps/questions.py finds the places: any set of questions that are all readers of the logits of a head. One op answers
+them, so that the logits never exist as a whole. A single cross-entropy is left to linear_cross_entropy.py, whose op
+computes its gradients in forward.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from liger_compile.ops.answer_plan import Addend, Box, Columns, Output, Part, Plan, run
+from liger_compile.pattern import Match, Pattern
+from liger_compile.patterns.linear_cross_entropy import saved_bytes
+from liger_compile.patterns.profit import few_logits, needs_kernel
+from liger_compile.steps.questions import find_questions
+
+# The logits must be much larger than the hidden states, which are read for them several times.
+LEAST_CLASSES = 2
+
+
+def profit(match: Match) -> str | None:
+    classes, width = match["weight"].shape
+    if classes < LEAST_CLASSES * width:
+        return f"{classes} classes are few for a hidden size of {width}: the logits are no larger than other values"
+    return needs_kernel(match) or few_logits(match.result.device, saved_bytes(match))
+
+
+def search(x, weight, bias: torch.Tensor | None, index):
+    logp = F.log_softmax(F.linear(x, weight, bias).float(), -1)
+    return logp.gather(-1, index), -(logp.exp() * logp).sum(-1)
+
+
+_EXAMPLE = Plan(
+    box=Box(((0, None),)),
+    classes=(0, None),
+    logit_scale=1.0,
+    softcap=None,
+    columns=(Columns(1, (Part(0, Box(()), 0, None, 0, None),)),),
+    outputs=(
+        Output((Addend("log_probabilities", columns=0),), 0, None, (), is_detached=False),
+        Output((Addend("entropy"),), 0, None, (), is_detached=False),
+    ),
+)
+
+
+def replace(x, weight, bias, plan=_EXAMPLE, loss_memory=None, index=None, **inputs):
+    """Carry out a plan; `inputs` are input_0, input_1, ..., of which its columns are made."""
+    named = [inputs[f"input_{at}"] for at in range(len(inputs))] if index is None else [index]
+    return run(plan, x, weight, bias, named, loss_memory)
+
+
+PATTERNS = (
+    Pattern(
+        name="linear_softmax.questions",
+        search=search,
+        replace=replace,
+        examples={
+            "x": torch.empty(6, 8),
+            "weight": torch.empty(11, 8),
+            "bias": torch.empty(11),
+            "index": torch.empty(6, 1, dtype=torch.int64),
+        },
+        profit=profit,
+        saves=saved_bytes,
+        finds=find_questions,
+        detaches=True,
+    ),
+)
