@@ -22,7 +22,7 @@ from liger_compile.graphs.regions import Regions
 from liger_compile.terms import identities, normalize
 from liger_compile.terms.call import IntVar, NumberVar, StrVar, Value, opaque
 from liger_compile.terms.indices import OPERATIONS
-from liger_compile.terms.operators import call
+from liger_compile.terms.operators import call, is_in_place_operation
 from liger_compile.terms.scalars import is_integer
 from liger_compile.terms.term import ConstVar, Scalar, Space, Term, sizes_of
 from liger_compile.torch_internals.pytree import tree_map
@@ -114,6 +114,8 @@ class Terms:
                 name = f"{node.name} as {reader.name} reads it"
                 return opaque(self.space, example, name, is_made=True)
             if epoch != self.mutations.epoch(node, position[node] + 1):
+                if (whole := self._written_whole(node, reader)) is not None:
+                    return whole
                 if (node, epoch) not in self._later:
                     name = f"{node.name} after write {epoch}"
                     self._later[node, epoch] = opaque(self.space, example, name, is_made=True)
@@ -123,6 +125,24 @@ class Terms:
                     self.written[value] = node
                 return value
         return self.of[node]
+
+    def _written_whole(self, node: Node, reader: Node) -> Term | None:
+        """Returns the value of `node` if the last write before `reader` is an in-place operation on `node` itself.
+
+        The operation has written all of the node's memory. If it runs without gradients, in code that has gradients,
+        the gradient of the value is not the gradient of the operation, so that its term is not the value.
+        """
+        write = self.mutations.last_write(node, self.mutations.position[reader])
+        if write is None or write not in self.of or not is_in_place_operation(write) or write.args[0] is not node:
+            return None
+        value, before, after = self.of[write], self.regions.of[node], self.regions.of[write]
+        is_same_mode = (before.has_gradients, before.transforms) == (after.has_gradients, after.transforms)
+        example = node.meta.get("example_value")
+        is_term = isinstance(value, Term) and value.op != "leaf" and isinstance(example, torch.Tensor)
+        if not (is_term and is_same_mode):
+            return None
+        is_like = value.dtype == example.dtype and value.shape == sizes_of(example.shape)
+        return value if is_like else None
 
     def arguments(self, call: Node, body: Graph) -> tuple[Value, ...]:
         """Returns what a call passes to the placeholders of its subgraph: its last positional arguments."""

@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch.fx import Node
 
 from liger_compile.graphs.effects import is_in_place
 from liger_compile.terms import binding, normalize
@@ -103,6 +104,11 @@ def _name(target: Any) -> str:
     else:
         name = ""
     return name or ""
+
+
+def is_in_place_operation(node: Node) -> bool:
+    """Returns whether a node writes the result of an operation into its first argument: x.mul_(y), operator.imul."""
+    return node.op in ("call_function", "call_method") and bool(node.args) and is_in_place(_name(node.target))
 
 
 def _canonical(name: str) -> str:
