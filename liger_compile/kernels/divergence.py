@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launch, num_multiprocessors
-from .softmax_loss import _exp, _scores, config
+from .softmax_loss import exp, scores_of, config
 
 CROSS, FINITE_CROSS, FORWARD, PLAIN_FORWARD, REVERSE, JENSEN_SHANNON = range(6)
 _KIND = {
@@ -81,32 +81,32 @@ def _divergence_kernel(
             columns = start + lanes
             is_class = columns < classes
             logits = tl.load(student_ptr + row * student_stride + columns, mask=is_class, other=0.0)
-            s = _scores(logits, scale, softcap, True, HAS_SOFTCAP, IS_HALF)[0]
+            s = scores_of(logits, scale, softcap, True, HAS_SOFTCAP, IS_HALF)[0]
             s = (s - row_max) - log_sum
             logits = tl.load(teacher_ptr + row * teacher_stride + columns, mask=is_class, other=0.0)
-            t = _scores(logits, teacher_scale, teacher_softcap, True, HAS_TEACHER_SOFTCAP, IS_TEACHER_HALF)[0]
+            t = scores_of(logits, teacher_scale, teacher_softcap, True, HAS_TEACHER_SOFTCAP, IS_TEACHER_HALF)[0]
             t = (t - teacher_max) - teacher_log_sum
             if KIND <= 1:  # CROSS and FINITE_CROSS; constants of the module are no constants of a kernel
-                p = _exp(t, IS_TEACHER_HALF)
+                p = exp(t, IS_TEACHER_HALF)
                 if KIND == 1:
                     is_finite = tl.abs(s) < float("inf")
                     p = tl.where(is_finite, p, 0.0)
                     s = tl.where(is_finite, s, 0.0)
                 total, rest = p * s, p
             elif KIND == 2:
-                total = _exp(t, IS_TEACHER_HALF) * (t - s)
+                total = exp(t, IS_TEACHER_HALF) * (t - s)
                 rest = total
             elif KIND == 3:
-                p = _exp(t, IS_TEACHER_HALF)
+                p = exp(t, IS_TEACHER_HALF)
                 total = tl.where(p == 0, 0.0, p * t) - p * s
                 rest = total
             elif KIND == 4:
-                total = _exp(s, IS_HALF) * (s - t)
+                total = exp(s, IS_HALF) * (s - t)
                 rest = total
             else:
                 m = _mixture(s, t, log_rest, log_beta)
-                rest = _exp(s, IS_HALF) * (s - m)
-                total = beta * (_exp(t, IS_TEACHER_HALF) * (t - m)) + (1.0 - beta) * rest
+                rest = exp(s, IS_HALF) * (s - m)
+                total = beta * (exp(t, IS_TEACHER_HALF) * (t - m)) + (1.0 - beta) * rest
             totals += tl.where(is_class, total, 0.0)
             rests += tl.where(is_class, rest, 0.0)
         tl.store(out_ptr + row, tl.sum(tl.sum(totals, 1), 0))
@@ -152,21 +152,21 @@ def _gradient_kernel(
             columns = start + lanes
             is_class = columns < classes
             places = student_ptr + row * student_stride + columns
-            s, slope = _scores(
+            s, slope = scores_of(
                 tl.load(places, mask=is_class, other=0.0), scale, softcap, True, HAS_SOFTCAP, IS_HALF
             )
             s = (s - row_max) - log_sum
             logits = tl.load(teacher_ptr + row * teacher_stride + columns, mask=is_class, other=0.0)
-            t = _scores(logits, teacher_scale, teacher_softcap, True, HAS_TEACHER_SOFTCAP, IS_TEACHER_HALF)[0]
+            t = scores_of(logits, teacher_scale, teacher_softcap, True, HAS_TEACHER_SOFTCAP, IS_TEACHER_HALF)[0]
             t = (t - teacher_max) - teacher_log_sum
-            p = _exp(s, IS_HALF)
+            p = exp(s, IS_HALF)
             if KIND <= 1:
-                q = _exp(t, IS_TEACHER_HALF)
+                q = exp(t, IS_TEACHER_HALF)
                 if KIND == 1:
                     q = tl.where(tl.abs(s) < float("inf"), q, 0.0)
                 gradient = q - p * rest
             elif KIND <= 3:
-                gradient = p - _exp(t, IS_TEACHER_HALF)
+                gradient = p - exp(t, IS_TEACHER_HALF)
             elif KIND == 4:
                 gradient = p * (s - t - rest)
             else:

@@ -25,7 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launch, num_multiprocessors
-from .softmax_loss import _exp, _scores, config
+from .softmax_loss import exp, scores_of, config
 
 
 @triton.jit
@@ -55,7 +55,7 @@ def _statistics_kernel(
     lanes = tl.arange(0, LANES)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
     for row in range(tl.program_id(0).to(tl.int64), rows, tl.num_programs(0)):
         logits_row = logits_ptr + row * logits_stride
-        first = _scores(tl.load(logits_row), inner_scale, softcap, HAS_SCALE, HAS_SOFTCAP, IS_HALF)[0]
+        first = scores_of(tl.load(logits_row), inner_scale, softcap, HAS_SCALE, HAS_SOFTCAP, IS_HALF)[0]
         origin = tl.where(tl.abs(first) < float("inf"), first, 0.0)
         highs = tl.full([LANES], float("-inf"), tl.float32)
         sums = tl.zeros([LANES], tl.float32)
@@ -66,15 +66,15 @@ def _statistics_kernel(
             columns = start + lanes
             is_class = columns < classes
             logits = tl.load(logits_row + columns, mask=is_class, eviction_policy="evict_first")
-            z = _scores(logits, inner_scale, softcap, HAS_SCALE, HAS_SOFTCAP, IS_HALF)[0]
+            z = scores_of(logits, inner_scale, softcap, HAS_SCALE, HAS_SOFTCAP, IS_HALF)[0]
             z = tl.where(is_class, z, float("-inf"))
             new_highs = tl.maximum(highs, tl.max(z, 1))
             # A whole vector may be -inf. The reference is then 0, because -inf would give NaN.
             reference = tl.where(new_highs == float("-inf"), 0.0, new_highs)
             shift = _rescaled(highs, reference)
-            factor = _exp(shift, IS_HALF)
+            factor = exp(shift, IS_HALF)
             away = z - reference[:, None]
-            e = _exp(away, IS_HALF)
+            e = exp(away, IS_HALF)
             if HAS_MEAN:
                 products = tl.where(is_class, e * away, 0.0)
                 tilts = (tilts + sums * shift) * factor + tl.sum(products, 1)
@@ -87,7 +87,7 @@ def _statistics_kernel(
         row_max = tl.max(highs, 0)
         reference = tl.where(row_max == float("-inf"), 0.0, row_max)
         shift = _rescaled(highs, reference)
-        factor = tl.where(highs == float("-inf"), 0.0, _exp(shift, IS_HALF))
+        factor = tl.where(highs == float("-inf"), 0.0, exp(shift, IS_HALF))
         total = tl.sum(sums * factor, 0)
         log_sum = tl.log(total)
         tl.store(out_ptr + row, row_max)
@@ -169,9 +169,9 @@ def _gradient_kernel(
             is_class = columns < classes
             places = logits_ptr + row * logits_stride + columns
             logits = tl.load(places, mask=is_class, eviction_policy="evict_first")
-            z, slope = _scores(logits, inner_scale, softcap, HAS_SCALE, HAS_SOFTCAP, IS_HALF)
+            z, slope = scores_of(logits, inner_scale, softcap, HAS_SCALE, HAS_SOFTCAP, IS_HALF)
             logp = (z - row_max) - log_sum
-            p = _exp(logp, IS_HALF)
+            p = exp(logp, IS_HALF)
             total = p * 0.0 + through
             if tilt_ptr is not None:
                 total += tilt * logp

@@ -96,10 +96,18 @@ def find_matches(
             index.position[item[1].outputs[0]],
         )
     )
-    matches = [*(match for of_pattern, _ in places for match in of_pattern), *(match for _, match in found)]
+    of_search = [match for _, match in found]
+    of_finders = [match for of_pattern, _ in places for match in of_pattern]
+    matches = [*(match for match in of_finders if not _is_in_loss(match, of_search)), *of_search]
     roots = {output for match in matches for output in match.outputs}
     missed = [miss for _, near in places for miss in near if miss.root not in roots]
     return matches, [*index.failures, *missed, *_near_misses(failed, matches, index)]
+
+
+def _is_in_loss(match: Match, others: Sequence[Match]) -> bool:
+    """Returns whether a loss, which computes its gradients in forward, replaces all that `match` would replace."""
+    losses = (set(other.nodes) for other in others if other.pattern.is_loss)
+    return any(nodes.issuperset(match.nodes) for nodes in losses)
 
 
 def _has_near_misses(pattern: Pattern) -> bool:

@@ -58,7 +58,7 @@ class _Found:
 
 def find_questions(pattern: Pattern, graph: Graph, terms: Terms) -> tuple[list[Match], list[NearMiss]]:
     """Returns the matches of `pattern`, whose replacement carries out plans, and the near misses."""
-    reader = Reader(terms.space)
+    reader = Reader(terms.space, terms.written_whole)
     matches: list[Match] = []
     near_misses: list[NearMiss] = []
     done: set[Term] = set()

@@ -53,6 +53,7 @@ class Terms:
         self.of: dict[Node, Value] = {}
         self.nodes: dict[Term, list[Node]] = {}  # in graph order
         self.written: dict[Term, Node] = {}  # value after the last in-place write -> its node
+        self.written_whole: dict[Term, Term] = {}  # value after a write -> the result of the operation that wrote it
         self.passes_through: set[Node] = set()  # nodes that only restore the value of an ancestor
         self.mutations = mutations
         self.regions = regions or Regions(graph)
@@ -114,11 +115,11 @@ class Terms:
                 name = f"{node.name} as {reader.name} reads it"
                 return opaque(self.space, example, name, is_made=True)
             if epoch != self.mutations.epoch(node, position[node] + 1):
-                if (whole := self._written_whole(node, reader)) is not None:
-                    return whole
                 if (node, epoch) not in self._later:
                     name = f"{node.name} after write {epoch}"
                     self._later[node, epoch] = opaque(self.space, example, name, is_made=True)
+                    if (whole := self._written_whole(node, reader)) is not None:
+                        self.written_whole[self._later[node, epoch]] = whole
                 value = self._later[node, epoch]
                 last = self.mutations.last_write(node)
                 if isinstance(value, Term) and last is not None and position[last] < position[reader]:

@@ -162,8 +162,9 @@ _OF_PRODUCTS: Mapping[tuple[str, ...], tuple[str, float]] = {
 class Reader:
     """Reads the terms of one space; remembers what it read."""
 
-    def __init__(self, space: Space) -> None:
-        self.space = space
+    def __init__(self, space: Space, written: Mapping[Term, Term]) -> None:
+        """Reads terms of a space. `written`: a value after a write -> the result of the operation that wrote it."""
+        self.space, self.written = space, written
         self._wide: dict[Term, Wide | None] = {}
         self._narrow: dict[Term, Narrow | None] = {}
 
@@ -284,6 +285,11 @@ def _replayed(source: Term, chain: list[Term], width: Size) -> Rows | None:
 def lead_of(term: Term, width: Size) -> tuple[Size, ...]:
     """Returns the leading sizes of a tensor with `width` elements in a row."""
     return term.shape if width == 1 else term.shape[:-1]
+
+
+def _leaf(reader: Reader, term: Term, depth: int) -> Wide | None:
+    """Reads logits that were scaled in place."""
+    return reader.wide(reader.written[term], depth) if term in reader.written else None
 
 
 def _cast(reader: Reader, term: Term, depth: int) -> Wide | None:
@@ -410,6 +416,7 @@ def _exp(reader: Reader, term: Term, depth: int) -> Wide | None:
 
 
 _WIDE: Mapping[str, Callable[[Reader, Term, int], Wide | None]] = {
+    "leaf": _leaf,
     "linear": _linear,
     "cast": _cast,
     "detached": _detached,
