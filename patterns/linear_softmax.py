@@ -14,11 +14,11 @@ computes its gradients in forward.
 import torch
 import torch.nn.functional as F
 
-from liger_compile.ops.answer_plan import Addend, Box, Columns, Output, Part, Plan, run
+from liger_compile.ops.answer_plan import Addend, Box, Columns, Output, PairPlan, Part, Plan, run, run_pair
 from liger_compile.pattern import Match, Pattern
 from liger_compile.patterns.linear_cross_entropy import saved_bytes
 from liger_compile.patterns.profit import few_logits, needs_kernel
-from liger_compile.steps.questions import find_questions
+from liger_compile.steps.questions import find_divergences, find_questions
 
 # The logits must be much larger than the hidden states, which are read for them several times.
 LEAST_CLASSES = 2
@@ -55,6 +55,37 @@ def replace(x, weight, bias, plan=_EXAMPLE, loss_memory=None, index=None, **inpu
     return run(plan, x, weight, bias, named, loss_memory)
 
 
+def search_divergence(
+    x, weight, bias: torch.Tensor | None, teacher_x, teacher_weight, teacher_bias: torch.Tensor | None
+):
+    target = F.log_softmax(F.linear(teacher_x, teacher_weight, teacher_bias).float(), -1).detach()
+    student = F.log_softmax(F.linear(x, weight, bias).float(), -1)
+    return F.kl_div(student, target, reduction="none", log_target=True).sum(-1)
+
+
+_WHOLE = (Box(((0, None),)), (0, None), 1.0, None)
+_EXAMPLE_OF_PAIR = PairPlan(
+    "forward", 0.5, _WHOLE, _WHOLE, (Output((Addend("divergence"),), 0, None, (), is_detached=False),)
+)
+
+
+def replace_divergence(
+    x,
+    weight,
+    bias,
+    teacher_x,
+    teacher_weight,
+    teacher_bias,
+    plan=_EXAMPLE_OF_PAIR,
+    loss_memory=None,
+):
+    teacher = [
+        tensor if tensor is None or not torch.is_grad_enabled() else tensor.detach()
+        for tensor in (teacher_x, teacher_weight, teacher_bias)
+    ]
+    return run_pair(plan, (x, weight, bias), tuple(teacher), loss_memory)
+
+
 PATTERNS = (
     Pattern(
         name="linear_softmax.questions",
@@ -69,6 +100,23 @@ PATTERNS = (
         profit=profit,
         saves=saved_bytes,
         finds=find_questions,
+        detaches=True,
+    ),
+    Pattern(
+        name="linear_softmax.divergence",
+        search=search_divergence,
+        replace=replace_divergence,
+        examples={
+            "x": torch.empty(6, 8),
+            "weight": torch.empty(11, 8),
+            "bias": torch.empty(11),
+            "teacher_x": torch.empty(6, 5),
+            "teacher_weight": torch.empty(11, 5),
+            "teacher_bias": torch.empty(11),
+        },
+        profit=profit,
+        saves=saved_bytes,
+        finds=find_divergences,
         detaches=True,
     ),
 )

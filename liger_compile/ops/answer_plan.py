@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import linear_softmax
+from . import linear_divergence, linear_softmax  # noqa: F401 - registers the op
 from .softmax_questions import QUESTIONS
 
 
@@ -215,9 +215,7 @@ class _Answering:
             answer = answer.detach() if addend.is_detached and torch.is_grad_enabled() else answer
             total = answer if total is None else total + answer
         assert total is not None, "an output has an addend"
-        for step, argument in output.steps:
-            total = _STEPS[step](total, argument)
-        return total.detach().clone() if output.is_detached else total.clone()
+        return _stepped(total, output)
 
     def answer(self, addend: Addend, rows: slice) -> Tensor:
         if addend.question == "cross_entropy":
@@ -245,6 +243,13 @@ class _Answering:
         return loss.sum() / is_counted.sum() if reduction == "mean" else loss.sum()
 
 
+def _stepped(value: Tensor, output: Output) -> Tensor:
+    for step, argument in output.steps:
+        value = _STEPS[step](value, argument)
+    # AOTAutograd cannot detach in inference mode.
+    return value.detach().clone() if output.is_detached and torch.is_grad_enabled() else value.clone()
+
+
 _STEPS: Mapping[str, Any] = {
     "view": lambda value, shape: value.reshape(shape),
     "sum": lambda value, dims: value.sum(dims, keepdim=True),
@@ -252,3 +257,50 @@ _STEPS: Mapping[str, Any] = {
     "mul": lambda value, number: value * number,
     "to": lambda value, dtype: value.to(dtype),
 }
+
+
+@dataclass(frozen=True)
+class PairPlan:
+    """One divergence of a student's head from a teacher's, of which the graph derives some values.
+
+    Args:
+        kind: of ops/divergence.py.
+        student, teacher: the box of rows, the classes, logit_scale and softcap, as in Plan.
+    """
+
+    kind: str
+    beta: float
+    student: tuple[Box, tuple[int, int | None], float, float | None]
+    teacher: tuple[Box, tuple[int, int | None], float, float | None]
+    outputs: tuple[Output, ...]
+
+
+def run_pair(
+    plan: PairPlan,
+    student: tuple[Tensor, Tensor, Tensor | None],
+    teacher: tuple[Tensor, Tensor, Tensor | None],
+    memory: int | None,
+) -> tuple[Tensor, ...]:
+    """Returns the values of the outputs, each in memory of its own, for (x, weight, bias) of both heads."""
+    tensors = [*_of_box(plan.student, *student), *_of_box(plan.teacher, *teacher)]
+    forms = (*plan.student[2:], *plan.teacher[2:])
+    made, _ = torch.ops.liger_compile.linear_divergence.default(
+        *tensors, plan.kind, plan.beta, *forms, memory or 0
+    )
+    return tuple(_of_divergence(made, output) for output in plan.outputs)
+
+
+def _of_box(
+    part: tuple[Box, tuple[int, int | None], Any, Any], x: Tensor, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    box, classes, *_ = part
+    rows = box.of(x)
+    rows = rows.reshape(-1, rows.shape[-1])
+    if classes == (0, None):
+        return rows, weight, bias
+    return rows, weight[slice(*classes)], None if bias is None else bias[slice(*classes)]
+
+
+def _of_divergence(made: Tensor, output: Output) -> Tensor:
+    (addend,) = output.addends
+    return _stepped(made if addend.factor == 1 else made * addend.factor, output)

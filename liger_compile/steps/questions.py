@@ -8,23 +8,27 @@ reads a wide value, the logits are needed anyway: the place is a near miss, with
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch.fx import Graph, Node
 
-from liger_compile.ops.answer_plan import Addend, Box, Columns, Output, Part, Plan
+from liger_compile.ops.answer_plan import Addend, Box, Columns, Output, PairPlan, Part, Plan
 from liger_compile.pattern import Capture, Match, NearMiss, Pattern
 from liger_compile.terms.build import Terms
 from liger_compile.terms.questions import (
     LINEAR,
+    PAIRS,
     Asked,
+    Head,
     Narrow,
     Reader,
     Rows,
     Scores,
+    Symbol,
+    heads_of,
     lead_of,
     located,
 )
@@ -43,45 +47,91 @@ class _UnansweredError(Exception):
 
 @dataclass
 class _Found:
-    """The readers of the logits of one head.
+    """The readers of the logits of one head, or of two that are read together.
 
     Args:
+        linear: the terms of the linear layers.
+        heads: their heads; a slice of the rows of an input is no other head.
         wide: the wide values, in order of their discovery.
         questions: the nodes that ask, with the question.
         others: (value, reader) for each other reader.
     """
 
+    linear: dict[Term, None]
+    heads: dict[Head, None]
     wide: dict[Node, None]
     questions: dict[Node, Narrow]
     others: list[tuple[Node, Node]]
 
 
 def find_questions(pattern: Pattern, graph: Graph, terms: Terms) -> tuple[list[Match], list[NearMiss]]:
-    """Returns the matches of `pattern`, whose replacement carries out plans, and the near misses."""
+    """Returns the matches of `pattern`, whose replacement carries out a Plan, and the near misses."""
+    return _find(pattern, graph, terms, _match, is_wanted=lambda found: len(found.heads) != 2)
+
+
+def find_divergences(pattern: Pattern, graph: Graph, terms: Terms) -> tuple[list[Match], list[NearMiss]]:
+    """Returns the matches of `pattern`, whose replacement carries out a PairPlan, and the near misses."""
+    return _find(pattern, graph, terms, _match_of_pair, is_wanted=lambda found: len(found.heads) == 2)
+
+
+def _find(
+    pattern: Pattern,
+    graph: Graph,
+    terms: Terms,
+    make: Callable[[Pattern, _Found, Terms], Match],
+    is_wanted: Callable[[_Found], bool],
+) -> tuple[list[Match], list[NearMiss]]:
     reader = Reader(terms.space, terms.written_whole)
     matches: list[Match] = []
     near_misses: list[NearMiss] = []
-    done: set[Term] = set()
-    for node in graph.nodes:
-        term = terms.of[node]
-        if not isinstance(term, Term) or term.op != "linear" or term in done or node in terms.passes_through:
-            continue
-        done.add(term)
-        found = _follow(terms.nodes[term], reader, terms)
-        if not _is_worth_a_plan(found):
+    for found in _places(graph, reader, terms):
+        if not is_wanted(found) or not _is_worth_a_plan(found):
             continue
         try:
             if found.others:
                 raise _UnansweredError(_why_read(*found.others[0]))
-            matches.append(_match(pattern, found, terms))
+            matches.append(make(pattern, found, terms))
         except _UnansweredError as reason:
             near_misses.append(_near_miss(pattern, found, str(reason)))
     return matches, near_misses
 
 
-def _follow(heads: Sequence[Node], reader: Reader, terms: Terms) -> _Found:
-    found = _Found({head: None for head in heads}, {}, [])
-    waiting = [*heads]
+def _places(graph: Graph, reader: Reader, terms: Terms) -> Iterator[_Found]:
+    """Yields the readers of each head, or of several heads that are read together."""
+    linear = {term: None for term in terms.of.values() if isinstance(term, Term) and term.op == "linear"}
+    for term in linear:
+        reader.wide(term)
+    done: set[Term] = set()
+    for node in graph.nodes:
+        term = terms.of[node]
+        if term in linear and term not in done and node not in terms.passes_through:
+            found = _follow(term, reader, terms)
+            done.update(found.linear)
+            yield found
+
+
+def _follow(linear: Term, reader: Reader, terms: Terms) -> _Found:
+    """Returns the readers of a linear layer, and those of all that are read together with it."""
+    found = _Found({linear: None}, {}, {node: None for node in terms.nodes[linear]}, {}, [])
+    waiting = [*found.wide]
+    while waiting:
+        _follow_nodes(waiting, found, reader, terms)
+        polynomials = (reader.wide(terms.of[node]) for node in found.wide if isinstance(terms.of[node], Term))
+        found.heads.update((head, None) for wide in polynomials for head in heads_of(wide or {}))
+        for narrow in found.questions.values():
+            for asked in narrow.asked:
+                found.heads[asked.scores.head] = None
+                if asked.other is not None:
+                    found.heads[asked.other.scores.head] = None
+        for term in (term for head in found.heads for term in reader.linears[head]):
+            if term not in found.linear:
+                found.linear[term] = None
+                waiting.extend(terms.nodes.get(term, ()))
+        found.wide.update((node, None) for node in waiting)
+    return found
+
+
+def _follow_nodes(waiting: list[Node], found: _Found, reader: Reader, terms: Terms) -> None:
     while waiting:
         node = waiting.pop()
         for user in node.users:
@@ -100,7 +150,6 @@ def _follow(heads: Sequence[Node], reader: Reader, terms: Terms) -> _Found:
                 found.others.append((node, user))
             elif _is_effect(user):
                 found.others.append((node, user))
-    return found
 
 
 def _is_effect(user: Node) -> bool:
@@ -113,7 +162,7 @@ def _is_worth_a_plan(found: _Found) -> bool:
     asked = [one for narrow in found.questions.values() for one in narrow.asked]
     if len(found.questions) == 1 and len(asked) == 1 and asked[0].question == "cross_entropy":
         return False
-    is_loss = any(one.question in _OF_LOSSES for one in asked)
+    is_loss = any(one.question in _OF_LOSSES | PAIRS for one in asked)
     return is_loss or (bool(asked) and not found.others and any(one.question == "top" for one in asked))
 
 
@@ -138,11 +187,15 @@ def _near_miss(pattern: Pattern, found: _Found, reason: str) -> NearMiss:
 # Plans
 
 
-def _match(pattern: Pattern, found: _Found, terms: Terms) -> Match:
+def _outputs(found: _Found, terms: Terms) -> list[Node]:
+    """Returns the questions in graph order; those with gradients first, because the first decides about the mode."""
     position = terms.mutations.position
-    outputs = sorted(found.questions, key=lambda node: (not _needs_gradient(node), position[node]))
-    if not any(map(_needs_gradient, outputs)):
-        outputs.sort(key=position.__getitem__)
+    return sorted(found.questions, key=lambda node: (not _needs_gradient(node), position[node]))
+
+
+def _match(pattern: Pattern, found: _Found, terms: Terms) -> Match:
+    """Returns the match of all questions about one head."""
+    outputs = _outputs(found, terms)
     planned = _Planned([found.questions[node] for node in outputs], terms)
     head = planned.head
     captures: dict[str, Any] = {
@@ -153,10 +206,83 @@ def _match(pattern: Pattern, found: _Found, terms: Terms) -> Match:
     are_detached = [not _needs_gradient(node) for node in outputs]
     captures["plan"] = planned.plan(are_detached)
     captures.update({f"input_{at}": _capture(term, terms) for at, term in enumerate(planned.inputs)})
+    return _made(pattern, captures, outputs, found, terms)
+
+
+def _made(
+    pattern: Pattern, captures: dict[str, Any], outputs: Sequence[Node], found: _Found, terms: Terms
+) -> Match:
+    position = terms.mutations.position
     nodes = sorted({*found.wide, *outputs}, key=position.__getitem__)
-    operands = [bound.node for bound in captures.values() if isinstance(bound, Capture)]
-    in_order = sorted(set(operands), key=position.__getitem__)
+    operands = {bound.node for bound in captures.values() if isinstance(bound, Capture)}
+    in_order = sorted(operands, key=position.__getitem__)
     return Match(pattern, captures, tuple(outputs), tuple(nodes), tuple(in_order))
+
+
+def _match_of_pair(pattern: Pattern, found: _Found, terms: Terms) -> Match:
+    """Returns the match of one divergence of two heads."""
+    outputs = _outputs(found, terms)
+    asked = [one for node in outputs for one in found.questions[node].asked]
+    if len({replace(one, factor=1.0) for one in asked}) > 1 or asked[0].other is None:
+        raise _UnansweredError("two heads are read together, for more than one divergence")
+    first = asked[0]
+    assert first.other is not None, "checked above"
+    p = Symbol("p", first.scores, first.rows, first.is_detached)
+    learns = [_learns(symbol, terms) for symbol in (p, first.other)]
+    if all(learns):
+        raise _UnansweredError("both heads get gradients, and the op has gradients of one; detach the other one")
+    student, teacher = (p, first.other) if learns[0] else (first.other, p)
+    kind = _KINDS.get((first.question, student is p))
+    if kind is None:
+        raise _UnansweredError("the head whose softmax is the target gets a gradient; detach it")
+    captures: dict[str, Any] = {}
+    for prefix, symbol in (("", student), ("teacher_", teacher)):
+        head = symbol.scores.head
+        captures[f"{prefix}x"] = _capture(head.x, terms)
+        captures[f"{prefix}weight"] = _capture(head.weight, terms)
+        captures[f"{prefix}bias"] = None if head.bias is terms.space.none else _capture(head.bias, terms)
+    captures["plan"] = PairPlan(
+        kind,
+        first.beta if teacher is p else 1 - first.beta,
+        _form(student),
+        _form(teacher),
+        tuple(_of_pair(found.questions[node], not _needs_gradient(node)) for node in outputs),
+    )
+    return _made(pattern, captures, outputs, found, terms)
+
+
+# By question, and whether the student's is the softmax p in it.
+_KINDS = {
+    ("kl", False): "forward",
+    ("kl", True): "reverse",
+    ("plain_kl", False): "plain_forward",
+    ("cross", False): "cross",
+    ("finite_cross", False): "finite_cross",
+    ("jensen_shannon", False): "jensen_shannon",
+    ("jensen_shannon", True): "jensen_shannon",
+}
+
+
+def _learns(symbol: Symbol, terms: Terms) -> bool:
+    head = symbol.scores.head
+    inputs = [term for term in (head.x, head.weight, head.bias) if term is not terms.space.none]
+    return not symbol.is_detached and any(_capture(term, terms).value.requires_grad for term in inputs)
+
+
+def _form(symbol: Symbol) -> tuple[Box, tuple[int, int | None], float, float | None]:
+    scores, (start, end) = symbol.scores, symbol.scores.classes
+    if not symbol.rows.is_whole:
+        raise _UnansweredError("a divergence is about some rows of a flattened tensor")
+    if scores.scale == 0 or (scores.scale < 0 and scores.inner is not None):
+        raise _UnansweredError("the cap of the logits is not positive")
+    scale = scores.scale * (1.0 if scores.inner is None else scores.inner)
+    return _box(symbol.rows), (start, end or None), scale, None if scores.inner is None else scores.scale
+
+
+def _of_pair(narrow: Narrow, is_detached: bool) -> Output:
+    if len(narrow.asked) != 1:
+        raise _UnansweredError("a sum has several divergences")
+    return Output((Addend("divergence", narrow.asked[0].factor),), 0, None, narrow.steps, is_detached)
 
 
 def _needs_gradient(node: Node) -> bool:
@@ -184,6 +310,8 @@ class _Planned:
 
     def __init__(self, questions: Sequence[Narrow], terms: Terms) -> None:
         self.questions, self.terms = questions, terms
+        if any(asked.question in PAIRS for narrow in questions for asked in narrow.asked):
+            raise _UnansweredError("a divergence has the same head on both sides")
         self.asked = [asked for narrow in questions for asked in narrow.asked]
         self.scores = self._scores()
         self.head = self.scores.head

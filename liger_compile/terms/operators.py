@@ -353,6 +353,29 @@ def _topk(call, input: Term, k: int, dim: int = -1, largest=True, sorted=True):
     )
 
 
+def _kl_div(
+    call,
+    input: Term,
+    target: Term,
+    size_average=None,
+    reduce=None,
+    reduction="mean",
+    log_target=False,
+):
+    """Returns the term of each element, reduced; None for broadcast or differently rounded operands."""
+    is_alike = input.shape == target.shape and input.dtype == target.dtype == call.dtype
+    if size_average is not None or reduce is not None or not is_alike or type(log_target) is not bool:
+        return None
+    args, dims = (input, target), tuple(range(-len(input.shape), 0))
+    each = normalize.apply(call.space, "kl_div", args, (log_target,), call.dtype, input.shape)
+    if reduction == "none":
+        return each
+    if reduction == "batchmean":
+        total = _reduced(call, "sum", each, dims, call.dtype)
+        return _truediv(call, total, input.shape[0]) if isinstance(input.shape[0], int) else None
+    return _reduced(call, reduction, each, dims, call.dtype) if reduction in ("sum", "mean") else None
+
+
 def _detach(call, input: Term):
     return call.space.intern("detached", (input,), (), input.dtype, input.shape)
 
@@ -556,7 +579,7 @@ TABLE: Mapping[str, Callable[..., Any]] = {
     "vector_norm": _vector_norm, "softmax": _softmax("softmax"), "log_softmax": _softmax("log_softmax"),
     "rms_norm": _rms_norm, "layer_norm": _layer_norm, "linear": _linear, "addmm": _addmm, "matmul": _matmul,
     "baddbmm": _baddbmm, "einsum": _einsum, "complex": _complex, "logsumexp": _logsumexp, "gather": _gather,
-    "argmax": _argmax, "topk": _topk, "detach": _detach, "take_along_dim": _take_along_dim, "normalize": _normalized,
+    "argmax": _argmax, "topk": _topk, "kl_div": _kl_div, "detach": _detach, "take_along_dim": _take_along_dim, "normalize": _normalized,
     "cross_entropy": _cross_entropy, "nll_loss": _nll_loss, "scaled_dot_product_attention": attention,
     **LAYOUT_TABLE, **INDEX_TABLE,
     "view_as_complex": _reinterpreted("view_as_complex"), "view_as_real": _reinterpreted("view_as_real"),

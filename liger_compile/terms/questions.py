@@ -7,12 +7,15 @@ and sums of products of these. It is read as a polynomial: from products of symb
     gather(z, index), gather(log_softmax(z), index), cross_entropy(z, target), logsumexp(z), argmax(z), topk(z)
     sum(p * z), sum(p * log p), sum(z), sum(log p), sum(p * p)      p = softmax(z), also as exp(log_softmax(z))
 
+    sum(q * log p), sum(q * (log q - log p)), and the Jensen-Shannon divergence, of two heads
+
 Views and slices of the rows are read as a box of the rows of the head's input, and a range of its flattened rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -107,12 +110,26 @@ class Scores:
 
 @dataclass(frozen=True)
 class Symbol:
-    """A factor of a wide term: "z", "lp" (log_softmax) or "p" (softmax) of scores, at rows of the head's input."""
+    """A factor of a wide term, at rows of the input of a head.
+
+    Args:
+        kind: "z", "lp" (log_softmax), "p" (softmax), "xlogx" (p * log p, 0 where p is 0), "isinf" (of z), or "finite_lp"
+            (0 where z is infinite; so is what it is multiplied by); of several heads: "stack", "mix" (log of a mixture).
+        of: the symbols "lp" in a stack or a mixture, in which `scores` are those of the first.
+        shifts: the logarithms of their weights.
+    """
 
     kind: str
     scores: Scores
     rows: Rows
     is_detached: bool = False
+    of: tuple[Symbol, ...] = ()
+    shifts: tuple[float, ...] = ()
+
+    @property
+    def source(self) -> tuple[Scores, Rows, bool]:
+        """What the symbol is a function of."""
+        return self.scores, self.rows, self.is_detached
 
 
 Wide = Mapping[tuple[Symbol, ...], float]
@@ -125,6 +142,8 @@ class Asked:
     Args:
         scores: with the scale, except for questions whose answers scale as the scores do (`factor` has the scale).
         index: for questions about columns, int64: `width` entries for each row.
+        other: for PAIRS, a symbol of the other head. Of "kl" and "cross", `scores` are those whose softmax is p:
+            sum(p * (log p - log q)), sum(p * log q). Of "jensen_shannon" they have the weight beta.
     """
 
     question: str
@@ -135,6 +154,8 @@ class Asked:
     width: int = 1
     loss: tuple[int, str, float] | None = None
     is_detached: bool = False
+    other: Symbol | None = None
+    beta: float = 0.5
 
 
 @dataclass(frozen=True)
@@ -148,6 +169,7 @@ class Narrow:
         return replace(self, steps=(*self.steps, *steps))
 
 
+PAIRS = frozenset(("kl", "plain_kl", "cross", "finite_cross", "jensen_shannon"))
 # Questions whose answers are proportional to the scores.
 LINEAR = frozenset(("scores", "score_sum", "mean_score", "top"))
 _OF_PRODUCTS: Mapping[tuple[str, ...], tuple[str, float]] = {
@@ -165,6 +187,7 @@ class Reader:
     def __init__(self, space: Space, written: Mapping[Term, Term]) -> None:
         """Reads terms of a space. `written`: a value after a write -> the result of the operation that wrote it."""
         self.space, self.written = space, written
+        self.linears: dict[Head, dict[Term, None]] = {}
         self._wide: dict[Term, Wide | None] = {}
         self._narrow: dict[Term, Narrow | None] = {}
 
@@ -226,6 +249,7 @@ def _linear(reader: Reader, term: Term, _: int) -> Wide | None:
         if of_bias != classes:
             return None
     head = Head(source, weight, bias, term.dtype)
+    reader.linears.setdefault(head, {})[term] = None
     return {(Symbol("z", Scores(head, classes), rows),): 1.0}
 
 
@@ -303,7 +327,11 @@ def _cast(reader: Reader, term: Term, depth: int) -> Wide | None:
 
 def _detached(reader: Reader, term: Term, depth: int) -> Wide | None:
     wide = reader.wide(term.args[0], depth)
-    return None if wide is None else _of(wide, lambda symbol: replace(symbol, is_detached=True))
+    return (
+        None
+        if wide is None
+        else _of(wide, lambda symbol: None if symbol.of else replace(symbol, is_detached=True))
+    )
 
 
 def _view(reader: Reader, term: Term, depth: int) -> Wide | None:
@@ -320,7 +348,7 @@ def _slice(reader: Reader, term: Term, depth: int) -> Wide | None:
 
     def sliced(symbol: Symbol) -> Symbol | None:
         rows = symbol.rows.sliced(source.shape[:-1], dim + len(source.shape), start, stop)
-        return None if rows is None else replace(symbol, rows=rows)
+        return None if rows is None or symbol.of else replace(symbol, rows=rows)
 
     return _of(wide, sliced)
 
@@ -334,15 +362,18 @@ def _fewer_classes(symbol: Symbol, start: Size, end: int | None) -> Symbol | Non
 
 def _mul(reader: Reader, term: Term, depth: int) -> Wide | None:
     scalar, *powers = term.consts
-    if scalar.powers or len(powers) > MOST_SYMBOLS:
+    if scalar.powers or len(powers) > MOST_SYMBOLS + 1:
         return None
     product: dict[tuple[Symbol, ...], float] = {(): scalar.value}
     for factor, power in zip(term.args, powers, strict=True):
+        if factor.shape == () and (number := constant(factor)) is not None:
+            product = {symbols: known * number**power for symbols, known in product.items()}
+            continue
         if power not in (1, 2) or factor.shape != term.shape or (wide := reader.wide(factor, depth)) is None:
             return None
         for _ in range(int(power)):
             product = _product_of(product, wide)
-    return product if all(len(symbols) <= MOST_SYMBOLS for symbols in product) else None
+    return product if all(0 < len(symbols) <= MOST_SYMBOLS for symbols in product) else None
 
 
 def _product_of(a: Wide, b: Wide) -> dict[tuple[Symbol, ...], float]:
@@ -355,14 +386,19 @@ def _product_of(a: Wide, b: Wide) -> dict[tuple[Symbol, ...], float]:
 
 
 def _add(reader: Reader, term: Term, depth: int) -> Wide | None:
-    """Reads a sum of wide terms; z - logsumexp(z) is log_softmax(z)."""
-    if term.consts[0] != normalize.ZERO:
+    """Reads a sum of wide terms and numbers; z - logsumexp(z) is log_softmax(z)."""
+    if term.consts[0].powers:
         return None
-    normalized = _written_log_softmax(reader, term, depth)
+    normalized = _written_log_softmax(reader, term, depth) if term.consts[0] == normalize.ZERO else None
     if normalized is not None:
         return normalized
     total: dict[tuple[Symbol, ...], float] = {}
+    if term.consts[0].value:
+        total[()] = term.consts[0].value
     for addend in term.args:
+        if addend.shape == () and (number := constant(addend)) is not None:
+            total[()] = total.get((), 0.0) + number
+            continue
         wide = reader.wide(addend, depth) if addend.shape == term.shape else None
         if wide is None:
             return None
@@ -415,6 +451,112 @@ def _exp(reader: Reader, term: Term, depth: int) -> Wide | None:
     return {(replace(symbol, kind="p"),): 1.0} if symbol is not None and is_log else None
 
 
+def _isinf(reader: Reader, term: Term, depth: int) -> Wide | None:
+    symbol = reader.scores(term.args[0], depth)
+    return None if symbol is None else {(replace(symbol, kind="isinf"),): 1.0}
+
+
+def _where(reader: Reader, term: Term, depth: int) -> Wide | None:
+    """Reads a product with log p that is 0 where the logits are infinite."""
+    condition, filled, values = term.args
+    infinite, _ = _single(reader.wide(condition, depth))
+    if infinite is None or infinite.kind != "isinf" or constant(filled) != 0 or values.shape != term.shape:
+        return None
+    wide = reader.wide(values, depth)
+
+    def finite(symbol: Symbol) -> Symbol:
+        is_it = (symbol.scores.unscaled, symbol.rows) == (infinite.scores.unscaled, infinite.rows)
+        return replace(symbol, kind="finite_lp") if symbol.kind == "lp" and is_it else symbol
+
+    if wide is None:
+        return None
+    changed = _of(wide, finite)
+    is_each = all(any(symbol.kind == "finite_lp" for symbol in symbols) for symbols in changed or ())
+    return changed if is_each else None
+
+
+def _kl_div(reader: Reader, term: Term, depth: int) -> Wide | None:
+    """Reads the terms of F.kl_div: p * (log p - x)."""
+    (x, factor), (target, of_target) = (_single(reader.wide(arg, depth)) for arg in term.args)
+    (has_log,) = term.consts
+    if x is None or target is None or (factor, of_target) != (1, 1) or x.kind not in ("lp", "mix"):
+        return None
+    if target.kind != ("lp" if has_log else "p"):
+        return None
+    p = replace(target, kind="p")
+    own = (replace(target, kind="lp"), p) if has_log else (replace(target, kind="xlogx"),)
+    return {own: 1.0, (x, p): -1.0}
+
+
+def _cat(reader: Reader, term: Term, depth: int) -> Wide | None:
+    """Reads a stack of two log_softmax, each plus a number."""
+    if len(term.args) != 2 or term.consts == (-1,):
+        return None
+    found = [_shifted(reader.wide(part, depth)) for part in term.args if part.shape[term.consts[0]] == 1]
+    return _joined("stack", [one for one in found if one is not None])
+
+
+def _shifted(wide: Wide | None) -> tuple[Symbol, float] | None:
+    rest = {symbols: factor for symbols, factor in (wide or {}).items() if symbols}
+    symbol, factor = _single(rest)
+    is_log = symbol is not None and symbol.kind == "lp" and factor == 1
+    return (symbol, (wide or {}).get((), 0.0)) if symbol is not None and is_log else None
+
+
+def _joined(kind: str, parts: list[tuple[Symbol, float]]) -> Wide | None:
+    if len(parts) != 2:
+        return None
+    of, shifts = zip(*parts, strict=True)
+    return {(Symbol(kind, of[0].scores, of[0].rows, False, of, shifts),): 1.0}
+
+
+def _mixed(reader: Reader, term: Term, depth: int) -> Wide | None:
+    """Reads logsumexp over a stack."""
+    (stack,), dims = term.args, term.consts
+    symbol, factor = _single(reader.wide(stack, depth))
+    is_over_stack = stack.op == "cat" and stack.consts == dims and factor == 1
+    if symbol is None or symbol.kind != "stack" or not is_over_stack:
+        return None
+    return _mixture(list(zip(symbol.of, symbol.shifts, strict=True)))
+
+
+def _logaddexp(reader: Reader, term: Term, depth: int) -> Wide | None:
+    found = [_shifted(reader.wide(part, depth)) for part in term.args if part.shape == term.shape]
+    return _mixture([one for one in found if one is not None])
+
+
+def _mixture(parts: list[tuple[Symbol, float]]) -> Wide | None:
+    is_mixture = math.isclose(sum(math.exp(shift) for _, shift in parts), 1.0, rel_tol=1e-6)
+    return _joined("mix", parts) if is_mixture else None
+
+
+def constant(term: Term, depth: int = 6) -> float | None:
+    """Returns the number that a term is, or None."""
+    if term.op == "number":
+        return None if term.consts[0].powers else float(term.consts[0].value)
+    if term.op == "full":
+        return float(term.consts[0]) if isinstance(term.consts[0], (int, float)) else None
+    args = [constant(arg, depth - 1) for arg in term.args] if depth and len(term.args) <= 2 else [None]
+    if any(arg is None for arg in args):
+        return None
+    known = [arg for arg in args if arg is not None]
+    try:
+        return _evaluated(term, known)
+    except (ValueError, OverflowError, ZeroDivisionError):
+        return None
+
+
+def _evaluated(term: Term, args: list[float]) -> float | None:
+    if term.op in ("cast", "view", "expand") and term.dtype is not None and term.dtype.is_floating_point:
+        return args[0] if normalize.widens(torch.float32, term.dtype) or term.op != "cast" else None
+    if term.op == "mul" and not term.consts[0].powers:
+        return term.consts[0].value * math.prod(a**p for a, p in zip(args, term.consts[1:], strict=True))
+    if term.op == "add" and not term.consts[0].powers:
+        return term.consts[0].value + sum(args)
+    function = {"log": math.log, "exp": math.exp, "log1p": math.log1p}.get(term.op.rpartition(".")[2])
+    return function(args[0]) if function and len(args) == 1 else None
+
+
 _WIDE: Mapping[str, Callable[[Reader, Term, int], Wide | None]] = {
     "leaf": _leaf,
     "linear": _linear,
@@ -428,6 +570,12 @@ _WIDE: Mapping[str, Callable[[Reader, Term, int], Wide | None]] = {
     "softmax": _softmax("p"),
     "log_softmax": _softmax("lp"),
     "exp": _exp,
+    "where": _where,
+    "kl_div": _kl_div,
+    "cat": _cat,
+    "logsumexp": _mixed,
+    **{f"{module}.isinf": _isinf for module in ("str", "torch")},
+    **{f"{module}.logaddexp": _logaddexp for module in ("str", "torch")},
 }
 
 
@@ -514,7 +662,9 @@ def _reduced(name: str) -> Callable[[Reader, Term, int], Narrow | None]:
         lead = _shape_of(wide_term.shape[:-1])
         if wide is None or -1 not in dims or classes is None or lead is None:
             return None
+        pair = _of_pair(wide)
         asked = tuple(_of_monomial(symbols, factor) for symbols, factor in wide.items() if factor)
+        asked = asked if pair is None else (pair,)
         if not asked or any(one is None for one in asked) or len({one.rows for one in asked if one}) > 1:
             return None
         steps: list[tuple[str, Any]] = [("view", (*lead, 1))]
@@ -550,6 +700,61 @@ def _of_monomial(symbols: tuple[Symbol, ...], factor: float) -> Asked | None:
         factor = factor / first.scores.scale
     scores = first.scores.unscaled if question == "score_sum" else first.scores
     return Asked(question, scores, first.rows, sign * factor, is_detached=first.is_detached)
+
+
+def _of_pair(wide: Wide) -> Asked | None:
+    """Returns the sum over the classes of a divergence of two heads."""
+    products = {tuple(symbol.kind for symbol in symbols): [] for symbols in wide}
+    for symbols, factor in wide.items():
+        products[tuple(symbol.kind for symbol in symbols)].append((*symbols, factor))
+    of_p = products.get(("lp", "p"), [])
+    if len(wide) == 1:
+        ((kinds, ((*symbols, factor),)),) = products.items()
+        if kinds in (("lp", "p"), ("finite_lp", "p")) and symbols[0].source != symbols[1].source:
+            return _pair("cross" if kinds[0] == "lp" else "finite_cross", symbols[1], symbols[0], factor)
+        return None
+    if len(wide) == 2:
+        return _of_kl(of_p, products.get(("xlogx",), []))
+    return _of_mixture(of_p, products.get(("mix", "p"), [])) if len(wide) == 4 else None
+
+
+def _pair(question: str, p: Symbol, other: Symbol, factor: float, beta: float = 0.5) -> Asked:
+    return Asked(question, p.scores, p.rows, factor, is_detached=p.is_detached, other=other, beta=beta)
+
+
+def _of_kl(of_p: list[Any], of_xlogx: list[Any]) -> Asked | None:
+    own = [(p, factor) for lp, p, factor in of_p if lp.source == p.source]
+    own += [(symbol, factor) for symbol, factor in of_xlogx]
+    crossed = [(lp, p, factor) for lp, p, factor in of_p if lp.source != p.source]
+    if len(own) != 1 or len(crossed) != 1:
+        return None
+    ((p, factor),), ((lp, other_p, other_factor),) = own, crossed
+    if p.source != other_p.source or other_factor != -factor:
+        return None
+    return _pair("plain_kl" if of_xlogx else "kl", p, lp, factor)
+
+
+def _of_mixture(of_p: list[Any], of_mix: list[Any]) -> Asked | None:
+    """Returns beta * KL(p, m) + (1 - beta) * KL(q, m), for the mixture m with these weights."""
+    if len(of_p) != 2 or len(of_mix) != 2 or any(lp.source != p.source for lp, p, _ in of_p):
+        return None
+    total = sum(factor for *_, factor in of_p)
+    (_, p, first), (_, q, _) = of_p
+    mixture = of_mix[0][0]
+    weights = {symbol.source: math.exp(shift) for symbol, shift in zip(mixture.of, mixture.shifts, strict=True)}
+    expected = {(mixture.source, symbol.source): factor for _, symbol, factor in of_p}
+    found = {(mix.source, symbol.source): -factor for mix, symbol, factor in of_mix if mix == mixture}
+    is_weighted = total and {p.source, q.source} == set(weights) and p.source != q.source
+    if expected != found or not is_weighted or not math.isclose(first / total, weights[p.source], rel_tol=1e-6):
+        return None
+    return _pair("jensen_shannon", p, q, total, weights[p.source])
+
+
+def heads_of(wide: Wide) -> Iterator[Head]:
+    """Yields the heads of the symbols of a polynomial."""
+    for symbols in wide:
+        for symbol in symbols:
+            yield from (part.scores.head for part in symbol.of or (symbol,))
 
 
 def _after(step: Callable[[Term], tuple[str, Any] | None]) -> Callable[[Reader, Term, int], Narrow | None]:
