@@ -458,19 +458,23 @@ def linear_divergence(
     for cap in (softcap, teacher_softcap):
         validation.check_loss(name, "none", 0.0, cap)
     validation.check_memory(name, memory)
-    found, _ = torch.ops.liger_compile.linear_divergence.default(
-        x.reshape(-1, x.shape[-1]),
-        weight,
-        bias,
+    teacher = linear_softmax.TeacherOf(
         teacher_x.reshape(-1, teacher_x.shape[-1]),
         teacher_weight,
         teacher_bias,
         kind,
         beta,
-        logit_scale,
-        softcap,
         logit_scale if teacher_scale is None else teacher_scale,
         teacher_softcap,
-        memory or 0,
     )
-    return found.reshape(x.shape[:-1])
+    found = linear_softmax.answers(
+        x.reshape(-1, x.shape[-1]),
+        weight,
+        bias,
+        set(),
+        logit_scale=logit_scale,
+        softcap=softcap,
+        teacher=teacher,
+        memory=memory or 0,
+    )
+    return found.divergence.reshape(x.shape[:-1])

@@ -14,11 +14,11 @@ computes its gradients in forward.
 import torch
 import torch.nn.functional as F
 
-from liger_compile.ops.answer_plan import Addend, Box, Columns, Output, PairPlan, Part, Plan, run, run_pair
+from liger_compile.ops.answer_plan import WHOLE, Addend, Columns, Form, Output, Part, Plan, run
 from liger_compile.pattern import Match, Pattern
 from liger_compile.patterns.linear_cross_entropy import saved_bytes
 from liger_compile.patterns.profit import few_logits, needs_kernel
-from liger_compile.steps.questions import find_divergences, find_questions
+from liger_compile.steps.questions import find_questions
 
 # The logits must be much larger than the hidden states, which are read for them several times.
 LEAST_CLASSES = 2
@@ -37,11 +37,8 @@ def search(x, weight, bias: torch.Tensor | None, index):
 
 
 _EXAMPLE = Plan(
-    box=Box(((0, None),)),
-    classes=(0, None),
-    logit_scale=1.0,
-    softcap=None,
-    columns=(Columns(1, (Part(0, Box(()), 0, None, 0, None),)),),
+    form=Form(),
+    columns=(Columns(1, (Part(0, WHOLE, 0, None, 0, None),)),),
     outputs=(
         Output((Addend("log_probabilities", columns=0),), 0, None, (), is_detached=False),
         Output((Addend("entropy"),), 0, None, (), is_detached=False),
@@ -49,41 +46,29 @@ _EXAMPLE = Plan(
 )
 
 
-def replace(x, weight, bias, plan=_EXAMPLE, loss_memory=None, index=None, **inputs):
-    """Carry out a plan; `inputs` are input_0, input_1, ..., of which its columns are made."""
-    named = [inputs[f"input_{at}"] for at in range(len(inputs))] if index is None else [index]
-    return run(plan, x, weight, bias, named, loss_memory)
-
-
-def search_divergence(
-    x, weight, bias: torch.Tensor | None, teacher_x, teacher_weight, teacher_bias: torch.Tensor | None
-):
-    target = F.log_softmax(F.linear(teacher_x, teacher_weight, teacher_bias).float(), -1).detach()
-    student = F.log_softmax(F.linear(x, weight, bias).float(), -1)
-    return F.kl_div(student, target, reduction="none", log_target=True).sum(-1)
-
-
-_WHOLE = (Box(((0, None),)), (0, None), 1.0, None)
-_EXAMPLE_OF_PAIR = PairPlan(
-    "forward", 0.5, _WHOLE, _WHOLE, (Output((Addend("divergence"),), 0, None, (), is_detached=False),)
-)
-
-
-def replace_divergence(
+def replace(
     x,
     weight,
     bias,
-    teacher_x,
-    teacher_weight,
-    teacher_bias,
-    plan=_EXAMPLE_OF_PAIR,
+    teacher_x=None,
+    teacher_weight=None,
+    teacher_bias=None,
+    plan=_EXAMPLE,
     loss_memory=None,
+    index=None,
+    **inputs,
 ):
-    teacher = [
-        tensor if tensor is None or not torch.is_grad_enabled() else tensor.detach()
-        for tensor in (teacher_x, teacher_weight, teacher_bias)
-    ]
-    return run_pair(plan, (x, weight, bias), tuple(teacher), loss_memory)
+    """Carry out a plan; `inputs` are input_0, input_1, ..., of which its columns are made."""
+    named = [inputs[f"input_{at}"] for at in range(len(inputs))] if index is None else [index]
+    teacher = None
+    if teacher_x is not None:
+        teacher = _detached(teacher_x), _detached(teacher_weight), _detached(teacher_bias)
+    return run(plan, (x, weight, bias), teacher, named, loss_memory)
+
+
+def _detached(tensor):
+    """AOTAutograd cannot detach in inference mode."""
+    return tensor if tensor is None or not torch.is_grad_enabled() else tensor.detach()
 
 
 PATTERNS = (
@@ -100,23 +85,6 @@ PATTERNS = (
         profit=profit,
         saves=saved_bytes,
         finds=find_questions,
-        detaches=True,
-    ),
-    Pattern(
-        name="linear_softmax.divergence",
-        search=search_divergence,
-        replace=replace_divergence,
-        examples={
-            "x": torch.empty(6, 8),
-            "weight": torch.empty(11, 8),
-            "bias": torch.empty(11),
-            "teacher_x": torch.empty(6, 5),
-            "teacher_weight": torch.empty(11, 5),
-            "teacher_bias": torch.empty(11),
-        },
-        profit=profit,
-        saves=saved_bytes,
-        finds=find_divergences,
         detaches=True,
     ),
 )

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launch, num_multiprocessors
-from .softmax_loss import exp, scores_of, config
+from .softmax_loss import config, exp, scores_of
 
 CROSS, FINITE_CROSS, FORWARD, PLAIN_FORWARD, REVERSE, JENSEN_SHANNON = range(6)
 _KIND = {
@@ -84,7 +84,9 @@ def _divergence_kernel(
             s = scores_of(logits, scale, softcap, True, HAS_SOFTCAP, IS_HALF)[0]
             s = (s - row_max) - log_sum
             logits = tl.load(teacher_ptr + row * teacher_stride + columns, mask=is_class, other=0.0)
-            t = scores_of(logits, teacher_scale, teacher_softcap, True, HAS_TEACHER_SOFTCAP, IS_TEACHER_HALF)[0]
+            t = scores_of(logits, teacher_scale, teacher_softcap, True, HAS_TEACHER_SOFTCAP, IS_TEACHER_HALF)[
+                0
+            ]
             t = (t - teacher_max) - teacher_log_sum
             if KIND <= 1:  # CROSS and FINITE_CROSS; constants of the module are no constants of a kernel
                 p = exp(t, IS_TEACHER_HALF)
@@ -157,7 +159,9 @@ def _gradient_kernel(
             )
             s = (s - row_max) - log_sum
             logits = tl.load(teacher_ptr + row * teacher_stride + columns, mask=is_class, other=0.0)
-            t = scores_of(logits, teacher_scale, teacher_softcap, True, HAS_TEACHER_SOFTCAP, IS_TEACHER_HALF)[0]
+            t = scores_of(logits, teacher_scale, teacher_softcap, True, HAS_TEACHER_SOFTCAP, IS_TEACHER_HALF)[
+                0
+            ]
             t = (t - teacher_max) - teacher_log_sum
             p = exp(s, IS_HALF)
             if KIND <= 1:

@@ -25,7 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launch, num_multiprocessors
-from .softmax_loss import exp, scores_of, config
+from .softmax_loss import config, exp, scores_of
 
 
 @triton.jit

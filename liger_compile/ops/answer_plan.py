@@ -6,14 +6,16 @@ where a loop takes one sequence after the other. `run` answers all questions by 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from . import linear_divergence, linear_softmax  # noqa: F401 - registers the op
+from . import linear_softmax
 from .softmax_questions import QUESTIONS
 
 
@@ -23,11 +25,18 @@ class Box:
 
     bounds: tuple[tuple[int, int | None], ...]
 
+    @property
+    def is_whole(self) -> bool:
+        return all(bound == (0, None) for bound in self.bounds)
+
     def of(self, tensor: Tensor) -> Tensor:
         """Returns the part of the tensor in the box; the dimensions beyond the bounds are whole."""
-        if all(bound == (0, None) for bound in self.bounds):
+        if self.is_whole:
             return tensor
         return tensor[tuple(slice(*bound) for bound in self.bounds)]
+
+
+WHOLE = Box(())
 
 
 @dataclass(frozen=True)
@@ -58,14 +67,26 @@ class Columns:
     Args:
         width: the number of columns.
         ignore_index: an entry that means "none"; None if every entry is a class.
+        box: of the rows; its only part has the entries of the box.
     """
 
     width: int
     parts: tuple[Part, ...]
     ignore_index: int | None = None
+    box: Box = WHOLE
 
-    def of(self, inputs: Sequence[Tensor], rows: Any) -> Tensor:
-        """Returns the entries (rows, width)."""
+    def of(self, inputs: Sequence[Tensor], lead: Sequence[Any]) -> Tensor:
+        """Returns the entries (rows, width), for rows with these leading dimensions."""
+        if not self.box.is_whole:
+            entries = self.parts[0].of(inputs, self.width)
+            sizes = [
+                size - start + (stop or 0) for size, (start, stop) in zip(lead, self.box.bounds, strict=True)
+            ]
+            margins = [
+                margin for start, stop in reversed(self.box.bounds) for margin in (start, -(stop or 0))
+            ]
+            return F.pad(entries.reshape(*sizes, self.width), (0, 0, *margins)).reshape(-1, self.width)
+        rows = math.prod(lead)
         found: list[Tensor] = []
         at = 0
         for part in self.parts:
@@ -84,7 +105,7 @@ class Addend:
     """A multiple of an answer.
 
     Args:
-        question: one of QUESTIONS, "top", "top_columns", "double_logsumexp" or "cross_entropy".
+        question: one of QUESTIONS, "top", "top_columns", "double_logsumexp", "cross_entropy" or "divergence".
         columns: the position of the columns of the index, for questions about columns.
         width: the number of largest scores, for the questions about these.
         loss: (ignore_index, reduction, label_smoothing) of a cross_entropy.
@@ -101,9 +122,10 @@ class Addend:
 
 @dataclass(frozen=True)
 class Output:
-    """A value of the graph: the sum of its addends at the rows `first` to `last`, and steps that follow.
+    """A value of the graph: the sum of its addends at the rows `first` to `last` of a box, and steps that follow.
 
     Args:
+        box: of the rows in their leading dimensions; it is flattened.
         steps: (name, argument): "view" and a shape, "sum" or "mean" and dimensions, "mul" and a number, "to" and a
             dtype. A symbolic size of a shape is -1.
         is_detached: the graph computes it without gradients.
@@ -114,22 +136,49 @@ class Output:
     last: int | None
     steps: tuple[tuple[str, Any], ...]
     is_detached: bool
+    box: Box = WHOLE
+
+
+@dataclass(frozen=True)
+class Form:
+    """Rows, classes and scores of a head.
+
+    Args:
+        box: the rows of its input.
+        classes: the rows of its weight: (start, stop), where a stop counts from the end, or is None.
+    """
+
+    box: Box = WHOLE
+    classes: tuple[int, int | None] = (0, None)
+    logit_scale: float = 1.0
+    softcap: float | None = None
+
+    def of(self, head: Head) -> Head:
+        """Returns the part of a head that the questions concern; its input keeps its leading dimensions."""
+        x, weight, bias = head
+        if self.classes != (0, None):
+            weight = weight[slice(*self.classes)]
+            bias = None if bias is None else bias[slice(*self.classes)]
+        return self.box.of(x), weight, bias
+
+
+Head = tuple[Tensor, Tensor, Tensor | None]  # x (..., H), weight (V, H), bias (V)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """All questions about one head.
+    """All questions about one head, and at most one divergence from a second head, its teacher.
 
     Args:
-        classes: the rows of the weight: (start, stop), where a stop counts from the end, or is None.
+        kind, beta: of the divergence, as in divergence.py.
     """
 
-    box: Box
-    classes: tuple[int, int | None]
-    logit_scale: float
-    softcap: float | None
+    form: Form
     columns: tuple[Columns, ...]
     outputs: tuple[Output, ...]
+    teacher: Form | None = None
+    kind: str = ""
+    beta: float = 0.5
 
     @property
     def questions(self) -> set[str]:
@@ -160,36 +209,41 @@ DERIVED: Mapping[str, tuple[str, ...]] = {
 
 
 def run(
-    plan: Plan, x: Tensor, weight: Tensor, bias: Tensor | None, inputs: Sequence[Tensor], memory: int | None
+    plan: Plan, head: Head, teacher: Head | None, inputs: Sequence[Tensor], memory: int | None
 ) -> tuple[Tensor, ...]:
     """Returns the values of the outputs, each in memory of its own.
 
     Args:
-        x: (..., H).
-        weight: (V, H).
         inputs: the inputs that the columns are made of, int64.
     """
-    rows = plan.box.of(x)
-    rows = rows.reshape(-1, rows.shape[-1])
-    if plan.classes != (0, None):
-        weight = weight[slice(*plan.classes)]
-        bias = None if bias is None else bias[slice(*plan.classes)]
-    entries = [columns.of(inputs, rows.shape[0]) for columns in plan.columns]
-    valid = [_valid(values, columns.ignore_index) for values, columns in zip(entries, plan.columns, strict=True)]
-    index = torch.cat(valid, -1) if len(valid) > 1 else next(iter(valid), None)
+    x, weight, bias = plan.form.of(head)
+    lead = x.shape[:-1]
+    entries = [columns.of(inputs, lead) for columns in plan.columns]
+    valid = [
+        _valid(values, columns.ignore_index) for values, columns in zip(entries, plan.columns, strict=True)
+    ]
     made = linear_softmax.answers(
-        rows,
+        x.reshape(-1, x.shape[-1]),
         weight,
         bias,
         plan.questions,
-        index=index,
+        index=torch.cat(valid, -1) if len(valid) > 1 else next(iter(valid), None),
         top=plan.top,
-        logit_scale=plan.logit_scale,
-        softcap=plan.softcap,
+        logit_scale=plan.form.logit_scale,
+        softcap=plan.form.softcap,
+        teacher=_teacher(plan, teacher),
         memory=memory or 0,
     )
-    answering = _Answering(plan, made, entries, weight.shape[0])
+    answering = _Answering(plan, made, entries, weight.shape[0], lead)
     return tuple(map(answering.value, plan.outputs))
+
+
+def _teacher(plan: Plan, head: Head | None) -> linear_softmax.TeacherOf | None:
+    if head is None or plan.teacher is None:
+        return None
+    x, weight, bias = plan.teacher.of(head)
+    numbers = plan.teacher.logit_scale, plan.teacher.softcap
+    return linear_softmax.TeacherOf(x.reshape(-1, x.shape[-1]), weight, bias, plan.kind, plan.beta, *numbers)
 
 
 def _valid(entries: Tensor, ignore_index: int | None) -> Tensor:
@@ -198,45 +252,56 @@ def _valid(entries: Tensor, ignore_index: int | None) -> Tensor:
 
 class _Answering:
     def __init__(
-        self, plan: Plan, made: linear_softmax.Answers, entries: Sequence[Tensor], classes: int
+        self,
+        plan: Plan,
+        made: linear_softmax.Answers,
+        entries: Sequence[Tensor],
+        classes: int,
+        lead: Sequence[Any],
     ) -> None:
-        self.plan, self.made, self.entries, self.classes = plan, made, entries, classes
+        self.plan, self.made, self.entries, self.classes, self.lead = plan, made, entries, classes, lead
         starts = [0]
         for columns in plan.columns:
             starts.append(starts[-1] + columns.width)
         self.starts = starts
 
     def value(self, output: Output) -> Tensor:
-        rows = slice(output.first, output.last)
         total = None
         for addend in output.addends:
-            answer = self.answer(addend, rows)
+            answer = self.answer(addend, output)
             answer = answer if addend.factor == 1 else answer * addend.factor
             answer = answer.detach() if addend.is_detached and torch.is_grad_enabled() else answer
             total = answer if total is None else total + answer
         assert total is not None, "an output has an addend"
         return _stepped(total, output)
 
-    def answer(self, addend: Addend, rows: slice) -> Tensor:
+    def at(self, of_rows: Tensor, output: Output) -> Tensor:
+        """Returns the rows of an output, of a tensor with all rows in its first dimension."""
+        if not output.box.is_whole:
+            in_box = output.box.of(of_rows.reshape(*self.lead, *of_rows.shape[1:]))
+            of_rows = in_box.flatten(0, len(self.lead) - 1)
+        return of_rows[output.first : output.last]
+
+    def answer(self, addend: Addend, output: Output) -> Tensor:
         if addend.question == "cross_entropy":
-            return self.cross_entropy(addend, rows)
+            return self.cross_entropy(addend, output)
         if addend.question == "double_logsumexp":
-            return 2 * self.made.logsumexp[rows] + self.made.collision[rows].log()
-        answer = getattr(self.made, addend.question)[rows]
+            return 2 * self.at(self.made.logsumexp, output) + self.at(self.made.collision, output).log()
+        answer = self.at(getattr(self.made, addend.question), output)
         if addend.columns is not None:
             start = self.starts[addend.columns]
             return answer[:, start : start + self.plan.columns[addend.columns].width]
         return answer[:, : addend.width] if addend.question in ("top", "top_columns") else answer
 
-    def cross_entropy(self, addend: Addend, rows: slice) -> Tensor:
+    def cross_entropy(self, addend: Addend, output: Output) -> Tensor:
         """Returns the loss of F.cross_entropy without weights of classes: (N), or () if it is reduced."""
         assert addend.columns is not None and addend.loss is not None
         ignore_index, reduction, smoothing = addend.loss
-        loss = -self.made.log_probabilities[rows, self.starts[addend.columns]]
+        loss = -self.at(self.made.log_probabilities, output)[:, self.starts[addend.columns]]
         if smoothing:
-            even = -self.made.log_probability_sum[rows] / self.classes
+            even = -self.at(self.made.log_probability_sum, output) / self.classes
             loss = (1 - smoothing) * loss + smoothing * even
-        is_counted = self.entries[addend.columns][rows, 0] != ignore_index
+        is_counted = self.at(self.entries[addend.columns], output)[:, 0] != ignore_index
         loss = loss.masked_fill(~is_counted, 0)
         if reduction == "none":
             return loss
@@ -257,50 +322,3 @@ _STEPS: Mapping[str, Any] = {
     "mul": lambda value, number: value * number,
     "to": lambda value, dtype: value.to(dtype),
 }
-
-
-@dataclass(frozen=True)
-class PairPlan:
-    """One divergence of a student's head from a teacher's, of which the graph derives some values.
-
-    Args:
-        kind: of ops/divergence.py.
-        student, teacher: the box of rows, the classes, logit_scale and softcap, as in Plan.
-    """
-
-    kind: str
-    beta: float
-    student: tuple[Box, tuple[int, int | None], float, float | None]
-    teacher: tuple[Box, tuple[int, int | None], float, float | None]
-    outputs: tuple[Output, ...]
-
-
-def run_pair(
-    plan: PairPlan,
-    student: tuple[Tensor, Tensor, Tensor | None],
-    teacher: tuple[Tensor, Tensor, Tensor | None],
-    memory: int | None,
-) -> tuple[Tensor, ...]:
-    """Returns the values of the outputs, each in memory of its own, for (x, weight, bias) of both heads."""
-    tensors = [*_of_box(plan.student, *student), *_of_box(plan.teacher, *teacher)]
-    forms = (*plan.student[2:], *plan.teacher[2:])
-    made, _ = torch.ops.liger_compile.linear_divergence.default(
-        *tensors, plan.kind, plan.beta, *forms, memory or 0
-    )
-    return tuple(_of_divergence(made, output) for output in plan.outputs)
-
-
-def _of_box(
-    part: tuple[Box, tuple[int, int | None], Any, Any], x: Tensor, weight: Tensor, bias: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    box, classes, *_ = part
-    rows = box.of(x)
-    rows = rows.reshape(-1, rows.shape[-1])
-    if classes == (0, None):
-        return rows, weight, bias
-    return rows, weight[slice(*classes)], None if bias is None else bias[slice(*classes)]
-
-
-def _of_divergence(made: Tensor, output: Output) -> Tensor:
-    (addend,) = output.addends
-    return _stepped(made if addend.factor == 1 else made * addend.factor, output)

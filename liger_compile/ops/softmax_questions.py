@@ -94,14 +94,8 @@ def reference_answers(
             answer[rows] = found[question]
 
 
-def coefficients(
-    upstream: dict[str, Tensor], statistics: Tensor, classes: int, of_top: Tensor | None
-) -> Coefficients:
-    """Return the coefficients for incoming gradients, by question.
-
-    Args:
-        of_top: the incoming gradients (N, k) of the largest scores, whose columns follow those of the questions.
-    """
+def coefficients(upstream: dict[str, Tensor], statistics: Tensor, classes: int) -> Coefficients:
+    """Return the coefficients for incoming gradients, by question."""
     entropy, collision = statistics[2], statistics[3]
     through: list[Tensor] = []
     tilt: list[Tensor] = []
@@ -130,10 +124,7 @@ def coefficients(
         elif question == "collision":
             through.append(-2 * gradient * collision)
             twice.append(2 * gradient)
-    at_columns = _sum(columns)
-    if of_top is not None:
-        at_columns = of_top if at_columns is None else torch.cat((at_columns, of_top), -1)
-    return Coefficients(_sum(through), _sum(tilt), _sum(twice), _sum(level), at_columns)
+    return Coefficients(*map(_sum, (through, tilt, twice, level, columns)))
 
 
 def _sum(addends: list[Tensor]) -> Tensor | None:

@@ -144,7 +144,9 @@ def check_class_weight(name: str, class_weight: Tensor | None, classes: int) -> 
 def check_divergence(name: str, kind: str, beta: float) -> None:
     kinds = ("forward", "reverse", "jensen_shannon", "cross")
     if kind not in kinds:
-        raise ValueError(f"{name}: expected kind to be one of {', '.join(kinds)}, got {kind!r}; pass one of them")
+        raise ValueError(
+            f"{name}: expected kind to be one of {', '.join(kinds)}, got {kind!r}; pass one of them"
+        )
     if not 0 < beta < 1:
         raise ValueError(
             f"{name}: expected beta above 0 and below 1, got {beta}; for its limits pass kind 'forward' or 'reverse'"
@@ -152,7 +154,12 @@ def check_divergence(name: str, kind: str, beta: float) -> None:
 
 
 def check_teacher(
-    name: str, x: Tensor, weight: Tensor, teacher_x: Tensor, teacher_weight: Tensor, teacher_bias: Tensor | None
+    name: str,
+    x: Tensor,
+    weight: Tensor,
+    teacher_x: Tensor,
+    teacher_weight: Tensor,
+    teacher_bias: Tensor | None,
 ) -> None:
     check_floating(name, "x", x)
     check_floating(name, "teacher_x", teacher_x)

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 import operator
 import re
 from bisect import bisect_left
@@ -513,7 +514,8 @@ def _near_misses(failed: Sequence[_Attempt], matches: Sequence[Match], index: _I
     """Returns the best attempt for each place that no match covers, or only a smaller match behind extra operators."""
     covered: dict[Term, float] = {}  # the weight of the largest match at each term
     for match in matches:
-        weight = index.uncast.weight(_skeleton(match.pattern).outputs[0].uncast)
+        outputs = () if match.pattern.finds else _skeleton(match.pattern).outputs
+        weight = index.uncast.weight(outputs[0].uncast) if outputs else math.inf
         for node in match.nodes:
             if isinstance(term := index.terms.of[node], Term):
                 covered[term.uncast] = max(weight, covered.get(term.uncast, 0.0))

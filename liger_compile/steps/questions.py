@@ -8,14 +8,14 @@ reads a wide value, the logits are needed anyway: the place is a near miss, with
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch.fx import Graph, Node
 
-from liger_compile.ops.answer_plan import Addend, Box, Columns, Output, PairPlan, Part, Plan
+from liger_compile.ops.answer_plan import WHOLE, Addend, Box, Columns, Form, Output, Part, Plan
 from liger_compile.pattern import Capture, Match, NearMiss, Pattern
 from liger_compile.terms.build import Terms
 from liger_compile.terms.questions import (
@@ -36,7 +36,15 @@ from liger_compile.terms.term import Term
 
 # A question beside which another reader of the logits is worth a sentence.
 _OF_LOSSES = frozenset(
-    ("log_probabilities", "logsumexp", "entropy", "mean_score", "cross_entropy", "log_probability_sum", "collision")
+    (
+        "log_probabilities",
+        "logsumexp",
+        "entropy",
+        "mean_score",
+        "cross_entropy",
+        "log_probability_sum",
+        "collision",
+    )
 )
 MOST_COLUMNS = 128  # of an index in all: the gradient compares the columns of a row with one another
 
@@ -51,46 +59,29 @@ class _Found:
 
     Args:
         linear: the terms of the linear layers.
-        heads: their heads; a slice of the rows of an input is no other head.
         wide: the wide values, in order of their discovery.
         questions: the nodes that ask, with the question.
         others: (value, reader) for each other reader.
     """
 
     linear: dict[Term, None]
-    heads: dict[Head, None]
     wide: dict[Node, None]
     questions: dict[Node, Narrow]
     others: list[tuple[Node, Node]]
 
 
 def find_questions(pattern: Pattern, graph: Graph, terms: Terms) -> tuple[list[Match], list[NearMiss]]:
-    """Returns the matches of `pattern`, whose replacement carries out a Plan, and the near misses."""
-    return _find(pattern, graph, terms, _match, is_wanted=lambda found: len(found.heads) != 2)
-
-
-def find_divergences(pattern: Pattern, graph: Graph, terms: Terms) -> tuple[list[Match], list[NearMiss]]:
-    """Returns the matches of `pattern`, whose replacement carries out a PairPlan, and the near misses."""
-    return _find(pattern, graph, terms, _match_of_pair, is_wanted=lambda found: len(found.heads) == 2)
-
-
-def _find(
-    pattern: Pattern,
-    graph: Graph,
-    terms: Terms,
-    make: Callable[[Pattern, _Found, Terms], Match],
-    is_wanted: Callable[[_Found], bool],
-) -> tuple[list[Match], list[NearMiss]]:
+    """Returns the matches of `pattern`, whose replacement carries out a plan, and the near misses."""
     reader = Reader(terms.space, terms.written_whole)
     matches: list[Match] = []
     near_misses: list[NearMiss] = []
     for found in _places(graph, reader, terms):
-        if not is_wanted(found) or not _is_worth_a_plan(found):
+        if not _is_worth_a_plan(found):
             continue
         try:
             if found.others:
                 raise _UnansweredError(_why_read(*found.others[0]))
-            matches.append(make(pattern, found, terms))
+            matches.append(_match(pattern, found, terms))
         except _UnansweredError as reason:
             near_misses.append(_near_miss(pattern, found, str(reason)))
     return matches, near_misses
@@ -112,23 +103,27 @@ def _places(graph: Graph, reader: Reader, terms: Terms) -> Iterator[_Found]:
 
 def _follow(linear: Term, reader: Reader, terms: Terms) -> _Found:
     """Returns the readers of a linear layer, and those of all that are read together with it."""
-    found = _Found({linear: None}, {}, {node: None for node in terms.nodes[linear]}, {}, [])
+    found = _Found({linear: None}, dict.fromkeys(terms.nodes[linear]), {}, [])
     waiting = [*found.wide]
     while waiting:
         _follow_nodes(waiting, found, reader, terms)
-        polynomials = (reader.wide(terms.of[node]) for node in found.wide if isinstance(terms.of[node], Term))
-        found.heads.update((head, None) for wide in polynomials for head in heads_of(wide or {}))
-        for narrow in found.questions.values():
-            for asked in narrow.asked:
-                found.heads[asked.scores.head] = None
-                if asked.other is not None:
-                    found.heads[asked.other.scores.head] = None
-        for term in (term for head in found.heads for term in reader.linears[head]):
+        for term in (term for head in _heads_of(found, reader, terms) for term in reader.linears[head]):
             if term not in found.linear:
                 found.linear[term] = None
                 waiting.extend(terms.nodes.get(term, ()))
         found.wide.update((node, None) for node in waiting)
     return found
+
+
+def _heads_of(found: _Found, reader: Reader, terms: Terms) -> set[Head]:
+    """Returns the heads of all wide values and questions so far; a slice of the rows of an input is no other head."""
+    polynomials = (reader.wide(value) for node in found.wide if isinstance(value := terms.of[node], Term))
+    heads = {head for wide in polynomials for head in heads_of(wide or {})}
+    for asked in (asked for narrow in found.questions.values() for asked in narrow.asked):
+        heads.add(asked.scores.head)
+        if asked.other is not None:
+            heads.add(asked.other.scores.head)
+    return heads
 
 
 def _follow_nodes(waiting: list[Node], found: _Found, reader: Reader, terms: Terms) -> None:
@@ -141,20 +136,28 @@ def _follow_nodes(waiting: list[Node], found: _Found, reader: Reader, terms: Ter
             if isinstance(value, Term) and reader.wide(value) is not None:
                 found.wide[user] = None
                 waiting.append(user)
-            elif isinstance(value, tuple) and value and user.op != "output":
-                found.wide[user] = None  # a split, or the parts of a topk: the users of the parts decide
+            elif isinstance(value, tuple) and value and all(_is_read(part, reader) for part in value):
+                found.wide[user] = None  # the parts of a split, or of a topk: the readers of each decide
                 waiting.append(user)
             elif isinstance(value, Term) and (narrow := reader.narrow(value)) is not None:
                 found.questions[user] = narrow
-            elif isinstance(user.meta.get("example_value"), torch.Tensor) or user.op == "output":
+            elif (
+                isinstance(user.meta.get("example_value"), torch.Tensor)
+                or user.op == "output"
+                or _is_effect(user)
+            ):
                 found.others.append((node, user))
-            elif _is_effect(user):
-                found.others.append((node, user))
+
+
+def _is_read(value: Any, reader: Reader) -> bool:
+    return isinstance(value, Term) and (reader.wide(value) is not None or reader.narrow(value) is not None)
 
 
 def _is_effect(user: Node) -> bool:
     """Returns whether a reader without a tensor may do more than ask for a size."""
-    return not isinstance(user.meta.get("example_value"), (int, torch.SymInt, torch.Size, torch.dtype, torch.device))
+    return not isinstance(
+        user.meta.get("example_value"), (int, torch.SymInt, torch.Size, torch.dtype, torch.device)
+    )
 
 
 def _is_worth_a_plan(found: _Found) -> bool:
@@ -170,7 +173,11 @@ def _why_read(value: Node, reader: Node) -> str:
     if reader.op == "output":
         by = "the graph returns them"
     else:
-        name = reader.target if isinstance(reader.target, str) else getattr(reader.target, "__name__", reader.name)
+        name = (
+            reader.target
+            if isinstance(reader.target, str)
+            else getattr(reader.target, "__name__", reader.name)
+        )
         by = f"{name} reads them"
     return (
         f"the logits are needed ({by}: {value.name}), and the other questions about them do not pay alone; "
@@ -197,92 +204,20 @@ def _match(pattern: Pattern, found: _Found, terms: Terms) -> Match:
     """Returns the match of all questions about one head."""
     outputs = _outputs(found, terms)
     planned = _Planned([found.questions[node] for node in outputs], terms)
-    head = planned.head
-    captures: dict[str, Any] = {
-        "x": _capture(head.x, terms),
-        "weight": _capture(head.weight, terms),
-        "bias": None if head.bias is terms.space.none else _capture(head.bias, terms),
-    }
-    are_detached = [not _needs_gradient(node) for node in outputs]
-    captures["plan"] = planned.plan(are_detached)
+    captures: dict[str, Any] = {}
+    for prefix, symbol in (("", planned.student), ("teacher_", planned.teacher)):
+        head = None if symbol is None else symbol.scores.head
+        captures[f"{prefix}x"] = None if head is None else _capture(head.x, terms)
+        captures[f"{prefix}weight"] = None if head is None else _capture(head.weight, terms)
+        has_bias = head is not None and head.bias is not terms.space.none
+        captures[f"{prefix}bias"] = _capture(head.bias, terms) if head is not None and has_bias else None
+    captures["plan"] = planned.plan([not _needs_gradient(node) for node in outputs])
     captures.update({f"input_{at}": _capture(term, terms) for at, term in enumerate(planned.inputs)})
-    return _made(pattern, captures, outputs, found, terms)
-
-
-def _made(
-    pattern: Pattern, captures: dict[str, Any], outputs: Sequence[Node], found: _Found, terms: Terms
-) -> Match:
     position = terms.mutations.position
     nodes = sorted({*found.wide, *outputs}, key=position.__getitem__)
     operands = {bound.node for bound in captures.values() if isinstance(bound, Capture)}
     in_order = sorted(operands, key=position.__getitem__)
     return Match(pattern, captures, tuple(outputs), tuple(nodes), tuple(in_order))
-
-
-def _match_of_pair(pattern: Pattern, found: _Found, terms: Terms) -> Match:
-    """Returns the match of one divergence of two heads."""
-    outputs = _outputs(found, terms)
-    asked = [one for node in outputs for one in found.questions[node].asked]
-    if len({replace(one, factor=1.0) for one in asked}) > 1 or asked[0].other is None:
-        raise _UnansweredError("two heads are read together, for more than one divergence")
-    first = asked[0]
-    assert first.other is not None, "checked above"
-    p = Symbol("p", first.scores, first.rows, first.is_detached)
-    learns = [_learns(symbol, terms) for symbol in (p, first.other)]
-    if all(learns):
-        raise _UnansweredError("both heads get gradients, and the op has gradients of one; detach the other one")
-    student, teacher = (p, first.other) if learns[0] else (first.other, p)
-    kind = _KINDS.get((first.question, student is p))
-    if kind is None:
-        raise _UnansweredError("the head whose softmax is the target gets a gradient; detach it")
-    captures: dict[str, Any] = {}
-    for prefix, symbol in (("", student), ("teacher_", teacher)):
-        head = symbol.scores.head
-        captures[f"{prefix}x"] = _capture(head.x, terms)
-        captures[f"{prefix}weight"] = _capture(head.weight, terms)
-        captures[f"{prefix}bias"] = None if head.bias is terms.space.none else _capture(head.bias, terms)
-    captures["plan"] = PairPlan(
-        kind,
-        first.beta if teacher is p else 1 - first.beta,
-        _form(student),
-        _form(teacher),
-        tuple(_of_pair(found.questions[node], not _needs_gradient(node)) for node in outputs),
-    )
-    return _made(pattern, captures, outputs, found, terms)
-
-
-# By question, and whether the student's is the softmax p in it.
-_KINDS = {
-    ("kl", False): "forward",
-    ("kl", True): "reverse",
-    ("plain_kl", False): "plain_forward",
-    ("cross", False): "cross",
-    ("finite_cross", False): "finite_cross",
-    ("jensen_shannon", False): "jensen_shannon",
-    ("jensen_shannon", True): "jensen_shannon",
-}
-
-
-def _learns(symbol: Symbol, terms: Terms) -> bool:
-    head = symbol.scores.head
-    inputs = [term for term in (head.x, head.weight, head.bias) if term is not terms.space.none]
-    return not symbol.is_detached and any(_capture(term, terms).value.requires_grad for term in inputs)
-
-
-def _form(symbol: Symbol) -> tuple[Box, tuple[int, int | None], float, float | None]:
-    scores, (start, end) = symbol.scores, symbol.scores.classes
-    if not symbol.rows.is_whole:
-        raise _UnansweredError("a divergence is about some rows of a flattened tensor")
-    if scores.scale == 0 or (scores.scale < 0 and scores.inner is not None):
-        raise _UnansweredError("the cap of the logits is not positive")
-    scale = scores.scale * (1.0 if scores.inner is None else scores.inner)
-    return _box(symbol.rows), (start, end or None), scale, None if scores.inner is None else scores.scale
-
-
-def _of_pair(narrow: Narrow, is_detached: bool) -> Output:
-    if len(narrow.asked) != 1:
-        raise _UnansweredError("a sum has several divergences")
-    return Output((Addend("divergence", narrow.asked[0].factor),), 0, None, narrow.steps, is_detached)
 
 
 def _needs_gradient(node: Node) -> bool:
@@ -305,42 +240,109 @@ def _capture(term: Term, terms: Terms) -> Capture:
     return Capture(node, steps, value, terms.written_by(term))
 
 
+# By question, and whether the student's is the softmax p in it.
+_KINDS = {
+    ("kl", False): "forward",
+    ("kl", True): "reverse",
+    ("plain_kl", False): "plain_forward",
+    ("cross", False): "cross",
+    ("finite_cross", False): "finite_cross",
+    ("jensen_shannon", False): "jensen_shannon",
+    ("jensen_shannon", True): "jensen_shannon",
+}
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Rows of the hull: those in a box of it, flattened, from `first` to `last`."""
+
+    box: Box
+    first: int
+    last: int | None
+
+
 class _Planned:
-    """The plan of all questions about one head."""
+    """The plan of all questions about one head, the student, and of a divergence from another head, the teacher."""
 
     def __init__(self, questions: Sequence[Narrow], terms: Terms) -> None:
         self.questions, self.terms = questions, terms
-        if any(asked.question in PAIRS for narrow in questions for asked in narrow.asked):
-            raise _UnansweredError("a divergence has the same head on both sides")
         self.asked = [asked for narrow in questions for asked in narrow.asked]
-        self.scores = self._scores()
-        self.head = self.scores.head
-        self.hull = self._hull([asked.rows for asked in self.asked])
+        self.kind, self.beta, student, self.teacher = self._pair()
+        self.student = self._student(student)
+        self.hull = self._hull([self._rows(asked) for asked in self.asked])
+        if self.teacher is not None:
+            self._check_teacher(self.teacher)
         self.inputs: list[Term] = []
-        self.columns: list[list[tuple[tuple[int, int | None], Asked]]] = []
+        self.columns: list[list[tuple[_Place, Asked]]] = []
         self.column_of: dict[Asked, int] = {}
         for asked in self.asked:
             if asked.index is not None and asked not in self.column_of:
-                self.column_of[asked] = self._place(asked)
+                self.column_of[asked] = self._column(asked)
 
-    def _scores(self) -> Scores:
+    def _pair(self) -> tuple[str, float, Symbol | None, Symbol | None]:
+        """Returns kind and beta of the divergence, student and teacher; None for both if there is no divergence."""
+        pairs = {replace(asked, factor=1.0) for asked in self.asked if asked.question in PAIRS}
+        if not pairs:
+            return "", 0.5, None, None
+        if len(pairs) > 1:
+            raise _UnansweredError("several divergences of the same heads are computed, and the op has one")
+        (asked,) = pairs
+        assert asked.other is not None, "a divergence has two heads"
+        p = Symbol("p", asked.scores, asked.rows, asked.is_detached)
+        if asked.other.scores.head == p.scores.head:
+            raise _UnansweredError("a divergence has the same head on both sides")
+        learns = [self._learns(symbol) for symbol in (p, asked.other)]
+        if all(learns):
+            raise _UnansweredError(
+                "both heads get gradients, and the op has gradients of one; detach the other one"
+            )
+        student, teacher = (p, asked.other) if learns[0] else (asked.other, p)
+        kind = _KINDS.get((asked.question, student is p))
+        if kind is None:
+            raise _UnansweredError("the head whose softmax is the target gets a gradient; detach it")
+        return kind, asked.beta if teacher is p else 1 - asked.beta, student, teacher
+
+    def _learns(self, symbol: Symbol) -> bool:
+        head = symbol.scores.head
+        inputs = [term for term in (head.x, head.weight, head.bias) if term is not self.terms.space.none]
+        return not symbol.is_detached and any(
+            _capture(term, self.terms).value.requires_grad for term in inputs
+        )
+
+    def _student(self, of_pair: Symbol | None) -> Symbol:
         """Returns the scores that all questions are about, with their scale."""
-        if len({asked.scores.unscaled for asked in self.asked}) > 1:
-            raise _UnansweredError("questions are about different classes, or about differently capped logits")
-        scales = {
-            asked.scores.scale: asked.scores for asked in self.asked if asked.question not in LINEAR | {"argmax"}
-        }
-        if len(scales) == 2 and (half := _half(scales, self.asked)) is not None:
-            return scales[half]
-        if len(scales) > 1:
+        symbols = [
+            of_pair if asked.question in PAIRS else Symbol("z", asked.scores, asked.rows)
+            for asked in self.asked
+        ]
+        asked = list(zip(self.asked, (symbol.scores for symbol in symbols if symbol), strict=True))
+        if len({scores.head for _, scores in asked}) > 1:
+            raise _UnansweredError("two heads are read together, and there are questions about both")
+        if len({scores.unscaled for _, scores in asked}) > 1:
+            raise _UnansweredError(
+                "questions are about different classes, or about differently capped logits"
+            )
+        scales = {scores.scale: scores for one, scores in asked if one.question not in LINEAR | {"argmax"}}
+        half = _half(scales, asked) if len(scales) == 2 else None
+        if len(scales) > 1 and half is None:
             raise _UnansweredError("questions are about logits that are scaled in several ways")
-        scores = next(iter(scales.values()), self.asked[0].scores.unscaled)
-        if scores.scale == 0 or (scores.scale < 0 and scores.inner is not None):
-            raise _UnansweredError("the cap of the logits is not positive")
-        is_ordered = any(asked.question in ("argmax", "top", "top_columns") for asked in self.asked)
-        if scores.scale < 0 and is_ordered:
+        scores = next(iter(scales.values()), asked[0][1].unscaled) if half is None else scales[half]
+        _check_cap(scores)
+        if scores.scale < 0 and any(one.question in ("argmax", "top", "top_columns") for one, _ in asked):
             raise _UnansweredError("the scale of the logits is negative")
-        return scores
+        return Symbol("z", scores, self.asked[0].rows)
+
+    def _check_teacher(self, teacher: Symbol) -> None:
+        _check_cap(teacher.scores)
+        places = [self.place_of(self._rows(one)) for one in self.asked if one.question in PAIRS]
+        if not teacher.rows.is_whole or any(place != _Place(WHOLE, 0, None) for place in places):
+            raise _UnansweredError("a divergence is about some of the rows that other questions are about")
+
+    def _rows(self, asked: Asked) -> Rows:
+        """Returns the rows of the student that a question is about."""
+        if asked.question not in PAIRS or asked.other is None or self.teacher is None:
+            return asked.rows
+        return asked.rows if self.teacher is not None and asked.other == self.teacher else asked.other.rows
 
     def _hull(self, rows: Sequence[Rows]) -> Rows:
         """Returns the smallest box that has all of the rows."""
@@ -350,76 +352,76 @@ class _Planned:
         box = tuple((min(start for start, _ in bounds), max(end for _, end in bounds)) for bounds in boxes)
         return Rows(rows[0].lead, box)
 
-    def range_of(self, rows: Rows) -> tuple[int, int | None]:
-        """Returns which rows of the flattened hull these are: (first, last)."""
+    def place_of(self, rows: Rows) -> _Place:
         if rows.box == self.hull.box:
-            return rows.first, rows.last
+            return _Place(WHOLE, rows.first, rows.last)
         found = _Range.of(self.hull, rows)
-        if found is None:
-            raise _UnansweredError(
-                "questions are about different rows of the logits, which are no ranges of rows of known length"
-            )
-        return found.start, found.stop
+        if found is not None:
+            return _Place(WHOLE, found.start, found.stop)
+        bounds = zip(rows.box, self.hull.box, strict=True)
+        box = Box(tuple((a[0] - b[0], (a[1] - b[1]) or None) for a, b in bounds))
+        return _Place(box, rows.first, rows.last)
 
-    def _place(self, asked: Asked) -> int:
+    def _column(self, asked: Asked) -> int:
         """Returns the columns of the index that have the entries of a question."""
-        rows = self.range_of(asked.rows)
+        place = self.place_of(asked.rows)
         ignore = asked.loss[0] if asked.loss else None
         for at, parts in enumerate(self.columns):
             like = parts[0][1]
             if like.width != asked.width or (like.loss[0] if like.loss else None) != ignore:
                 continue
-            if any(own == rows and other.index is asked.index for own, other in parts):
+            if any(own == place and other.index is asked.index for own, other in parts):
                 return at
-            if all(_apart(own, rows) for own, _ in parts):
-                parts.append((rows, asked))
+            if all(_apart(own, place) for own, _ in parts):
+                parts.append((place, asked))
                 return at
-        self.columns.append([(rows, asked)])
+        if not place.box.is_whole and (place.first, place.last) != (0, None):
+            raise _UnansweredError("a question is about some rows of a box of other rows")
+        self.columns.append([(place, asked)])
         if sum(parts[0][1].width for parts in self.columns) > MOST_COLUMNS:
             raise _UnansweredError(f"more than {MOST_COLUMNS} columns are gathered from each row")
         return len(self.columns) - 1
 
     def plan(self, are_detached: Sequence[bool]) -> Plan:
-        start, end = self.scores.classes
-        inner = self.scores.inner
         return Plan(
-            box=_box(self.hull),
-            classes=(start, end or None),
-            logit_scale=self.scores.scale * (1.0 if inner is None else inner),
-            softcap=None if inner is None else self.scores.scale,
+            form=_form(self.student.scores, self.hull),
             columns=tuple(self._columns(parts) for parts in self.columns),
             outputs=tuple(map(self._output, self.questions, are_detached)),
+            teacher=None if self.teacher is None else _form(self.teacher.scores, self.teacher.rows),
+            kind=self.kind,
+            beta=self.beta,
         )
 
-    def _columns(self, parts: Sequence[tuple[tuple[int, int | None], Asked]]) -> Columns:
+    def _columns(self, parts: Sequence[tuple[_Place, Asked]]) -> Columns:
         asked = parts[0][1]
-        ordered = sorted(parts, key=lambda part: part[0][0])
         joined: list[Part] = []
-        for (first, last), one in ordered:
+        for place, one in sorted(parts, key=lambda part: part[0].first):
             assert one.index is not None
             source, rows = located(self.terms.space, one.index, one.width)
             if source not in self.inputs:
                 self.inputs.append(source)
-            part = _part(self.inputs.index(source), source, rows, one.width, (first, last))
+            part = _part(self.inputs.index(source), source, rows, one.width, (place.first, place.last))
             if joined and (both := _joined(joined[-1], part)) is not None:
                 joined[-1] = both
             else:
                 joined.append(part)
-        return Columns(asked.width, tuple(joined), asked.loss[0] if asked.loss else None)
+        return Columns(asked.width, tuple(joined), asked.loss[0] if asked.loss else None, parts[0][0].box)
 
     def _output(self, narrow: Narrow, is_detached: bool) -> Output:
-        rows = {self.range_of(asked.rows) for asked in narrow.asked}
-        if len(rows) > 1:
+        places = {self.place_of(self._rows(asked)) for asked in narrow.asked}
+        if len(places) > 1:
             raise _UnansweredError("a sum has questions about different rows")
-        ((first, last),) = rows
+        (place,) = places
         addends = tuple(self._addend(asked, is_detached) for asked in narrow.asked)
-        return Output(addends, first, last, narrow.steps, is_detached)
+        return Output(addends, place.first, place.last, narrow.steps, is_detached, place.box)
 
     def _addend(self, asked: Asked, is_detached: bool) -> Addend:
-        question, factor = asked.question, asked.factor
+        question, factor, scale = asked.question, asked.factor, self.student.scores.scale
+        if question in PAIRS:
+            return Addend("divergence", factor, is_detached=False)
         if question in LINEAR and question != "mean_score":
-            factor /= self.scores.scale
-        elif question == "logsumexp" and asked.scores.scale != self.scores.scale:
+            factor /= scale
+        elif question == "logsumexp" and asked.scores.scale != scale:
             question = "double_logsumexp"
         return Addend(
             question,
@@ -431,16 +433,29 @@ class _Planned:
         )
 
 
-def _half(scales: dict[float, Scores], asked: Iterable[Asked]) -> float | None:
+def _check_cap(scores: Scores) -> None:
+    if scores.scale == 0 or (scores.scale < 0 and scores.inner is not None):
+        raise _UnansweredError("the scale or the cap of the logits is not positive")
+
+
+def _form(scores: Scores, rows: Rows) -> Form:
+    (start, end), inner = scores.classes, scores.inner
+    scale = scores.scale * (1.0 if inner is None else inner)
+    return Form(_box(rows), (start, end or None), scale, None if inner is None else scores.scale)
+
+
+def _half(scales: dict[float, Scores], asked: Iterable[tuple[Asked, Scores]]) -> float | None:
     """Returns the smaller of two scales if only logsumexp is asked about the other one, which is twice as large."""
     low, high = sorted(scales, key=abs)
-    of_high = {one.question for one in asked if one.scores.scale == high and one.question not in LINEAR}
+    of_high = {one.question for one, scores in asked if scores.scale == high and one.question not in LINEAR}
     is_free = scales[low].inner is None and of_high <= {"logsumexp"}
     return low if is_free and abs(high - 2 * low) <= 1e-12 * abs(high) else None
 
 
-def _apart(a: tuple[int, int | None], b: tuple[int, int | None]) -> bool:
-    return any(x[1] is not None and x[1] <= y[0] for x, y in ((a, b), (b, a)))
+def _apart(a: _Place, b: _Place) -> bool:
+    """Returns whether two places are ranges of rows, one after the other."""
+    is_range = a.box.is_whole and b.box.is_whole
+    return is_range and any(x.last is not None and x.last <= y.first for x, y in ((a, b), (b, a)))
 
 
 def _box(rows: Rows) -> Box:
@@ -479,4 +494,3 @@ def _joined(a: Part, b: Part) -> Part | None:
     """Returns two parts as one, if they follow one another both in the input and in the index."""
     follows = a.source == b.source and a.box == b.box and a.stop == b.start and a.last == b.first
     return replace(a, stop=b.stop, last=b.last) if follows else None
-

@@ -53,7 +53,9 @@ class Terms:
         self.of: dict[Node, Value] = {}
         self.nodes: dict[Term, list[Node]] = {}  # in graph order
         self.written: dict[Term, Node] = {}  # value after the last in-place write -> its node
-        self.written_whole: dict[Term, Term] = {}  # value after a write -> the result of the operation that wrote it
+        self.written_whole: dict[
+            Term, Term
+        ] = {}  # value after a write -> the result of the operation that wrote it
         self.passes_through: set[Node] = set()  # nodes that only restore the value of an ancestor
         self.mutations = mutations
         self.regions = regions or Regions(graph)
@@ -134,7 +136,12 @@ class Terms:
         the gradient of the value is not the gradient of the operation, so that its term is not the value.
         """
         write = self.mutations.last_write(node, self.mutations.position[reader])
-        if write is None or write not in self.of or not is_in_place_operation(write) or write.args[0] is not node:
+        if (
+            write is None
+            or write not in self.of
+            or not is_in_place_operation(write)
+            or write.args[0] is not node
+        ):
             return None
         value, before, after = self.of[write], self.regions.of[node], self.regions.of[write]
         is_same_mode = (before.has_gradients, before.transforms) == (after.has_gradients, after.transforms)

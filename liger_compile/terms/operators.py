@@ -277,9 +277,7 @@ def _reduce(op: str):
     return make
 
 
-def _reduced(
-    call: Call, op: str, input: Term, dim: Any, dtype: torch.dtype, *, is_cast: bool = True
-) -> Term:
+def _reduced(call: Call, op: str, input: Term, dim: Any, dtype: torch.dtype, *, is_cast: bool = True) -> Term:
     rank = len(input.shape)
     dims = range(rank) if dim is None or dim == () else (dim if isinstance(dim, (tuple, list)) else (dim,))
     dims = tuple(sorted(negative(d, rank) for d in dims))
@@ -341,6 +339,15 @@ def _logsumexp(call, input: Term, dim: Dims, keepdim=False):
 
 def _argmax(call, input: Term, dim: int | None = None, keepdim=False):
     return None if dim is None else _reduced(call, "argmax", input, dim, call.dtype, is_cast=False)
+
+
+def _max(call, input: Term, dim: int, keepdim=False):
+    """Returns the terms of the largest values in a dimension, and of their columns."""
+    if type(dim) is not int or not isinstance(call.out, tuple) or negative(dim, len(input.shape)) != -1:
+        return None
+    values, columns = call.out
+    top = call.space.intern("top_values", (input,), (-1, 1), values.dtype, sizes_of(values.shape))
+    return top, _reduced(Call(call.space, columns), "argmax", input, dim, columns.dtype, is_cast=False)
 
 
 def _topk(call, input: Term, k: int, dim: int = -1, largest=True, sorted=True):
@@ -579,7 +586,7 @@ TABLE: Mapping[str, Callable[..., Any]] = {
     "vector_norm": _vector_norm, "softmax": _softmax("softmax"), "log_softmax": _softmax("log_softmax"),
     "rms_norm": _rms_norm, "layer_norm": _layer_norm, "linear": _linear, "addmm": _addmm, "matmul": _matmul,
     "baddbmm": _baddbmm, "einsum": _einsum, "complex": _complex, "logsumexp": _logsumexp, "gather": _gather,
-    "argmax": _argmax, "topk": _topk, "kl_div": _kl_div, "detach": _detach, "take_along_dim": _take_along_dim, "normalize": _normalized,
+    "argmax": _argmax, "max": _max, "topk": _topk, "kl_div": _kl_div, "detach": _detach, "take_along_dim": _take_along_dim, "normalize": _normalized,
     "cross_entropy": _cross_entropy, "nll_loss": _nll_loss, "scaled_dot_product_attention": attention,
     **LAYOUT_TABLE, **INDEX_TABLE,
     "view_as_complex": _reinterpreted("view_as_complex"), "view_as_real": _reinterpreted("view_as_real"),

@@ -113,8 +113,8 @@ class Symbol:
     """A factor of a wide term, at rows of the input of a head.
 
     Args:
-        kind: "z", "lp" (log_softmax), "p" (softmax), "xlogx" (p * log p, 0 where p is 0), "isinf" (of z), or "finite_lp"
-            (0 where z is infinite; so is what it is multiplied by); of several heads: "stack", "mix" (log of a mixture).
+        kind: "z", "lp" (log_softmax), "p" (softmax), "xlogx" (p * log p, 0 where p is 0), "isinf" (of z), or "finite_lp" (0
+            where z is infinite; so is what it is multiplied by); of several heads: "stack", "mix" (log of a mixture).
         of: the symbols "lp" in a stack or a mixture, in which `scores` are those of the first.
         shifts: the logarithms of their weights.
     """
@@ -605,9 +605,7 @@ def _about(question: str) -> Callable[[Reader, Term, int], Narrow | None]:
             return None
         width = term.consts[1] if len(term.consts) > 1 else 1
         factor, scores = _split(question, symbol)
-        asked = Asked(
-            question, scores, symbol.rows, factor, width=width, is_detached=symbol.is_detached
-        )
+        asked = Asked(question, scores, symbol.rows, factor, width=width, is_detached=symbol.is_detached)
         return _answer(term, asked)
 
     return read
@@ -628,9 +626,7 @@ def _gather(reader: Reader, term: Term, depth: int) -> Narrow | None:
     if symbol.kind not in ("z", "lp"):
         return None
     question = "scores" if symbol.kind == "z" else "log_probabilities"
-    asked = Asked(
-        question, symbol.scores, symbol.rows, factor, index, width, is_detached=symbol.is_detached
-    )
+    asked = Asked(question, symbol.scores, symbol.rows, factor, index, width, is_detached=symbol.is_detached)
     return _answer(term, asked)
 
 
@@ -741,11 +737,17 @@ def _of_mixture(of_p: list[Any], of_mix: list[Any]) -> Asked | None:
     total = sum(factor for *_, factor in of_p)
     (_, p, first), (_, q, _) = of_p
     mixture = of_mix[0][0]
-    weights = {symbol.source: math.exp(shift) for symbol, shift in zip(mixture.of, mixture.shifts, strict=True)}
+    weights = {
+        symbol.source: math.exp(shift) for symbol, shift in zip(mixture.of, mixture.shifts, strict=True)
+    }
     expected = {(mixture.source, symbol.source): factor for _, symbol, factor in of_p}
     found = {(mix.source, symbol.source): -factor for mix, symbol, factor in of_mix if mix == mixture}
     is_weighted = total and {p.source, q.source} == set(weights) and p.source != q.source
-    if expected != found or not is_weighted or not math.isclose(first / total, weights[p.source], rel_tol=1e-6):
+    if (
+        expected != found
+        or not is_weighted
+        or not math.isclose(first / total, weights[p.source], rel_tol=1e-6)
+    ):
         return None
     return _pair("jensen_shannon", p, q, total, weights[p.source])
 

@@ -21,7 +21,11 @@ from liger_compile.kernels import launch
 
 V, H, TEACHERS = 37, 16, 24
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-FORMS = ({}, {"logit_scale": 0.5}, {"logit_scale": 0.7, "softcap": 2.0, "teacher_scale": 1.5, "teacher_softcap": 3.0})
+FORMS = (
+    {},
+    {"logit_scale": 0.5},
+    {"logit_scale": 0.7, "softcap": 2.0, "teacher_scale": 1.5, "teacher_softcap": 3.0},
+)
 
 
 @pytest.fixture
@@ -35,11 +39,21 @@ def tensors(rows, dtype, device, teachers=None, width=H):
         return torch.randn(shape, generator=generator).to(device, kind)
 
     generator, teachers = torch.Generator().manual_seed(5), teachers or dtype
-    student = [randn(rows, width).requires_grad_(), randn(V, width).requires_grad_(), randn(V).requires_grad_()]
-    return student, [randn(rows, TEACHERS, kind=teachers), randn(V, TEACHERS, kind=teachers), randn(V, kind=teachers)]
+    student = [
+        randn(rows, width).requires_grad_(),
+        randn(V, width).requires_grad_(),
+        randn(V).requires_grad_(),
+    ]
+    return student, [
+        randn(rows, TEACHERS, kind=teachers),
+        randn(V, TEACHERS, kind=teachers),
+        randn(V, kind=teachers),
+    ]
 
 
-def eager(student, teacher, kind, beta=0.5, logit_scale=1.0, softcap=None, teacher_scale=None, teacher_softcap=None):
+def eager(
+    student, teacher, kind, beta=0.5, logit_scale=1.0, softcap=None, teacher_scale=None, teacher_softcap=None
+):
     def log_softmax(x, weight, bias, scale, cap):
         z = F.linear(x, weight, bias).float() * scale
         return (cap * torch.tanh(z / cap) if cap else z).log_softmax(-1)
@@ -53,17 +67,23 @@ def eager(student, teacher, kind, beta=0.5, logit_scale=1.0, softcap=None, teach
     if kind == "jensen_shannon":
         m = torch.stack([s + math.log1p(-beta), t + math.log(beta)]).logsumexp(0)
         return beta * kl(t, m) + (1 - beta) * kl(s, m)
-    return {"forward": lambda: kl(t, s), "reverse": lambda: kl(s, t), "cross": lambda: (t.exp() * s).sum(-1)}[kind]()
+    return {"forward": lambda: kl(t, s), "reverse": lambda: kl(s, t), "cross": lambda: (t.exp() * s).sum(-1)}[
+        kind
+    ]()
 
 
 def ours(student, teacher, kind, **arguments):
     (x, weight, bias), (teacher_x, teacher_weight, teacher_bias) = student, teacher
-    return L.linear_divergence(x, weight, teacher_x, teacher_weight, bias, teacher_bias, kind=kind, **arguments)
+    return L.linear_divergence(
+        x, weight, teacher_x, teacher_weight, bias, teacher_bias, kind=kind, **arguments
+    )
 
 
 def outcome(value, student):
     upstream = torch.randn(value.shape, generator=torch.Generator().manual_seed(0)).to(value)
-    return value.detach(), *torch.autograd.grad(value, [leaf for leaf in student if leaf.requires_grad], upstream)
+    return value.detach(), *torch.autograd.grad(
+        value, [leaf for leaf in student if leaf.requires_grad], upstream
+    )
 
 
 def assert_no_worse(student, teacher, kind, **arguments):
@@ -125,20 +145,29 @@ def test_compiled_and_checked_by_torch(device):
         found = outcome(compiled(student, teacher, kind), student)
         torch.testing.assert_close(found, outcome(ours(student, teacher, kind), student))
     torch.library.opcheck(
-        torch.ops.liger_compile.linear_divergence.default,
-        (*student, *teacher, "jensen_shannon", 0.3, 0.5, 3.0, 1.0, None, 1),
+        torch.ops.liger_compile.linear_softmax.default,
+        (*student, *teacher, None, "entropy", 0, 0.5, 3.0, "jensen_shannon", 0.3, 1.0, None, 1),
     )
 
 
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"kind": "hellinger"}, "expected kind to be one of forward, reverse, jensen_shannon, cross, got 'hellinger'"),
+        (
+            {"kind": "hellinger"},
+            "expected kind to be one of forward, reverse, jensen_shannon, cross, got 'hellinger'",
+        ),
         ({"beta": 1.0}, "expected beta above 0 and below 1, got 1.0"),
         ({"softcap": 0.0}, "expected softcap above 0, got 0.0"),
         ({"teacher_x": torch.zeros(5, TEACHERS)}, "expected teacher_x with the leading dimensions of x"),
-        ({"teacher_weight": torch.zeros(38, TEACHERS)}, "expected heads of one vocabulary, got 37 and 38 classes"),
-        ({"teacher_weight": torch.zeros(V, TEACHERS, requires_grad=True)}, "expected a teacher that needs no gradient"),
+        (
+            {"teacher_weight": torch.zeros(38, TEACHERS)},
+            "expected heads of one vocabulary, got 37 and 38 classes",
+        ),
+        (
+            {"teacher_weight": torch.zeros(V, TEACHERS, requires_grad=True)},
+            "expected a teacher that needs no gradient",
+        ),
         ({"memory": 0}, "expected memory as a whole number of bytes above 0"),
     ],
 )

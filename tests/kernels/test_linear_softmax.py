@@ -35,9 +35,7 @@ def assert_no_worse(leaves, index, questions, top=0, **form):
     precision.assert_no_worse(found, plain, exact)
 
 
-@parametrize(
-    questions=SETS, dtype=DTYPES, form=FORMS, columns=[1, 3], top=[0, 2], has_kernel=[True, False]
-)
+@parametrize(questions=SETS, dtype=DTYPES, form=FORMS, columns=[1, 3], top=[0, 2], has_kernel=[True, False])
 def test_any_questions_are_no_worse_than_eager(
     device, small_chunks, monkeypatch, questions, dtype, form, columns, top, has_kernel
 ):
@@ -117,7 +115,8 @@ def test_compiled_and_checked_by_torch(device):
         outcome(compiled(*leaves, index), leaves), outcome(function(*leaves, index), leaves)
     )
     torch.library.opcheck(
-        torch.ops.liger_compile.linear_softmax.default, (*leaves, index, ",".join(asked), 2, 0.5, 3.0, 1)
+        torch.ops.liger_compile.linear_softmax.default,
+        (*leaves, None, None, None, index, ",".join(asked), 2, 0.5, 3.0, "", 0.5, 1.0, None, 1),
     )
 
 
