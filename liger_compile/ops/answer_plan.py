@@ -79,9 +79,7 @@ class Columns:
         """Returns the entries (rows, width), for rows with these leading dimensions."""
         if not self.box.is_whole:
             entries = self.parts[0].of(inputs, self.width)
-            sizes = [
-                size - start + (stop or 0) for size, (start, stop) in zip(lead, self.box.bounds, strict=True)
-            ]
+            sizes = _sizes(lead, self.box)
             margins = [
                 margin for start, stop in reversed(self.box.bounds) for margin in (start, -(stop or 0))
             ]
@@ -127,7 +125,8 @@ class Output:
     Args:
         box: of the rows in their leading dimensions; it is flattened.
         steps: (name, argument): "view" and a shape, "sum" or "mean" and dimensions, "mul" and a number, "to" and a
-            dtype. A symbolic size of a shape is -1.
+            dtype. A symbolic size of a shape is -1, or has the position `at` of that size among the leading sizes of
+            the rows.
         is_detached: the graph computes it without gradients.
     """
 
@@ -273,7 +272,8 @@ class _Answering:
             answer = answer.detach() if addend.is_detached and torch.is_grad_enabled() else answer
             total = answer if total is None else total + answer
         assert total is not None, "an output has an addend"
-        return _stepped(total, output)
+        lead = self.lead if output.box.is_whole else _sizes(self.lead, output.box)
+        return _stepped(total, output, lead)
 
     def at(self, of_rows: Tensor, output: Output) -> Tensor:
         """Returns the rows of an output, of a tensor with all rows in its first dimension."""
@@ -308,8 +308,15 @@ class _Answering:
         return loss.sum() / is_counted.sum() if reduction == "mean" else loss.sum()
 
 
-def _stepped(value: Tensor, output: Output) -> Tensor:
+def _sizes(lead: Sequence[Any], box: Box) -> tuple[Any, ...]:
+    """Returns the leading sizes of a box of rows with the leading sizes `lead`."""
+    return tuple(size - start + (stop or 0) for size, (start, stop) in zip(lead, box.bounds, strict=True))
+
+
+def _stepped(value: Tensor, output: Output, lead: Sequence[Any]) -> Tensor:
     for step, argument in output.steps:
+        if step == "view":
+            argument = [size if isinstance(size, int) else lead[size.at] for size in argument]
         value = _STEPS[step](value, argument)
     # AOTAutograd cannot detach in inference mode.
     return value.detach().clone() if output.is_detached and torch.is_grad_enabled() else value.clone()

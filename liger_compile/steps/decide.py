@@ -201,8 +201,11 @@ def captured_nodes(match: Match) -> list[Node]:
 
 
 def insertion_point(match: Match, position: Callable[[Node], int]) -> Node:
-    """Returns the node to insert the replacement before: the first output, or the node after the last capture."""
-    first = min(match.outputs, key=position)
+    """Returns the node to insert the replacement before: the first output, or the node after the last capture.
+
+    A replacement that computes outputs of several modes comes first of all, before the modes are switched.
+    """
+    first = match.nodes[0] if match.pattern.detaches else min(match.outputs, key=position)
     writes = (b.written_by for b in match.captures.values() if isinstance(b, Capture) and b.written_by)
     last = max((*captured_nodes(match), *writes), key=position, default=first)
     return first if position(last) < position(first) else last.next

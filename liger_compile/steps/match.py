@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import math
 import operator
 import re
 from bisect import bisect_left
@@ -512,10 +511,13 @@ class _Attempt:
 
 def _near_misses(failed: Sequence[_Attempt], matches: Sequence[Match], index: _Index) -> list[NearMiss]:
     """Returns the best attempt for each place that no match covers, or only a smaller match behind extra operators."""
+    answered: set[Node] = set()  # by a match without a search, which has a reason of its own if it is left
     covered: dict[Term, float] = {}  # the weight of the largest match at each term
     for match in matches:
-        outputs = () if match.pattern.finds else _skeleton(match.pattern).outputs
-        weight = index.uncast.weight(outputs[0].uncast) if outputs else math.inf
+        if match.pattern.finds:
+            answered.update(match.outputs)
+            continue
+        weight = index.uncast.weight(_skeleton(match.pattern).outputs[0].uncast)
         for node in match.nodes:
             if isinstance(term := index.terms.of[node], Term):
                 covered[term.uncast] = max(weight, covered.get(term.uncast, 0.0))
@@ -532,7 +534,7 @@ def _near_misses(failed: Sequence[_Attempt], matches: Sequence[Match], index: _I
             compared[key] = index.uncast.compare(want, have) if may_tell else None
         comparison = compared[key]
         found = comparison and _Near.of(attempt, comparison, covered)
-        if found:
+        if found and answered.isdisjoint(found.region):
             near.append(found)
     reported: list[_Near] = []
     roots: set[Node] = set()

@@ -477,7 +477,7 @@ class _Range:
 
     @staticmethod
     def of(hull: Rows, rows: Rows) -> _Range | None:
-        """Returns the range of flattened rows of `hull` that `rows` are; None if they are none, or if sizes are symbolic."""
+        """Returns the range of rows of `hull` that `rows` are; None if they are none, or if sizes are symbolic."""
         sizes, own = hull.sizes, rows.sizes
         if not all(isinstance(size, int) for size in sizes):
             return None

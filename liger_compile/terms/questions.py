@@ -113,8 +113,9 @@ class Symbol:
     """A factor of a wide term, at rows of the input of a head.
 
     Args:
-        kind: "z", "lp" (log_softmax), "p" (softmax), "xlogx" (p * log p, 0 where p is 0), "isinf" (of z), or "finite_lp" (0
-            where z is infinite; so is what it is multiplied by); of several heads: "stack", "mix" (log of a mixture).
+        kind: "z", "lp" (log_softmax), "p" (softmax), "xlogx" (p * log p, 0 where p is 0), "isinf" (of z), or
+            "finite_lp" (0 where z is infinite; so is what it is multiplied by); of several heads: "stack", "mix" (log
+            of a mixture).
         of: the symbols "lp" in a stack or a mixture, in which `scores` are those of the first.
         shifts: the logarithms of their weights.
     """
@@ -582,15 +583,23 @@ _WIDE: Mapping[str, Callable[[Reader, Term, int], Wide | None]] = {
 # Narrow terms
 
 
-def _shape(term: Term) -> tuple[int, ...] | None:
-    """Returns the shape of a term for a view, with -1 for its symbolic size; None if it has several."""
-    sizes = tuple(size if isinstance(size, int) else -1 for size in term.shape)
-    return sizes if sizes.count(-1) <= 1 else None
+@dataclass(frozen=True)
+class Leading:
+    """The size of the leading dimension `at` of the rows of a question, for a symbolic size of a shape."""
+
+    at: int
+
+
+def shape_of(sizes: tuple[Size, ...], rows: Rows) -> tuple[Any, ...] | None:
+    """Returns a shape for a view of answers for these rows; None if its symbolic sizes cannot be expressed."""
+    known = {size: Leading(at) for at, size in enumerate(rows.sizes) if rows.is_whole}
+    found = tuple(size if isinstance(size, int) else known.get(size, -1) for size in sizes)
+    return found if found.count(-1) <= 1 else None
 
 
 def _answer(term: Term, *asked: Asked) -> Narrow | None:
     """Returns the answers in the form of a term."""
-    shape = _shape(term)
+    shape = shape_of(term.shape, asked[0].rows)
     return None if shape is None else Narrow(asked, (("view", shape), ("to", term.dtype)))
 
 
@@ -655,31 +664,25 @@ def _reduced(name: str) -> Callable[[Reader, Term, int], Narrow | None]:
     def read(reader: Reader, term: Term, depth: int) -> Narrow | None:
         (wide_term,), dims = term.args, term.consts
         wide, classes = reader.wide(wide_term, depth), _plain(wide_term.shape[-1])
-        lead = _shape_of(wide_term.shape[:-1])
-        if wide is None or -1 not in dims or classes is None or lead is None:
+        if wide is None or -1 not in dims or classes is None:
             return None
         pair = _of_pair(wide)
         asked = tuple(_of_monomial(symbols, factor) for symbols, factor in wide.items() if factor)
         asked = asked if pair is None else (pair,)
         if not asked or any(one is None for one in asked) or len({one.rows for one in asked if one}) > 1:
             return None
+        found = tuple(one for one in asked if one is not None)
+        lead, shape = (shape_of(sizes, found[0].rows) for sizes in (wide_term.shape[:-1], term.shape))
+        if lead is None or shape is None:
+            return None
         steps: list[tuple[str, Any]] = [("view", (*lead, 1))]
         if rest := tuple(dim for dim in dims if dim != -1):
             steps.append((name, rest))
         if name == "mean":
             steps.append(("mul", 1 / classes))
-        shape = _shape(term)
-        if shape is None:
-            return None
-        found = tuple(one for one in asked if one is not None)
         return Narrow(found, (*steps, ("view", shape), ("to", term.dtype)))
 
     return read
-
-
-def _shape_of(sizes: tuple[Size, ...]) -> tuple[int, ...] | None:
-    plain = tuple(size if isinstance(size, int) else -1 for size in sizes)
-    return plain if plain.count(-1) <= 1 else None
 
 
 def _of_monomial(symbols: tuple[Symbol, ...], factor: float) -> Asked | None:
@@ -759,20 +762,23 @@ def heads_of(wide: Wide) -> Iterator[Head]:
             yield from (part.scores.head for part in symbol.of or (symbol,))
 
 
-def _after(step: Callable[[Term], tuple[str, Any] | None]) -> Callable[[Reader, Term, int], Narrow | None]:
+def _after(
+    step: Callable[[Term, Narrow], tuple[str, Any] | None],
+) -> Callable[[Reader, Term, int], Narrow | None]:
     def read(reader: Reader, term: Term, depth: int) -> Narrow | None:
-        narrow, following = reader.narrow(term.args[0], depth), step(term)
+        narrow = reader.narrow(term.args[0], depth)
+        following = None if narrow is None else step(term, narrow)
         return None if narrow is None or following is None else narrow.then(following)
 
     return read
 
 
-def _step_of_view(term: Term) -> tuple[str, Any] | None:
-    shape = _shape(term)
+def _step_of_view(term: Term, narrow: Narrow) -> tuple[str, Any] | None:
+    shape = shape_of(term.shape, narrow.asked[0].rows)
     return None if shape is None else ("view", shape)
 
 
-def _step_of_product(term: Term) -> tuple[str, Any] | None:
+def _step_of_product(term: Term, _: Narrow) -> tuple[str, Any] | None:
     scalar, *powers = term.consts
     is_scaled = powers == [1] and not scalar.powers and term.args[0].shape == term.shape
     return ("mul", scalar.value) if is_scaled else None
@@ -795,7 +801,7 @@ _NARROW: Mapping[str, Callable[[Reader, Term, int], Narrow | None]] = {
     "sum": _reduced("sum"),
     "mean": _reduced("mean"),
     "view": _after(_step_of_view),
-    "cast": _after(lambda term: ("to", term.dtype)),
+    "cast": _after(lambda term, _: ("to", term.dtype)),
     "mul": _after(_step_of_product),
     "detached": _narrow_detached,
 }
