@@ -18,13 +18,11 @@ from liger_compile.ops.answer_plan import WHOLE, Addend, Columns, Form, Output, 
 from liger_compile.pattern import Match, Pattern
 from liger_compile.patterns.linear_cross_entropy import saved_bytes
 from liger_compile.patterns.profit import few_logits, needs_kernel
-from liger_compile.steps.questions import find_questions
-
-# The logits must be much larger than the hidden states, which are read for them several times.
-LEAST_CLASSES = 2
+from liger_compile.steps.questions import LEAST_CLASSES, find_questions
 
 
 def profit(match: Match) -> str | None:
+    """Reject few classes: the hidden states, which are read several times, are then as large as the logits."""
     classes, width = match["weight"].shape
     if classes < LEAST_CLASSES * width:
         return f"{classes} classes are few for a hidden size of {width}: the logits are no larger than other values"

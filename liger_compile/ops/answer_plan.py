@@ -319,7 +319,8 @@ def _stepped(value: Tensor, output: Output, lead: Sequence[Any]) -> Tensor:
             argument = [size if isinstance(size, int) else lead[size.at] for size in argument]
         value = _STEPS[step](value, argument)
     # AOTAutograd cannot detach in inference mode.
-    return value.detach().clone() if output.is_detached and torch.is_grad_enabled() else value.clone()
+    value = value.detach() if output.is_detached and torch.is_grad_enabled() else value
+    return value.clone(memory_format=torch.contiguous_format)
 
 
 _STEPS: Mapping[str, Any] = {

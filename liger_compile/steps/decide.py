@@ -148,8 +148,7 @@ def _why_unmarked(match: Match, context: _Context) -> Iterator[tuple[str, bool]]
 
 def _needs_gradient(match: Match) -> bool:
     """Returns whether backward passes through the match: not under no_grad, nor where no input requires a gradient."""
-    values = (output.meta.get("example_value") for output in match.outputs)
-    return any(isinstance(value, torch.Tensor) and value.requires_grad for value in values)
+    return any(map(_requires_gradient, match.outputs))
 
 
 def _without_covered(decisions: list[Decision], consumed: set[Node]) -> list[Decision]:
@@ -205,10 +204,21 @@ def insertion_point(match: Match, position: Callable[[Node], int]) -> Node:
 
     A replacement that computes outputs of several modes comes first of all, before the modes are switched.
     """
-    first = match.nodes[0] if match.pattern.detaches else min(match.outputs, key=position)
+    first = _first_in_mode(match) if match.pattern.detaches else min(match.outputs, key=position)
     writes = (b.written_by for b in match.captures.values() if isinstance(b, Capture) and b.written_by)
     last = max((*captured_nodes(match), *writes), key=position, default=first)
     return first if position(last) < position(first) else last.next
+
+
+def _first_in_mode(match: Match) -> Node:
+    """Returns the first node of a match, or the first with gradients if the match has gradients."""
+    with_gradients = (node for node in match.nodes if _requires_gradient(node))
+    return next(with_gradients, match.nodes[0])
+
+
+def _requires_gradient(node: Node) -> bool:
+    value = node.meta.get("example_value")
+    return isinstance(value, torch.Tensor) and value.requires_grad
 
 
 # Legality in any graph: each function returns the reason of a refusal in a sentence, or None.

@@ -46,6 +46,7 @@ _OF_LOSSES = frozenset(
         "collision",
     )
 )
+LEAST_CLASSES = 2  # times the hidden size: fewer classes are no vocabulary
 MOST_COLUMNS = 128  # of an index in all: the gradient compares the columns of a row with one another
 
 
@@ -76,7 +77,7 @@ def find_questions(pattern: Pattern, graph: Graph, terms: Terms) -> tuple[list[M
     matches: list[Match] = []
     near_misses: list[NearMiss] = []
     for found in _places(graph, reader, terms):
-        if not _is_worth_a_plan(found):
+        if not _is_worth_a_plan(found, reader, terms):
             continue
         try:
             if found.others:
@@ -160,13 +161,25 @@ def _is_effect(user: Node) -> bool:
     )
 
 
-def _is_worth_a_plan(found: _Found) -> bool:
+def _is_worth_a_plan(found: _Found, reader: Reader, terms: Terms) -> bool:
     """Returns whether there are questions that the patterns of single losses do not answer."""
     asked = [one for narrow in found.questions.values() for one in narrow.asked]
     if len(found.questions) == 1 and len(asked) == 1 and asked[0].question == "cross_entropy":
         return False
+    if not asked:
+        return bool(found.others) and _looks_like_loss(found, reader, terms)
     is_loss = any(one.question in _OF_LOSSES | PAIRS for one in asked)
     return is_loss or (bool(asked) and not found.others and any(one.question == "top" for one in asked))
+
+
+def _looks_like_loss(found: _Found, reader: Reader, terms: Terms) -> bool:
+    """Returns whether a log_softmax of many classes is read in an unknown way."""
+    polynomials = (reader.wide(value) for node in found.wide if isinstance(value := terms.of[node], Term))
+    kinds = {symbol.kind for wide in polynomials for symbols in wide or {} for symbol in symbols}
+    linear = next(iter(found.linear))
+    width, classes = linear.args[0].shape[-1], linear.shape[-1]
+    is_large = isinstance(width, int) and isinstance(classes, int) and classes >= LEAST_CLASSES * width
+    return is_large and "lp" in kinds
 
 
 def _why_read(value: Node, reader: Node) -> str:
@@ -180,13 +193,13 @@ def _why_read(value: Node, reader: Node) -> str:
         )
         by = f"{name} reads them"
     return (
-        f"the logits are needed ({by}: {value.name}), and the other questions about them do not pay alone; "
-        "ask for log-probabilities, entropy, logsumexp, argmax or topk only, or compute the rest in another call"
+        f"the logits are needed ({by}: {value.name}), so answering the other questions without them would save "
+        "nothing; known are log-probabilities, entropy, logsumexp, argmax, topk and divergences"
     )
 
 
 def _near_miss(pattern: Pattern, found: _Found, reason: str) -> NearMiss:
-    root = next(iter(found.questions))
+    root = next(iter(found.questions), None) or found.others[0][0]
     culprit = next((reader for _, reader in found.others if reader.op != "output"), root)
     return NearMiss(pattern, root, culprit, reason, 0.9, tuple(found.wide))
 
@@ -233,10 +246,9 @@ def _capture(term: Term, terms: Terms) -> Capture:
     value = node.meta["example_value"]
     mode = getattr(value, "fake_mode", None) or contextlib.nullcontext()
     if steps:
-        needs_gradient = value.requires_grad
-        with mode, torch.no_grad():
-            value = Capture(node, steps).derive(value).detach()
-            value.requires_grad_(needs_gradient and value.is_floating_point())
+        with mode, torch.enable_grad():  # a step may detach
+            derived_value = Capture(node, steps).derive(value)
+            value = derived_value.detach().requires_grad_(derived_value.requires_grad)
     return Capture(node, steps, value, terms.written_by(term))
 
 

@@ -377,9 +377,10 @@ def _kl_div(
     each = normalize.apply(call.space, "kl_div", args, (log_target,), call.dtype, input.shape)
     if reduction == "none":
         return each
-    if reduction == "batchmean":
-        total = _reduced(call, "sum", each, dims, call.dtype)
-        return _truediv(call, total, input.shape[0]) if isinstance(input.shape[0], int) else None
+    if reduction == "batchmean":  # of the sums of the first dimension, whose size may be symbolic
+        space, kept = call.space, (input.shape[0], *(1,) * (len(dims) - 1))
+        sums = normalize.apply(space, "sum", (each,), dims[1:], call.dtype, kept) if dims[1:] else each
+        return _reduced(call, "mean", sums, dims[0], call.dtype)
     return _reduced(call, reduction, each, dims, call.dtype) if reduction in ("sum", "mean") else None
 
 
@@ -540,14 +541,32 @@ def _cross_entropy(
     label_smoothing=0.0,
 ):
     has_classes = target.dtype is not None and not target.dtype.is_floating_point
-    if size_average is not None or reduce is not None or not has_classes:
+    if size_average is not None or reduce is not None:
         return None
+    if not has_classes:
+        is_plain = not isinstance(weight, Term) and label_smoothing == 0.0
+        return _soft_cross_entropy(call, input, target, reduction) if is_plain else None
     logits = normalize.cast(call.space, _classes_last(call, input), call.dtype)  # autocast upcasts losses
     consts = (const_of(ignore_index), const_of(reduction), const_of(label_smoothing))
     weight = weight if isinstance(weight, Term) else call.space.none
     return normalize.apply(
         call.space, "cross_entropy", (logits, target, weight), consts, call.dtype, call.shape
     )
+
+
+def _soft_cross_entropy(call: Call, input: Term, target: Term, reduction: Any) -> Term | None:
+    """Returns -sum(target * log_softmax(input)) for a target of probabilities; a mean divides by the rows."""
+    space, dtype = call.space, call.dtype
+    logits = normalize.cast(space, _classes_last(call, input), dtype)
+    if target.shape != input.shape or logits.shape != input.shape or target.dtype != dtype:
+        return None
+    logp = normalize.apply(space, "log_softmax", (logits,), (-1,), dtype, logits.shape)
+    product = normalize.mul(space, ((target, 1), (logp, 1)), normalize.MINUS_ONE, dtype, logits.shape)
+    rows = normalize.apply(space, "sum", (product,), (-1,), dtype, (*logits.shape[:-1], 1))
+    if reduction == "none":
+        return normalize.view(space, rows, *call.shape)
+    dims = tuple(range(-len(rows.shape), 0))
+    return _reduced(call, reduction, rows, dims, dtype) if reduction in ("sum", "mean") else None
 
 
 def _nll_loss(

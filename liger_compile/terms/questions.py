@@ -664,7 +664,9 @@ def _reduced(name: str) -> Callable[[Reader, Term, int], Narrow | None]:
     def read(reader: Reader, term: Term, depth: int) -> Narrow | None:
         (wide_term,), dims = term.args, term.consts
         wide, classes = reader.wide(wide_term, depth), _plain(wide_term.shape[-1])
-        if wide is None or -1 not in dims or classes is None:
+        if wide is None:
+            return _reduced_further(reader, term, name, depth)
+        if -1 not in dims or classes is None:
             return None
         pair = _of_pair(wide)
         asked = tuple(_of_monomial(symbols, factor) for symbols, factor in wide.items() if factor)
@@ -683,6 +685,15 @@ def _reduced(name: str) -> Callable[[Reader, Term, int], Narrow | None]:
         return Narrow(found, (*steps, ("view", shape), ("to", term.dtype)))
 
     return read
+
+
+def _reduced_further(reader: Reader, term: Term, name: str, depth: int) -> Narrow | None:
+    """Reads a reduction of a question over rows."""
+    narrow = reader.narrow(term.args[0], depth)
+    shape = None if narrow is None else shape_of(term.shape, narrow.asked[0].rows)
+    if narrow is None or shape is None:
+        return None
+    return narrow.then((name, term.consts), ("view", shape), ("to", term.dtype))
 
 
 def _of_monomial(symbols: tuple[Symbol, ...], factor: float) -> Asked | None:
