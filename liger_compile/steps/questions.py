@@ -46,6 +46,7 @@ _OF_LOSSES = frozenset(
         "collision",
     )
 )
+_OPERATIONS_OF_LOSSES = frozenset(("logsumexp", "log_softmax", "cross_entropy", "kl_div"))
 LEAST_CLASSES = 2  # times the hidden size: fewer classes are no vocabulary
 MOST_COLUMNS = 128  # of an index in all: the gradient compares the columns of a row with one another
 
@@ -173,13 +174,22 @@ def _is_worth_a_plan(found: _Found, reader: Reader, terms: Terms) -> bool:
 
 
 def _looks_like_loss(found: _Found, reader: Reader, terms: Terms) -> bool:
-    """Returns whether a log_softmax of many classes is read in an unknown way."""
+    """Returns whether the log_softmax of many classes, or something like it, is read in an unknown way."""
     polynomials = (reader.wide(value) for node in found.wide if isinstance(value := terms.of[node], Term))
     kinds = {symbol.kind for wide in polynomials for symbols in wide or {} for symbol in symbols}
     linear = next(iter(found.linear))
     width, classes = linear.args[0].shape[-1], linear.shape[-1]
     is_large = isinstance(width, int) and isinstance(classes, int) and classes >= LEAST_CLASSES * width
-    return is_large and "lp" in kinds
+    readers = (terms.of.get(reader) for _, reader in found.others)
+    is_read = any(isinstance(value, Term) and _operation(value) in _OPERATIONS_OF_LOSSES for value in readers)
+    return is_large and ("lp" in kinds or is_read)
+
+
+def _operation(term: Term) -> str:
+    """Returns the operation of a term without views and casts of its result."""
+    while term.op in ("view", "cast") and term.may_be_passed:
+        term = term.args[0]
+    return term.op
 
 
 def _why_read(value: Node, reader: Node) -> str:
