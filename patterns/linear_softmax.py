@@ -11,6 +11,8 @@ them, so that the logits never exist as a whole. A single cross-entropy is left 
 computes its gradients in forward.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 
@@ -58,7 +60,7 @@ def replace(
 ):
     """Carry out a plan; `inputs` are input_0, input_1, ..., of which its columns are made."""
     named = [inputs[f"input_{at}"] for at in range(len(inputs))] if index is None else [index]
-    teacher = None
+    teacher: Any = None
     if teacher_x is not None:
         teacher = _detached(teacher_x), _detached(teacher_weight), _detached(teacher_bias)
     return run(plan, (x, weight, bias), teacher, named, loss_memory)

@@ -84,16 +84,17 @@ class Columns:
                 margin for start, stop in reversed(self.box.bounds) for margin in (start, -(stop or 0))
             ]
             return F.pad(entries.reshape(*sizes, self.width), (0, 0, *margins)).reshape(-1, self.width)
-        rows = math.prod(lead)
+        if len(self.parts) == 1 and self.parts[0].last is None:
+            return self.parts[0].of(inputs, self.width)
         found: list[Tensor] = []
-        at = 0
+        at, rows = 0, math.prod(lead)
         for part in self.parts:
             entries = part.of(inputs, self.width)
             if part.first > at:
                 found.append(entries.new_zeros(part.first - at, self.width))
             found.append(entries)
-            at = part.last
-        if at is not None and self.parts[-1].last is not None and at < rows:
+            at = rows if part.last is None else part.last
+        if at < rows:
             found.append(found[-1].new_zeros(rows - at, self.width))
         return torch.cat(found) if len(found) > 1 else found[0]
 

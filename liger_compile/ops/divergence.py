@@ -91,7 +91,7 @@ def reference_divergence(
             z = form.scores(part[rows])
             logp.append(torch.log_softmax(z, -1))
             statistics[2 * at, rows], statistics[2 * at + 1, rows] = form.statistics(z, logp[-1])
-        out[rows], statistics[4, rows] = terms(kind, *logp, beta)
+        out[rows], statistics[4, rows] = terms(kind, logp[0], logp[1], beta)
 
 
 def reference_gradient_(

@@ -501,13 +501,14 @@ class _Range:
     def of(hull: Rows, rows: Rows) -> _Range | None:
         """Returns the range of rows of `hull` that `rows` are; None if they are none, or if sizes are symbolic."""
         sizes, own = hull.sizes, rows.sizes
-        if not all(isinstance(size, int) for size in sizes):
+        if not all(isinstance(size, int) for size in (*sizes, *own)):
             return None
         split = next((at for at, size in enumerate(own) if size != 1), len(own))
         if own[split + 1 :] != sizes[split + 1 :]:
             return None
         start, count = 0, 1
         for size, (low, _), (first, _), length in zip(sizes, hull.box, rows.box, own, strict=True):
+            assert isinstance(size, int) and isinstance(length, int), "checked above"
             start, count = start * size + first - low, count * length
         return _Range(start + rows.first, start + (count if rows.last is None else rows.last))
 

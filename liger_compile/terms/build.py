@@ -146,8 +146,9 @@ class Terms:
         value, before, after = self.of[write], self.regions.of[node], self.regions.of[write]
         is_same_mode = (before.has_gradients, before.transforms) == (after.has_gradients, after.transforms)
         example = node.meta.get("example_value")
-        is_term = isinstance(value, Term) and value.op != "leaf" and isinstance(example, torch.Tensor)
-        if not (is_term and is_same_mode):
+        if not isinstance(value, Term) or not isinstance(example, torch.Tensor):
+            return None
+        if value.op == "leaf" or not is_same_mode:
             return None
         is_like = value.dtype == example.dtype and value.shape == sizes_of(example.shape)
         return value if is_like else None
