@@ -46,6 +46,7 @@ _EXAMPLE = Plan(
 )
 
 
+# Many parameters because they are the captures.
 def replace(
     x,
     weight,

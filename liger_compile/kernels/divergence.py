@@ -43,6 +43,42 @@ def _mixture(s, t, log_rest, log_beta):
     return shift + tl.log(tl.exp(a - shift) + tl.exp(b - shift))
 
 
+@triton.jit
+def _terms(
+    s,
+    t,
+    beta,
+    log_beta,
+    log_rest,
+    KIND: tl.constexpr,
+    IS_HALF: tl.constexpr,
+    IS_TEACHER_HALF: tl.constexpr,
+):
+    """Return the addends of the divergence and of rest, for log-probabilities of student and teacher."""
+    if KIND <= 1:  # CROSS and FINITE_CROSS; constants of the module are no constants of a kernel
+        p = exp(t, IS_TEACHER_HALF)
+        if KIND == 1:
+            is_finite = tl.abs(s) < float("inf")
+            p = tl.where(is_finite, p, 0.0)
+            s = tl.where(is_finite, s, 0.0)
+        total, rest = p * s, p
+    elif KIND == 2:
+        total = exp(t, IS_TEACHER_HALF) * (t - s)
+        rest = total
+    elif KIND == 3:
+        p = exp(t, IS_TEACHER_HALF)
+        total = tl.where(p == 0, 0.0, p * t) - p * s
+        rest = total
+    elif KIND == 4:
+        total = exp(s, IS_HALF) * (s - t)
+        rest = total
+    else:
+        m = _mixture(s, t, log_rest, log_beta)
+        rest = exp(s, IS_HALF) * (s - m)
+        total = beta * (exp(t, IS_TEACHER_HALF) * (t - m)) + (1.0 - beta) * rest
+    return total, rest
+
+
 @triton.jit(do_not_specialize=["rows"])
 def _divergence_kernel(
     student_ptr,  # (rows, classes)
@@ -88,33 +124,14 @@ def _divergence_kernel(
                 0
             ]
             t = (t - teacher_max) - teacher_log_sum
-            if KIND <= 1:  # CROSS and FINITE_CROSS; constants of the module are no constants of a kernel
-                p = exp(t, IS_TEACHER_HALF)
-                if KIND == 1:
-                    is_finite = tl.abs(s) < float("inf")
-                    p = tl.where(is_finite, p, 0.0)
-                    s = tl.where(is_finite, s, 0.0)
-                total, rest = p * s, p
-            elif KIND == 2:
-                total = exp(t, IS_TEACHER_HALF) * (t - s)
-                rest = total
-            elif KIND == 3:
-                p = exp(t, IS_TEACHER_HALF)
-                total = tl.where(p == 0, 0.0, p * t) - p * s
-                rest = total
-            elif KIND == 4:
-                total = exp(s, IS_HALF) * (s - t)
-                rest = total
-            else:
-                m = _mixture(s, t, log_rest, log_beta)
-                rest = exp(s, IS_HALF) * (s - m)
-                total = beta * (exp(t, IS_TEACHER_HALF) * (t - m)) + (1.0 - beta) * rest
+            total, rest = _terms(s, t, beta, log_beta, log_rest, KIND, IS_HALF, IS_TEACHER_HALF)
             totals += tl.where(is_class, total, 0.0)
             rests += tl.where(is_class, rest, 0.0)
         tl.store(out_ptr + row, tl.sum(tl.sum(totals, 1), 0))
         tl.store(out_ptr + rows.to(tl.int64) + row, tl.sum(tl.sum(rests, 1), 0))
 
 
+# Long because a kernel is one program, with a line for each pointer and size.
 @triton.jit(do_not_specialize=["rows"])
 def _gradient_kernel(
     student_ptr,  # (rows, classes), overwritten

@@ -34,6 +34,7 @@ def _rescaled(high, reference):
     return tl.where(high == float("-inf"), 0.0, high - reference)
 
 
+# Long because a kernel is one program, and this one reads the logits once for all questions.
 @triton.jit(do_not_specialize=["rows"])
 def _statistics_kernel(
     logits_ptr,  # (rows, classes)

@@ -106,19 +106,19 @@ class Teacher(NamedTuple):
     beta: float
 
 
+Tensors = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+
+
 def _heads(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    teacher_x: Tensor | None,
-    teacher_weight: Tensor | None,
-    teacher_bias: Tensor | None,
+    tensors: Tensors,
     kind: str,
     beta: float,
     scales: tuple[float, float],
     caps: tuple[float | None, float | None],
 ) -> tuple[Head, Teacher | None]:
-    is_kernel = has_kernel(x, weight, bias, teacher_x, teacher_weight, teacher_bias)
+    """Return student and teacher: `tensors` are x, weight and bias of each."""
+    x, weight, bias, teacher_x, teacher_weight, teacher_bias = tensors
+    is_kernel = has_kernel(*tensors)
     student = Head(x, weight, bias, scores_of(scales[0], caps[0]), is_kernel)
     if teacher_x is None or teacher_weight is None:
         return student, None
@@ -203,7 +203,7 @@ def linear_softmax(
     *answers, of_top, top_columns, of_teacher, columns, statistics = made
     statistics.zero_()
     tensors = x, weight, bias, teacher_x, teacher_weight, teacher_bias
-    student, teacher = _heads(*tensors, kind, beta, (logit_scale, teacher_scale), (softcap, teacher_softcap))
+    student, teacher = _heads(tensors, kind, beta, (logit_scale, teacher_scale), (softcap, teacher_softcap))
     student = student.aligned()
     for chunk in chunks_of(student.x, weight, False, _share(x, memory, 1 if teacher is None else 2)):
         logits = student.logits(chunk)
@@ -337,7 +337,7 @@ def linear_softmax_backward(
     made = Coefficients(through, tilt, twice, level, at_columns)
     has_questions, needs = any(part is not None for part in made), (needs_dx, needs_dweight, needs_dbias)
     tensors = x, weight, bias, teacher_x, teacher_weight, teacher_bias
-    student, teacher = _heads(*tensors, kind, beta, (logit_scale, teacher_scale), (softcap, teacher_softcap))
+    student, teacher = _heads(tensors, kind, beta, (logit_scale, teacher_scale), (softcap, teacher_softcap))
     if of_divergence is None:
         teacher = None
 
@@ -484,6 +484,7 @@ class TeacherOf(NamedTuple):
     softcap: float | None = None
 
 
+# Many parameters because callers pass the few that they need by name.
 def answers(
     x: Tensor,
     weight: Tensor,
