@@ -16,13 +16,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .ops import validation  # also imports the ops, which register themselves
+from .ops import linear_softmax, validation  # also imports the ops, which register themselves
 from .ops.precision import accumulation_dtype
 
 __all__ = [
     "cross_entropy",
     "geglu",
     "linear_cross_entropy",
+    "linear_divergence",
+    "linear_log_probability",
     "norm_rotary",
     "pre_norm",
     "rms_norm",
@@ -328,3 +330,151 @@ def linear_cross_entropy(
         memory or 0,
     )
     return loss.reshape(target.shape) if reduction == "none" else loss
+
+
+# Many parameters because users pass them by name, as to F.cross_entropy.
+# Long because the docstring of a public function describes each of them.
+def linear_log_probability(
+    x: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None = None,
+    *,
+    ignore_index: int = -100,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    with_entropy: bool = False,
+    memory: int | None = None,
+) -> Any:
+    """Returns the log-probability of each target, `F.log_softmax(F.linear(x, weight, bias).float(), -1)` at target.
+
+    At most a chunk of the logits is in memory. Each log-probability, and each entropy, may have a gradient of its own:
+    backward computes the logits again. Inputs that require no gradient cost no matmul.
+
+    Args:
+        x: (..., H).
+        weight: (V, H), in the dtype of x.
+        target: (...) or (N), or of any shape if x is (N, H): class indices, int64, one for each row of x.
+        bias: (V), in the dtype of x, or None.
+        ignore_index: the target of tokens that have none. Their log-probability is 0, without a gradient.
+        logit_scale: multiplies the logits: 1 / temperature.
+        softcap: bounds the logits by a tanh, after the scale; None for no bound.
+        with_entropy: also return the entropy of each row, -sum(p * log(p)), in nats; for ignored targets too.
+        memory: bytes for a chunk of the logits, or None for a default, as in `linear_cross_entropy`.
+
+    Returns:
+        The log-probabilities, with the shape of target, in float32 (float64 for float64 inputs); or a tuple of these
+        and the entropies. Logits are rounded to the dtype of x, as `F.linear` rounds them.
+
+    Raises:
+        RuntimeError: a target is not a valid class, on a CPU. A GPU stops with a device-side assertion, as in
+            `torch.gather`: the error is raised at the next synchronization. Also in a backward with create_graph=True.
+
+    Source: the algorithm is our own; linear_cross_entropy has the source of the chunks.
+    """
+    name = "linear_log_probability"
+    validation.check_one_dtype(name, x, weight, bias)
+    validation.check_linear(name, "weight", weight, x.shape[-1])
+    validation.check_vector(name, "bias", bias, weight.shape[0])
+    validation.check_target(name, "x", x, target)
+    validation.check_loss(name, "none", 0.0, softcap)
+    validation.check_memory(name, memory)
+    is_ignored = target == ignore_index
+    index = target.masked_fill(is_ignored, 0).reshape(-1, 1)
+    questions = {"log_probabilities", "entropy"} if with_entropy else {"log_probabilities"}
+    found = linear_softmax.answers(
+        x.reshape(-1, x.shape[-1]),
+        weight,
+        bias,
+        questions,
+        index=index,
+        logit_scale=logit_scale,
+        softcap=softcap,
+        memory=memory or 0,
+    )
+    of_target = found.log_probabilities.reshape(target.shape).masked_fill(is_ignored, 0)
+    return (of_target, found.entropy.reshape(target.shape)) if with_entropy else of_target
+
+
+# Many parameters because users pass them by name, as to F.kl_div.
+# Long because the docstring of a public function describes each of them.
+def linear_divergence(
+    x: Tensor,
+    weight: Tensor,
+    teacher_x: Tensor,
+    teacher_weight: Tensor,
+    bias: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
+    *,
+    kind: Literal["forward", "reverse", "jensen_shannon", "cross"] = "forward",
+    beta: float = 0.5,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    teacher_scale: float | None = None,
+    teacher_softcap: float | None = None,
+    memory: int | None = None,
+) -> Tensor:
+    """Returns the divergence of a student's distribution from a teacher's, for each row, without the logits of either.
+
+    At most a chunk of both logits is in memory. Each divergence may have a gradient of its own: backward computes the
+    logits again. Only the student's inputs get gradients.
+
+    Args:
+        x: (..., H), of the student.
+        weight: (V, H), in the dtype of x.
+        teacher_x: (..., I), with the leading dimensions of x; the dtype may differ.
+        teacher_weight: (V, I), in the dtype of teacher_x.
+        bias: (V), in the dtype of x, or None.
+        teacher_bias: (V), in the dtype of teacher_x, or None.
+        kind: with the distributions p of the student and q of the teacher, "forward": sum(q * log(q / p)); "reverse":
+            sum(p * log(p / q)); "jensen_shannon": beta * sum(q * log(q / m)) + (1 - beta) * sum(p * log(p / m)), with
+            m = beta * q + (1 - beta) * p; "cross": sum(q * log(p)), minus the cross-entropy.
+        beta: the weight of the teacher, above 0 and below 1; for "jensen_shannon" only.
+        logit_scale: multiplies the student's logits: 1 / temperature.
+        softcap: bounds the student's logits by a tanh, after the scale; None for no bound.
+        teacher_scale: the same for the teacher's logits; None for logit_scale.
+        teacher_softcap: the same for the teacher's logits.
+        memory: bytes for a chunk of the logits of both, or None for a default, as in `linear_cross_entropy`.
+
+    Returns:
+        (...), in nats, in float32 (float64 if x or teacher_x is float64). Logits are rounded to the dtype of their x,
+        as `F.linear` rounds them.
+
+    Raises:
+        ValueError: the teacher requires a gradient.
+        RuntimeError: in a backward with create_graph=True.
+
+    Source: Agarwal et al. 2023, arXiv 2306.13649, for the generalized Jensen-Shannon divergence.
+    """
+    name = "linear_divergence"
+    validation.check_one_dtype(name, x, weight, bias)
+    validation.check_one_dtype(name, teacher_x, teacher_weight, teacher_bias)
+    validation.check_linear(name, "weight", weight, x.shape[-1])
+    validation.check_linear(name, "teacher_weight", teacher_weight, teacher_x.shape[-1])
+    validation.check_vector(name, "bias", bias, weight.shape[0])
+    validation.check_vector(name, "teacher_bias", teacher_bias, weight.shape[0])
+    validation.check_divergence(name, kind, beta)
+    validation.check_teacher(name, x, weight, teacher_x, teacher_weight, teacher_bias)
+    for cap in (softcap, teacher_softcap):
+        validation.check_loss(name, "none", 0.0, cap)
+    validation.check_memory(name, memory)
+    teacher = linear_softmax.TeacherOf(
+        teacher_x.reshape(-1, teacher_x.shape[-1]),
+        teacher_weight,
+        teacher_bias,
+        kind,
+        beta,
+        logit_scale if teacher_scale is None else teacher_scale,
+        teacher_softcap,
+    )
+    found = linear_softmax.answers(
+        x.reshape(-1, x.shape[-1]),
+        weight,
+        bias,
+        set(),
+        logit_scale=logit_scale,
+        softcap=softcap,
+        teacher=teacher,
+        memory=memory or 0,
+    )
+    return found.divergence.reshape(x.shape[:-1])

@@ -57,6 +57,10 @@ class Pattern:
             never in the subgraph of a checkpoint, which would run it twice.
         saves_result: the replacement saves its result for backward, and the computation does not. A result that the
             graph writes, or returns to a caller who may write into it, is then copied.
+        finds: finds the places of the pattern in a graph, instead of search, whose computation is then an example. It
+            is called with the pattern, the graph and its terms, and returns matches and near misses.
+        detaches: the replacement may run with gradients where some of the matched nodes run without: it detaches their
+            results.
         has_near_misses: whether the report names places that resemble the computation and differ from it. None: if
             there is a replacement.
     """
@@ -72,6 +76,8 @@ class Pattern:
     is_loss: bool = False
     saves_result: bool = False
     has_near_misses: bool | None = None
+    finds: Callable[[Pattern, Any, Any], tuple[list[Match], list[NearMiss]]] | None = None
+    detaches: bool = False
 
     @property
     def parameters(self) -> Mapping[str, inspect.Parameter]:

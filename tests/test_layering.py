@@ -47,6 +47,7 @@ ALLOWED = {
     "diagnose": ("diagnose", "terms"),
     "steps.callbacks": ("graphs.guards", "pattern"),
     "steps.recording": ("graphs", "terms.term"),
+    "steps.questions": ("graphs", "ops.answer_plan", "pattern", "terms"),
     "steps.match": ("diagnose", "graphs", "pattern", "steps.callbacks", "terms"),
     "steps.decide": ("graphs", "pattern", "steps.callbacks"),
     "steps.saved": ("graphs",),
@@ -80,7 +81,15 @@ ALLOWED = {
     "forward_passes.split_for_ddp": ("compile", "failures", "forward_passes", "options"),
     "validation": ("graphs", "pattern", "steps", "terms"),
     "registry": ("pattern", "patterns", "steps.callbacks", "validation"),
-    "patterns": ("functional", "ops.dispatch", "ops.flex", "pattern", "patterns"),
+    "patterns": (
+        "functional",
+        "ops.answer_plan",
+        "ops.dispatch",
+        "ops.flex",
+        "pattern",
+        "patterns",
+        "steps.questions",
+    ),
     "assemble": ("compile", "failures", "forward_passes", "options", "pattern", "pipeline", "runtime"),
     "pipeline": (
         "backward_passes",
@@ -295,6 +304,9 @@ BESIDE = {
         "liger_compile.terms": "the proofs about masks are tested without a graph",
         "liger_compile.torch_internals": OF_TORCH,
         "torch._dynamo.source.ConstantSource": "no public name; a symbolic size needs a source",
+    },
+    "tests/helpers/softmax_questions.py": {
+        "liger_compile.ops": "the op answers more questions than public functions ask",
     },
     "tests/helpers/versions.py": {"torch._dynamo.exc.BackendCompilerFailed": "no public name of the error"},
 }

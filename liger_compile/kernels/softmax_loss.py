@@ -68,7 +68,7 @@ def config(classes: int, itemsize: int, is_lean: bool) -> Config:
 
 
 @triton.jit
-def _exp(x, IS_HALF: tl.constexpr):
+def exp(x, IS_HALF: tl.constexpr):
     """Return exp(x); for half precision without results below 2^-126, which would take three more instructions."""
     return tl.exp2(x * 1.4426950408889634) if IS_HALF else tl.exp(x)
 
@@ -102,7 +102,7 @@ def _tanh_in_half_precision(x):
 
 
 @triton.jit
-def _scores(
+def scores_of(
     logits, inner_scale, softcap, HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr, IS_HALF: tl.constexpr
 ):
     z = logits.to(tl.float32)
@@ -177,9 +177,9 @@ def _softmax_loss_kernel(  # noqa: C901 - constexpr branches: a compiled kernel 
             if losses_ptr is None:
                 row_max = tl.load(row_max_ptr + row)
                 log_sum = tl.load(log_sum_ptr + row)
-                inverse_sum = _exp(-log_sum, IS_HALF)
+                inverse_sum = exp(-log_sum, IS_HALF)
             else:
-                z_label = _scores(
+                z_label = scores_of(
                     tl.load(logits_row + label), inner_scale, softcap, HAS_SCALE, HAS_SOFTCAP, IS_HALF
                 )[0]
                 # Smoothing sums z relative to a nearby origin, because z may be large compared with its differences.
@@ -194,13 +194,13 @@ def _softmax_loss_kernel(  # noqa: C901 - constexpr branches: a compiled kernel 
                         mask=columns < readable,
                         eviction_policy="evict_first" if dlogits_ptr is None else "evict_last",
                     )
-                    z = _scores(logits, inner_scale, softcap, HAS_SCALE, HAS_SOFTCAP, IS_HALF)[0]
+                    z = scores_of(logits, inner_scale, softcap, HAS_SCALE, HAS_SOFTCAP, IS_HALF)[0]
                     z = tl.where(columns < classes, z, float("-inf"))
                     new_highs = tl.maximum(highs, tl.max(z, 1))
                     # A whole vector may be -inf. The reference is then 0, because -inf would give NaN.
                     reference = tl.where(new_highs == float("-inf"), 0.0, new_highs)
-                    sums = sums * _exp(highs - reference, IS_HALF) + tl.sum(
-                        _exp(z - reference[:, None], IS_HALF), 1
+                    sums = sums * exp(highs - reference, IS_HALF) + tl.sum(
+                        exp(z - reference[:, None], IS_HALF), 1
                     )
                     highs = new_highs
                     if HAS_SMOOTHING:
@@ -212,7 +212,7 @@ def _softmax_loss_kernel(  # noqa: C901 - constexpr branches: a compiled kernel 
 
                 row_max = tl.max(highs, 0)
                 reference = tl.where(row_max == float("-inf"), 0.0, row_max)
-                total = tl.sum(sums * _exp(highs - reference, IS_HALF), 0)
+                total = tl.sum(sums * exp(highs - reference, IS_HALF), 0)
                 log_sum = tl.log(total)
                 inverse_sum = 1.0 / total
                 # Not log_sum + row_max first: for large logits, that would lose the digits of log_sum.
@@ -250,8 +250,8 @@ def _softmax_loss_kernel(  # noqa: C901 - constexpr branches: a compiled kernel 
                     columns = start + lanes
                     mask = columns < readable
                     logits = tl.load(logits_row + columns, mask=mask, eviction_policy="evict_first")
-                    z, slope = _scores(logits, inner_scale, softcap, HAS_SCALE, HAS_SOFTCAP, IS_HALF)
-                    dlogits = _exp(z - row_max, IS_HALF) * through_p
+                    z, slope = scores_of(logits, inner_scale, softcap, HAS_SCALE, HAS_SOFTCAP, IS_HALF)
+                    dlogits = exp(z - row_max, IS_HALF) * through_p
                     if HAS_SMOOTHING:
                         if class_weight_ptr is not None:
                             w = tl.load(class_weight_ptr + columns, mask=columns < classes, other=0.0)

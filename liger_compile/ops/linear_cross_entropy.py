@@ -41,6 +41,7 @@ Source: Hsu et al., Liger Kernel, 2024 (arXiv 2410.10989), for gradients in forw
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -203,18 +204,35 @@ def losses_and_gradients(
     memory: int,
 ) -> tuple[Tensor, Gradients]:
     """Return the losses of the tokens, and scale times the gradients of (losses * upstream).sum()."""
-    if columns := missing_columns(x):
-        wide = head._replace(weight=with_columns(head.weight, columns))
-        losses, made = losses_and_gradients(
-            wide, with_columns(x, columns), target, upstream, scale, needs, memory
-        )
-        dx, dweight = (gradient[..., : x.shape[1]].contiguous() for gradient in made[:2])
-        return losses, made._replace(dx=dx, dweight=dweight)
-    needs_dx, needs_dweight, _ = needs
-    weight = head.weight
-    chunks = chunks_of(x, weight, needs_dweight, memory)
-    on_chunk = _kernel_on_chunk if head.has_kernel(x) else _reference_on_chunk
+    on_rows = _kernel_on_chunk if head.has_kernel(x) else _reference_on_chunk
     losses = x.new_empty(x.shape[:1], dtype=accumulation_dtype(x.dtype))
+
+    def on_chunk(chunk: slice, rows: Tensor, weight: Tensor, dbias_sum: Tensor) -> Tensor:
+        wide = head._replace(weight=weight)
+        logits, losses[chunk] = on_rows(
+            wide, rows, target[chunk], upstream[chunk], scale, any(needs), dbias_sum
+        )
+        return logits
+
+    return losses, gradients_by_chunk(x, head.weight, scale, needs, memory, on_chunk)
+
+
+# Called with a chunk, its rows of x, weight, and the sum of dbias, to which it adds. Returns the gradient of the logits
+# of the chunk, which nothing else reads; anything where no gradient is needed.
+OnChunk = Callable[[slice, Tensor, Tensor, Tensor], Tensor]
+
+
+def gradients_by_chunk(
+    x: Tensor, weight: Tensor, scale: float, needs: tuple[bool, bool, bool], memory: int, on_chunk: OnChunk
+) -> Gradients:
+    """Call on_chunk for one chunk of rows after the other, and return scale times the sums of their gradients."""
+    if columns := missing_columns(x):
+        wide = with_columns(x, columns), with_columns(weight, columns)
+        made = gradients_by_chunk(*wide, scale, needs, memory, on_chunk)
+        dx, dweight = (gradient[..., : x.shape[1]].contiguous() for gradient in made[:2])
+        return made._replace(dx=dx, dweight=dweight)
+    needs_dx, needs_dweight, _ = needs
+    chunks = chunks_of(x, weight, needs_dweight, memory)
     made = _empty_gradients(x, weight, needs)
     made.token_scales.fill_(1)
     dx_sum, dweight_sum = _sums(x, made, len(chunks), scale, memory)
@@ -223,22 +241,28 @@ def losses_and_gradients(
         made.dbias, dtype=torch.float64 if x.device.type == "cpu" else made.dbias.dtype
     )
     for i, chunk in enumerate(chunks):
-        logits, losses[chunk] = on_chunk(
-            head, x[chunk], target[chunk], upstream[chunk], scale, any(needs), dbias_sum
-        )
-        for part in class_parts(weight.shape[0], x.device):  # logits now contains the gradient of the logits
+        dlogits = on_chunk(chunk, x[chunk], weight, dbias_sum)
+        for part in class_parts(weight.shape[0], x.device):
             if needs_dx:
-                dx_sum.add(chunk, logits[:, part], weight[part], is_first=not part.start)
+                dx_sum.add(chunk, dlogits[:, part], weight[part], is_first=not part.start)
             if needs_dweight:
-                dweight_sum.add(part, logits[:, part].t(), x[chunk], is_first=i == 0)
-        del logits  # before the logits of the next chunk are allocated
+                dweight_sum.add(part, dlogits[:, part].t(), x[chunk], is_first=i == 0)
+        del dlogits  # before the logits of the next chunk are allocated
     if chunks and needs_dweight:
         dweight_sum.finish()
     elif not chunks:
         made.dweight.zero_()
         made.class_scales.fill_(1)
     made.dbias.copy_(dbias_sum)
-    return losses, made
+    return made
+
+
+def unscaled(made: Gradients, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (dx, dweight, dbias), multiplied by the scales that float16 needs."""
+    if dtype == torch.float16:
+        for gradient, scales in ((made.dx, made.token_scales), (made.dweight, made.class_scales)):
+            scale_into(gradient, scales, gradient)
+    return made.dx, made.dweight, made.dbias.to(dtype)
 
 
 def _reference_on_chunk(
@@ -286,6 +310,15 @@ def _kernel_on_chunk(
     from ..kernels import softmax_loss as kernels
 
     weight, bias, loss = head
+    logits = device_logits(x, weight, bias)
+    losses = kernels.losses(logits, target, loss.terms, upstream if needs_gradient else None)
+    if dbias_sum.numel():
+        dbias_sum.add_(logits.sum(0, dtype=dbias_sum.dtype), alpha=scale)
+    return logits, losses
+
+
+def device_logits(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Return F.linear(x, weight, bias) in a buffer with aligned rows, by matmuls that are fast for any vocabulary."""
     classes = weight.shape[0]
     logits = x.new_empty(x.shape[0], -(-classes // PITCH) * PITCH)[:, :classes]
     for part in class_parts(classes, x.device):
@@ -293,10 +326,7 @@ def _kernel_on_chunk(
             torch.mm(x, weight[part].t(), out=logits[:, part])
         else:
             torch.addmm(bias[part], x, weight[part].t(), out=logits[:, part])
-    losses = kernels.losses(logits, target, loss.terms, upstream if needs_gradient else None)
-    if dbias_sum.numel():
-        dbias_sum.add_(logits.sum(0, dtype=dbias_sum.dtype), alpha=scale)
-    return logits, losses
+    return logits
 
 
 @opaque_op
@@ -377,10 +407,7 @@ def linear_cross_entropy_backward(
     loss = SoftmaxLoss(class_weight, ignore_index, label_smoothing, logit_scale, softcap, z_loss)
     needs = needs_dx, needs_dweight, needs_dbias
     _, made = losses_and_gradients(Head(weight, bias, loss), x, target, dlosses, 1.0, needs, memory)
-    if x.dtype == torch.float16:
-        for gradient, scales in ((made.dx, made.token_scales), (made.dweight, made.class_scales)):
-            scale_into(gradient, scales, gradient)
-    return made.dx, made.dweight, made.dbias.to(x.dtype)
+    return unscaled(made, x.dtype)
 
 
 @linear_cross_entropy_backward.register_fake

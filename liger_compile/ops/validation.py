@@ -141,6 +141,45 @@ def check_class_weight(name: str, class_weight: Tensor | None, classes: int) -> 
         )
 
 
+def check_divergence(name: str, kind: str, beta: float) -> None:
+    kinds = ("forward", "reverse", "jensen_shannon", "cross")
+    if kind not in kinds:
+        raise ValueError(
+            f"{name}: expected kind to be one of {', '.join(kinds)}, got {kind!r}; pass one of them"
+        )
+    if not 0 < beta < 1:
+        raise ValueError(
+            f"{name}: expected beta above 0 and below 1, got {beta}; for its limits pass kind 'forward' or 'reverse'"
+        )
+
+
+def check_teacher(
+    name: str,
+    x: Tensor,
+    weight: Tensor,
+    teacher_x: Tensor,
+    teacher_weight: Tensor,
+    teacher_bias: Tensor | None,
+) -> None:
+    check_floating(name, "x", x)
+    check_floating(name, "teacher_x", teacher_x)
+    if differ(x.shape[:-1], teacher_x.shape[:-1]):
+        raise ValueError(
+            f"{name}: expected teacher_x with the leading dimensions of x, {tuple(x.shape[:-1])}, got "
+            f"{tuple(teacher_x.shape[:-1])}; pass the same tokens to both"
+        )
+    if differ(weight.shape[:1], teacher_weight.shape[:1]):
+        raise ValueError(
+            f"{name}: expected heads of one vocabulary, got {weight.shape[0]} and {teacher_weight.shape[0]} classes; "
+            "slice the padding off the larger one"
+        )
+    given = (teacher_x, teacher_weight, teacher_bias)
+    if any(tensor is not None and tensor.requires_grad for tensor in given) and torch.is_grad_enabled():
+        raise ValueError(
+            f"{name}: expected a teacher that needs no gradient, got one that requires it; detach its inputs and weight"
+        )
+
+
 def check_memory(name: str, memory: int | None) -> None:
     if memory is not None and (type(memory) is not int or memory < 1):
         raise ValueError(

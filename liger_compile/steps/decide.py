@@ -14,7 +14,7 @@ import torch
 from torch.fx import Graph, Node
 
 from liger_compile.graphs.aliasing import Mutations
-from liger_compile.graphs.regions import Regions, in_words
+from liger_compile.graphs.regions import Region, Regions, in_words
 from liger_compile.pattern import Annotate, Capture, Decision, Match
 from liger_compile.steps import callbacks
 from liger_compile.torch_internals.dispatch import is_traceable_wrapper_subclass
@@ -148,8 +148,7 @@ def _why_unmarked(match: Match, context: _Context) -> Iterator[tuple[str, bool]]
 
 def _needs_gradient(match: Match) -> bool:
     """Returns whether backward passes through the match: not under no_grad, nor where no input requires a gradient."""
-    values = (output.meta.get("example_value") for output in match.outputs)
-    return any(isinstance(value, torch.Tensor) and value.requires_grad for value in values)
+    return any(map(_requires_gradient, match.outputs))
 
 
 def _without_covered(decisions: list[Decision], consumed: set[Node]) -> list[Decision]:
@@ -201,11 +200,25 @@ def captured_nodes(match: Match) -> list[Node]:
 
 
 def insertion_point(match: Match, position: Callable[[Node], int]) -> Node:
-    """Returns the node to insert the replacement before: the first output, or the node after the last capture."""
-    first = min(match.outputs, key=position)
+    """Returns the node to insert the replacement before: the first output, or the node after the last capture.
+
+    A replacement that computes outputs of several modes comes first of all, before the modes are switched.
+    """
+    first = _first_in_mode(match) if match.pattern.detaches else min(match.outputs, key=position)
     writes = (b.written_by for b in match.captures.values() if isinstance(b, Capture) and b.written_by)
     last = max((*captured_nodes(match), *writes), key=position, default=first)
     return first if position(last) < position(first) else last.next
+
+
+def _first_in_mode(match: Match) -> Node:
+    """Returns the first node of a match, or the first with gradients if the match has gradients."""
+    with_gradients = (node for node in match.nodes if _requires_gradient(node))
+    return next(with_gradients, match.nodes[0])
+
+
+def _requires_gradient(node: Node) -> bool:
+    value = node.meta.get("example_value")
+    return isinstance(value, torch.Tensor) and value.requires_grad
 
 
 # Legality in any graph: each function returns the reason of a refusal in a sentence, or None.
@@ -235,9 +248,8 @@ def _refuse_several_regions(match: Match, context: _Context) -> str | None:
     there, own = insertion_point(match, position), regions.of[match.outputs[0]]
     if own.stream is not None:
         return "it runs on a stream that the function selects, and a replacement runs on the current stream"
-    if regions.of[there].kernels == own.kernels and all(
-        regions.of[node].meaning == own.meaning for node in (*floating, there)
-    ):
+    is_in_mode = regions.of[there].kernels == own.kernels and regions.of[there].meaning == own.meaning
+    if is_in_mode and all(_runs_in(own, regions.of[node], match.pattern.detaches) for node in floating):
         return None
     first, last = position(floating[0]), max(position(match.nodes[-1]), context.span(match)[1])
     change = regions.change_between(first, last)
@@ -250,6 +262,13 @@ def _refuse_several_regions(match: Match, context: _Context) -> str | None:
         f"{in_words(switch)} between {before.name} and {after.name}, and a replacement runs in one mode; "
         "compute the whole pattern on one side of the change"
     )
+
+
+def _runs_in(own: Region, region: Region, detaches: bool) -> bool:
+    """Returns whether a replacement in the region `own` may compute a value of `region`."""
+    if detaches and own.grad_mode:
+        region = replace(region, grad_mode=True)
+    return region.meaning == own.meaning
 
 
 def _is_of_integers(node: Node) -> bool:

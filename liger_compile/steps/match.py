@@ -62,9 +62,10 @@ def find_matches(
         PatternError: under `strict`, if a search function raises an error that tensors of another shape do not explain.
     """
     index = _Index(graph, terms, strict)
+    places = [pattern.finds(pattern, graph, terms) for pattern in patterns if pattern.finds]
     by_op: dict[str, list[tuple[Pattern, _Skeleton]]] = {}
     for pattern in patterns:
-        skeleton = index.skeleton(pattern)
+        skeleton = None if pattern.finds else index.skeleton(pattern)
         if skeleton is None:
             continue
         by_op.setdefault(skeleton.outputs[0].uncast.op, []).append((pattern, skeleton))
@@ -95,8 +96,18 @@ def find_matches(
             index.position[item[1].outputs[0]],
         )
     )
-    matches = [match for _, match in found]
-    return matches, [*index.failures, *_near_misses(failed, matches, index)]
+    of_search = [match for _, match in found]
+    of_finders = [match for of_pattern, _ in places for match in of_pattern]
+    matches = [*(match for match in of_finders if not _is_in_loss(match, of_search)), *of_search]
+    roots = {output for match in matches for output in match.outputs}
+    missed = [miss for _, near in places for miss in near if miss.root not in roots]
+    return matches, [*index.failures, *missed, *_near_misses(failed, matches, index)]
+
+
+def _is_in_loss(match: Match, others: Sequence[Match]) -> bool:
+    """Returns whether a loss, which computes its gradients in forward, replaces all that `match` would replace."""
+    losses = (set(other.nodes) for other in others if other.pattern.is_loss)
+    return any(nodes.issuperset(match.nodes) for nodes in losses)
 
 
 def _has_near_misses(pattern: Pattern) -> bool:
@@ -500,8 +511,12 @@ class _Attempt:
 
 def _near_misses(failed: Sequence[_Attempt], matches: Sequence[Match], index: _Index) -> list[NearMiss]:
     """Returns the best attempt for each place that no match covers, or only a smaller match behind extra operators."""
+    answered: set[Node] = set()  # by a match without a search, which has a reason of its own if it is left
     covered: dict[Term, float] = {}  # the weight of the largest match at each term
     for match in matches:
+        if match.pattern.finds:
+            answered.update(match.outputs)
+            continue
         weight = index.uncast.weight(_skeleton(match.pattern).outputs[0].uncast)
         for node in match.nodes:
             if isinstance(term := index.terms.of[node], Term):
@@ -519,7 +534,7 @@ def _near_misses(failed: Sequence[_Attempt], matches: Sequence[Match], index: _I
             compared[key] = index.uncast.compare(want, have) if may_tell else None
         comparison = compared[key]
         found = comparison and _Near.of(attempt, comparison, covered)
-        if found:
+        if found and answered.isdisjoint(found.region):
             near.append(found)
     reported: list[_Near] = []
     roots: set[Node] = set()

@@ -22,7 +22,7 @@ from liger_compile.graphs.regions import Regions
 from liger_compile.terms import identities, normalize
 from liger_compile.terms.call import IntVar, NumberVar, StrVar, Value, opaque
 from liger_compile.terms.indices import OPERATIONS
-from liger_compile.terms.operators import call
+from liger_compile.terms.operators import call, is_in_place_operation
 from liger_compile.terms.scalars import is_integer
 from liger_compile.terms.term import ConstVar, Scalar, Space, Term, sizes_of
 from liger_compile.torch_internals.pytree import tree_map
@@ -53,6 +53,9 @@ class Terms:
         self.of: dict[Node, Value] = {}
         self.nodes: dict[Term, list[Node]] = {}  # in graph order
         self.written: dict[Term, Node] = {}  # value after the last in-place write -> its node
+        self.written_whole: dict[
+            Term, Term
+        ] = {}  # value after a write -> the result of the operation that wrote it
         self.passes_through: set[Node] = set()  # nodes that only restore the value of an ancestor
         self.mutations = mutations
         self.regions = regions or Regions(graph)
@@ -117,12 +120,38 @@ class Terms:
                 if (node, epoch) not in self._later:
                     name = f"{node.name} after write {epoch}"
                     self._later[node, epoch] = opaque(self.space, example, name, is_made=True)
+                    if (whole := self._written_whole(node, reader)) is not None:
+                        self.written_whole[self._later[node, epoch]] = whole
                 value = self._later[node, epoch]
                 last = self.mutations.last_write(node)
                 if isinstance(value, Term) and last is not None and position[last] < position[reader]:
                     self.written[value] = node
                 return value
         return self.of[node]
+
+    def _written_whole(self, node: Node, reader: Node) -> Term | None:
+        """Returns the value of `node` if the last write before `reader` is an in-place operation on `node` itself.
+
+        The operation has written all of the node's memory. If it runs without gradients, in code that has gradients,
+        the gradient of the value is not the gradient of the operation, so that its term is not the value.
+        """
+        write = self.mutations.last_write(node, self.mutations.position[reader])
+        if (
+            write is None
+            or write not in self.of
+            or not is_in_place_operation(write)
+            or write.args[0] is not node
+        ):
+            return None
+        value, before, after = self.of[write], self.regions.of[node], self.regions.of[write]
+        is_same_mode = (before.has_gradients, before.transforms) == (after.has_gradients, after.transforms)
+        example = node.meta.get("example_value")
+        if not isinstance(value, Term) or not isinstance(example, torch.Tensor):
+            return None
+        if value.op == "leaf" or not is_same_mode:
+            return None
+        is_like = value.dtype == example.dtype and value.shape == sizes_of(example.shape)
+        return value if is_like else None
 
     def arguments(self, call: Node, body: Graph) -> tuple[Value, ...]:
         """Returns what a call passes to the placeholders of its subgraph: its last positional arguments."""

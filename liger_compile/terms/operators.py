@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch.fx import Node
 
 from liger_compile.graphs.effects import is_in_place
 from liger_compile.terms import binding, normalize
@@ -35,7 +36,7 @@ from liger_compile.terms.call import (
 )
 from liger_compile.terms.index_operators import INDEX_TABLE
 from liger_compile.terms.layout_operators import LAYOUT_TABLE, halves
-from liger_compile.terms.term import ConstVar, Scalar, Space, Term
+from liger_compile.terms.term import ConstVar, Scalar, Space, Term, sizes_of
 from liger_compile.torch_internals.operators import OpOverload, OpOverloadPacket, qualified_name, schema_of
 
 
@@ -103,6 +104,11 @@ def _name(target: Any) -> str:
     else:
         name = ""
     return name or ""
+
+
+def is_in_place_operation(node: Node) -> bool:
+    """Returns whether a node writes the result of an operation into its first argument: x.mul_(y), operator.imul."""
+    return node.op in ("call_function", "call_method") and bool(node.args) and is_in_place(_name(node.target))
 
 
 def _canonical(name: str) -> str:
@@ -271,14 +277,14 @@ def _reduce(op: str):
     return make
 
 
-def _reduced(call: Call, op: str, input: Term, dim: Any, dtype: torch.dtype) -> Term:
+def _reduced(call: Call, op: str, input: Term, dim: Any, dtype: torch.dtype, *, is_cast: bool = True) -> Term:
     rank = len(input.shape)
     dims = range(rank) if dim is None or dim == () else (dim if isinstance(dim, (tuple, list)) else (dim,))
     dims = tuple(sorted(negative(d, rank) for d in dims))
     kept = list(input.shape)
     for d in dims:
         kept[d] = 1
-    term = normalize.cast(call.space, input, dtype)
+    term = normalize.cast(call.space, input, dtype) if is_cast else input
     term = normalize.apply(call.space, op, (term,), dims, dtype, tuple(kept))
     return normalize.view(call.space, term, *call.shape)
 
@@ -329,6 +335,57 @@ def _logsumexp(call, input: Term, dim: Dims, keepdim=False):
     if dim is None or (isinstance(dim, Sequence) and len(dim) != 1):
         return None
     return _reduced(call, "logsumexp", input, dim, call.dtype)
+
+
+def _argmax(call, input: Term, dim: int | None = None, keepdim=False):
+    return None if dim is None else _reduced(call, "argmax", input, dim, call.dtype, is_cast=False)
+
+
+def _max(call, input: Term, dim: int, keepdim=False):
+    """Returns the terms of the largest values in a dimension, and of their columns."""
+    if type(dim) is not int or not isinstance(call.out, tuple) or negative(dim, len(input.shape)) != -1:
+        return None
+    values, columns = call.out
+    top = call.space.intern("top_values", (input,), (-1, 1), values.dtype, sizes_of(values.shape))
+    return top, _reduced(Call(call.space, columns), "argmax", input, dim, columns.dtype, is_cast=False)
+
+
+def _topk(call, input: Term, k: int, dim: int = -1, largest=True, sorted=True):
+    """Returns the terms of the values and of the columns; None for an order that is not descending."""
+    if negative(dim, len(input.shape)) != -1 or not (largest and sorted) or type(k) is not int:
+        return None
+    return tuple(
+        call.space.intern(op, (input,), (-1, k), part.dtype, sizes_of(part.shape))
+        for op, part in zip(("top_values", "top_columns"), call.out, strict=True)
+    )
+
+
+def _kl_div(
+    call,
+    input: Term,
+    target: Term,
+    size_average=None,
+    reduce=None,
+    reduction="mean",
+    log_target=False,
+):
+    """Returns the term of each element, reduced; None for broadcast or differently rounded operands."""
+    is_alike = input.shape == target.shape and input.dtype == target.dtype == call.dtype
+    if size_average is not None or reduce is not None or not is_alike or type(log_target) is not bool:
+        return None
+    args, dims = (input, target), tuple(range(-len(input.shape), 0))
+    each = normalize.apply(call.space, "kl_div", args, (log_target,), call.dtype, input.shape)
+    if reduction == "none":
+        return each
+    if reduction == "batchmean":  # of the sums of the first dimension, whose size may be symbolic
+        space, kept = call.space, (input.shape[0], *(1,) * (len(dims) - 1))
+        sums = normalize.apply(space, "sum", (each,), dims[1:], call.dtype, kept) if dims[1:] else each
+        return _reduced(call, "mean", sums, dims[0], call.dtype)
+    return _reduced(call, reduction, each, dims, call.dtype) if reduction in ("sum", "mean") else None
+
+
+def _detach(call, input: Term):
+    return call.space.intern("detached", (input,), (), input.dtype, input.shape)
 
 
 def _gather(call, input: Term, dim: int, index: Term, *, sparse_grad=False):
@@ -484,14 +541,32 @@ def _cross_entropy(
     label_smoothing=0.0,
 ):
     has_classes = target.dtype is not None and not target.dtype.is_floating_point
-    if size_average is not None or reduce is not None or not has_classes:
+    if size_average is not None or reduce is not None:
         return None
+    if not has_classes:
+        is_plain = not isinstance(weight, Term) and label_smoothing == 0.0
+        return _soft_cross_entropy(call, input, target, reduction) if is_plain else None
     logits = normalize.cast(call.space, _classes_last(call, input), call.dtype)  # autocast upcasts losses
     consts = (const_of(ignore_index), const_of(reduction), const_of(label_smoothing))
     weight = weight if isinstance(weight, Term) else call.space.none
     return normalize.apply(
         call.space, "cross_entropy", (logits, target, weight), consts, call.dtype, call.shape
     )
+
+
+def _soft_cross_entropy(call: Call, input: Term, target: Term, reduction: Any) -> Term | None:
+    """Returns -sum(target * log_softmax(input)) for a target of probabilities; a mean divides by the rows."""
+    space, dtype = call.space, call.dtype
+    logits = normalize.cast(space, _classes_last(call, input), dtype)
+    if target.shape != input.shape or logits.shape != input.shape or target.dtype != dtype:
+        return None
+    logp = normalize.apply(space, "log_softmax", (logits,), (-1,), dtype, logits.shape)
+    product = normalize.mul(space, ((target, 1), (logp, 1)), normalize.MINUS_ONE, dtype, logits.shape)
+    rows = normalize.apply(space, "sum", (product,), (-1,), dtype, (*logits.shape[:-1], 1))
+    if reduction == "none":
+        return normalize.view(space, rows, *call.shape)
+    dims = tuple(range(-len(rows.shape), 0))
+    return _reduced(call, reduction, rows, dims, dtype) if reduction in ("sum", "mean") else None
 
 
 def _nll_loss(
@@ -530,6 +605,7 @@ TABLE: Mapping[str, Callable[..., Any]] = {
     "vector_norm": _vector_norm, "softmax": _softmax("softmax"), "log_softmax": _softmax("log_softmax"),
     "rms_norm": _rms_norm, "layer_norm": _layer_norm, "linear": _linear, "addmm": _addmm, "matmul": _matmul,
     "baddbmm": _baddbmm, "einsum": _einsum, "complex": _complex, "logsumexp": _logsumexp, "gather": _gather,
+    "argmax": _argmax, "max": _max, "topk": _topk, "kl_div": _kl_div, "detach": _detach,
     "take_along_dim": _take_along_dim, "normalize": _normalized,
     "cross_entropy": _cross_entropy, "nll_loss": _nll_loss, "scaled_dot_product_attention": attention,
     **LAYOUT_TABLE, **INDEX_TABLE,
