@@ -22,12 +22,20 @@ from liger_compile.patterns.linear_cross_entropy import saved_bytes
 from liger_compile.patterns.profit import few_logits, needs_kernel
 from liger_compile.steps.questions import LEAST_CLASSES, find_questions
 
+# By arithmetic, not measured yet: at 8192 x 2048 x 151936, a matmul takes longer than what Inductor does beside its three.
+MORE_MATMULS = (
+    "backward would compute the logits again, with one matmul more than Inductor, which keeps them; "
+    "liger.policy='always' answers the questions without the logits"
+)
+
 
 def profit(match: Match) -> str | None:
-    """Reject few classes: the hidden states, which are read several times, are then as large as the logits."""
+    """Reject few classes, where the logits are no larger than the hidden states, and training, which takes longer."""
     classes, width = match["weight"].shape
     if classes < LEAST_CLASSES * width:
         return f"{classes} classes are few for a hidden size of {width}: the logits are no larger than other values"
+    if match.result.requires_grad:
+        return MORE_MATMULS
     return needs_kernel(match) or few_logits(match.result.device, saved_bytes(match))
 
 

@@ -262,7 +262,7 @@ def test_forms_are_one_site_with_the_numbers(run_liger, liger_is_as_right_as_eag
         x.requires_grad_(x.is_floating_point() and at not in frozen)
         for at, x in enumerate(map(torch.clone, inputs))
     ]
-    _, (report,) = run_liger(function, *leaves, policy="auto")
+    _, (report,) = run_liger(function, *leaves, policy="always")
     assert [(site.pattern, site.kind) for site in report.sites] == [("linear_softmax.questions", "replace")]
     assert not report.near_misses
     torch._dynamo.reset()
@@ -294,7 +294,8 @@ def test_no_operation_reads_all_logits(function):
     leaves = [
         x.clone().requires_grad_(x.is_floating_point() and at not in frozen) for at, x in enumerate(inputs)
     ]
-    compiled = torch.compile(function, backend="liger", options={"liger.inner": "aot_eager"})
+    options = {"liger.inner": "aot_eager", "liger.policy": "always"}
+    compiled = torch.compile(function, backend="liger", options=options)
     compiled(*leaves)
     with torch.profiler.profile(record_shapes=True) as profile:
         compiled(*leaves).backward()
@@ -428,6 +429,18 @@ def test_a_single_loss_is_left_to_the_op_that_makes_gradients_in_forward(run_lig
     assert site.pattern.startswith("linear_cross_entropy.") and site.kind == "replace"
 
 
+def test_training_is_left_by_default_because_it_takes_longer(run_liger):
+    inputs, _ = arguments(rows_one_by_one)
+    leaves = [x.clone().requires_grad_(x.is_floating_point()) for x in inputs]
+    _, (report,) = run_liger(rows_one_by_one, *leaves, policy="auto")
+    (site,) = report.sites
+    assert (site.pattern, site.kind) == ("linear_softmax.questions", "leave")
+    assert "one matmul more than Inductor" in site.reason
+    with torch.no_grad():
+        _, (report,) = run_liger(rows_one_by_one, *leaves, policy="auto")
+    assert [site.kind for site in report.sites] == ["replace"]
+
+
 def test_few_classes_are_left_to_inductor(run_liger):
     def f(x, w, tokens):
         logits = F.linear(x, w)
@@ -462,7 +475,7 @@ class Model(nn.Module):
 )
 def test_dynamic_sizes(guards_of_ours, function):
     model = Model(function)
-    options = {"liger.inner": "aot_eager", "liger.strict": True}
+    options = {"liger.inner": "aot_eager", "liger.strict": True, "liger.policy": "always"}
     compiled = torch.compile(model, backend="liger", dynamic=True, options=options)
     liger_compile.clear_reports()
     for batch, length in ((2, 5), (3, 7), (4, 9)):
