@@ -22,7 +22,7 @@ from liger_compile.patterns.linear_cross_entropy import saved_bytes
 from liger_compile.patterns.profit import few_logits, needs_kernel
 from liger_compile.steps.questions import LEAST_CLASSES, find_questions
 
-# By arithmetic, not measured yet: at 8192 x 2048 x 151936, a matmul takes longer than what Inductor does beside its three.
+# By arithmetic, not measured yet: at 8192 x 2048 x 151936, a matmul takes longer than all that Inductor does beside it.
 MORE_MATMULS = (
     "backward would compute the logits again, with one matmul more than Inductor, which keeps them; "
     "liger.policy='always' answers the questions without the logits"
