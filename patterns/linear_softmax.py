@@ -25,8 +25,9 @@ from liger_compile.steps.questions import LEAST_CLASSES, find_questions
 # By arithmetic, not measured yet: at 8192 x 2048 x 151936, a matmul takes longer than all that Inductor does beside it.
 MORE_MATMULS = (
     "backward would compute the logits again, with one matmul more than Inductor, which keeps them; "
-    "liger.policy='always' answers the questions without the logits"
+    "liger.policy='always' does so"
 )
+IN_ANOTHER_CALL = "; compute what is not the loss in another call to fuse head and loss"
 
 
 def profit(match: Match) -> str | None:
@@ -35,7 +36,8 @@ def profit(match: Match) -> str | None:
     if classes < LEAST_CLASSES * width:
         return f"{classes} classes are few for a hidden size of {width}: the logits are no larger than other values"
     if match.result.requires_grad:
-        return MORE_MATMULS
+        asked = (addend.question for output in match["plan"].outputs for addend in output.addends)
+        return MORE_MATMULS + IN_ANOTHER_CALL * ("cross_entropy" in asked)
     return needs_kernel(match) or few_logits(match.result.device, saved_bytes(match))
 
 
