@@ -26,7 +26,7 @@ from liger_compile.torch_internals.dynamo import lookup_backend
 
 Patches = dict[str, Any]  # values of Inductor's config, by name
 
-_Stock = torch._TorchCompileInductorWrapper  # kept, because `replace` changes the name
+Stock = torch._TorchCompileInductorWrapper  # kept, because `replace` changes the name
 
 
 def patches_of(mode: str | None, options: Mapping[str, Any] | None) -> Patches:
@@ -37,7 +37,7 @@ def patches_of(mode: str | None, options: Mapping[str, Any] | None) -> Patches:
     """
     # torch's wrapper turns mode and options into patches, validates them, and sets the environment that CUDA graphs
     # need. It never reads `dynamic`.
-    return dict(_Stock(mode, dict(options or {}), None).config)
+    return dict(Stock(mode, dict(options or {}), None).config)
 
 
 class Settings(NamedTuple):
@@ -67,25 +67,25 @@ def replace(name: str, settings: Callable[[str | None, Mapping[str, Any]], Setti
 
 def restore() -> None:
     """Makes torch.compile use Inductor again."""
-    torch._TorchCompileInductorWrapper = _Stock
+    torch._TorchCompileInductorWrapper = Stock
 
 
 class _OfStock(type):
     """The classes that replace torch's. Under its name, torch asks them whether an object calls Inductor."""
 
     def __instancecheck__(cls, instance: Any) -> bool:
-        return isinstance(instance, _Stock)
+        return isinstance(instance, Stock)
 
 
-def _replacement(backend: str, settings: Callable[[str | None, Mapping[str, Any]], Settings]) -> type[_Stock]:
+def _replacement(backend: str, settings: Callable[[str | None, Mapping[str, Any]], Settings]) -> type[Stock]:
     class Replacement(metaclass=_OfStock):
         def __new__(cls, mode: str | None, options: Any, dynamic: bool | None, *name: Any) -> Any:
             return InPlaceOfInductor(backend, settings(mode, options or {}), dynamic, *name)
 
-    return cast("type[_Stock]", Replacement)
+    return cast("type[Stock]", Replacement)
 
 
-class InPlaceOfInductor(_Stock):
+class InPlaceOfInductor(Stock):
     """What Dynamo calls with a graph where another backend has taken the place of Inductor.
 
     torch's class makes patches of mode and options, and reads them in `reset`. Compiled models are pickled with it.
