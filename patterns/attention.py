@@ -188,9 +188,49 @@ def _window_mask(q, window):
     return _causal_mask(q) & (at[:, None] < at + window)
 
 
-def _flex(q, k, v, scale, softcap=None, window=None, inner=None):
+def documents(q, k, v, scale: float, documents):
+    return _attend(q, k, v, _causal_mask(q) & _same_document(documents), 0.0, scale)
+
+
+def documents_window(q, k, v, scale: float, documents, window: int):
+    return _attend(q, k, v, _window_mask(q, window) & _same_document(documents), 0.0, scale)
+
+
+def documents_bidirectional(q, k, v, scale: float, documents):
+    return _attend(q, k, v, _same_document(documents), 0.0, scale)
+
+
+def capped_documents(q, k, v, scale: float, documents, softcap: float):
+    return _attend_capped(q, k, v, _causal_mask(q) & _same_document(documents), scale, softcap)
+
+
+def capped_documents_window(q, k, v, scale: float, documents, softcap: float, window: int):
+    return _attend_capped(q, k, v, _window_mask(q, window) & _same_document(documents), scale, softcap)
+
+
+def _same_document(documents):
+    """Return which query and key of a row have the same id; documents (B, T) or (1, T)."""
+    return (documents[:, :, None] == documents[:, None, :])[:, None]
+
+
+def _flex_documents(is_causal: bool):
+    def replace(q, k, v, scale, documents, softcap=None, window=None, inner=None):
+        _check_inner(q, inner)
+        scale = q.shape[-1] ** -0.5 if scale is None else scale
+        return flex.document_attention(
+            q, k, v, documents, scale=scale, is_causal=is_causal, window=window, softcap=softcap
+        )
+
+    return replace
+
+
+def _check_inner(q, inner):
     if inner == "inductor" and q.device.type != "cuda":
         raise ValueError("Inductor has a backward of flex_attention on NVIDIA GPUs only")
+
+
+def _flex(q, k, v, scale, softcap=None, window=None, inner=None):
+    _check_inner(q, inner)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     return flex.windowed_attention(q, k, v, scale=scale, window=window, softcap=softcap)
 
@@ -257,6 +297,24 @@ PATTERNS = (
             (window, {"window": 3}),
             (capped_causal, {"softcap": 5.0}),
             (capped_window, {"softcap": 5.0, "window": 3}),
+        )
+    ),
+    *(
+        Pattern(
+            name=f"attention.{search.__name__}",
+            search=search,
+            replace=_flex_documents(search is not documents_bidirectional),
+            check=_fits_flex,
+            profit=_flex_pays,
+            saves_result=True,
+            examples={**_EXAMPLES, "documents": torch.zeros(2, 6, dtype=torch.int64), **more},
+        )
+        for search, more in (
+            (documents, {}),
+            (documents_window, {"window": 3}),
+            (documents_bidirectional, {}),
+            (capped_documents, {"softcap": 5.0}),
+            (capped_documents_window, {"softcap": 5.0, "window": 3}),
         )
     ),
 )

@@ -1,6 +1,7 @@
 """The canonical term of attention, attention(mask, q, k, v), where `mask` is the meaning of the mask.
 
 a mask proven causal, or proven to hide nothing        -> causal_mask, no_mask, however it was computed
+a mask proven to let documents see only themselves     -> document_mask of their ids
 key/value heads repeated for the query heads           -> the heads before the repeat; attention supports groups
 softmax(q @ k.T * scale + mask) @ v                    -> the term of scaled_dot_product_attention
 
@@ -96,7 +97,9 @@ def _attention(
         mask = _canonical(space, mask, meaning)
         if meaning.kind == "unknown" or (meaning.kind == "window" and dropout_p):
             reason, unknown = meaning.reason, meaning
-        elif cap and (meaning.kind == "all" or dropout_p):
+        elif meaning.kind == "documents" and dropout_p:
+            reason = "it is within documents, which is supported without dropout only"
+        elif cap and ("all" in (meaning.kind, meaning.within) or dropout_p):
             reason = "its scores are capped, which is supported for causal attention without dropout only"
     term = normalize.apply(space, "attention", (mask, q, k, v), consts, q.dtype, shape)
     return _noted(space, term, otherwise, reason, unknown) if reason else term
@@ -104,6 +107,9 @@ def _attention(
 
 def _canonical(space: Space, mask: Term, meaning: Meaning) -> Term:
     """Returns one term for all masks of one meaning; q and k of the attention term determine its sizes."""
+    if meaning.documents is not None:
+        consts = (meaning.within, meaning.window)
+        return normalize.apply(space, "document_mask", (meaning.documents,), consts, torch.bool, ())
     names = {"causal": "causal_mask", "all": "no_mask", "window": "window_mask"}
     if meaning.kind not in names:
         return mask
