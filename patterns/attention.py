@@ -28,13 +28,14 @@ measured on a GPU yet: `python -m bench.ops window_attention capped_attention ca
 terms/indices.py decides which masks are causal; terms/attention.py finds repeats and written-out attention.
 """
 
+import contextlib
 import math
 
 import torch
 import torch.nn.functional as F
 from torch.fx import Node
 
-from liger_compile.ops import flex
+from liger_compile.ops import flex, varlen
 from liger_compile.pattern import Match, Pattern
 
 # Numbers of tokens from which flex_attention is at least as fast as the code that Inductor generates, forward and
@@ -215,13 +216,48 @@ def _same_document(documents):
 
 def _flex_documents(is_causal: bool):
     def replace(q, k, v, scale, documents, softcap=None, window=None, inner=None):
-        _check_inner(q, inner)
         scale = q.shape[-1] ** -0.5 if scale is None else scale
+        if takes_varlen(q, v, softcap):
+            starts, facts = varlen.document_starts(documents, q.shape[0])
+            numbers = (scale, is_causal, window or varlen.NO_WINDOW)
+            return varlen.varlen_attention(q, k, v, documents, starts, facts, *numbers)[0]
+        _check_inner(q, inner)
         return flex.document_attention(
             q, k, v, documents, scale=scale, is_causal=is_causal, window=window, softcap=softcap
         )
 
     return replace
+
+
+# The fewest tokens from which variable-length attention was measured to be faster than flex_attention, by compute
+# capability and head size: `python -m bench.packed` measures both. Nothing is measured yet, so that flex_attention is
+# used everywhere.
+VARLEN_FROM: dict[tuple[tuple[int, int], int], int] = {}
+
+_forced: bool | None = None
+
+
+@contextlib.contextmanager
+def forcing_varlen(is_forced: bool):
+    """Take variable-length attention for documents wherever it can compute them, or nowhere; for benches and tests."""
+    global _forced
+    before, _forced = _forced, is_forced
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def takes_varlen(q, v, softcap) -> bool:
+    """Return whether attention within documents is computed by variable-length attention, and not by flex_attention."""
+    if softcap is not None or q.shape[-1] != v.shape[-1]:
+        return False
+    if _forced is not None:
+        return _forced
+    if not varlen.has_varlen_kernel(q, v):
+        return False
+    fewest = VARLEN_FROM.get((torch.cuda.get_device_capability(q.device), q.shape[-1]))
+    return fewest is not None and isinstance(q.shape[-2], int) and q.shape[-2] >= fewest
 
 
 def _check_inner(q, inner):
