@@ -9,6 +9,7 @@ inputs. A step returns values and imports no other step; only this file defines 
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -28,12 +29,12 @@ from liger_compile.forward_passes.outline import drop_unread, num_nodes_inlined,
 from liger_compile.graphs.aliasing import SUBGRAPH_OPS, Mutations
 from liger_compile.graphs.regions import Region, Regions
 from liger_compile.options import Options
-from liger_compile.pattern import Decision, NearMiss, Pattern
+from liger_compile.pattern import Capture, Decision, NearMiss, Pattern
 from liger_compile.report import HERE, GraphReport, Paths, site_of_pass
 from liger_compile.report.kept import kept_by_module
 from liger_compile.steps.callbacks import warn_of_failures
 from liger_compile.steps.decide import Rules, decide
-from liger_compile.steps.match import find_matches
+from liger_compile.steps.match import find_matches, input_name
 from liger_compile.steps.recompute import keep_what_written_inputs_give, mark_for_recompute
 from liger_compile.steps.rewrite import rewrite
 from liger_compile.terms.attention import Note, notes_in, sentences
@@ -176,6 +177,7 @@ def run_steps(
     notes = (
         *found.notes,
         *_notes_on_copies(found.decisions),
+        *_notes_on_documents(found.decisions),
         *found.failures,
         *sentences(found.attention),
         *map(str, found.late_outputs),
@@ -225,6 +227,33 @@ def _counted(count: int, what: str) -> str | None:
     if count == 1:
         return f"1 {what} of a fused op is copied"
     return f"{count} {what}s of fused ops are copied" if count else None
+
+
+def _notes_on_documents(decisions: Iterable[Decision]) -> Iterator[str]:
+    """Yields what the documents of a packed row are computed from, and which op computes attention within them."""
+    found: Counter[str] = Counter()
+    for decision in decisions:
+        ids = decision.match.captures.get("documents")
+        if decision.kind == "replace" and isinstance(ids, Capture):
+            mask = "within" if decision.match.pattern.name.endswith("bidirectional") else "causal within"
+            targets = (getattr(node.target, "__name__", "") for node in decision.inserted)
+            is_flex = any(target == "flex_attention" for target in targets)
+            kernel = "flex_attention" if is_flex else "variable-length attention"
+            found[f"{mask} documents of {_inputs_of(ids.node)}: {kernel}"] += 1
+    for text, times in found.items():
+        yield f"attention {times}x {text}"
+
+
+def _inputs_of(node: Node) -> str:
+    """Returns the names of the inputs that a node is computed from, for people."""
+    waiting, seen = [node], {node}
+    while waiting:
+        new = [arg for arg in waiting.pop().all_input_nodes if arg not in seen]
+        seen.update(new)
+        waiting.extend(new)
+    tensors = [n for n in seen if isinstance(n.meta.get("example_value"), torch.Tensor)]
+    names = sorted(input_name(n.name) for n in tensors if n.op == "placeholder")
+    return " and ".join(names) or "positions"
 
 
 def _rewrite_one(

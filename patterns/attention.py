@@ -25,6 +25,10 @@ and forward alone takes 0.31 and 0.33 ms, then 0.72 of the time and less. The T 
 scaled_dot_product_attention does not support windows and capped scores. They become flex_attention: ops/flex.py. Not
 measured on a GPU yet: `python -m bench.ops window_attention capped_attention capped_window_attention` measures it.
 
+Nor does it support documents: several texts in one row, of which a token sees its own only, as in packed batches. They
+become flex_attention or variable-length attention (ops/varlen.py): `takes_varlen`. Not measured on a GPU yet: `python -m
+bench.packed` measures both.
+
 terms/indices.py decides which masks are causal; terms/attention.py finds repeats and written-out attention.
 """
 
@@ -289,7 +293,7 @@ def _fits_flex(match: Match) -> str | None:
 def _flex_pays(match: Match) -> str | None:
     q = match["q"]
     if q.device.type != "cuda":
-        return "flex_attention, which supports windows and capped scores, has a backward on NVIDIA GPUs only"
+        return "flex_attention, which supports windows, documents and capped scores, has a backward on NVIDIA GPUs only"
     fewest = FEWEST["softcap" in match.captures, q.dtype in flex.HALF]
     if isinstance(q.shape[-2], int) and q.shape[-2] < fewest:
         return f"for fewer than {fewest} tokens the blocks of flex_attention do not pay"

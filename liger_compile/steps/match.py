@@ -248,7 +248,7 @@ class _Index:
         if node is None:
             return str(term.consts[0] if term.op in ("leaf", "var") else term.op.rpartition(".")[2])
         if not self.is_call(term):
-            return _NAMING.sub(lambda found: "." if found["inner"] else "", node.name)
+            return input_name(node.name)
         return _name_of(_call_of(node)).rstrip("_")
 
     def is_call(self, term: Term) -> bool:
@@ -298,6 +298,11 @@ class _Index:
 _NAMING = re.compile(
     r"^[lg]_(self_)?(modules_|parameters_|buffers_)?|(?P<inner>_(modules|parameters|buffers)_)|_+$"
 )
+
+
+def input_name(name: str) -> str:
+    """Returns the name of an input for people: head.weight for l_self_modules_head_parameters_weight_."""
+    return _NAMING.sub(lambda found: "." if found["inner"] else "", name)
 
 
 def _name_of(node: Node) -> str:

@@ -18,7 +18,7 @@ import torch
 
 from liger_compile.terms import normalize
 from liger_compile.terms.linear import ZERO, Differs, Element, Linear, UnreadError, coordinate, of_part
-from liger_compile.terms.term import MADE_HERE, Scalar, Size, Space, Term
+from liger_compile.terms.term import Scalar, Size, Space, Term
 
 QUERY, KEY, BATCH = coordinate(-2), coordinate(-1), coordinate(-4)
 
@@ -171,9 +171,3 @@ def _in_row(form: Linear, steps: tuple[Element, Element] | None) -> Linear:
     times = parts.get(steps[0], 0)
     distance = of_part(steps[0]).plus(of_part(steps[1]), -1)
     return form.plus(distance, -times).plus(QUERY.plus(KEY, -1), times)
-
-
-def names_of(ids: Term) -> list[str]:
-    """Returns the names of the inputs that ids are computed from."""
-    leaves = (part for part in ids.parts() if part.op == "leaf" and part.dtype is not None)
-    return [str(leaf.consts[0]) for leaf in leaves if MADE_HERE not in leaf.consts]
