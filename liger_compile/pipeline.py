@@ -278,7 +278,8 @@ def _rewrite_one(
         outlined = outlined_of(body)
         found.places.setdefault(body, outlined.paths if outlined else found.places[module])
     places = found.places[module]
-    found.attention.extend(note for note in notes_in(terms.space, terms.of.values()) for _ in places)
+    notes = notes_in(terms.space, terms.of.values(), terms.derive)
+    found.attention.extend(note for note in notes for _ in places)
     if is_top:
         found.notes.extend(notes_on_layer(graph, terms, found.computed))
     deferred = _without_logits(graph, terms, options, why_logits_stay, found) if is_top else []
