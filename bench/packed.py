@@ -1,11 +1,11 @@
-"""Attention of packed rows on one GPU: stock torch.compile, and ours by flex_attention and by variable-length attention.
+"""Attention of packed rows on one GPU: stock torch.compile, and ours by flex_attention and by varlen attention.
 
     python -m bench.packed                    all shapes, and bench/results/packed_<device>.csv
     python -m bench.packed --quick            few rounds
     python -m bench.packed --device cpu       tiny shapes by the clock: shows that it runs, measures nothing
 
-Each shape is one row of documents. The stock variant has the mask of transformers in memory; "causal" is stock attention
-of the same row as one document. Forward and backward are timed, with events. What is faster by head size and number of
+Each shape is one row of documents. The stock variant has the mask of transformers in memory; "causal" is stock
+attention of the same row as one document. Forward and backward are timed, with events. What is faster by head size and number of
 tokens belongs into VARLEN_FROM and FEWEST in patterns/attention.py.
 """
 

@@ -26,8 +26,8 @@ scaled_dot_product_attention does not support windows and capped scores. They be
 measured on a GPU yet: `python -m bench.ops window_attention capped_attention capped_window_attention` measures it.
 
 Nor does it support documents: several texts in one row, of which a token sees its own only, as in packed batches. They
-become flex_attention or variable-length attention (ops/varlen.py): `takes_varlen`. Not measured on a GPU yet: `python -m
-bench.packed` measures both.
+become flex_attention or variable-length attention (ops/varlen.py): `takes_varlen`. Not measured on a GPU yet:
+`python -m bench.packed` measures both.
 
 terms/indices.py decides which masks are causal; terms/attention.py finds repeats and written-out attention.
 """

@@ -114,7 +114,9 @@ def test_documents_are_proven(name, is_dynamic):
     assert (found.kind, found.within, found.window) == ("documents", within, window), found.reason
     assert found.documents.shape[-1] == mask.shape[-1] or is_dynamic
     expected = build(torch.empty(BATCH, LENGTH, 4), None, given)
-    assert torch.equal(let_through(mask).expand(BATCH, 1, -1, -1), let_through(expected).expand(BATCH, 1, -1, -1))
+    assert torch.equal(
+        let_through(mask).expand(BATCH, 1, -1, -1), let_through(expected).expand(BATCH, 1, -1, -1)
+    )
 
 
 def another_order(x, y, p):
@@ -144,7 +146,8 @@ FALSE_FRIENDS = {
     "prefix": lambda x, y, p: (causal(x) | (i_and_j(x)[1] < 2)) & same(p),
     "or the first document": lambda x, y, p: causal(x) & (same(p) | (p == 0)[:, None, None, :]),
     "without padding": lambda x, y, p: causal(x) & same(p) & (p != 0)[:, None, None, :],
-    "positions, by starts": lambda x, y, p: (p[:, None, None, :] <= p[:, None, :, None])[:, :] & same((p == 0).cumsum(-1)),
+    "positions, by starts": lambda x, y, p: (p[:, None, None, :] <= p[:, None, :, None])
+    & same((p == 0).cumsum(-1)),
     "positions of others": lambda x, y, p: (p[:, None, None, :] <= p[:, None, :, None]) & same(of_positions(p * 2)),
     "other steps": lambda x, y, p: (p[:, None, None, :] <= p[:, None, :, None])
     & same((torch.diff(p, prepend=p[:, :1] - 1, dim=-1) != 2).cumsum(-1)),

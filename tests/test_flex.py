@@ -389,10 +389,14 @@ def test_documents_in_three_lengths_are_two_graphs(name):
     assert [[site.pattern for site in report.sites] for report in reports] == 2 * [[f"attention.{name}"]]
     where = "within" if "bidirectional" in name else "causal within"
     given = "ids" if "bidirectional" in name else "positions"
-    assert all(f"attention 1x {where} documents of {given}: flex_attention" in report.notes for report in reports)
+    assert all(
+        f"attention 1x {where} documents of {given}: flex_attention" in report.notes for report in reports
+    )
 
 
-@pytest.mark.parametrize(("name", "dtype"), [("documents", torch.bfloat16), ("documents_window", torch.float16)])
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("documents", torch.bfloat16), ("documents_window", torch.float16)]
+)
 def test_documents_in_half_precision(liger_is_as_right_as_eager, name, dtype):
     q, k, v = inputs(dtype, length=130)
     positions = rows_of(130)
@@ -433,7 +437,9 @@ def test_where_documents_start():
 
 
 @pytest.mark.parametrize("length", [1, 5, 127, 129, 256, 300])
-@pytest.mark.parametrize(("is_causal", "window"), [(True, None), (True, 2), (True, 129), (True, 300), (False, None)])
+@pytest.mark.parametrize(
+    ("is_causal", "window"), [(True, None), (True, 2), (True, 129), (True, 300), (False, None)]
+)
 def test_blocks_of_documents_hold_what_is_visible(length, is_causal, window):
     """Partial blocks may hold nothing that is visible; a whole one holds nothing else."""
     from liger_compile.ops.flex import BLOCK_SIZE, document_block_mask
@@ -452,7 +458,9 @@ def test_blocks_of_documents_hold_what_is_visible(length, is_causal, window):
         some, every = tiles.any(4).any(2), tiles.all(4).all(2)
         for prefix, is_transposed in (("kv", False), ("q", True)):
             partial = listed(getattr(found, f"{prefix}_num_blocks"), getattr(found, f"{prefix}_indices"))
-            whole = listed(getattr(found, f"full_{prefix}_num_blocks"), getattr(found, f"full_{prefix}_indices"))
+            whole = listed(
+                getattr(found, f"full_{prefix}_num_blocks"), getattr(found, f"full_{prefix}_indices")
+            )
             wanted, complete = (x.mT if is_transposed else x for x in (some, every))
             assert not (partial & whole).any()
             assert (wanted <= (partial | whole)).all() and (whole <= complete).all()

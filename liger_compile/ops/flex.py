@@ -200,20 +200,24 @@ def document_block_mask(
 ) -> BlockMask:
     """Returns the block mask of documents, from the least and the largest id in every block.
 
-    Two blocks whose ranges of ids overlap may share a document; two blocks of one id are of one document. Ids may come in
-    any order: if documents recur or are sorted badly, more blocks are visited, and the mask decides for each key.
+    Two blocks whose ranges of ids overlap may share a document; two blocks of one id are of one document. Ids may come
+    in any order: where documents recur, more blocks are visited, and the mask decides for each key.
 
     Args:
         documents: (B, T) or (1, T) integers.
     """
     length = documents.shape[-1]
-    at = torch.arange(0, length, BLOCK_SIZE, dtype=torch.int64, device=documents.device)  # the start of each block
+    at = torch.arange(
+        0, length, BLOCK_SIZE, dtype=torch.int64, device=documents.device
+    )  # the start of each block
     token = at[:, None] + torch.arange(BLOCK_SIZE, dtype=torch.int64, device=documents.device)
     token = torch.minimum(token, length - torch.ones_like(token))  # the last block repeats the last token
     ids = documents[:, token]  # (B, blocks, BLOCK_SIZE)
     least, largest = ids.amin(-1), ids.amax(-1)
 
-    start = at + torch.zeros_like(least)  # of the same rank: torch compares strides of tensors that are broadcast
+    start = at + torch.zeros_like(
+        least
+    )  # of the same rank: torch compares strides of tensors that are broadcast
     one_id = (least == largest) & (start + BLOCK_SIZE <= length)
 
     def blocks(query: Callable[[Tensor], Tensor], key: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:

@@ -5,10 +5,10 @@
     starts, facts = document_starts(documents, B)
     out, logsumexp = varlen_attention(q, k, v, documents, starts, facts, scale, is_causal, window)
 
-The kernels need to know where documents begin, and how many there are. `document_starts` reads the ids once in a call, on
-the host: layers that share the ids share its results. Its tensors have the size of the most documents that there may be,
-so that the number of documents changes no shape. The kernels know ranges of tokens only: if the tokens of a document are
-not adjacent, and where there is no kernel, the reference runs, which is also the definition.
+The kernels need to know where documents begin, and how many there are. `document_starts` reads the ids once in a call,
+on the host: layers that share the ids share its results. Its tensors have the size of the most documents that there may
+be, so that the number of documents changes no shape. The kernels know ranges of tokens only: if the tokens of a
+document are not adjacent, and where there is no kernel, the reference runs, which is also the definition.
 """
 
 from __future__ import annotations
@@ -196,7 +196,7 @@ def _reference_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     scores, keys = _scores(q, k, documents, scale, is_causal, window)
     wide, groups, repeats = scores.dtype, k.shape[1], q.shape[1] // k.shape[1]
-    batch, heads, length, _ = q.shape
+    batch, _, length, _ = q.shape
     sums = logsumexp.to(wide).unflatten(1, (batch, length)).transpose(0, 1)
     weights, grad = (scores - sums[..., None]).exp(), grad.to(wide)
     values = v.to(wide).repeat_interleave(repeats, dim=1)

@@ -395,7 +395,9 @@ def notes_in(
 
 
 def _ids_of(note: Note) -> Term:
-    assert note.meaning is not None and note.meaning.documents is not None, "a note on documents has their meaning"
+    assert note.meaning is not None and note.meaning.documents is not None, (
+        "a note on documents has their meaning"
+    )
     return note.meaning.documents
 
 

@@ -1,12 +1,12 @@
 """Reads documents in a mask: several texts in one row, each of which sees only itself.
 
-A mask lets query q see key k of the same document only if it compares integers of q and k, `ids[b, q] == ids[b, k]`. The
-meaning needs no knowledge of these integers, the document ids. They may be inputs, and may be computed in any way, if both
-sides of the comparison are elements of one term. Tokens with equal ids are one document, wherever they are in the row.
+Such a mask compares integers of a query q and a key k, the document ids: `ids[b, q] == ids[b, k]`. The meaning needs no
+knowledge of the ids. They may be inputs, and may be computed in any way, if both sides of the comparison are elements
+of one term. Tokens with equal ids are one document, wherever they are in the row.
 
 Positions that advance by one within documents are read as positions in the row. This is known for ids that are made of
-the positions themselves, as in transformers: ids = (diff(positions) != 1).cumsum(-1). Two positions of one document then
-differ by the distance of the tokens.
+the positions themselves, as in transformers: ids = (diff(positions) != 1).cumsum(-1). Two positions of one document
+then differ by the distance of the tokens.
 """
 
 from __future__ import annotations

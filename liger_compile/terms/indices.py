@@ -77,7 +77,9 @@ class Meaning:
     window: int | ConstVar | None = None  # a number, or a pattern's capture of one
     padding: tuple[str, ...] = ()
     masks: tuple[str, ...] = ()
-    documents: Term | None = None  # (B, S) or (1, S) integers; two tokens of a row are in one document if equal
+    documents: Term | None = (
+        None  # (B, S) or (1, S) integers; two tokens of a row are in one document if equal
+    )
     within: str = ""  # for "documents": the kind of the mask if each row were one document
 
 
