@@ -4,8 +4,8 @@
     python -m bench.packed --quick            few rounds
     python -m bench.packed --device cpu       tiny shapes by the clock: shows that it runs, measures nothing
 
-Each shape is one row of documents. The stock variant has the mask of transformers in memory; "causal" is stock
-attention of the same row as one document. Forward and backward are timed, with events. What is faster by head size and number of
+Each shape is one row of documents. Stock has the mask of transformers in memory; "causal" is stock attention of the
+same row as one document. Forward and backward are timed, with events. What is faster by head size and number of
 tokens belongs into VARLEN_FROM and FEWEST in patterns/attention.py.
 """
 

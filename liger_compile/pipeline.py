@@ -21,6 +21,7 @@ from torch.fx import Graph, GraphModule, Node
 from liger_compile.backward_passes import CHOICES, DEFAULT_PASSES, Applied, Pass
 from liger_compile.compile import BackwardPlan, uses_cudagraphs, uses_freezing
 from liger_compile.forward_passes import specialize
+from liger_compile.forward_passes.documents import hand_in_documents
 from liger_compile.forward_passes.inline_subgraphs import describe_operands
 from liger_compile.forward_passes.keep_copies import keep_copies
 from liger_compile.forward_passes.keep_rounding import keep_rounding
@@ -272,6 +273,8 @@ def _rewrite_one(
     regions = Regions(graph, found.called_in.get(module, ()))
     terms = Terms(graph, mutations, found.arguments.get(module, ()), regions, strict=options.strict)
     found.failures.extend(terms.failures())
+    if options.policy != "never":
+        hand_in_documents(_calls(module), terms)
     for call, body in _calls(module):
         found.arguments.setdefault(body, []).append(terms.arguments(call, body.graph))
         found.called_in.setdefault(body, []).append(regions.of[call])

@@ -486,20 +486,40 @@ def test_ids_that_are_written_later_are_those_of_before():
     torch.testing.assert_close(torch.compile(f, backend="liger", options=options)(*args), f(*args))
 
 
-def test_documents_of_a_checkpointed_layer_are_left_with_a_reason(run_liger):
-    def f(q, k, v, positions):
-        mask = by_positions(positions)
+def checkpointed(q, k, v, positions, make_mask=by_positions):
+    """Two layers, each a subgraph that receives the mask and not the ids."""
+    mask = make_mask(positions)
 
-        def layer(q, k, v, mask):
-            return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True)
+    def layer(q, k, v, mask):
+        return F.scaled_dot_product_attention(q * 1.5, k, v, mask, enable_gqa=True)
 
-        return torch.utils.checkpoint.checkpoint(layer, q, k, v, mask, use_reentrant=False)
+    for _ in range(2):
+        q = torch.utils.checkpoint.checkpoint(layer, q, k, v, mask, use_reentrant=False)
+    return q
+
+
+def test_documents_of_checkpointed_layers(run_liger, liger_is_as_right_as_eager):
+    positions = rows_of(150)
+    args = [x.requires_grad_() for x in inputs(length=150)]
+    liger_is_as_right_as_eager(lambda q, k, v: checkpointed(q, k, v, positions), *args)
+    (report,) = liger_compile.reports()
+    assert [site.pattern for site in report.sites] == 2 * ["attention.documents"]
+
+
+def test_documents_that_a_checkpointed_layer_does_not_have_are_left_with_a_reason(run_liger):
+    """The ids are written after the mask was made."""
+
+    def mask_of(positions):
+        ids = (positions == 0).cumsum(-1)
+        mask = within(positions[:, None], None).new_ones(()) & same_document(ids)
+        ids.zero_()
+        return mask
 
     args = [x.requires_grad_() for x in inputs()]
-    result, (report,) = run_liger(f, *args, rows_of(12))
+    result, (report,) = run_liger(lambda *args: checkpointed(*args, mask_of), *args, rows_of(12))
     assert not report.sites
     assert any("the ids of its documents are not in this graph" in note for note in report.notes)
-    torch.testing.assert_close(result, f(*args, rows_of(12)))
+    torch.testing.assert_close(result, checkpointed(*args, rows_of(12), mask_of))
 
 
 def test_documents_with_dropout_keep_their_mask(run_liger):

@@ -70,8 +70,9 @@ def varlen_attention(
     from liger_compile.torch_internals import flash_attention
 
     starts = starts[: count + 1]
-    numbers = (starts, longest, scale, is_causal, window or None)
-    out, logsumexp = flash_attention.forward(*map(_tokens, (q, k, v)), *numbers)
+    out, logsumexp = flash_attention.forward(
+        _tokens(q), _tokens(k), _tokens(v), starts, longest, scale, is_causal, window or None
+    )
     return _heads(out, q), logsumexp
 
 
@@ -103,9 +104,11 @@ def varlen_attention_backward(
         return _reference_backward(grad, q, k, v, out, logsumexp, documents, scale, is_causal, window)
     from liger_compile.torch_internals import flash_attention
 
-    numbers = (starts[: count + 1], longest, scale, is_causal, window or None)
-    tensors = map(_tokens, (grad, q, k, v, out))
-    dq, dk, dv = flash_attention.backward(*tensors, logsumexp, *numbers)
+    grad, query, key, value, result = (_tokens(x) for x in (grad, q, k, v, out))
+    of_documents = (starts[: count + 1], longest)
+    dq, dk, dv = flash_attention.backward(
+        grad, query, key, value, result, logsumexp, *of_documents, scale, is_causal, window or None
+    )
     return _heads(dq, q), _heads(dk, k), _heads(dv, v)
 
 

@@ -28,7 +28,7 @@ from liger_compile.terms.term import ConstVar, Scalar, Size, Space, Term
 HEADS = -3
 STAYS = "stays written out"
 SYMBOLIC = "its scores are multiplied by numbers that are known at run time only, as under dynamic=True"
-ELSEWHERE = "the ids of its documents are not in this graph, as in a checkpointed layer, which receives the mask alone"
+ELSEWHERE = "the ids of its documents are not in this graph, or are overwritten in it"
 DEPTH = 8  # most adds, muls, tanhs and wheres between the matmul of q and k and its softmax
 
 

@@ -310,7 +310,7 @@ class _Reader:
         return self._once(self._truth, term, _broadcast(term, at))
 
     def _truth(self, term: Term, at: _At) -> _Condition:
-        if term.op == "eq" and (same := self._same_document(*term.args, at)) is not None:
+        if term.op == "eq" and (same := self._same_document(term, at)) is not None:
             return same
         if term.op in ("le", "lt", "eq"):
             a, b = (self.number(arg, at) for arg in term.args)
@@ -494,9 +494,9 @@ class _Reader:
         is_first = frozenset((frozenset((here,)),))
         return self._cases(((is_first, first), (self.not_(is_first), step)))
 
-    def _same_document(self, a: Term, b: Term, at: _At) -> _Condition | None:
+    def _same_document(self, term: Term, at: _At) -> _Condition | None:
         """Returns where two elements of one integer term are equal, if only the call knows them; otherwise None."""
-        (first, at_first), (second, at_second) = (self._source(arg, at) for arg in (a, b))
+        (first, at_first), (second, at_second) = (self._source(arg, at) for arg in term.args)
         if first is not second or not is_integer(first.dtype) or not _has_values(first):
             return None
         return self._equal_elements(first, at_first, at_second)
