@@ -21,7 +21,7 @@ from torch.fx import Graph, GraphModule, Node
 from liger_compile.backward_passes import CHOICES, DEFAULT_PASSES, Applied, Pass
 from liger_compile.compile import BackwardPlan, uses_cudagraphs, uses_freezing
 from liger_compile.forward_passes import specialize
-from liger_compile.forward_passes.documents import hand_in_documents
+from liger_compile.forward_passes.documents import hand_in_documents, inputs_of
 from liger_compile.forward_passes.inline_subgraphs import describe_operands
 from liger_compile.forward_passes.keep_copies import keep_copies
 from liger_compile.forward_passes.keep_rounding import keep_rounding
@@ -35,7 +35,7 @@ from liger_compile.report import HERE, GraphReport, Paths, site_of_pass
 from liger_compile.report.kept import kept_by_module
 from liger_compile.steps.callbacks import warn_of_failures
 from liger_compile.steps.decide import Rules, decide
-from liger_compile.steps.match import find_matches, input_name
+from liger_compile.steps.match import find_matches
 from liger_compile.steps.recompute import keep_what_written_inputs_give, mark_for_recompute
 from liger_compile.steps.rewrite import rewrite
 from liger_compile.terms.attention import Note, notes_in, sentences
@@ -240,21 +240,9 @@ def _notes_on_documents(decisions: Iterable[Decision]) -> Iterator[str]:
             targets = (getattr(node.target, "__name__", "") for node in decision.inserted)
             is_flex = any(target == "flex_attention" for target in targets)
             kernel = "flex_attention" if is_flex else "variable-length attention"
-            found[f"{mask} documents of {_inputs_of(ids.node)}: {kernel}"] += 1
+            found[f"{mask} documents of {inputs_of(ids.node)}: {kernel}"] += 1
     for text, times in found.items():
         yield f"attention {times}x {text}"
-
-
-def _inputs_of(node: Node) -> str:
-    """Returns the names of the inputs that a node is computed from, for people."""
-    waiting, seen = [node], {node}
-    while waiting:
-        new = [arg for arg in waiting.pop().all_input_nodes if arg not in seen]
-        seen.update(new)
-        waiting.extend(new)
-    tensors = [n for n in seen if isinstance(n.meta.get("example_value"), torch.Tensor)]
-    names = sorted(input_name(n.name) for n in tensors if n.op == "placeholder")
-    return " and ".join(names) or "positions"
 
 
 def _rewrite_one(

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import liger_compile
 from tests.test_indices import BATCH, LENGTH, hugging_face, i_and_j, meaning, ones
 
 # Positions that begin again: documents of 2, 3 and 1 tokens in one row, of 1 and 5 in the other.
@@ -176,3 +177,34 @@ def test_as_many_queries_as_keys():
     build = lambda x, y, p: p[:, None, : x.shape[1], None] == p[:, None, None, :]  # noqa: E731
     found, _ = meaning(build, keys=LENGTH + 2, padding=torch.zeros(BATCH, LENGTH + 2, dtype=torch.int64))
     assert found.kind == "unknown" and "not as many queries as keys" in found.reason
+
+
+@pytest.mark.parametrize(
+    ("name", "patterns"),
+    [
+        ("Llama", ["documents", "documents"]),
+        ("Gemma2", ["capped_documents_window", "capped_documents"]),
+    ],
+)
+def test_models_of_transformers_with_positions_that_begin_again(name, patterns):
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = getattr(transformers, f"{name}Config")(vocab_size=64, num_hidden_layers=2, head_dim=8, **sizes)
+    if name == "Gemma2":
+        config.sliding_window, config._attn_implementation = 3, "eager"
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{name}ForCausalLM")(config).train()
+    options = {"liger.inner": "aot_eager", "liger.strict": True, "liger.policy": "always"}
+    compiled = torch.compile(model, backend="liger", options=options)
+    ids = torch.randint(0, 64, (BATCH, LENGTH))
+    found = []
+    for step in (model, compiled):
+        model.zero_grad()
+        loss = step(ids, position_ids=POSITIONS, labels=ids, use_cache=False).loss
+        loss.backward()
+        found.append([loss.detach(), *(parameter.grad for parameter in model.parameters())])
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-6)
+    (report,) = liger_compile.reports()
+    replaced = [site.pattern for site in report.sites if site.pattern.startswith("attention")]
+    assert replaced == [f"attention.{pattern}" for pattern in patterns]
+    assert any("causal within documents of position_ids: flex_attention" in note for note in report.notes)

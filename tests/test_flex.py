@@ -504,6 +504,7 @@ def test_documents_of_checkpointed_layers(run_liger, liger_is_as_right_as_eager)
     liger_is_as_right_as_eager(lambda q, k, v: checkpointed(q, k, v, positions), *args)
     (report,) = liger_compile.reports()
     assert [site.pattern for site in report.sites] == 2 * ["attention.documents"]
+    assert "attention 2x causal within documents of positions: flex_attention" in report.notes
 
 
 def test_documents_that_a_checkpointed_layer_does_not_have_are_left_with_a_reason(run_liger):

@@ -8,11 +8,28 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
+import torch
 from torch.fx import GraphModule, Node
 
+from liger_compile.diagnose.sentences import input_name
 from liger_compile.terms.build import Terms
 from liger_compile.terms.indices import mask_meaning
 from liger_compile.terms.term import Term
+
+_MADE_OF = "liger_compile_made_of"  # a key in the meta of a placeholder: the inputs of the outer graph
+
+
+def inputs_of(ids: Node) -> str:
+    """Returns the names of the inputs that ids are computed from, for people."""
+    waiting, seen = [ids], {ids}
+    while waiting:
+        new = [arg for arg in waiting.pop().all_input_nodes if arg not in seen]
+        seen.update(new)
+        waiting.extend(new)
+    tensors = [
+        n for n in seen if n.op == "placeholder" and isinstance(n.meta.get("example_value"), torch.Tensor)
+    ]
+    return " and ".join(sorted({n.meta.get(_MADE_OF) or input_name(n.name) for n in tensors})) or "positions"
 
 
 def hand_in_documents(calls: Iterable[tuple[Node, GraphModule]], terms: Terms) -> None:
@@ -49,5 +66,6 @@ def _hand_in(call: Node, body: GraphModule, ids: Node) -> None:
     with body.graph.inserting_after(last):
         placeholder = body.graph.placeholder("documents")
     placeholder.meta["example_value"] = ids.meta["example_value"]
+    placeholder.meta[_MADE_OF] = inputs_of(ids)
     call.args = (*call.args, ids)
     body.recompile()
