@@ -261,7 +261,7 @@ FACTS: tuple[Callable[[Difference, Formula], str | None], ...] = (
 
 # Dynamo's names of inputs: l_self_modules_head_parameters_weight_ for self.head.weight.
 _NAMING = re.compile(
-    r"^[lg]_(self_)?(modules_|parameters_|buffers_)?|(?P<inner>_(modules|parameters|buffers)_)|_+$"
+    r"^[lg]_(self_|kwargs_)?(modules_|parameters_|buffers_)?|(?P<inner>_(modules|parameters|buffers)_)|_+$"
 )
 
 
