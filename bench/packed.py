@@ -80,7 +80,7 @@ def causal(q: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> Tensor:
 def variants_of(shape: Shape, is_on_cpu: bool) -> dict[str, Callable[..., Tensor]]:
     attention = attention_of(shape.window)
     inner = "aot_eager" if is_on_cpu else "inductor"
-    options = {"liger.policy": "always", "liger.inner": inner, "liger.padding": "general"}
+    options: dict[str, Any] = {"liger.policy": "always", "liger.inner": inner, "liger.padding": "general"}
     return {
         "causal": torch.compile(causal, dynamic=False),
         "stock": torch.compile(attention, dynamic=False),
