@@ -9,6 +9,7 @@ inputs. A step returns values and imports no other step; only this file defines 
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,6 +21,7 @@ from torch.fx import Graph, GraphModule, Node
 from liger_compile.backward_passes import CHOICES, DEFAULT_PASSES, Applied, Pass
 from liger_compile.compile import BackwardPlan, uses_cudagraphs, uses_freezing
 from liger_compile.forward_passes import specialize
+from liger_compile.forward_passes.documents import hand_in_documents, inputs_of
 from liger_compile.forward_passes.inline_subgraphs import describe_operands
 from liger_compile.forward_passes.keep_copies import keep_copies
 from liger_compile.forward_passes.keep_rounding import keep_rounding
@@ -28,7 +30,7 @@ from liger_compile.forward_passes.outline import drop_unread, num_nodes_inlined,
 from liger_compile.graphs.aliasing import SUBGRAPH_OPS, Mutations
 from liger_compile.graphs.regions import Region, Regions
 from liger_compile.options import Options
-from liger_compile.pattern import Decision, NearMiss, Pattern
+from liger_compile.pattern import Capture, Decision, NearMiss, Pattern
 from liger_compile.report import HERE, GraphReport, Paths, site_of_pass
 from liger_compile.report.kept import kept_by_module
 from liger_compile.steps.callbacks import warn_of_failures
@@ -176,6 +178,7 @@ def run_steps(
     notes = (
         *found.notes,
         *_notes_on_copies(found.decisions),
+        *_notes_on_documents(found.decisions),
         *found.failures,
         *sentences(found.attention),
         *map(str, found.late_outputs),
@@ -227,6 +230,21 @@ def _counted(count: int, what: str) -> str | None:
     return f"{count} {what}s of fused ops are copied" if count else None
 
 
+def _notes_on_documents(decisions: Iterable[Decision]) -> Iterator[str]:
+    """Yields what the documents of a packed row are computed from, and which op computes attention within them."""
+    found: Counter[str] = Counter()
+    for decision in decisions:
+        ids = decision.match.captures.get("documents")
+        if decision.kind == "replace" and isinstance(ids, Capture):
+            mask = "within" if decision.match.pattern.name.endswith("bidirectional") else "causal within"
+            targets = (getattr(node.target, "__name__", "") for node in decision.inserted)
+            is_flex = any(target == "flex_attention" for target in targets)
+            kernel = "flex_attention" if is_flex else "variable-length attention"
+            found[f"{mask} documents of {inputs_of(ids.node)}: {kernel}"] += 1
+    for text, times in found.items():
+        yield f"attention {times}x {text}"
+
+
 def _rewrite_one(
     module: GraphModule,
     patterns: Sequence[Pattern],
@@ -243,13 +261,16 @@ def _rewrite_one(
     regions = Regions(graph, found.called_in.get(module, ()))
     terms = Terms(graph, mutations, found.arguments.get(module, ()), regions, strict=options.strict)
     found.failures.extend(terms.failures())
+    if options.policy != "never":
+        hand_in_documents(_calls(module), terms)
     for call, body in _calls(module):
         found.arguments.setdefault(body, []).append(terms.arguments(call, body.graph))
         found.called_in.setdefault(body, []).append(regions.of[call])
         outlined = outlined_of(body)
         found.places.setdefault(body, outlined.paths if outlined else found.places[module])
     places = found.places[module]
-    found.attention.extend(note for note in notes_in(terms.space, terms.of.values()) for _ in places)
+    notes = notes_in(terms.space, terms.of.values(), terms.derive)
+    found.attention.extend(note for note in notes for _ in places)
     if is_top:
         found.notes.extend(notes_on_layer(graph, terms, found.computed))
     deferred = _without_logits(graph, terms, options, why_logits_stay, found) if is_top else []

@@ -25,16 +25,21 @@ and forward alone takes 0.31 and 0.33 ms, then 0.72 of the time and less. The T 
 scaled_dot_product_attention does not support windows and capped scores. They become flex_attention: ops/flex.py. Not
 measured on a GPU yet: `python -m bench.ops window_attention capped_attention capped_window_attention` measures it.
 
+Nor does it support documents: several texts in one row, of which a token sees its own only, as in packed batches. They
+become flex_attention or variable-length attention (ops/varlen.py): `takes_varlen`. Not measured on a GPU yet:
+`python -m bench.packed` measures both.
+
 terms/indices.py decides which masks are causal; terms/attention.py finds repeats and written-out attention.
 """
 
+import contextlib
 import math
 
 import torch
 import torch.nn.functional as F
 from torch.fx import Node
 
-from liger_compile.ops import flex
+from liger_compile.ops import flex, varlen
 from liger_compile.pattern import Match, Pattern
 
 # Numbers of tokens from which flex_attention is at least as fast as the code that Inductor generates, forward and
@@ -188,9 +193,84 @@ def _window_mask(q, window):
     return _causal_mask(q) & (at[:, None] < at + window)
 
 
-def _flex(q, k, v, scale, softcap=None, window=None, inner=None):
+def documents(q, k, v, scale: float, documents):
+    return _attend(q, k, v, _causal_mask(q) & _same_document(documents), 0.0, scale)
+
+
+def documents_window(q, k, v, scale: float, documents, window: int):
+    return _attend(q, k, v, _window_mask(q, window) & _same_document(documents), 0.0, scale)
+
+
+def documents_bidirectional(q, k, v, scale: float, documents):
+    return _attend(q, k, v, _same_document(documents), 0.0, scale)
+
+
+def capped_documents(q, k, v, scale: float, documents, softcap: float):
+    return _attend_capped(q, k, v, _causal_mask(q) & _same_document(documents), scale, softcap)
+
+
+def capped_documents_window(q, k, v, scale: float, documents, softcap: float, window: int):
+    return _attend_capped(q, k, v, _window_mask(q, window) & _same_document(documents), scale, softcap)
+
+
+def _same_document(documents):
+    """Return which query and key of a row have the same id; documents (B, T) or (1, T)."""
+    return (documents[:, :, None] == documents[:, None, :])[:, None]
+
+
+def _flex_documents(is_causal: bool):
+    def replace(q, k, v, scale, documents, softcap=None, window=None, inner=None):
+        scale = q.shape[-1] ** -0.5 if scale is None else scale
+        if takes_varlen(q, v, softcap):
+            starts, facts = varlen.document_starts(documents, q.shape[0])
+            numbers = (scale, is_causal, window or varlen.NO_WINDOW)
+            return varlen.varlen_attention(q, k, v, documents, starts, facts, *numbers)[0]
+        _check_inner(q, inner)
+        return flex.document_attention(
+            q, k, v, documents, scale=scale, is_causal=is_causal, window=window, softcap=softcap
+        )
+
+    return replace
+
+
+# The fewest tokens from which variable-length attention was measured to be faster than flex_attention, by compute
+# capability and head size: `python -m bench.packed` measures both. Nothing is measured yet, so that flex_attention is
+# used everywhere.
+VARLEN_FROM: dict[tuple[tuple[int, int], int], int] = {}
+
+_forced: bool | None = None
+
+
+@contextlib.contextmanager
+def forcing_varlen(is_forced: bool):
+    """Take variable-length attention for documents wherever it can compute them, or nowhere; for benches and tests."""
+    global _forced
+    before, _forced = _forced, is_forced
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def takes_varlen(q, v, softcap) -> bool:
+    """Return whether attention within documents is computed by variable-length attention, and not by flex_attention."""
+    if softcap is not None or q.shape[-1] != v.shape[-1]:
+        return False
+    if _forced is not None:
+        return _forced
+    if not varlen.has_varlen_kernel(q, v):
+        return False
+    fewest = VARLEN_FROM.get((torch.cuda.get_device_capability(q.device), q.shape[-1]))
+    return fewest is not None and isinstance(q.shape[-2], int) and q.shape[-2] >= fewest
+
+
+def _check_inner(q, inner):
     if inner == "inductor" and q.device.type != "cuda":
         raise ValueError("Inductor has a backward of flex_attention on NVIDIA GPUs only")
+
+
+def _flex(q, k, v, scale, softcap=None, window=None, inner=None):
+    _check_inner(q, inner)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     return flex.windowed_attention(q, k, v, scale=scale, window=window, softcap=softcap)
 
@@ -213,7 +293,7 @@ def _fits_flex(match: Match) -> str | None:
 def _flex_pays(match: Match) -> str | None:
     q = match["q"]
     if q.device.type != "cuda":
-        return "flex_attention, which supports windows and capped scores, has a backward on NVIDIA GPUs only"
+        return "flex_attention, which supports windows, documents and capped scores, has a backward on NVIDIA GPUs only"
     fewest = FEWEST["softcap" in match.captures, q.dtype in flex.HALF]
     if isinstance(q.shape[-2], int) and q.shape[-2] < fewest:
         return f"for fewer than {fewest} tokens the blocks of flex_attention do not pay"
@@ -257,6 +337,24 @@ PATTERNS = (
             (window, {"window": 3}),
             (capped_causal, {"softcap": 5.0}),
             (capped_window, {"softcap": 5.0, "window": 3}),
+        )
+    ),
+    *(
+        Pattern(
+            name=f"attention.{search.__name__}",
+            search=search,
+            replace=_flex_documents(search is not documents_bidirectional),
+            check=_fits_flex,
+            profit=_flex_pays,
+            saves_result=True,
+            examples={**_EXAMPLES, "documents": torch.zeros(2, 6, dtype=torch.int64), **more},
+        )
+        for search, more in (
+            (documents, {}),
+            (documents_window, {"window": 3}),
+            (documents_bidirectional, {}),
+            (capped_documents, {"softcap": 5.0}),
+            (capped_documents_window, {"softcap": 5.0, "window": 3}),
         )
     ),
 )

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from torch._subclasses import FakeTensorMode
 from torch.fx import Graph
 from torch.nn.attention.flex_attention import create_block_mask
@@ -310,3 +311,223 @@ def test_attention_that_is_left_has_a_reason(run_liger, function):
     assert note.startswith(f"attention {LEFT[function]}")
     torch.manual_seed(0)
     torch.testing.assert_close(result, function(*inputs(groups=HEADS)))
+
+
+# Documents
+
+
+def positions_of(*rows):
+    """Positions that begin again: a row for each tuple of lengths."""
+    return torch.stack([torch.cat([torch.arange(length) for length in row]) for row in rows])
+
+
+def rows_of(length):
+    return positions_of((length // 3, length - length // 3), (1, 4, length - 5))
+
+
+def same_document(ids):
+    return (ids[:, None, :, None] == ids[:, None, None, :]).expand(BATCH, -1, -1, -1)
+
+
+def by_positions(positions, window=None):
+    """As transformers 5.24."""
+    ids = (torch.diff(positions, prepend=positions[:, :1] - 1, dim=-1) != 1).cumsum(-1)
+    seen = positions[:, None, :] <= positions[:, :, None]
+    seen = seen if window is None else seen & (positions[:, None, :] > positions[:, :, None] - window)
+    return seen[:, None] & same_document(ids)
+
+
+def documents(q, k, v, positions):
+    return F.scaled_dot_product_attention(q, k, v, by_positions(positions), enable_gqa=True)
+
+
+def documents_window(q, k, v, positions):
+    return F.scaled_dot_product_attention(q, k, v, by_positions(positions, 4), enable_gqa=True)
+
+
+def documents_bidirectional(q, k, v, ids):
+    return F.scaled_dot_product_attention(q, repeat_kv(k), repeat_kv(v), same_document(ids), scale=0.3)
+
+
+def capped_documents(q, k, v, positions, window=None):
+    scores = 3.0 * torch.tanh(q @ repeat_kv(k).mT * 2.0 / 3.0)
+    seen = by_positions(positions, window)
+    return scores.masked_fill(~seen, -math.inf).softmax(-1) @ repeat_kv(v)
+
+
+def capped_documents_window(q, k, v, positions):
+    return capped_documents(q, k, v, positions, 4)
+
+
+DOCUMENTS = {
+    function.__name__: function
+    for function in (
+        documents,
+        documents_window,
+        documents_bidirectional,
+        capped_documents,
+        capped_documents_window,
+    )
+}
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_documents_in_three_lengths_are_two_graphs(name):
+    options = {"liger.inner": "aot_eager", "liger.strict": True, "liger.policy": "always"}
+    function = DOCUMENTS[name]
+    compiled = torch.compile(function, backend="liger", options=options)
+    for length in (12, 150, 300):
+        args = [x.requires_grad_() for x in inputs(length=length)]
+        positions = rows_of(length)
+        expected, result = function(*args, positions), compiled(*args, positions)
+        torch.testing.assert_close(result, expected)
+        upstream = torch.randn(result.shape)
+        torch.testing.assert_close(
+            torch.autograd.grad(result, args, upstream), torch.autograd.grad(expected, args, upstream)
+        )
+    reports = liger_compile.reports()
+    assert [[site.pattern for site in report.sites] for report in reports] == 2 * [[f"attention.{name}"]]
+    where = "within" if "bidirectional" in name else "causal within"
+    given = "ids" if "bidirectional" in name else "positions"
+    assert all(
+        f"attention 1x {where} documents of {given}: flex_attention" in report.notes for report in reports
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("documents", torch.bfloat16), ("documents_window", torch.float16)]
+)
+def test_documents_in_half_precision(liger_is_as_right_as_eager, name, dtype):
+    q, k, v = inputs(dtype, length=130)
+    positions = rows_of(130)
+    liger_is_as_right_as_eager(lambda q, k, v: DOCUMENTS[name](q, k, v, positions), q, k, v)
+
+
+@pytest.mark.parametrize("name", ["documents", "documents_window", "documents_bidirectional"])
+def test_variable_length_attention_has_the_numbers(name):
+    """Of documents that are ranges of tokens, and of those that begin again: the reference of the op."""
+    from liger_compile.patterns.attention import forcing_varlen
+
+    options = {"liger.inner": "aot_eager", "liger.strict": True, "liger.policy": "always"}
+    function = DOCUMENTS[name]
+    compiled = torch.compile(function, backend="liger", options=options)
+    for ids in (rows_of(20), torch.arange(20).remainder(3).expand(BATCH, -1).contiguous()):
+        args = [x.requires_grad_() for x in inputs(length=20)]
+        expected = function(*args, ids)
+        with forcing_varlen(True):
+            result = compiled(*args, ids)
+        upstream = torch.randn(result.shape)
+        torch.testing.assert_close(result, expected)
+        torch.testing.assert_close(
+            torch.autograd.grad(result, args, upstream), torch.autograd.grad(expected, args, upstream)
+        )
+    (report,) = liger_compile.reports()
+    ops = ("liger_compile::document_starts", "liger_compile::varlen_attention")
+    assert report.sites[0].ops[:2] == ops  # the result that is returned is copied
+    assert any(note.endswith(": variable-length attention") for note in report.notes)
+
+
+def test_where_documents_start():
+    from liger_compile.ops.varlen import document_starts
+
+    ids = torch.tensor([[0, 0, 1, 1, 1], [3, 3, 3, 3, 3]])
+    starts, facts = document_starts(ids, 2)
+    assert starts.tolist() == [0, 2, 5, *8 * [10]] and facts.tolist() == [3, 5, 1]
+    starts, facts = document_starts(torch.tensor([[1, 0, 1]]), 2)
+    assert starts.tolist() == [0, 1, 2, 3, 4, 5, 6] and facts.tolist() == [6, 1, 0]
+
+
+@pytest.mark.parametrize("length", [1, 5, 127, 129, 256, 300])
+@pytest.mark.parametrize(
+    ("is_causal", "window"), [(True, None), (True, 2), (True, 129), (True, 300), (False, None)]
+)
+def test_blocks_of_documents_hold_what_is_visible(length, is_causal, window):
+    """Partial blocks may hold nothing that is visible; a whole one holds nothing else."""
+    from liger_compile.ops.flex import BLOCK_SIZE, document_block_mask
+
+    generator = torch.Generator().manual_seed(length)
+    recurring = torch.randint(0, 3, (2, length), generator=generator)
+    for ids in (recurring, recurring.sort(-1).values, torch.zeros(1, length, dtype=torch.int64)):
+        at = torch.arange(length)
+        seen = ids[:, :, None] == ids[:, None, :]
+        seen = seen & (at <= at[:, None]) if is_causal else seen
+        seen = seen if window is None else seen & (at[:, None] - at < window)
+        found = document_block_mask(ids, is_causal, window, lambda *args: None)
+        blocks = -(-length // BLOCK_SIZE)
+        padding = blocks * BLOCK_SIZE - length
+        tiles = F.pad(seen, (0, padding, 0, padding)).unflatten(1, (blocks, -1)).unflatten(3, (blocks, -1))
+        some, every = tiles.any(4).any(2), tiles.all(4).all(2)
+        for prefix, is_transposed in (("kv", False), ("q", True)):
+            partial = listed(getattr(found, f"{prefix}_num_blocks"), getattr(found, f"{prefix}_indices"))
+            whole = listed(
+                getattr(found, f"full_{prefix}_num_blocks"), getattr(found, f"full_{prefix}_indices")
+            )
+            wanted, complete = (x.mT if is_transposed else x for x in (some, every))
+            assert not (partial & whole).any()
+            assert (wanted <= (partial | whole)).all() and (whole <= complete).all()
+
+
+def listed(numbers, indices):
+    """The blocks that the lists of a block mask name, as booleans (B, blocks, blocks)."""
+    assert numbers.dtype == indices.dtype == torch.int32
+    assert indices.sort(-1).values.eq(torch.arange(indices.shape[-1])).all()  # valid also beyond the number
+    is_listed = torch.arange(indices.shape[-1]) < numbers[..., None]
+    return torch.zeros(indices.shape, dtype=torch.bool).scatter(-1, indices.long(), is_listed)[:, 0]
+
+
+def test_ids_that_are_written_later_are_those_of_before():
+    def f(q, k, v, ids):
+        ids = ids + 0
+        mask = within(q, None) & same_document(ids)
+        ids.zero_()
+        return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True), ids
+
+    options = {"liger.inner": "aot_eager", "liger.strict": True, "liger.policy": "always"}
+    args = (*inputs(), rows_of(12))
+    torch.testing.assert_close(torch.compile(f, backend="liger", options=options)(*args), f(*args))
+
+
+def checkpointed(q, k, v, positions, make_mask=by_positions):
+    """Two layers, each a subgraph that receives the mask and not the ids."""
+    mask = make_mask(positions)
+
+    def layer(q, k, v, mask):
+        return F.scaled_dot_product_attention(q * 1.5, k, v, mask, enable_gqa=True)
+
+    for _ in range(2):
+        q = torch.utils.checkpoint.checkpoint(layer, q, k, v, mask, use_reentrant=False)
+    return q
+
+
+def test_documents_of_checkpointed_layers(run_liger, liger_is_as_right_as_eager):
+    positions = rows_of(150)
+    args = [x.requires_grad_() for x in inputs(length=150)]
+    liger_is_as_right_as_eager(lambda q, k, v: checkpointed(q, k, v, positions), *args)
+    (report,) = liger_compile.reports()
+    assert [site.pattern for site in report.sites] == 2 * ["attention.documents"]
+    assert "attention 2x causal within documents of positions: flex_attention" in report.notes
+
+
+def test_documents_that_a_checkpointed_layer_does_not_have_are_left_with_a_reason(run_liger):
+    """The ids are written after the mask was made."""
+
+    def mask_of(positions):
+        ids = (positions == 0).cumsum(-1)
+        mask = within(positions[:, None], None).new_ones(()) & same_document(ids)
+        ids.zero_()
+        return mask
+
+    args = [x.requires_grad_() for x in inputs()]
+    result, (report,) = run_liger(lambda *args: checkpointed(*args, mask_of), *args, rows_of(12))
+    assert not report.sites
+    assert any("the ids of its documents are not in this graph" in note for note in report.notes)
+    torch.testing.assert_close(result, checkpointed(*args, rows_of(12), mask_of))
+
+
+def test_documents_with_dropout_keep_their_mask(run_liger):
+    def f(q, k, v, positions):
+        return F.scaled_dot_product_attention(q, k, v, by_positions(positions), 0.1, enable_gqa=True)
+
+    _, (report,) = run_liger(f, *inputs(), rows_of(12))
+    assert not report.sites
+    assert any("within documents, which is supported without dropout only" in note for note in report.notes)

@@ -214,7 +214,6 @@ FALSE_FRIENDS = {
     "transposed": lambda x, y, p: ones(x).tril().t(),
     "another in each row of the batch": another_in_each_row,
     "padding": padded,
-    "packed, by position_ids": packed,
     "by the positions given": lambda x, y, p: (p.cumsum(-1)[:, None, :] <= p.cumsum(-1)[:, :, None])[:, None],
     "written over": written_over,
     "hides half": lambda x, y, p: torch.full((x.shape[1], x.shape[1]), -5.0).triu(1),
@@ -232,7 +231,6 @@ FALSE_FRIENDS = {
 # Of these the numbers happen to be causal ones today.
 TODAY = (
     "padding",
-    "packed, by position_ids",
     "by the positions given",
     "learned",
     "random",
@@ -243,8 +241,7 @@ TODAY = (
 @pytest.mark.parametrize("is_dynamic", [False, True], ids=["static", "dynamic"])
 @pytest.mark.parametrize("name", FALSE_FRIENDS)
 def test_false_friends_are_refused(name, is_dynamic):
-    positions = torch.arange(LENGTH).expand(BATCH, -1).contiguous() if "packed" in name else None
-    found, mask = meaning(FALSE_FRIENDS[name], is_dynamic=is_dynamic, padding=positions)
+    found, mask = meaning(FALSE_FRIENDS[name], is_dynamic=is_dynamic)
     assert found.kind in ("unknown", "window") and found.reason
     causal = torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril().expand(BATCH, 1, -1, -1)
     if mask.dtype is not torch.bool:

@@ -86,6 +86,7 @@ ALLOWED = {
         "ops.answer_plan",
         "ops.dispatch",
         "ops.flex",
+        "ops.varlen",
         "pattern",
         "patterns",
         "steps.questions",

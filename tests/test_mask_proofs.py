@@ -46,6 +46,14 @@ def test_what_is_hidden_has_no_weight(expression):
             programs.attended(expression, n)
 
 
+@tries(150)
+@given(programs.DOCUMENTS)
+def test_documents_that_are_proven_are_so(expression):
+    sizes = (1, 2, 3, 7)
+    if programs.is_a_mask(expression, sizes, d=lambda n: programs.rows_of(n)[0]):
+        programs.tried_of_documents(expression, sizes)
+
+
 def same(positions, relation=">="):
     return f"({positions}[:, None] {relation} {positions}[None, :])"
 

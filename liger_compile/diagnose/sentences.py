@@ -6,6 +6,7 @@ a computation nor the reason why it is not the expected one; the table FACTS at 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -256,3 +257,14 @@ FACTS: tuple[Callable[[Difference, Formula], str | None], ...] = (
     _centered,
     _no_rotation,
 )
+
+
+# Dynamo's names of inputs: l_self_modules_head_parameters_weight_ for self.head.weight.
+_NAMING = re.compile(
+    r"^[lg]_(self_|kwargs_)?(modules_|parameters_|buffers_)?|(?P<inner>_(modules|parameters|buffers)_)|_+$"
+)
+
+
+def input_name(name: str) -> str:
+    """Returns the name of an input for people: head.weight for l_self_modules_head_parameters_weight_."""
+    return _NAMING.sub(lambda found: "." if found["inner"] else "", name)

@@ -58,8 +58,9 @@ def no_guards(of: Any) -> Iterator[None]:
 def sizes_of_one_may_be_guarded(of: Any) -> Iterator[None]:
     """Allows guards that decide whether a size is 1, within `no_guards`.
 
-    For broadcasting and strides, torch checks whether every size is 1, or less than 2. If a replacement makes a
-    tensor that is smaller than its inputs, one guard decides whether a size of it is 1.
+    For broadcasting and strides, torch checks whether every size is 1, or less than 2, or equal to its square, which is
+    a stride. If a replacement makes a tensor that is smaller than its inputs, one guard decides whether a size of it is
+    1.
     """
     shape_env = getattr(getattr(of, "fake_mode", of), "shape_env", None)
     refuse = shape_env and guard_check(shape_env)
@@ -68,8 +69,15 @@ def sizes_of_one_may_be_guarded(of: Any) -> Iterator[None]:
         return
 
     def unless_one(expr: Any, value: Any) -> None:
-        if expr.func not in _RELATIONS_WITH_ONE.get(getattr(expr, "rhs", None), ()):
+        if not _is_about_one(expr):
             refuse(expr, value)
 
     with checking_guards(shape_env, unless_one):
         yield
+
+
+def _is_about_one(expr: Any) -> bool:
+    """Returns whether a relation of sizes decides no more than whether a size is 1."""
+    rhs = getattr(expr, "rhs", None)
+    is_of_square = rhs is not None and (expr.lhs == rhs**2 or rhs == expr.lhs**2)
+    return is_of_square or expr.func in _RELATIONS_WITH_ONE.get(rhs, ())

@@ -26,6 +26,7 @@ from . import (
     rotary,
     rounded,
     scale,
+    varlen,
 )
 
 __all__ = [
@@ -40,4 +41,5 @@ __all__ = [
     "rotary",
     "rounded",
     "scale",
+    "varlen",
 ]

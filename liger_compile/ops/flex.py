@@ -1,9 +1,9 @@
-"""flex_attention as a node of a graph: causal attention within a window, or with capped scores, in blocks.
+"""flex_attention as a node of a graph: attention within a window or documents, or with capped scores, in blocks.
 
 Dynamo captures torch.nn.attention.flex_attention as one higher-order op. Its scores and mask are functions of
 positions, and its block mask is a tuple of integers: for every 128 queries, the blocks of 128 keys of which any key (or
-every key) is visible. This file computes that tuple from the window, without the T x T booleans of create_block_mask,
-and calls the op. AOTAutograd differentiates the op, and Inductor has kernels for it on GPUs.
+every key) is visible. This file computes that tuple from the window and the documents, without the T x T booleans of
+create_block_mask, and calls the op. AOTAutograd differentiates the op, and Inductor has kernels for it on GPUs.
 """
 
 from __future__ import annotations
@@ -37,6 +37,65 @@ def windowed_attention(
         softcap: the bound of the scores; None means no bound.
     """
 
+    def mask(batch, head, query, key):
+        return key <= query if window is None else (key <= query) & (query - key < window)
+
+    with sizes_of_one_may_be_guarded(q):
+        blocks = block_mask(q, window, mask)
+    return _flex_attention(q, k, v, blocks, (), scale, softcap)
+
+
+# Many parameters because they are those of a kernel.
+def document_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    documents: Tensor,
+    *,
+    scale: float,
+    is_causal: bool = True,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """Returns attention in which a query sees only keys of its own document.
+
+    Args:
+        q: (B, H, T, D).
+        k: (B, G, T, D), G dividing H.
+        v: (B, G, T, E).
+        documents: (B, T) or (1, T) integers; tokens of a row with equal integers are one document, wherever they are.
+        scale: multiplies the scores.
+        is_causal: whether a query sees no later keys.
+        window: query i sees the keys i - window + 1 to i; None means no window. Only with `is_causal`.
+        softcap: the bound of the scores; None means no bound.
+    """
+    if window is not None and not is_causal:
+        raise ValueError("expected a window of causal attention, got one of attention to all keys")
+    is_shared = documents.shape[0] == 1
+    ids = documents[0] if is_shared else documents  # in the kernel, all indices of a tensor must be tensors
+
+    def mask(batch, head, query, key, ids):
+        same = ids[query] == ids[key] if is_shared else ids[batch, query] == ids[batch, key]
+        if not is_causal:
+            return same
+        same = same & (key <= query)
+        return same if window is None else same & (query - key < window)
+
+    with sizes_of_one_may_be_guarded(q):
+        blocks = document_block_mask(documents, is_causal, window, mask)
+    return _flex_attention(q, k, v, blocks, (ids,), scale, softcap)
+
+
+def _flex_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    blocks: BlockMask,
+    read_by_mask: tuple[Tensor, ...],
+    scale: float,
+    softcap: float | None,
+) -> Tensor:
+    """Calls the op as torch.nn.attention.flex_attention.flex_attention does."""
     is_half = q.dtype in HALF
 
     def score(score, batch, head, query, key):
@@ -47,11 +106,6 @@ def windowed_attention(
             return softcap * (2 * torch.sigmoid(score * (2 / softcap)) - 1)
         return softcap * torch.tanh(score / softcap)
 
-    def mask(batch, head, query, key):
-        return key <= query if window is None else (key <= query) & (query - key < window)
-
-    with sizes_of_one_may_be_guarded(q):
-        blocks = block_mask(q, window, mask)
     # The options that torch.nn.attention.flex_attention.flex_attention sets when compiled.
     options = {
         "BACKEND": "AUTO",
@@ -64,7 +118,7 @@ def windowed_attention(
         **_tiles(q, v),
     }
     out, _, _ = torch.ops.higher_order.flex_attention(
-        q, k, v, score, blocks.as_tuple(), scale, options, (), ()
+        q, k, v, score, blocks.as_tuple(), scale, options, (), read_by_mask
     )
     return out
 
@@ -91,12 +145,7 @@ def block_mask(q: Tensor, window: int | None, mask: Callable[..., Tensor]) -> Bl
     at = torch.arange(0, length, BLOCK_SIZE, dtype=torch.int32, device=device)  # the start of each block
     block = at // BLOCK_SIZE
     last = block[-1:]
-    reach = (
-        None if window is None else (window + BLOCK_SIZE - 2) // BLOCK_SIZE
-    )  # blocks back in which some key is visible
-    whole = (
-        None if window is None else max(0, (window - BLOCK_SIZE) // BLOCK_SIZE)
-    )  # blocks back in which every key is visible
+    reach, whole = _blocks_back(window)
 
     first = torch.zeros_like(block) if reach is None else (block - reach).clamp(min=0)
     farthest = last.expand_as(block) if reach is None else torch.minimum(block + reach, last)
@@ -137,3 +186,75 @@ def block_mask(q: Tensor, window: int | None, mask: Callable[..., Tensor]) -> Bl
         BLOCK_SIZE=(BLOCK_SIZE, BLOCK_SIZE),
         mask_mod=mask,
     )
+
+
+def _blocks_back(window: int | None) -> tuple[int | None, int | None]:
+    """Returns how many blocks back some key is visible, and how many blocks back every key is; None means all."""
+    if window is None:
+        return None, None
+    return (window + BLOCK_SIZE - 2) // BLOCK_SIZE, max(0, (window - BLOCK_SIZE) // BLOCK_SIZE)
+
+
+def document_block_mask(
+    documents: Tensor, is_causal: bool, window: int | None, mask: Callable[..., Tensor]
+) -> BlockMask:
+    """Returns the block mask of documents, from the least and the largest id in every block.
+
+    Two blocks whose ranges of ids overlap may share a document; two blocks of one id are of one document. Ids may come
+    in any order: where documents recur, more blocks are visited, and the mask decides for each key.
+
+    Args:
+        documents: (B, T) or (1, T) integers.
+    """
+    length = documents.shape[-1]
+    at = torch.arange(
+        0, length, BLOCK_SIZE, dtype=torch.int64, device=documents.device
+    )  # the start of each block
+    token = at[:, None] + torch.arange(BLOCK_SIZE, dtype=torch.int64, device=documents.device)
+    token = torch.minimum(token, length - torch.ones_like(token))  # the last block repeats the last token
+    ids = documents[:, token]  # (B, blocks, BLOCK_SIZE)
+    least, largest = ids.amin(-1), ids.amax(-1)
+
+    start = at + torch.zeros_like(
+        least
+    )  # of the same rank: torch compares strides of tensors that are broadcast
+    one_id = (least == largest) & (start + BLOCK_SIZE <= length)
+
+    def blocks(query: Callable[[Tensor], Tensor], key: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+        """Returns the partial and the whole pairs of blocks; `query` and `key` give the two their dimensions."""
+        seen = (query(least) <= key(largest)) & (key(least) <= query(largest))
+        whole = query(one_id) & key(one_id) & (query(least) == key(least))
+        if is_causal:
+            back = query(start) - key(start)
+            seen, whole = seen & (back >= 0), whole & (back > 0)
+            if reach is not None and complete is not None:
+                seen, whole = seen & (back <= reach * BLOCK_SIZE), whole & (back <= complete * BLOCK_SIZE)
+        return seen & ~whole, whole
+
+    reach, complete = _blocks_back(window)
+    # Transposed tensors would ask whether there is more than one block.
+    partial, whole = blocks(_as_row, _as_column)
+    partial_queries, whole_queries = blocks(_as_column, _as_row)
+
+    def listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns for each row the number of blocks, and their indices; the others follow and are valid indices."""
+        order = torch.argsort(blocks.to(torch.int32), dim=-1, descending=True, stable=True)
+        return blocks.sum(-1, dtype=torch.int32)[:, None], order.to(torch.int32)[:, None].contiguous()
+
+    return BlockMask(
+        (length, length),
+        *listed(partial),
+        *listed(whole),
+        *listed(partial_queries),
+        *listed(whole_queries),
+        BLOCK_SIZE=(BLOCK_SIZE, BLOCK_SIZE),
+        mask_mod=mask,
+    )
+
+
+def _as_row(values: Tensor) -> Tensor:
+    return values[..., :, None]
+
+
+def _as_column(values: Tensor) -> Tensor:
+    return values[..., None, :]

@@ -18,7 +18,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import operator
-import re
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -31,7 +30,7 @@ from torch.fx import Graph, Node
 from liger_compile.diagnose.compare import Comparer, Comparison, Difference
 from liger_compile.diagnose.formula import Formula
 from liger_compile.diagnose.roundings import Moved, moved, roundings
-from liger_compile.diagnose.sentences import reported_differences, rounding_sentence, sentence
+from liger_compile.diagnose.sentences import input_name, reported_differences, rounding_sentence, sentence
 from liger_compile.graphs.guards import GuardError, no_guards
 from liger_compile.graphs.regions import without_modes
 from liger_compile.pattern import Capture, Match, NearMiss, Pattern
@@ -248,7 +247,7 @@ class _Index:
         if node is None:
             return str(term.consts[0] if term.op in ("leaf", "var") else term.op.rpartition(".")[2])
         if not self.is_call(term):
-            return _NAMING.sub(lambda found: "." if found["inner"] else "", node.name)
+            return input_name(node.name)
         return _name_of(_call_of(node)).rstrip("_")
 
     def is_call(self, term: Term) -> bool:
@@ -292,12 +291,6 @@ class _Index:
         at = bisect_left(nodes, self.position[node], key=self.position.__getitem__)
         window = nodes[max(0, at - NEARBY) : at + NEARBY]
         return sorted(window, key=lambda other: abs(self.position[other] - self.position[node]))
-
-
-# Dynamo's names of inputs: l_self_modules_head_parameters_weight_ for self.head.weight.
-_NAMING = re.compile(
-    r"^[lg]_(self_)?(modules_|parameters_|buffers_)?|(?P<inner>_(modules|parameters|buffers)_)|_+$"
-)
 
 
 def _name_of(node: Node) -> str:

@@ -1,6 +1,7 @@
 """The canonical term of attention, attention(mask, q, k, v), where `mask` is the meaning of the mask.
 
 a mask proven causal, or proven to hide nothing        -> causal_mask, no_mask, however it was computed
+a mask proven to let documents see only themselves     -> document_mask of their ids
 key/value heads repeated for the query heads           -> the heads before the repeat; attention supports groups
 softmax(q @ k.T * scale + mask) @ v                    -> the term of scaled_dot_product_attention
 
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,6 +28,7 @@ from liger_compile.terms.term import ConstVar, Scalar, Size, Space, Term
 HEADS = -3
 STAYS = "stays written out"
 SYMBOLIC = "its scores are multiplied by numbers that are known at run time only, as under dynamic=True"
+ELSEWHERE = "the ids of its documents are not in this graph, or are overwritten in it"
 DEPTH = 8  # most adds, muls, tanhs and wheres between the matmul of q and k and its softmax
 
 
@@ -96,14 +98,21 @@ def _attention(
         mask = _canonical(space, mask, meaning)
         if meaning.kind == "unknown" or (meaning.kind == "window" and dropout_p):
             reason, unknown = meaning.reason, meaning
-        elif cap and (meaning.kind == "all" or dropout_p):
+        elif meaning.kind == "documents" and dropout_p:
+            reason = "it is within documents, which is supported without dropout only"
+        elif cap and ("all" in (meaning.kind, meaning.within) or dropout_p):
             reason = "its scores are capped, which is supported for causal attention without dropout only"
+        elif meaning.kind == "documents":
+            reason, unknown = ELSEWHERE, meaning
     term = normalize.apply(space, "attention", (mask, q, k, v), consts, q.dtype, shape)
     return _noted(space, term, otherwise, reason, unknown) if reason else term
 
 
 def _canonical(space: Space, mask: Term, meaning: Meaning) -> Term:
     """Returns one term for all masks of one meaning; q and k of the attention term determine its sizes."""
+    if meaning.documents is not None:
+        consts = (meaning.within, meaning.window)
+        return normalize.apply(space, "document_mask", (meaning.documents,), consts, torch.bool, ())
     names = {"causal": "causal_mask", "all": "no_mask", "window": "window_mask"}
     if meaning.kind not in names:
         return mask
@@ -368,11 +377,28 @@ def _name(dtype: torch.dtype | None) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def notes_in(space: Space, terms: Iterable[Any]) -> list[Note]:
-    """Returns the notes on the attention among these terms, one for each distinct term."""
+def notes_in(
+    space: Space, terms: Iterable[Any], is_here: Callable[[Term], Any] = lambda ids: False
+) -> list[Note]:
+    """Returns the notes on the attention among these terms, one for each distinct term.
+
+    Args:
+        is_here: returns whether document ids are a value of the graph; there is then no note on these documents.
+    """
     notes = space.findings.notes
     found = dict.fromkeys(term for term in terms if isinstance(term, Term))
-    return [notes[term] for term in found if term in notes]
+    return [
+        note
+        for term in found
+        if (note := notes.get(term)) and not (note.reason == ELSEWHERE and is_here(_ids_of(note)))
+    ]
+
+
+def _ids_of(note: Note) -> Term:
+    assert note.meaning is not None and note.meaning.documents is not None, (
+        "a note on documents has their meaning"
+    )
+    return note.meaning.documents
 
 
 def sentences(notes: Iterable[Note]) -> Iterator[str]:

@@ -19,11 +19,15 @@ from typing import Any, Literal
 import sympy
 import torch
 
+from liger_compile.terms import normalize
+from liger_compile.terms.documents import compare_documents, holds_all, is_integer, read_documents
 from liger_compile.terms.exact import MOST_TOKENS, WIDE_INTEGERS, holds, is_whole, stored, whole_numbers
 from liger_compile.terms.linear import (
     HIDES,
     ZERO,
     Capture,
+    Differs,
+    Element,
     Linear,
     UnreadError,
     add,
@@ -35,6 +39,7 @@ from liger_compile.terms.linear import (
     multiply,
     numbers_compare,
     of_number,
+    of_part,
     of_size,
     plain,
     scaled,
@@ -50,7 +55,7 @@ _OF_NUMBERS = ("arange", "full", "number", "cast", "add", "mul", "abs", "cumsum"
 _OF_TRUTHS = ("le", "lt", "eq", "not", "and", "or", "where", "tril", "triu")
 OPERATIONS = frozenset((*_OF_NUMBERS, *_OF_TRUTHS, "none", "expand", "view", "permute", "slice"))
 
-_BUT_FOR_PADDING = {"causal": "is causal", "all": "hides nothing", "window": "is causal within a window"}
+_IN_WORDS = {"causal": "is causal", "all": "hides nothing", "window": "is causal within a window"}
 
 
 @dataclass(frozen=True)
@@ -59,18 +64,23 @@ class Meaning:
 
     Args:
         kind: "causal" query i sees exactly the keys j <= i, and T is S; "window" it sees the last `window` of these;
-            "all" it sees every key; "unknown" any other mask, or one that could not be read.
+            "all" it sees every key; "documents" it sees those keys of its own document that `within` lets it see, and T
+            is S; "unknown" any other mask, or one that could not be read.
         reason: a sentence, for "unknown" and "window".
         padding, masks: names of values, if these alone make the mask unknown. `padding` states for each key whether it
             is present: if it were all ones, the mask would be causal or hide nothing. `masks` have an entry for each
             query and key, as masks do; the graph does not show their meaning.
     """
 
-    kind: Literal["causal", "window", "all", "unknown"]
+    kind: Literal["causal", "window", "all", "documents", "unknown"]
     reason: str = ""
     window: int | ConstVar | None = None  # a number, or a pattern's capture of one
     padding: tuple[str, ...] = ()
     masks: tuple[str, ...] = ()
+    documents: Term | None = (
+        None  # (B, S) or (1, S) integers; two tokens of a row are in one document if equal
+    )
+    within: str = ""  # for "documents": the kind of the mask if each row were one document
 
 
 def mask_meaning(space: Space, mask: Term, queries: Size, keys: Size) -> Meaning:
@@ -96,18 +106,21 @@ def _but_for_inputs(space: Space, mask: Term, queries: Size, keys: Size, why: st
     """Returns the meaning of a mask that is known except for padding or for masks in it; otherwise None."""
     try:
         reader = _Reader(space, mask, queries, keys, but_for_inputs=True)
-        kind = reader.meaning().kind
+        meaning = reader.meaning()
     except UnreadError:
         return None
     padding, masks = tuple(sorted(reader.padding)), tuple(sorted(reader.masks))
     if masks:
         return Meaning("unknown", why, padding=padding, masks=masks)
-    if kind not in _BUT_FOR_PADDING:
+    if meaning.kind == "unknown":
         return None
-    reason = f"it {_BUT_FOR_PADDING[kind]} except for the padding in {' and '.join(padding)}"
+    among = " within documents" if meaning.kind == "documents" else ""
+    known = f"{_IN_WORDS[meaning.within or meaning.kind]}{among}"
+    reason = f"it {known} except for the padding in {' and '.join(padding)}"
     return Meaning("unknown", reason, padding=padding)
 
 
+_MOVES = ("expand", "view", "permute", "slice", "index")
 _POSITION = tuple(Linear(0, frozenset(((dim, 1),))) for dim in (-2, -1))  # the query and key of a score
 
 # A disjunction of conjunctions: at least one set in which all linear forms are <= 0.
@@ -129,6 +142,7 @@ class _Reader:
             shape = ", ".join(map(str, mask.shape))
             raise UnreadError(f"its shape ({shape}) is not that of {queries} queries and {keys} keys")
         self.space, self.mask, self.is_square = space, mask, queries == keys
+        self.keys = keys
         self.sizes = {dim: of_size(mask.shape[dim]) for dim in range(-len(mask.shape), 0)}
         self.sizes.update({-1: of_size(keys), -2: of_size(queries)})
         self.of_queries: set[int | sympy.Expr] = {-2}  # coordinates along queries
@@ -137,10 +151,17 @@ class _Reader:
         self.depth = 0
         self.padding: set[str] = set()  # the flags that were assumed to be ones
         self.masks: set[str] = set()  # masks assumed true or zero: their users stay unknown
+        self.unread = ""  # why the first integer that was not read was not
 
     def meaning(self) -> Meaning:
         at = tuple(coordinate(dim) for dim in sorted(self.sizes))
-        return self._classified(self._lets_through(self.mask, at))
+        try:
+            found = self._classified(self._lets_through(self.mask, at))
+        except UnreadError as why:
+            raise UnreadError(self.unread or str(why)) from why
+        if found.kind == "unknown" and self.unread:
+            raise UnreadError(self.unread)
+        return found
 
     def _lets_through(self, mask: Term, at: _At) -> _Condition:
         """Returns where a mask is true, or adds zero to the scores; any other addend must hide."""
@@ -156,6 +177,8 @@ class _Reader:
     def _classified(self, condition: _Condition) -> Meaning:
         if condition == _TRUE:
             return Meaning("all")
+        if len(condition) == 1 and (found := self._of_documents(*condition)):
+            return found
         causal = Linear(0, frozenset(((-1, 1), (-2, -1))))
         alternatives = [sorted(forms, key=lambda form: form != causal) for forms in condition]
         if len(alternatives) == 1 and alternatives[0][0] == causal:
@@ -172,6 +195,21 @@ class _Reader:
         text = " or ".join(" and ".join(f"{form} <= 0" for form in forms) for forms in alternatives)
         return Meaning("unknown", f"it is no causal mask: it lets through {text or 'nothing'}")
 
+    def _of_documents(self, forms: frozenset[Linear]) -> Meaning | None:
+        """Returns the meaning of a mask that compares documents; None if it compares none."""
+        if not compare_documents(forms):
+            return None
+        if not self.is_square:
+            return Meaning("unknown", "it is of documents, but there are not as many queries as keys")
+        rows = self.mask.shape[-4] if len(self.mask.shape) == 4 else 1
+        found = read_documents(
+            self.space, forms, (rows, self.keys), lambda term, at: self._single(self.number(term, at), term)
+        )
+        inner = self._classified(self._simplified((found.others,)))
+        if inner.kind not in _IN_WORDS:
+            return inner
+        return Meaning("documents", "", inner.window, documents=found.ids, within=inner.kind)
+
     # Inequalities
 
     def most(self, form: Linear, assumed: int | None = None) -> float:
@@ -181,13 +219,17 @@ class _Reader:
         """
         most = Linear(form.constant)
         for part, coefficient in form.parts:
-            if not isinstance(part, int):
+            if isinstance(part, Element):
+                return math.inf
+            if isinstance(part, Differs):
+                most = most.plus(Linear(max(coefficient, 0)))
+            elif not isinstance(part, int):
                 most = most.plus(Linear(0, frozenset(((part, 1),))), coefficient)
             elif coefficient > 0:
                 most = most.plus(self.sizes[part].plus(Linear(-1)), coefficient)
         bound = most.constant  # each size is one, or as large as it may be
         for size, coefficient in most.parts:
-            if isinstance(size, int) or not (size.is_integer and size.is_positive):
+            if not isinstance(size, sympy.Expr) or not (size.is_integer and size.is_positive):
                 return math.inf
             largest = self.space.most(size)
             if largest is None and size.is_Symbol:
@@ -245,7 +287,7 @@ class _Reader:
     # Terms
 
     def _once(self, read: Callable, term: Term, at: _At) -> Any:
-        """Returns the result of `read` for a term at these coordinates, computed once."""
+        """Returns the result of `read` for a term at these coordinates, computed once; raises an error again."""
         key = (read.__name__, term, at)
         if key not in self.known:
             if self.depth == MAX_DEPTH:
@@ -253,8 +295,14 @@ class _Reader:
             if len(self.known) > MAX_READ:
                 raise UnreadError(f"it is made of more than {MAX_READ} parts")
             self.depth += 1
-            self.known[key] = read(term, at)
-            self.depth -= 1
+            try:
+                self.known[key] = read(term, at)
+            except UnreadError as why:
+                self.known[key] = why
+            finally:
+                self.depth -= 1
+        if isinstance(self.known[key], UnreadError):
+            raise self.known[key]
         return self.known[key]
 
     def truth(self, term: Term, at: _At) -> _Condition:
@@ -262,6 +310,8 @@ class _Reader:
         return self._once(self._truth, term, _broadcast(term, at))
 
     def _truth(self, term: Term, at: _At) -> _Condition:
+        if term.op == "eq" and (same := self._same_document(term, at)) is not None:
+            return same
         if term.op in ("le", "lt", "eq"):
             a, b = (self.number(arg, at) for arg in term.args)
             dtype = next((arg.dtype for arg in term.args if arg.dtype is not None), None)
@@ -297,8 +347,17 @@ class _Reader:
         if term.dtype is torch.bool:
             condition = self.truth(term, at)
             return self._cases(((condition, Linear(1)), (self.not_(condition), ZERO)))
-        cases = self._once(self._number, term, _broadcast(term, at))
-        return tuple((case, self._held(term, value)) for case, value in cases)
+        return self._once(self._number_or_element, term, _broadcast(term, at))
+
+    def _number_or_element(self, term: Term, at: _At) -> _Cases:
+        """Returns the values of a term; an integer that cannot be read is an element of the term."""
+        try:
+            return tuple((case, self._held(term, value)) for case, value in self._number(term, at))
+        except UnreadError as why:
+            if not is_integer(term.dtype):
+                raise
+            self.unread = self.unread or str(why)
+            return self._only(of_part(Element(term, at)))
 
     def _number(self, term: Term, at: _At) -> _Cases:
         if term.op == "number":
@@ -435,6 +494,32 @@ class _Reader:
         is_first = frozenset((frozenset((here,)),))
         return self._cases(((is_first, first), (self.not_(is_first), step)))
 
+    def _same_document(self, term: Term, at: _At) -> _Condition | None:
+        """Returns where two elements of one integer term are equal, if only the call knows them; otherwise None."""
+        (first, at_first), (second, at_second) = (self._source(arg, at) for arg in term.args)
+        if first is not second or not is_integer(first.dtype) or not _has_values(first):
+            return None
+        return self._equal_elements(first, at_first, at_second)
+
+    def _equal_elements(self, term: Term, first: _At, second: _At) -> _Condition:
+        differs = Differs(term, frozenset((first, second)))
+        return _TRUE if first == second else self._simplified((frozenset((of_part(differs),)),))
+
+    def _source(self, term: Term, at: _At) -> tuple[Term, _At]:
+        """Returns a term without the operations that only move its elements, and the place there; casts are kept."""
+        at, casts = _broadcast(term, at), []
+        while term.op in (*_MOVES, "cast"):
+            try:
+                source, moved = (term.args[0], at) if term.op == "cast" else self._moved(term, at)
+            except UnreadError:
+                break
+            if term.op == "cast" and not holds_all(term.dtype, source.dtype):
+                casts.append(term.dtype)
+            term, at = source, _broadcast(source, moved)
+        for dtype in reversed(casts):
+            term = normalize.cast(self.space, term, dtype)
+        return term, at
+
     def _triangle(self, term: Term, at: _At) -> _Condition:
         """Returns where tril or triu keep their argument."""
         ahead = at[-1].plus(at[-2], -1).plus(of_size(term.consts[0]), -1)
@@ -449,9 +534,21 @@ class _Reader:
             if not is_whole(form.constant) or not (form.parts or holds(dtype, form.constant)):
                 raise UnreadError(f"it compares positions with {form.constant:g}{in_(dtype)}")
         below = a.plus(b, -1)
+        if op == "eq" and below.elements:
+            return self._equal_values(below)
         if op == "eq":
             return self._simplified((frozenset((below, ZERO.plus(below, -1))),))
         return self._simplified((frozenset((below if op == "le" else below.plus(Linear(1)),)),))
+
+    def _equal_values(self, difference: Linear) -> _Condition:
+        """Returns where a difference with elements of terms is zero; only that of two elements of a term is read."""
+        parts = dict(difference.parts)
+        elements = sorted(difference.elements, key=lambda element: parts[element])
+        if difference.constant == 0 and len(parts) == len(elements) == 2:
+            second, first = elements
+            if (parts[first], parts[second]) == (1, -1) and first.term is second.term:
+                return self._equal_elements(first.term, first.at, second.at)
+        return self._simplified((frozenset((difference, ZERO.plus(difference, -1))),))
 
     def _as_truth(self, term: Term, at: _At) -> _Condition:
         if term.dtype is torch.bool or term.op == "number":
@@ -468,6 +565,8 @@ class _Reader:
         dtype = term.dtype
         if dtype is None:
             return value
+        if value.elements:
+            return self._held_element(term, value)
         if value.parts or not dtype.is_floating_point:
             first, last = whole_numbers(dtype)
             assumed = MOST_TOKENS if dtype in WIDE_INTEGERS else None
@@ -481,6 +580,20 @@ class _Reader:
         elif hides(stored(dtype, value.constant)):  # hides() excludes finite values that are stored as -inf
             return Linear(stored(dtype, value.constant))
         raise UnreadError(f"it computes {value}{in_(dtype)}")
+
+    def _held_element(self, term: Term, value: Linear) -> Linear:
+        """Returns `value` if it is an element that the dtype represents, or a sum of such in 64 bits.
+
+        The sum is exact but for wraparound, which keeps equal sums equal. Other comparisons of such sums are used for
+        positions only (documents.py). A multiple is not read: twice of different integers may be equal.
+        """
+        (element, *_) = value.elements
+        if of_part(element) == value and holds_all(term.dtype, element.term.dtype):
+            return value
+        is_sum = all(abs(times) == 1 for part, times in value.parts if isinstance(part, Element))
+        if is_sum and term.op in ("add", "mul") and term.dtype is torch.int64 and is_whole(value.constant):
+            return value
+        raise UnreadError(f"it computes {value}{in_(term.dtype)}")
 
     # Cases
 
@@ -535,6 +648,14 @@ def _elsewhere(term: Term) -> str:
     if _is_floating(term):
         return "a bias, or a mask from outside this graph"
     return "padding, packed sequences, or a mask from outside this graph"
+
+
+def _has_values(term: Term) -> bool:
+    """Returns whether more than sizes and positions determines a term, or they do by an operation that is not read."""
+    return any(
+        part.dtype is not None if part.op in ("leaf", "var") else part.op not in OPERATIONS
+        for part in term.parts()
+    )
 
 
 def _is_floating(term: Term) -> bool:

@@ -15,7 +15,7 @@ import sympy
 import torch
 
 from liger_compile.terms.exact import holds, is_whole, stored
-from liger_compile.terms.term import Size
+from liger_compile.terms.term import Size, Term
 
 # A mask that adds this reveals a key only if the score is as large. finfo.min of float32 and bfloat16 is below it.
 HIDES = -1e30
@@ -28,15 +28,45 @@ class UnreadError(Exception):
 
 
 @dataclass(frozen=True)
+class Element:
+    """An integer that only the call knows: the element of a term at these coordinates."""
+
+    term: Term
+    at: tuple[Linear, ...]
+
+    def __str__(self) -> str:
+        return f"{self.term}[{', '.join(map(str, self.at))}]"
+
+
+@dataclass(frozen=True)
+class Differs:
+    """1 if the elements of an integer term at two places differ, and 0 if they are equal."""
+
+    term: Term
+    places: frozenset[tuple[Linear, ...]]
+
+    def __str__(self) -> str:
+        return f"({' != '.join(sorted(str(Element(self.term, at)) for at in self.places))})"
+
+
+Part = int | sympy.Expr | Element | Differs
+
+
+@dataclass(frozen=True)
 class Linear:
-    """The form constant + sum(coefficient * part), in which each part is a coordinate or a symbolic size.
+    """The form constant + sum(coefficient * part); a part is a coordinate, a symbolic size, or a fact about values.
 
     A coordinate of the mask is named by its negative dimension, such as -1; a coordinate along a dimension of a part of
     the mask is named 0, 1, ...
     """
 
     constant: float
-    parts: frozenset[tuple[int | sympy.Expr, int]] = frozenset()
+    parts: frozenset[tuple[Part, int]] = frozenset()
+
+    @property
+    def elements(self) -> list[Element]:
+        """The elements of terms among the parts."""
+        return [part for part, _ in self.parts if isinstance(part, Element)]
 
     def plus(self, other: Linear, times: float = 1) -> Linear:
         parts = dict(self.parts)
@@ -96,7 +126,11 @@ def scaled(a: Linear, b: Linear) -> Linear:
 
 
 def coordinate(dim: int) -> Linear:
-    return Linear(0, frozenset(((dim, 1),)))
+    return of_part(dim)
+
+
+def of_part(part: Part) -> Linear:
+    return Linear(0, frozenset(((part, 1),)))
 
 
 # Arithmetic in a dtype

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch._dynamo.source import ConstantSource
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
-from liger_compile.terms import identities
+from liger_compile.terms import identities, normalize
 from liger_compile.terms.build import Recorder
 from liger_compile.terms.indices import HIDES, Meaning, mask_meaning
 from liger_compile.terms.term import Size, Space, Term, size_of
@@ -226,6 +226,83 @@ def _more_floats(inner):
 ADDED = st.recursive(_FIRST_FLOATS, _more_floats, max_leaves=2)
 MASKS = st.one_of(TRUTHS, TRUTHS, ADDED)
 
+# Documents: d is a row of n integers that only the call knows.
+IDS = st.recursive(
+    st.sampled_from(
+        (
+            *("d", "d", "d", "(torch.diff(d, prepend=d[:1] - 1) != 1).cumsum(0)", "(d == 0).cumsum(0)"),
+            *("(torch.arange(n) // 2)", "torch.arange(n)", "(torch.diff(d, prepend=d[:1]) != 1).cumsum(0)"),
+        )
+    ),
+    lambda inner: _any_of(
+        *("({i} + {c})", "({i} - {c})", "({i} * {c})", "(-{i})", "{i}.to({d})", "{i}.flip(0)", "{i}.roll(1)"),
+        *(
+            "({i} // {s})",
+            "({i} + torch.arange(n))",
+            "({i} - {j})",
+            "({i} {o} {s}).cumsum(0)",
+            "{i}.cumsum(0)",
+        ),
+        *(
+            "torch.where({i} {o} {s}, {i}, {s})",
+            "torch.diff({i}, prepend={i}[:1] - 1)",
+            "{i}[torch.arange(n)]",
+        ),
+        *(
+            "torch.cat(({i}, {i}))[1 : n + 1]",
+            "{i}.clamp(min=1)",
+            "(torch.diff({i}, prepend={i}[:1]) != 1).cumsum(0)",
+        ),
+        i=inner,
+        j=inner,
+        c=_WHOLE,
+        s=_SMALL,
+        d=_DTYPE,
+        o=_COMPARED,
+    ),
+    max_leaves=2,
+)
+_SAME = st.one_of(
+    IDS.map(lambda i: f"({i}[:, None] == {i}[None, :])"),
+    IDS.map(lambda i: f"({i}[:, None] - {i}[None, :] == 0)"),
+    st.builds(lambda i, j, o: f"({i}[:, None] {o} {j}[None, :])", IDS, IDS, _COMPARED),
+    st.builds(lambda i, c: f"({i}[:, None] + {c} == {i}[None, :] + {c})", IDS, _WHOLE),
+)
+_POSITIONS_OF_DOCUMENTS = st.sampled_from(
+    (
+        *("(d[None, :] <= d[:, None])", "(d[None, :] < d[:, None] + 1)", "(d[None, :] > d[:, None] - 2)"),
+        *("(d[None, :] - d[:, None] <= 0)", "(d.int()[None, :] <= d.int()[:, None])", "(d[None, :] < 2)"),
+    )
+)
+_BY_POSITIONS = _any_of(  # as transformers, and nearly so
+    "({m} & (({f} {o} {s}).cumsum(0)[:, None] == ({f} {o} {s}).cumsum(0)))",
+    "(({f} != 1).cumsum(0)[:, None] == ({f} != 1).cumsum(0)) & {m}",
+    m=st.one_of(_POSITIONS_OF_DOCUMENTS, st.builds("({} & {})".format, *(2 * (_POSITIONS_OF_DOCUMENTS,)))),
+    f=st.sampled_from(
+        (
+            *("torch.diff(d, prepend=d[:1] - 1)", "torch.diff(d, prepend=d[:1])"),
+            *("torch.diff(d, prepend=d[:1] - 1)", "torch.diff(2 * d, prepend=d[:1])", "d"),
+        )
+    ),
+    o=_COMPARED,
+    s=_SMALL,
+)
+DOCUMENTS = st.one_of(
+    _BY_POSITIONS,
+    _any_of(
+        *("({m} & {s})", "({s} & {m})", "({m} & {s})", "~(~{m} | ~{s})", "({m} | {s})", "({m} & {s} & {t})"),
+        *(
+            "{s}",
+            "torch.where({m} & {s}, 0.0, float('-inf'))",
+            "((1.0 - ({m} & {s}).float()) * -1e38)",
+            "({m} & ~{s})",
+        ),
+        m=st.one_of(_CAUSAL, _CAUSAL, _COMPARISONS, _POSITIONS_OF_DOCUMENTS, TRUTHS),
+        s=_SAME,
+        t=st.one_of(_SAME, _POSITIONS_OF_DOCUMENTS, TRUTHS),
+    ),
+)
+
 # Scores of queries and keys on their way to a softmax
 _SCORES = st.recursive(
     st.just("(q @ k.mT)"),
@@ -253,10 +330,30 @@ def evaluated(expression: str, n: Any, **values: Any) -> Any:
         return eval(expression, {"torch": torch, "F": F, "n": n, **values})
 
 
-def is_a_mask(expression: str, sizes: tuple[int, ...]) -> bool:
+def rows_of(n: int) -> tuple[torch.Tensor, ...]:
+    """Rows of n integers: positions that begin again, ids that recur, one id, and numbers where arithmetic ends.
+
+    No row has positions at the ends of 64 bits, since positions are assumed not to wrap around; twice an id may.
+    """
+    generator = torch.Generator().manual_seed(n)
+    few = torch.randint(0, 3, (n,), generator=generator)
+    ends = torch.tensor([2**62, -(2**62), 2**31 - 1, -(2**31), 2**53, 2**53 + 1, 0, 255, -1])
+    return (
+        torch.arange(n) % 4,
+        few,
+        few.sort().values,
+        torch.ones_like(few),
+        ends[few * 3 + torch.arange(n) % 3],
+    )
+
+
+def is_a_mask(expression: str, sizes: tuple[int, ...], **values: Any) -> bool:
     """Whether eager code can compute it of these sizes, and it is one."""
     try:
-        shapes = [evaluated(expression, n).shape[-2:] for n in sizes]
+        shapes = [
+            evaluated(expression, n, **{name: value(n) for name, value in values.items()}).shape[-2:]
+            for n in sizes
+        ]
     except (RuntimeError, IndexError, TypeError, ValueError, OverflowError):
         return False
     return all(size in (1, n) for n, shape in zip(sizes, shapes, strict=True) for size in shape)
@@ -270,6 +367,7 @@ class Traced:
     term: Term
     size: Size
     value: torch.Tensor
+    recorder: Recorder
 
 
 def traced(expression: str, n: int | None, **values: torch.Tensor) -> Traced:
@@ -282,9 +380,13 @@ def traced(expression: str, n: int | None, **values: torch.Tensor) -> Traced:
         space.shape_env, mode = env, FakeTensorMode(shape_env=env)
     recorder = Recorder(space)
     with mode, recorder:
+        if n is None and "d" in values:
+            values = {**values, "d": torch.empty(size, dtype=torch.int64)}
+        for value in values.values():
+            recorder.value_of(value)
         value = evaluated(expression, size, **values)
         term = recorder.value_of(value)
-    return Traced(space, term, size_of(size), value)
+    return Traced(space, term, size_of(size), value, recorder)
 
 
 def proven(expression: str, n: int | None) -> Meaning:
@@ -331,6 +433,55 @@ def tried(expression: str, sizes: tuple[int, ...]) -> set[str]:
                 if n > 1:  # a symbolic size is at least 2
                     assert_is_so(expression, meaning, n)
     return kinds
+
+
+def tried_of_documents(expression: str, sizes: tuple[int, ...]) -> set[str]:
+    """Compares what is proven of masks of documents, of each size and of all, with the masks of several rows."""
+    kinds = set()
+    for n in sizes:
+        for d in rows_of(n):
+            found = traced(expression, n, d=d)
+            meaning = mask_meaning(found.space, found.term, found.size, found.size)
+            if meaning.kind == "unknown":
+                break
+            kinds.add(meaning.kind)
+            _assert_documents(expression, meaning, n, d, _place(found, meaning))
+    if kinds:
+        with contextlib.suppress(RuntimeError, TypeError, ValueError):
+            found = traced(expression, None, d=rows_of(2)[0])
+            meaning = mask_meaning(found.space, found.term, found.size, found.size)
+            for n in sizes if meaning.kind != "unknown" else ():
+                for d in rows_of(n) if n > 1 else ():
+                    _assert_documents(expression, meaning, n, d, _place(found, meaning))
+    return kinds
+
+
+def _place(found: Traced, meaning: Meaning) -> int | None:
+    """Which of the tensors that a program computes are the ids; None if it is none of them, or there are none."""
+    if meaning.documents is None:
+        return None
+    for at, tensor in enumerate(found.recorder.alive):
+        term = found.recorder.values[id(tensor)]
+        is_row = isinstance(term, Term) and term.shape == (found.size,)
+        if is_row and normalize.view(found.space, term, 1, found.size) is meaning.documents:
+            return at
+    return None
+
+
+def _assert_documents(expression: str, meaning: Meaning, n: int, d: torch.Tensor, at: int | None) -> None:
+    """That the mask lets through what its meaning does, of these integers."""
+    found = traced(expression, n, d=d)
+    mask = found.value
+    expected = lets_through(Meaning(meaning.within or meaning.kind, window=meaning.window), n)
+    if meaning.documents is not None:
+        if at is None:
+            return
+        ids = found.recorder.alive[at]
+        expected = expected & (ids[:, None] == ids)
+    seen = mask if mask.dtype is torch.bool else mask > HIDES * 0.99
+    if mask.dtype is not torch.bool:
+        assert bool((mask.expand(n, n)[expected] == 0).all()), f"{expression} for n = {n}, d = {d}: {meaning}"
+    assert torch.equal(seen.expand(n, n), expected), f"{expression} for n = {n}, d = {d}: {meaning}"
 
 
 # Attention
