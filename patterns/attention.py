@@ -300,6 +300,11 @@ def _flex_pays(match: Match) -> str | None:
     return _weights_used_elsewhere(match)
 
 
+def _documents_pay(match: Match) -> str | None:
+    reason = "attention within documents has not been run on a GPU yet; liger.policy='always' replaces it"
+    return _flex_pays(match) or reason
+
+
 _EXAMPLES = {
     "q": torch.empty(2, 4, 6, 8),
     "k": torch.empty(2, 2, 6, 8),
@@ -345,7 +350,7 @@ PATTERNS = (
             search=search,
             replace=_flex_documents(search is not documents_bidirectional),
             check=_fits_flex,
-            profit=_flex_pays,
+            profit=_documents_pay,
             saves_result=True,
             examples={**_EXAMPLES, "documents": torch.zeros(2, 6, dtype=torch.int64), **more},
         )

@@ -76,7 +76,7 @@ def fused():
         site.kind
         for report in liger_compile.reports()
         for site in report.sites
-        if site.pattern.startswith("linear_cross_entropy")
+        if site.pattern.startswith(("linear_cross_entropy", "linear_softmax"))
     ]
 
 

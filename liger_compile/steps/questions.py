@@ -48,6 +48,7 @@ _OF_LOSSES = frozenset(
 )
 _OPERATIONS_OF_LOSSES = frozenset(("logsumexp", "log_softmax", "cross_entropy", "kl_div"))
 LEAST_CLASSES = 2  # times the hidden size: fewer classes are no vocabulary
+RESHAPES = frozenset(("view", "reshape", "flatten", "unflatten", "view_as", "reshape_as", "ravel"))
 MOST_COLUMNS = 128  # of an index in all: the gradient compares the columns of a row with one another
 
 
@@ -135,7 +136,7 @@ def _follow_nodes(waiting: list[Node], found: _Found, reader: Reader, terms: Ter
             if user in found.wide or user in found.questions:
                 continue
             value = terms.of.get(user)
-            if isinstance(value, Term) and reader.wide(value) is not None:
+            if isinstance(value, Term) and (reader.wide(value) is not None or _is_reshape(user)):
                 found.wide[user] = None
                 waiting.append(user)
             elif isinstance(value, tuple) and value and all(_is_read(part, reader) for part in value):
@@ -149,6 +150,11 @@ def _follow_nodes(waiting: list[Node], found: _Found, reader: Reader, terms: Ter
                 or _is_effect(user)
             ):
                 found.others.append((node, user))
+
+
+def _is_reshape(node: Node) -> bool:
+    """Returns whether a node has the elements of its operand in another shape, which its readers may restore."""
+    return getattr(node.target, "__name__", node.target) in RESHAPES
 
 
 def _is_read(value: Any, reader: Reader) -> bool:

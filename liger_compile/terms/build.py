@@ -56,6 +56,7 @@ class Terms:
         self.written_whole: dict[
             Term, Term
         ] = {}  # value after a write -> the result of the operation that wrote it
+        self._views: dict[Term, Term] | None = None
         self.passes_through: set[Node] = set()  # nodes that only restore the value of an ancestor
         self.mutations = mutations
         self.regions = regions or Regions(graph)
@@ -242,10 +243,24 @@ class Terms:
                 return term, (*more, *reversed(steps))
             step = _step(term)
             if step is None:
-                break
+                viewed = self._view_of(term)
+                return (
+                    (term, tuple(reversed(steps)))
+                    if viewed is None
+                    else (viewed[0], (viewed[1], *reversed(steps)))
+                )
             steps.append(step)
             term = term.args[0]
         return term, tuple(reversed(steps))
+
+    def _view_of(self, term: Term) -> tuple[Term, Step] | None:
+        """Returns a view of `term` that has a node, and the step back; a reduction without keepdim has such a node."""
+        if self._views is None:
+            self._views = {viewed.args[0]: viewed for viewed in self.nodes if viewed.op == "view"}
+        shape = tuple(size if isinstance(size, int) else -1 for size in term.shape)
+        if term not in self._views or shape.count(-1) > 1:
+            return None
+        return self._views[term], operator.methodcaller("reshape", shape)
 
     def _before_moving(self, term: Term) -> tuple[Term, tuple[Step, ...]] | None:
         """Returns a cast that has a node, and the moves and signs that follow it; None if there is none."""

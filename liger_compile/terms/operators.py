@@ -346,7 +346,12 @@ def _max(call, input: Term, dim: int, keepdim=False):
     if type(dim) is not int or not isinstance(call.out, tuple) or negative(dim, len(input.shape)) != -1:
         return None
     values, columns = call.out
-    top = call.space.intern("top_values", (input,), (-1, 1), values.dtype, sizes_of(values.shape))
+    kept = (*input.shape[:-1], 1)
+    top = normalize.view(
+        call.space,
+        call.space.intern("top_values", (input,), (-1, 1), values.dtype, kept),
+        *sizes_of(values.shape),
+    )
     return top, _reduced(Call(call.space, columns), "argmax", input, dim, columns.dtype, is_cast=False)
 
 

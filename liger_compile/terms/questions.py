@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import sympy
 import torch
@@ -26,6 +26,7 @@ from liger_compile.terms import normalize
 from liger_compile.terms.identities import NO_CLASS
 from liger_compile.terms.term import Size, Space, Term
 
+T = TypeVar("T")
 DEEPEST = 48  # terms from a question to its head
 MOST_MONOMIALS, MOST_SYMBOLS = 4, 2
 
@@ -195,17 +196,25 @@ class Reader:
     def wide(self, term: Term, depth: int = DEEPEST) -> Wide | None:
         """Returns a wide term as a polynomial, or None."""
         if term not in self._wide:
-            read = _WIDE.get(term.op)
-            found = read(self, term, depth - 1) if read and depth else None
-            self._wide[term] = found if found and len(found) <= MOST_MONOMIALS else None
+            found = self._read(_WIDE, term, depth)
+            is_plain = found and all(math.isfinite(factor) and factor for factor in found.values())
+            self._wide[term] = found if found and is_plain and len(found) <= MOST_MONOMIALS else None
         return self._wide[term]
 
     def narrow(self, term: Term, depth: int = DEEPEST) -> Narrow | None:
         """Returns a narrow term as a sum of answers, or None."""
         if term not in self._narrow:
-            read = _NARROW.get(term.op)
-            self._narrow[term] = read(self, term, depth - 1) if read and depth else None
+            self._narrow[term] = self._read(_NARROW, term, depth)
         return self._narrow[term]
+
+    def _read(
+        self, table: Mapping[str, Callable[[Reader, Term, int], T | None]], term: Term, depth: int
+    ) -> T | None:
+        read = table.get(term.op)
+        try:
+            return read(self, term, depth - 1) if read and depth else None
+        except ArithmeticError:  # 0**-1, or a number out of the range of a float: no polynomial
+            return None
 
     def scores(self, term: Term, depth: int) -> Symbol | None:
         """Returns the scores that a term is, as a symbol "z" with their scale; or None."""

