@@ -80,9 +80,7 @@ class _Found:
     # By subgraph: the operands of each call, and the modes of each call.
     arguments: dict[GraphModule, list[tuple[Any, ...]]] = field(default_factory=dict)
     called_in: dict[GraphModule, list[Region]] = field(default_factory=dict)
-    computed: frozenset[str] = (
-        frozenset()
-    )  # inputs of the whole graph that other differentiable code has computed
+    computed: frozenset[str] = frozenset()  # the inputs that other differentiable code has computed
     # By graph: the module paths of each of its calls, where it was outlined, or of the graph that calls it.
     places: dict[GraphModule, Sequence[Paths]] = field(default_factory=dict)
     placed: dict[int, Sequence[Paths]] = field(default_factory=dict)  # by id of decision or near miss

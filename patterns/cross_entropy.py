@@ -38,10 +38,23 @@ def as_is(
     return _loss(logits, target, weight, ignore_index, reduction, label_smoothing)
 
 
+def labels_of_rows(target, rows):
+    """Return labels flat if their shape is not that of the rows (..., V).
+
+    A search finds a loss through views of its labels, so that a match may have them in another shape: those of
+    `h.argmax(-1)` as (B, T, 1), the reduction without the view that drops its last dimension.
+    """
+    pairs = zip(target.shape, rows.shape[:-1], strict=False)
+    is_other = target.dim() != rows.dim() - 1 or any(
+        isinstance(a, int) and isinstance(b, int) and a != b for a, b in pairs
+    )
+    return target.reshape(-1) if is_other else target
+
+
 def replace_upcast(logits, target, weight, ignore_index, reduction, label_smoothing):
     return functional.cross_entropy(
         logits,
-        target,
+        labels_of_rows(target, logits),
         weight,
         ignore_index=ignore_index,
         reduction=reduction,

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 
 from liger_compile import functional
 from liger_compile.pattern import Match, Pattern
+from liger_compile.patterns.cross_entropy import labels_of_rows
 from liger_compile.patterns.profit import few_logits, needs_kernel
 
 
@@ -112,6 +113,7 @@ def _search(rounding: str, has_softcap: bool, is_negative: bool) -> Callable[...
 
 def _pattern(rounding: str, has_softcap: bool, is_negative: bool = False) -> Pattern:
     def replace(x, weight, bias, target, scale, softcap=None, loss_memory=None, **loss_arguments):
+        target = labels_of_rows(target, x)
         loss = functional.linear_cross_entropy(
             x, weight, target, bias, logit_scale=scale, softcap=softcap, memory=loss_memory, **loss_arguments
         )

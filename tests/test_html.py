@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import traceback
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -125,6 +126,30 @@ def test_compiled_graphs_measure_nothing():
     assert report.kept_by_module is None
     frame = re.fullmatch('<iframe srcdoc="([^"]*)" [^>]*></iframe>', report._repr_html_())
     assert "gated_mlp.swiglu 3x" in text_of(html.unescape(frame[1]))
+
+
+def test_a_graph_that_cannot_run_again_leaves_no_mode():
+    """It raises where gradients are off and autocast is on."""
+
+    def f(x):
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            return torch.ops.liger_compile_tests_html.once(x * 2)
+
+    found = liger_compile.explain(f, torch.randn(4, WIDTH, requires_grad=True))
+    assert found.graphs[0].kept_by_module is None
+    assert torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
+
+
+@torch.library.custom_op("liger_compile_tests_html::once", mutates_args=())
+def once(x: torch.Tensor) -> torch.Tensor:
+    return x.clone()
+
+
+@once.register_fake
+def _(x: torch.Tensor) -> torch.Tensor:
+    if any(frame.name == "kept_by_module" for frame in traceback.extract_stack()):
+        raise ValueError("on purpose")
+    return torch.empty_like(x)
 
 
 def test_sizes_that_are_symbolic_are_not_measured():

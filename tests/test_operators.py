@@ -45,6 +45,16 @@ ODD = {
 }  # fmt: skip
 
 
+def test_the_largest_values_with_and_without_their_dimension_have_their_shapes():
+    """One graph may have both; terms are found by operation and arguments, and not by shape."""
+
+    def both(x):
+        return x.max(-1).values, x.max(-1, keepdim=True).values, x.argmax(-1), x.argmax(-1, keepdim=True)
+
+    result = trace(both, {"x": torch.empty(3, 4)})
+    assert [term.shape for term in result] == [(3,), (3, 1), (3,), (3, 1)]
+
+
 @pytest.mark.parametrize("called", ODD.values(), ids=ODD)
 def test_a_call_that_does_not_fit_is_no_failure(called: Callable[[], Any]):
     with Recorder(identities.new_space(strict=True)):

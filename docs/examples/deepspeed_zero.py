@@ -42,7 +42,6 @@ for step in range(3):
     model.step()
     print(f"step {step}  loss {loss.item():.3f}")
 
-for (
-    report
-) in liger_compile.reports():  # in stage 3 one for each graph: DeepSpeed gathers weights between them
+# In stage 3 there are several: DeepSpeed gathers weights between graphs.
+for report in liger_compile.reports():
     print(report)

@@ -5,7 +5,7 @@
 Inductor removes a copy that nothing writes into, and writes an input where its memory is. So backward would read the
 input after the write, as in stock torch.compile. A copy made by an opaque op stays.
 
-In: a graph for Inductor. Out: the same graph, in which copies read what the op `rounded` returns.
+In: a graph for Inductor. Out: the same graph, in which such copies pass through the op `rounded`.
 """
 
 from __future__ import annotations
@@ -22,18 +22,8 @@ from liger_compile.terms.build import Terms
 # The operations that may only copy: Inductor removes them, or reduces them to their operand.
 COPYING = frozenset(
     (
-        *(
-            "setitem",
-            "clone",
-            "contiguous",
-            "copy_",
-            "copy",
-            "expand_copy",
-            "view_copy",
-            "flatten",
-            "reshape",
-            "ravel",
-        ),
+        *("clone", "copy", "copy_", "setitem", "contiguous"),
+        *("reshape", "flatten", "ravel", "expand_copy", "view_copy"),
         *("to", "type", "type_as", "float", "double", "half", "bfloat16", "int", "long"),
         *("cat", "concat", "concatenate", "stack", "hstack", "vstack", "dstack"),
         *("repeat", "tile", "pad", "roll", "flip", "index_select", "gather", "take_along_dim", "where"),

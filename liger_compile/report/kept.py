@@ -12,6 +12,7 @@ from torch.fx import GraphModule, Interpreter, Node
 
 from liger_compile.graphs.guards import no_guards
 from liger_compile.report.report import Place
+from liger_compile.torch_internals.modes import restored_if_raised
 from liger_compile.torch_internals.tensors import storage_of
 
 
@@ -27,7 +28,7 @@ def kept_by_module(gm: GraphModule) -> Mapping[str, int] | None:
     hooks = torch.autograd.graph.saved_tensors_hooks(saving.pack, lambda tensor: tensor)
     fake_mode = getattr(first, "fake_mode", None) or nullcontext()
     try:
-        with fake_mode, no_guards(first), hooks:
+        with fake_mode, no_guards(first), restored_if_raised(), hooks:
             saving.run(*map(_own, inputs))
     except Exception:  # the page then has no such column
         return None
@@ -45,9 +46,12 @@ class _Saving(Interpreter):
     """Runs a graph and counts what is saved meanwhile."""
 
     def __init__(self, gm: GraphModule, counted: set[int | None]) -> None:
-        super().__init__(gm, garbage_collect_values=False)
+        super().__init__(gm)
         self.kept: Counter[str] = Counter()
         self._counted, self._module = counted, ""
+        self._alive: list[
+            torch.UntypedStorage
+        ] = []  # another one in the place of a freed one would not count
 
     def run_node(self, n: Node) -> Any:
         self._module = Place.of([n], n).module
@@ -57,5 +61,6 @@ class _Saving(Interpreter):
         storage = storage_of(tensor)
         if storage not in self._counted and not isinstance(tensor, torch.nn.Parameter):
             self._counted.add(storage)
-            self.kept[self._module] += int(tensor.untyped_storage().nbytes())
+            self._alive.append(tensor.untyped_storage())
+            self.kept[self._module] += int(self._alive[-1].nbytes())
         return tensor

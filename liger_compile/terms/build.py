@@ -53,9 +53,8 @@ class Terms:
         self.of: dict[Node, Value] = {}
         self.nodes: dict[Term, list[Node]] = {}  # in graph order
         self.written: dict[Term, Node] = {}  # value after the last in-place write -> its node
-        self.written_whole: dict[
-            Term, Term
-        ] = {}  # value after a write -> the result of the operation that wrote it
+        # A value after a write -> the result of the operation that wrote all of it.
+        self.written_whole: dict[Term, Term] = {}
         self._views: dict[Term, Term] | None = None
         self.passes_through: set[Node] = set()  # nodes that only restore the value of an ancestor
         self.mutations = mutations

@@ -23,7 +23,6 @@ import sympy
 import torch
 
 from liger_compile.terms import normalize
-from liger_compile.terms.identities import NO_CLASS
 from liger_compile.terms.term import Size, Space, Term
 
 T = TypeVar("T")
@@ -656,8 +655,6 @@ def _cross_entropy(reader: Reader, term: Term, depth: int) -> Narrow | None:
         return None
     if _product(target.shape) != _product(logits.shape[:-1]):
         return None
-    if (ignore_index, reduction, smoothing) == (NO_CLASS, "none", 0.0):
-        pass  # a gather too; padding is ignored in both
     asked = Asked(
         "cross_entropy",
         symbol.scores,

@@ -20,9 +20,6 @@ BY_NAME = {str(specimen): specimen for specimen in zoo.SPECIMENS}
 LENGTHS = (24, 32, 20)
 # What is left of terms that cancel, as of a key's bias, is in eager mode itself 1.8e-5 from what float64 gives.
 CLOSE = 3e-5
-# Inductor sums in another order: the gradient of a key's bias in marian is 3.9e-5 from eager mode's, in stock
-# torch.compile to the last digit the same.
-CLOSE_UNDER_INDUCTOR = 6e-5
 
 FEW = (
     "gpt2",  # sizes that come of size arithmetic, LayerNorm, a product with a bias
@@ -89,8 +86,14 @@ def check(specimen: Specimen, inner: str = "aot_eager") -> float:
         inputs = batch(family, length=length)
         expected = step(plain, model, *inputs)
         got = step(function, model, *inputs)
-        assert_within(got, expected, CLOSE_UNDER_INDUCTOR if inner == "inductor" else CLOSE)
-        worst = max(worst, *errors(got, expected).values())
+        found = errors(got, expected)
+        if inner == "inductor" and max(found.values()) > CLOSE:
+            # Inductor sums in another order: in marian, stock torch.compile has the same error to the last digit.
+            stock = errors(step(torch.compile(family.loss), model, *inputs), expected)
+            assert all(error <= max(CLOSE, stock[name]) for name, error in found.items()), (found, stock)
+        else:
+            assert_within(got, expected, CLOSE)
+        worst = max(worst, *found.values())
     return worst
 
 

@@ -151,6 +151,28 @@ def test_what_is_gathered_otherwise_is_right(run_liger, pick):
     torch.testing.assert_close(result, f(X, W, LABELS))
 
 
+@pytest.mark.parametrize(
+    "labels_of",
+    [
+        lambda h: h.argmax(-1),
+        lambda h: h.argmax(-1, keepdim=True).squeeze(-1),
+        lambda h: h.max(-1).indices,
+        lambda h: h.topk(1).indices[..., 0],
+    ],
+    ids=["argmax", "argmax_kept", "max", "topk"],
+)
+def test_labels_that_the_graph_computes(run_liger, labels_of):
+    """As in self-training: the reductions have terms, of which the graph holds a view alone."""
+
+    def f(x, w, h):
+        return F.cross_entropy(F.linear(x, w).view(-1, V), labels_of(h).view(-1))
+
+    h = torch.randn(3, 6, V)
+    result, (report,) = run_liger(f, X, W, h)
+    torch.testing.assert_close(result, f(X, W, h))
+    assert [site.kind for site in report.sites] == ["replace"]
+
+
 @pytest.mark.parametrize("frozen", [(0,), (1,)])
 def test_frozen_input_or_head(liger_is_as_right_as_eager, frozen):
     liger_is_as_right_as_eager(hugging_face, X, W, LABELS, frozen=frozen)

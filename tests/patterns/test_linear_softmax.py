@@ -441,6 +441,18 @@ def test_training_is_left_by_default_because_it_takes_longer(run_liger):
     assert [site.kind for site in report.sites] == ["replace"]
 
 
+@pytest.mark.parametrize("number", [0.0, math.inf, math.nan])
+@pytest.mark.parametrize("how", [torch.mul, torch.div])
+def test_scales_that_are_no_numbers_of_a_polynomial_are_left(run_liger, number, how):
+    def f(x, w, tokens):
+        logits = how(F.linear(x, w), number)
+        return chosen(logits.log_softmax(-1), tokens).sum(), entropy(logits).sum()
+
+    result, (report,) = run_liger(f, X, W, TOKENS)
+    torch.testing.assert_close(result, f(X, W, TOKENS), equal_nan=True)
+    assert not any(site.pattern == "linear_softmax.questions" for site in report.sites)
+
+
 def test_few_classes_are_left_to_inductor(run_liger):
     def f(x, w, tokens):
         logits = F.linear(x, w)
