@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import liger_compile
+from liger_compile.patterns.attention import forcing_varlen
 from tests.test_indices import BATCH, LENGTH, hugging_face, i_and_j, meaning, ones
 
 # Positions that begin again: documents of 2, 3 and 1 tokens in one row, of 1 and 5 in the other.
@@ -208,3 +209,41 @@ def test_models_of_transformers_with_positions_that_begin_again(name, patterns):
     replaced = [site.pattern for site in report.sites if site.pattern.startswith("attention")]
     assert replaced == [f"attention.{pattern}" for pattern in patterns]
     assert any("causal within documents of position_ids: flex_attention" in note for note in report.notes)
+
+
+LENGTHS = (3000 // 8, 2500 // 8, 1500 // 8, 1192 // 8)  # no whole number of tiles
+
+
+def attention_of_positions(window):
+    def attention(q, k, v, positions):
+        mask = packed(q[:, 0], None, positions, window)
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True)
+
+    return attention
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("is_varlen", [False, True], ids=["flex", "varlen"])
+@pytest.mark.parametrize("window", [None, 100])
+@pytest.mark.parametrize(
+    ("dtype", "size"),
+    [
+        (torch.bfloat16, 64),
+        (torch.bfloat16, 128),
+        (torch.float16, 96),
+        (torch.bfloat16, 256),
+        (torch.float32, 64),
+    ],
+)
+def test_numbers_of_the_kernels(liger_is_as_right_as_eager, dtype, size, window, is_varlen):
+    torch.manual_seed(0)
+    length = sum(LENGTHS)
+    positions = torch.cat([torch.arange(n) for n in LENGTHS]).cuda()
+    positions = torch.stack((positions, torch.arange(length, device="cuda") % 300))
+    q, k, v = (torch.randn(BATCH, length, n, size, device="cuda") for n in (4, 2, 2))
+    heads = [x.to(dtype).transpose(1, 2) for x in (q, k, v)]
+    with torch.device("cuda"), forcing_varlen(is_varlen):
+        liger_is_as_right_as_eager(attention_of_positions(window), *heads, positions, inner="inductor")
+    (report,) = liger_compile.reports()
+    assert [site.pattern for site in report.sites] == [f"attention.documents{'_window' if window else ''}"]
