@@ -29,8 +29,9 @@ def packed(x, y, p, window=None, remapped=True):
     """As transformers 5.24 with position_ids; up to 5.17 the positions of the row are compared (not `remapped`)."""
     batch, length = p.shape
     ids = of_positions(p)
-    b = torch.arange(batch)[:, None, None, None]
-    q, k = (torch.arange(length) + 0)[None, None, :, None], (torch.arange(length) + 0)[None, None, None, :]
+    b = torch.arange(batch, device=p.device)[:, None, None, None]
+    q = (torch.arange(length, device=p.device) + 0)[None, None, :, None]
+    k = (torch.arange(length, device=p.device) + 0)[None, None, None, :]
     at_q, at_k = (p[b, q], p[b, k]) if remapped else (q, k)
     mask = q.new_ones((), dtype=torch.bool)
     if window is not None:
@@ -243,7 +244,7 @@ def test_numbers_of_the_kernels(liger_is_as_right_as_eager, dtype, size, window,
     positions = torch.stack((positions, torch.arange(length, device="cuda") % 300))
     q, k, v = (torch.randn(BATCH, length, n, size, device="cuda") for n in (4, 2, 2))
     heads = [x.to(dtype).transpose(1, 2) for x in (q, k, v)]
-    with torch.device("cuda"), forcing_varlen(is_varlen):
+    with forcing_varlen(is_varlen):
         liger_is_as_right_as_eager(attention_of_positions(window), *heads, positions, inner="inductor")
     (report,) = liger_compile.reports()
     assert [site.pattern for site in report.sites] == [f"attention.documents{'_window' if window else ''}"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import pytest
 import torch
 
@@ -123,6 +125,20 @@ def test_every_value_of_a_graph_can_be_looked_up():
 
     torch.compile(f, backend=backend, dynamic=True, fullgraph=True)(torch.randn(4, 5, 6), 0.5)
     assert graphs
+
+
+def test_a_refused_guard_is_not_logged():
+    """torch's operators log an error with its stack, although the caller answers it."""
+    log, seen = logging.getLogger("torch._subclasses.fake_tensor"), []
+
+    def backend(gm, _):
+        with no_guards(next(iter(gm.graph.find_nodes(op="output"))).args[0][0].meta["example_value"]):
+            seen.append(log.disabled)
+        seen.append(log.disabled)
+        return gm.forward
+
+    torch.compile(lambda x: x + 1, backend=backend, dynamic=True)(torch.randn(4, 5))
+    assert seen == [True, False]
 
 
 def test_a_question_that_is_decided_needs_no_guard():

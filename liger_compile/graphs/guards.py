@@ -15,7 +15,8 @@ import sympy
 
 from liger_compile.torch_internals.shapes import checking_guards, guard_check
 
-_log = logging.getLogger("torch.fx.experimental.symbolic_shapes")
+# They log errors that are raised, with the stack, before the caller can answer them.
+_LOGS = ("torch.fx.experimental.symbolic_shapes", "torch._subclasses.fake_tensor")
 
 # The comparisons that decide whether a size is 1, by their right-hand side.
 _RELATIONS_WITH_ONE: Mapping[Any, tuple[Any, ...]] = {
@@ -46,12 +47,21 @@ def no_guards(of: Any) -> Iterator[None]:
         if any(symbol.is_integer for symbol in expr.free_symbols):
             raise GuardError(f"it depends on sizes that are known at run time only: {expr}")
 
-    disabled, _log.disabled = _log.disabled, True  # it logs the errors that are raised there
+    with _disabled(_LOGS), checking_guards(shape_env, refuse):
+        yield
+
+
+@contextlib.contextmanager
+def _disabled(names: tuple[str, ...]) -> Iterator[None]:
+    logs = [logging.getLogger(name) for name in names]
+    before = [log.disabled for log in logs]
+    for log in logs:
+        log.disabled = True
     try:
-        with checking_guards(shape_env, refuse):
-            yield
+        yield
     finally:
-        _log.disabled = disabled
+        for log, was_disabled in zip(logs, before, strict=True):
+            log.disabled = was_disabled
 
 
 @contextlib.contextmanager

@@ -374,6 +374,8 @@ class _Planned:
 
     def _hull(self, rows: Sequence[Rows]) -> Rows:
         """Returns the smallest box that has all of the rows."""
+        if any(0 in one.sizes for one in rows):
+            raise _UnansweredError("a question is about none of the rows")
         if len({one.box for one in rows}) == 1:
             return replace(rows[0], first=0, last=None)
         boxes = list(zip(*(one.box for one in rows), strict=True))

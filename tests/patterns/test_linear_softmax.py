@@ -375,6 +375,14 @@ def an_unknown_loss(x, w, b, tokens, advantages):
     return F.linear(x, w, b).log_softmax(-1).relu().sum()
 
 
+def a_loss_of_no_rows(x, w, b, tokens, advantages):
+    """As models shift labels by one, in a call with one token."""
+    logits, labels = F.linear(x[:1, :1], w, b), tokens[:1, :1]
+    rows = F.cross_entropy(logits.view(-1, V), labels.view(-1), reduction="none")
+    shifted = F.cross_entropy(logits[:, :-1].reshape(-1, V), labels[:, 1:].reshape(-1), reduction="sum")
+    return rows.mean() + shifted
+
+
 LEFT = {
     relu_too: r"the logits are needed \(relu reads them: logits\)",
     scaled_in_two_ways: "scaled in several ways",
@@ -405,6 +413,15 @@ def test_what_is_left_has_a_reason_and_the_numbers(run_liger, function):
         loss = loss[0] if isinstance(loss, tuple) else loss
         gradients.append(torch.autograd.grad(loss, inputs[:3], allow_unused=True))
     torch.testing.assert_close(*gradients)
+
+
+def test_a_loss_of_no_rows_leaves_the_logits(run_liger):
+    inputs = [x.clone().requires_grad_(x.is_floating_point()) for x in (X, W, BIAS, TOKENS, ADVANTAGES)]
+    result, (report,) = run_liger(a_loss_of_no_rows, *inputs, policy="always")
+    expected = a_loss_of_no_rows(*inputs)
+    torch.testing.assert_close(result, expected)
+    assert {site.pattern for site in report.sites} <= {"linear_cross_entropy.plain", "cross_entropy.plain"}
+    torch.testing.assert_close(*(torch.autograd.grad(loss, inputs[:3]) for loss in (result, expected)))
 
 
 def test_labels_that_come_after_a_reader_of_an_answer(run_liger):
