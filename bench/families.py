@@ -26,7 +26,7 @@ from typing import TypeVar
 
 from bench.common import RESULTS, Row, file_name, machine, merge_csv, print_row, read_csv
 from bench.family_report import page
-from bench.family_step import AGAIN, INDUCTOR, SETTLE, VARIANTS
+from bench.family_step import AGAIN, INDUCTOR, SETTLE, VARIANTS, variant_of
 from bench.family_table import BY_NAME, Case
 from bench.process import Process, reason, rotated
 from bench.timing import spread
@@ -53,6 +53,7 @@ FACTS = ("median_ms", "low_ms", "high_ms", "steps", "peak_mib", "first_s", "loss
 TURN_SECONDS, FEWEST_STEPS, MOST_STEPS = 0.15, 3, 20  # of measured steps in a turn
 MEASURING = 12  # seconds that a case may need to be measured
 TURN_PATIENCE = 60  # seconds for one turn
+_OF_VARIANTS = "with commas between; also ours with options, as in liger-compile:outline=auto:skip=rotary+mlp"
 _LOOK = 0.05  # seconds between looks at the processes that compile
 
 
@@ -136,7 +137,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(f"{path.name}\n\n{page(read_csv(path))}\n")
         return
     cases = _of_part(_named(chosen.cases, BY_NAME, parser), chosen.part, parser)
-    variants = list(_named(chosen.variants, VARIANTS, parser))
+    variants = chosen.variants.split(",")
+    try:
+        for variant in variants:
+            variant_of(variant)
+    except (LookupError, ValueError) as error:
+        parser.error(str(error))
     plan = Plan(
         variants,
         chosen.device,
@@ -166,7 +172,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--cases", default=",".join(BY_NAME), help="with commas between; all by default")
     parser.add_argument("--part", default="1/1", help="such as 1/2 and 2/2: every second case")
-    parser.add_argument("--variants", default=",".join(VARIANTS), help="with commas between; all by default")
+    parser.add_argument("--variants", default=",".join(VARIANTS), help=_OF_VARIANTS)
     parser.add_argument("--at-once", type=int, default=max(_cores() - 1, 1), help="processes that compile")
     parser.add_argument("--batch", type=int, help="cases that are compiled together")
     parser.add_argument("--rounds", type=int, default=6)
@@ -243,7 +249,7 @@ def _compiled(cases: Sequence[Case], plan: Plan, folder: Path, opened: contextli
 
 def started(key: tuple[str, str], number: int, plan: Plan, folder: Path) -> Entrant:
     """A process with caches of its own, and with its share of the cores. `number`: of those before it."""
-    own, threads = folder / "-".join(key), str(max(_cores() // plan.at_once, 1))
+    own, threads = folder / f"{number}-{key[0]}", str(max(_cores() // plan.at_once, 1))
     variables = {
         LOCK: str(folder / "lock"),
         SLOT: str(number % SLOTS),

@@ -45,6 +45,23 @@ VARIANTS: Mapping[str, Variant] = {
 }
 
 
+def variant_of(name: str) -> Variant:
+    """The variant of a name: one of VARIANTS, or ours with options, as in `liger-compile:outline=auto:skip=rotary+mlp`.
+
+    Raises LookupError if there is no such variant.
+    """
+    base, *options = name.split(":")
+    if options and base == OURS:
+        named = dict(option.split("=", 1) for option in options)
+        values = {
+            f"liger.{key}": tuple(text.split("+")) if key == "skip" else text for key, text in named.items()
+        }
+        return Variant({"backend": "liger", "options": values})
+    if name not in VARIANTS:
+        raise LookupError(f"expected one of {', '.join(VARIANTS)}, or {OURS}:OPTION=VALUE, got {name}")
+    return VARIANTS[name]
+
+
 class FamilyStep(Turns):
     """A step of a case. Raises LookupError or ImportError where the variant does not exist for it."""
 
@@ -148,7 +165,8 @@ def _arguments(compile: Mapping[str, Any], compiler: str, mode: str | None) -> d
     """The arguments of torch.compile; with another compiler than Inductor, without a mode, which is Inductor's."""
     if compiler == INDUCTOR:
         return {**compile, **({} if mode is None else {"mode": mode})}
-    return {**compile, "options": {"liger.inner": compiler}} if compile else {"backend": compiler}
+    own = {"options": {**compile.get("options", {}), "liger.inner": compiler}}
+    return {**compile, **own} if compile else {"backend": compiler}
 
 
 def _patch_of(model_type: str) -> Callable[[Any], None]:
@@ -178,15 +196,17 @@ def serve(step: FamilyStep) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser("python -m bench.family_step")
     parser.add_argument("case", choices=BY_NAME)
-    parser.add_argument("variant", choices=VARIANTS)
+    parser.add_argument(
+        "variant", type=variant_of, help=f"one of {', '.join(VARIANTS)}, or {OURS}:OPTION=VALUE"
+    )
     parser.add_argument("device")
     parser.add_argument("--compiler", default=INDUCTOR)
     parser.add_argument("--tiny", action="store_true")
     chosen = parser.parse_args()
     torch.set_float32_matmul_precision("highest")
     try:
-        case, variant = BY_NAME[chosen.case], VARIANTS[chosen.variant]
-        serve(FamilyStep(case, variant, chosen.device, chosen.compiler, chosen.tiny))
+        case = BY_NAME[chosen.case]
+        serve(FamilyStep(case, chosen.variant, chosen.device, chosen.compiler, chosen.tiny))
     except (Exception, SystemExit) as error:
         first, *_ = str(error).strip().splitlines() or [""]
         _say({"error": f"{type(error).__name__}: {first}"[:300]})

@@ -245,6 +245,18 @@ def test_a_family_is_measured(tmp_path):
     assert float(ours["loss"]) == pytest.approx(float(ours["eager_loss"]), rel=1e-2)
 
 
+def test_a_variant_may_have_options():
+    found = family_step.variant_of("liger-compile:outline=auto:skip=rotary+mlp")
+    assert found.compile == {
+        "backend": "liger",
+        "options": {"liger.outline": "auto", "liger.skip": ("rotary", "mlp")},
+    }
+    assert family_step.variant_of("inductor") is family_step.VARIANTS["inductor"]
+    for unknown in ("stock", "inductor:outline=auto"):
+        with pytest.raises(LookupError, match=unknown):
+            family_step.variant_of(unknown)
+
+
 @pytest.mark.slow
 def test_families_of_every_kind_are_measured(tmp_path):
     names = ("llama-fp16-scaler", "llama-evaluation-logits", "llama-checkpointed", "bert", "t5", "qwen3-moe")
