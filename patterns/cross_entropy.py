@@ -77,7 +77,12 @@ def profit(match: Match) -> str | None:
         # 2 cores, torch 2.13.0, 2026-11-22: a step of a 2-layer Llama (1024 tokens, hidden 256, vocabulary 10240, fp32)
         # takes 1.07 of Inductor's time with the op and 1.01 without, and saves the same: the logits (profit_cpu.csv).
         return "on a CPU Inductor's own loss is faster, and keeps no more"
-    return needs_kernel(match) or few_logits(match.result.device, bytes_of(match["logits"]))
+    return needs_kernel(match) or few_logits(match.result.device, _bytes_before_upcast(match["logits"]))
+
+
+def _bytes_before_upcast(logits: torch.Tensor) -> int | None:
+    """Return the bytes of logits in half precision: the op takes as long to launch for upcast logits."""
+    return bytes_of(logits, logits.dtype.itemsize // 2)
 
 
 _EXAMPLES = {

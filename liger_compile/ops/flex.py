@@ -239,12 +239,11 @@ def document_block_mask(
     def listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
         """Returns for each row the number of blocks, and their indices; the others follow and are valid indices.
 
-        The dimension of the heads is there before the sort. Inductor gives a dimension of size 1 that a view adds to a
-        sorted tensor a stride of 0, and its kernels compute the place of a row of the batch from that stride.
+        The last operation writes the dimension of the heads, of size 1. Inductor gives such a dimension a stride of 0
+        if a view adds it, and its kernels compute the place of a row of the batch from that stride.
         """
-        blocks = blocks[:, None]
         order = torch.argsort(blocks.to(torch.int32), dim=-1, descending=True, stable=True)
-        return blocks.sum(-1, dtype=torch.int32), order.to(torch.int32)
+        return blocks.sum(-1, dtype=torch.int32)[:, None], order[:, None].to(torch.int32)
 
     return BlockMask(
         (length, length),

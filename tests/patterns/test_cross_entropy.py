@@ -3,6 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses import FakeTensorMode
+
+from liger_compile.patterns import cross_entropy, profit
 
 torch.manual_seed(0)
 
@@ -73,3 +76,21 @@ def test_probabilities_as_targets_are_left(run_liger):
     result, (report,) = run_liger(f, LOGITS, target)
     assert not report.sites
     torch.testing.assert_close(result, f(LOGITS, target))
+
+
+class Found(dict):
+    """What a profit rule reads of a match on a GPU."""
+
+    captures = property(dict.keys)
+    result = property(lambda self: self["logits"])
+
+
+@pytest.mark.parametrize(("tokens", "is_left"), [(2048, True), (8192, False)])
+def test_few_logits_are_left_to_inductor_also_after_an_upcast(monkeypatch, tokens, is_left):
+    """125 MiB in bfloat16: as many launches with the cast before the op as with the cast in it."""
+    monkeypatch.setattr(profit, "has_kernel", lambda *_: True)
+    (pattern, *_) = (pattern for pattern in cross_entropy.PATTERNS if pattern.name == "cross_entropy.as_is")
+    with FakeTensorMode():
+        for dtype in (torch.bfloat16, torch.float32):
+            match = Found(logits=torch.empty(tokens, 32000, dtype=dtype, device="cuda"))
+            assert ("Inductor launches fewer kernels" in str(pattern.profit(match))) == is_left
