@@ -21,7 +21,7 @@ from liger_compile.testing.mutations import ROUNDINGS
 PATTERNS = {pattern.name: pattern for pattern in default_patterns()}
 OPS = collections.Counter(name.split(".")[0] for name in PATTERNS)
 # How many respellings, and mutants, of each op: shared among its patterns.
-by_least = pytest.mark.parametrize("least", [20, pytest.param(400, marks=pytest.mark.slow)])
+by_least = pytest.mark.parametrize("least", [12, pytest.param(400, marks=pytest.mark.slow)])
 
 # What the fuzzer cannot guess: what the ops make no gradient for, and class weights, which are positive and have the
 # dtype of the logits at the loss.
