@@ -494,7 +494,13 @@ class Model(nn.Module):
 
 @pytest.mark.parametrize(
     "function",
-    [entropy_masked, label_smoother, z_loss_beside_the_loss, metric_before_the_loss, kl_of_probabilities],
+    [
+        entropy_masked,
+        metric_before_the_loss,  # a loss and a question, as the two slow ones
+        kl_of_probabilities,
+        pytest.param(label_smoother, marks=pytest.mark.slow),
+        pytest.param(z_loss_beside_the_loss, marks=pytest.mark.slow),
+    ],
     ids=lambda f: f.__name__,
 )
 def test_dynamic_sizes(guards_of_ours, function):
