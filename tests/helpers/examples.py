@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 import liger_compile
-from liger_compile import registry
 from liger_compile.for_inductor import is_used_for_inductor
 
 
@@ -41,7 +40,6 @@ def trained(program: str, way: str) -> dict[str, Tensor]:
     with (
         mock.patch.object(torch, "compile", eager if is_eager else without_inductor),
         mock.patch.object(liger_compile, "reports", reports if is_eager else liger_compile.reports),
-        mock.patch.dict(registry.REGISTERED),  # without the program's own patterns afterwards
     ):
         names = runpy.run_path(program, run_name="__main__")
 
