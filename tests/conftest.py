@@ -1,6 +1,9 @@
 """What every test can ask for: a clean process, and what the backend did with a function."""
 
+import atexit
 import datetime
+import gc
+import logging
 import os
 from types import SimpleNamespace
 
@@ -9,6 +12,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # What Inductor writes for a CPU compiles in half the time without vector instructions; what it writes is not ours.
 # An environment variable, so that it holds in processes that tests start.
 os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "0")
+# Dynamo looks for cyclic garbage after each compilation, which is of use where memory is short.
+os.environ.setdefault("TORCH_DYNAMO_RUN_GC_AFTER_COMPILE", "0")
 
 import pytest
 import torch
@@ -26,6 +31,14 @@ from tests.helpers.gradients import gradients_of
 # Dynamo measures how long the guards of each graph take, and empties the caches of the processor before: that is half
 # of the time of a small compilation, and nobody reads it.
 torch._dynamo.guards.profile_guard_manager = lambda *_: 0.0
+
+# Recent versions of pytest add their handlers to each logger that does not propagate. With a handler, torch writes a
+# structured trace of each compilation.
+logging.getLogger("torch.__trace").propagate = True
+
+# Python looks for cyclic garbage after every 700 new objects, and a compilation makes millions that stay until it
+# ends. That took a seventh of the time of the tests.
+gc.set_threshold(50_000, 10, 10)
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads its options
@@ -62,6 +75,13 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def pytest_collection_finish():
+    """What is imported and collected stays until the end, so no collection of garbage needs to look at it."""
+    gc.collect()
+    gc.freeze()
+    atexit.register(gc.unfreeze)
 
 
 @pytest.fixture(autouse=True)

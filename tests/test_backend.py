@@ -53,6 +53,7 @@ def test_the_name_is_enough():
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert run.stdout.strip() == "1", run.stderr
+    assert "graph 0/0" not in run.stderr  # without TORCH_LOGS; see tests/test_report.py
 
 
 @pytest.mark.parametrize("inner", ["eager", "aot_eager"])

@@ -179,9 +179,16 @@ def test_attention_is_found_in_every_part(process_group, backend):
     assert not any("keeps its mask" in note or "one layer of a model" in note for note in notes)
 
 
-@pytest.mark.parametrize("first", [specialize.WITHOUT, specialize.GENERIC])
-@pytest.mark.parametrize(("inner", "num_parts"), [("aot_eager", 3), ("aot_eager", 1), ("inductor", 3)])
-def test_calls_without_padding_have_parts_of_their_own(process_group, monkeypatch, first, inner, num_parts):
+@pytest.mark.parametrize(
+    ("inner", "num_parts", "first"),
+    [
+        ("aot_eager", 3, specialize.WITHOUT),
+        ("aot_eager", 3, specialize.GENERIC),
+        ("aot_eager", 1, specialize.WITHOUT),
+        ("inductor", 3, specialize.GENERIC),
+    ],
+)
+def test_calls_without_padding_have_parts_of_their_own(process_group, monkeypatch, inner, num_parts, first):
     torch.manual_seed(0)
     model, x = Model(), torch.randn(BATCH, LENGTH, 512)
     ones, padding = torch.ones(BATCH, LENGTH, dtype=torch.int64), torch.ones(BATCH, LENGTH, dtype=torch.int64)

@@ -50,25 +50,29 @@ from liger_compile.ops.toy import toy
 from liger_compile.torch_internals.aot_autograd import cache_counts
 
 
-def backend(gm, example_inputs):
-    for node in gm.graph.find_nodes(op="call_method", target="float"):
-        if "marked" in sys.argv:
-            node.meta.update(recompute=CheckpointPolicy.MUST_SAVE, ac_graph_id=0)
-    return compile.compile_graph(gm, example_inputs)
+def step(is_marked):
+    def backend(gm, example_inputs):
+        for node in gm.graph.find_nodes(op="call_method", target="float"):
+            if is_marked:
+                node.meta.update(recompute=CheckpointPolicy.MUST_SAVE, ac_graph_id=0)
+        return compile.compile_graph(gm, example_inputs)
+
+    torch._dynamo.reset()
+    before = cache_counts()
+    x = torch.ones(4, requires_grad=True)
+    y = torch.compile(lambda x: toy(x).float().sin(), backend=backend)(x)
+    saved = [str(one.dtype) for one in y.grad_fn.saved_tensors]
+    y.sum().backward()
+    counts = {name: count - before[name] for name, count in cache_counts().items()}
+    return dict(counts, file=compile.__file__, result=y[0].item(), gradient=x.grad[0].item(), saved=saved)
 
 
-x = torch.ones(4, requires_grad=True)
-y = torch.compile(lambda x: toy(x).float().sin(), backend=backend)(x)
-saved = [str(one.dtype) for one in y.grad_fn.saved_tensors]
-y.sum().backward()
-print(json.dumps(dict(
-    cache_counts(), file=compile.__file__, result=y[0].item(), gradient=x.grad[0].item(), saved=saved
-)))
+print(json.dumps([step(is_marked) for is_marked in json.loads(sys.argv[1])]))
 """
 
 
-def run(site, cache, *arguments):
-    """One process: what came of the op, and what the cache did."""
+def run(site, cache, is_marked=(False,)):
+    """One process: what came of the op, and what the cache did, in each of its steps."""
     environment = {
         **os.environ,
         "PYTHONPATH": str(site),  # stands before site-packages, so the copy shadows the installed package
@@ -76,13 +80,18 @@ def run(site, cache, *arguments):
         "TORCHINDUCTOR_CACHE_DIR": str(cache),
     }
     child = subprocess.run(
-        [sys.executable, "-c", CHILD, *arguments], env=environment, cwd=site, capture_output=True, text=True
+        [sys.executable, "-c", CHILD, json.dumps(is_marked)],
+        env=environment,
+        cwd=site,
+        capture_output=True,
+        text=True,
     )
     assert child.returncode == 0, child.stderr
-    told = json.loads(child.stdout)
-    assert Path(told.pop("file")) == site / "liger_compile" / "compile.py"
-    assert told.pop("bypass") == 0
-    return told
+    steps = json.loads(child.stdout)
+    for told in steps:
+        assert Path(told.pop("file")) == site / "liger_compile" / "compile.py"
+        assert told.pop("bypass") == 0
+    return steps
 
 
 @pytest.fixture(scope="module")
@@ -97,55 +106,54 @@ def cold(tmp_path_factory):
     )
     for name, source in (("toy", OP), ("toy_formula", FORMULA), ("toy_result", RESULT)):
         (site / "liger_compile" / "ops" / f"{name}.py").write_text(source)
-    told = run(site, cache)
+    (told,) = run(site, cache)
     assert (told.pop("hit"), told.pop("miss")) == (0, 1)
     return site, cache, told
 
 
 @pytest.fixture
 def warm(cold, tmp_path):
-    """Runs again, with another copy and perhaps an edit."""
+    """Runs again, with another copy and perhaps an edit: what the first run said, and of each step what it says and
+    what the cache did."""
     original, cache, before = cold
     site = tmp_path / "site"
     shutil.copytree(original, site)
 
-    def run_again(*arguments, edit=None):
+    def run_again(is_marked=(False,), edit=None):
         if edit is not None:
             name, old, new = edit
             file = site / "liger_compile" / "ops" / name
             assert old in file.read_text()
             file.write_text(file.read_text().replace(old, new))
-        after = run(site, cache, *arguments)
-        return before, after, (after.pop("hit"), after.pop("miss"))
+        return before, *(
+            (after, (after.pop("hit"), after.pop("miss"))) for after in run(site, cache, is_marked)
+        )
 
     return run_again
 
 
-def test_what_did_not_change_is_a_hit(warm):
-    before, after, hit_and_miss = warm()
+def test_what_did_not_change_is_a_hit_and_changed_recompute_marks_are_a_miss(warm):
+    before, (same, hit_and_miss), (marked, hit_and_miss_of_marked) = warm(is_marked=(False, True))
     assert hit_and_miss == (1, 0)
-    assert after == before
+    assert same == before
+    assert hit_and_miss_of_marked == (0, 1)
+    assert (before["saved"], marked["saved"]) == (["torch.bfloat16"], ["torch.float32"])
+    assert marked["gradient"] == before["gradient"]
 
 
+@pytest.mark.slow  # the files of the package are one digest, which the next test has too
 def test_a_changed_backward_formula_is_a_miss(warm):
-    before, after, hit_and_miss = warm(edit=("toy_formula.py", "grad * 2", "grad * 5"))
+    before, (after, hit_and_miss) = warm(edit=("toy_formula.py", "grad * 2", "grad * 5"))
     assert hit_and_miss == (0, 1)
     assert after["gradient"] == pytest.approx(before["gradient"] * 5 / 2)
 
 
 def test_a_changed_fake_is_a_miss_in_inductors_cache_too(warm):
     # An old kernel would read the half numbers as bfloat16, and say nothing.
-    before, after, hit_and_miss = warm(edit=("toy_result.py", "bfloat16()", "half()"))
+    before, (after, hit_and_miss) = warm(edit=("toy_result.py", "bfloat16()", "half()"))
     assert hit_and_miss == (0, 1)
     assert after["result"] == before["result"]
     assert (before["saved"], after["saved"]) == (["torch.bfloat16"], ["torch.float16"])
-
-
-def test_changed_recompute_marks_are_a_miss(warm):
-    before, after, hit_and_miss = warm("marked")
-    assert hit_and_miss == (0, 1)
-    assert (before["saved"], after["saved"]) == (["torch.bfloat16"], ["torch.float32"])
-    assert after["gradient"] == before["gradient"]
 
 
 # A user's op, whose backward calls a helper in another file that reads a number in a third

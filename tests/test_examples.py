@@ -11,11 +11,17 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
+from torch import Tensor
 
-FOLDER = Path(__file__).parent.parent / "docs" / "examples"
+from liger_compile import registry
+from tests.helpers.examples import trained
+
+ROOT = Path(__file__).parent.parent
+FOLDER = ROOT / "docs" / "examples"
 
 # The packages that an example needs besides torch, and the patterns that its report names.
 LLAMA = (
@@ -47,50 +53,18 @@ CALLS = [(name, ()) for name in EXAMPLES] + [("deepspeed_zero", ("3",))]  # the 
 # ZeRO-3 gathers the weights of each module in code that breaks the graph: what is between two modules is found.
 IN_CALL = {("deepspeed_zero", ("3",)): LAYERS_ONLY}
 
-# Runs a program, prints what it prints, and saves the parameters of its model and their gradients.
-RUN = """
-import runpy, sys
-from types import SimpleNamespace
-import torch
-import liger_compile
-from liger_compile.for_inductor import is_used_for_inductor
 
-way, saved, *sys.argv = sys.argv[1:]
-compile = torch.compile
-
-def without_inductor(*args, backend="inductor", options=None, **kwargs):
-    if backend == "liger" or backend == "inductor" and is_used_for_inductor():
-        options = {**(options or {}), "liger.inner": "aot_eager"}
-    return compile(*args, backend=backend, options=options, **kwargs)
-
-def eager(*args, backend="inductor", **kwargs):
-    # What a framework compiles for itself, by stock torch.compile, is no matter of the program.
-    if backend == "liger" or is_used_for_inductor():
-        return args[0] if args else lambda function: function
-    return compile(*args, backend=backend, **kwargs)
-
-if way == "eager":
-    liger_compile.reports = lambda: (SimpleNamespace(sites=(), count=len),)  # a program prints the last one
-torch.compile = eager if way == "eager" else without_inductor
-names = runpy.run_path(sys.argv[0], run_name="__main__")
-
-def whole(tensor):
-    return getattr(tensor, "full_tensor", lambda: tensor)().detach().float()
-
-model = getattr(names["model"], "module", names["model"])  # of DeepSpeed's engine
-model = getattr(model, "_orig_mod", model)
-tensors = {name: getattr(each, "ds_tensor", each) for name, each in model.named_parameters()}
-gradients = {f"{name}.grad": each.grad for name, each in tensors.items() if each.grad is not None}
-torch.save({name: whole(each) for name, each in (tensors | gradients).items()}, saved)
-"""
+def skip_if_missing(name: str) -> None:
+    for package in EXAMPLES[name][0]:
+        if not importlib.util.find_spec(package):
+            pytest.skip(f"needs {package}: pip install 'liger-compile[examples]' {package.replace('_', '-')}")
 
 
 def run(name: str, folder: Path, *command: str, arguments: tuple[str, ...] = ()) -> str:
     """What an example prints. It is not allowed to ask a hub for anything."""
-    for package in EXAMPLES[name][0]:
-        if not importlib.util.find_spec(package):
-            pytest.skip(f"needs {package}: pip install 'liger-compile[examples]' {package.replace('_', '-')}")
+    skip_if_missing(name)
     env = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"}
+    env["PYTHONPATH"] = os.pathsep.join((str(ROOT), *filter(None, [env.get("PYTHONPATH")])))
     done = subprocess.run(
         [sys.executable, *command, str(FOLDER / f"{name}.py"), *arguments],
         text=True,
@@ -116,28 +90,43 @@ def missing_in(printed: str, name: str, arguments: tuple[str, ...]) -> list[str]
     return [pattern for pattern in expected if not any(each.startswith(pattern) for each in found)]
 
 
-# Each runs twice, in processes of their own; the others are slow tests.
+# These need no process of their own. The others are slow tests.
 USUAL = ("plain_loop", "torchtitan_loop", "own_pattern")
 
 
-@pytest.mark.parametrize(
-    ("name", "arguments"),
-    [pytest.param(*call, marks=() if call[0] in USUAL else pytest.mark.slow) for call in CALLS],
-)
+@pytest.mark.parametrize("name", USUAL)
 def test_an_example_trains_as_in_eager_mode_and_prints_its_rewrites(
-    name: str, arguments: tuple[str, ...], tmp_path: Path
-):
-    ours, theirs = tmp_path / "ours.pt", tmp_path / "eager.pt"
-    printed = run(name, tmp_path, "-c", RUN, "liger", str(ours), arguments=arguments)
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    skip_if_missing(name)
+    found = []
+    for way in ("eager", "liger"):
+        capsys.readouterr()
+        with mock.patch.dict(registry.REGISTERED):  # without the program's own patterns afterwards
+            found.append(trained(str(FOLDER / f"{name}.py"), way))
+    check(name, (), capsys.readouterr().out, *reversed(found))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "arguments"), [call for call in CALLS if call[0] not in USUAL])
+def test_an_example_in_a_process_of_its_own(name: str, arguments: tuple[str, ...], tmp_path: Path) -> None:
+    def saved(way: str) -> tuple[str, dict[str, Tensor]]:
+        command = "-m", "tests.helpers.examples", way, str(tmp_path / way)
+        return run(name, tmp_path, *command, arguments=arguments), torch.load(tmp_path / way)
+
+    (printed, ours), (_, eager) = saved("liger"), saved("eager")
+    check(name, arguments, printed, ours, eager)
+
+
+def check(
+    name: str, arguments: tuple[str, ...], printed: str, ours: dict[str, Tensor], eager: dict[str, Tensor]
+) -> None:
     assert "liger_compile  graph " in printed
     assert missing_in(printed, name, arguments) == [], printed
-
-    run(name, tmp_path, "-c", RUN, "eager", str(theirs), arguments=arguments)
-    expected, trained = torch.load(theirs), torch.load(ours)
-    assert expected.keys() == trained.keys() and expected
-    for key, value in expected.items():
+    assert eager.keys() == ours.keys() and eager
+    for key, value in eager.items():
         # Adam divides by the size of a gradient, so the rounding of one that is almost zero moves a weight by much.
-        assert (trained[key] - value).norm() <= 1e-3 * value.norm(), key
+        assert (ours[key] - value).norm() <= 1e-3 * value.norm(), key
 
 
 @pytest.mark.slow

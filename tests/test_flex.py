@@ -371,7 +371,13 @@ DOCUMENTS = {
 }
 
 
-@pytest.mark.parametrize("name", DOCUMENTS)
+# capped_documents_window has what these have.
+SLOW = ("documents_window", "capped_documents")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in DOCUMENTS]
+)
 def test_documents_in_three_lengths_are_two_graphs(name):
     options = {"liger.inner": "aot_eager", "liger.strict": True, "liger.policy": "always"}
     function = DOCUMENTS[name]

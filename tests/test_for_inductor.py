@@ -206,7 +206,7 @@ def test_backends_of_inductor_are_equal_to_those_of_inductor_only():
 
 def test_compiled_models_are_pickled_and_copied_as_those_of_inductor():
     """torch.save(model) of a compiled model."""
-    model, ids = a_llama(), torch.arange(32).view(2, 16)
+    model, ids = a_llama(layers=1), torch.arange(32).view(2, 16)
     expected = model(input_ids=ids, labels=ids).loss
     with use_for_inductor(FAST):
         compiled = torch.compile(model)
@@ -319,13 +319,13 @@ def test_wrong_options_raise_at_once_and_change_nothing(options, error):
 # accelerate, which accepts only the backends of a fixed list. The Trainer is one of the programs in docs/examples.
 
 
-def a_llama():
+def a_llama(layers=2):
     transformers = pytest.importorskip("transformers")
     config = transformers.LlamaConfig(
         vocab_size=64,
         hidden_size=32,
         intermediate_size=48,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=2,
         use_cache=False,
     )

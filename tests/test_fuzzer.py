@@ -1,7 +1,7 @@
-"""The spelling fuzzer on every built-in pattern: every respelling is replaced, and no rewrite is wrong.
+"""The spelling fuzzer on built-in patterns: every respelling is replaced, and no rewrite is wrong.
 
-Other choices every day; `--fuzz-seed` repeats a day. What a respelling is made of is in liger_compile/testing. The slow
-tests search wider, and so does `liger_compile.testing.fuzz`.
+Other choices every day, and other patterns; `--fuzz-seed` repeats a day. What a respelling is made of is in
+liger_compile/testing. The slow tests take every pattern and search wider, and so does `liger_compile.testing.fuzz`.
 """
 
 import collections
@@ -20,8 +20,12 @@ from liger_compile.testing.mutations import ROUNDINGS
 
 PATTERNS = {pattern.name: pattern for pattern in default_patterns()}
 OPS = collections.Counter(name.split(".")[0] for name in PATTERNS)
-# How many respellings, and mutants, of each op: shared among its patterns.
-by_least = pytest.mark.parametrize("least", [20, pytest.param(400, marks=pytest.mark.slow)])
+# How many respellings, and mutants, of each op: shared among the patterns of a day, or all.
+by_least = pytest.mark.parametrize("least", [8, pytest.param(400, marks=pytest.mark.slow)])
+by_op = pytest.mark.parametrize("op", OPS)
+SHARE_A_DAY = (
+    1 / 3
+)  # of the patterns of an op, and at least two: the first example of a pattern takes longest
 
 # What the fuzzer cannot guess: what the ops make no gradient for, and class weights, which are positive and have the
 # dtype of the logits at the loss.
@@ -67,35 +71,49 @@ def random_choices(examples, fuzz_seed):
     return decorate
 
 
-def examples_of(name, least):
-    return math.ceil(least / OPS[name.split(".")[0]])
+def examples_of(op, least, fuzz_seed):
+    """(name, number of examples) of the patterns of the day; of all where at least 400 examples are made."""
+    names = [name for name in PATTERNS if name.split(".")[0] == op]
+    if least < 400:
+        names = Random(fuzz_seed).sample(names, min(len(names), max(2, round(SHARE_A_DAY * len(names)))))
+    return [(name, math.ceil(least / len(names))) for name in names]
 
 
 @by_least
-@pytest.mark.parametrize("name", PATTERNS)
-def test_respellings_are_replaced_and_right(name, least, fuzz_seed):
+@by_op
+def test_respellings_are_replaced_and_right(op, least, fuzz_seed):
+    for name, wanted in examples_of(op, least, fuzz_seed):
+        respell(name, wanted, fuzz_seed)
+
+
+def respell(name, wanted, fuzz_seed):
     made = []
 
-    @random_choices(examples_of(name, least), fuzz_seed)
-    def respell(random):
+    @random_choices(wanted, fuzz_seed)
+    def respelled(random):
         made.append(assert_respelling_matches(PATTERNS[name], random, **SETTINGS[name]))
 
-    respell()
-    assert len(made) >= examples_of(name, least)
+    respelled()
+    assert len(made) >= wanted, name
 
 
 @by_least
-@pytest.mark.parametrize("name", PATTERNS)
-def test_mutants_are_refused_or_right(name, least, fuzz_seed):
-    made, wanted = [], examples_of(name, least)
+@by_op
+def test_mutants_are_refused_or_right(op, least, fuzz_seed):
+    for name, wanted in examples_of(op, least, fuzz_seed):
+        mutate(name, wanted, fuzz_seed)
+
+
+def mutate(name, wanted, fuzz_seed):
+    made = []
 
     @random_choices(20 + 4 * wanted, fuzz_seed)  # not every choice makes one that runs
-    def mutate(random):
+    def mutated(random):
         if sum(made) < wanted:
             made.append(assert_mutant_is_safe(PATTERNS[name], random, **SETTINGS[name]))
 
-    mutate()
-    assert sum(made) >= wanted
+    mutated()
+    assert sum(made) >= wanted, name
 
 
 # One pattern of each op, and of what is matched in other ways: numbers that are captured, casts, masks.

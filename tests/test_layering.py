@@ -288,6 +288,10 @@ BESIDE = {
         "liger_compile.backend.liger": "counts the graphs that it passes on to the backend",
         "torch.utils._pytree": "no public name in torch 2.11",
     },
+    "tests/helpers/examples.py": {
+        "liger_compile.for_inductor.is_used_for_inductor": "whether a call that asks for Inductor gets this backend",
+        "model._orig_mod": "no public name of the module in a compiled one",
+    },
     "tests/helpers/gradients.py": {
         "liger_compile.testing.precision": "gradients as the test kit takes them",
         "liger_compile.torch_internals": OF_TORCH,

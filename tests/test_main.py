@@ -1,4 +1,4 @@
-"""The command line, as a user runs it: in a process of its own."""
+"""The command line: once as a user runs it, in a process of its own, and otherwise its function."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -39,34 +40,38 @@ def nothing():
 """
 
 
-def run(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "liger_compile", *arguments]
-    return subprocess.run(command, cwd=cwd, text=True, capture_output=True, timeout=400)
-
-
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The current directory, with a model of a user."""
     (tmp_path / "my_model.py").write_text(FACTORY)
-    return tmp_path
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", ["", *sys.path])
+    yield tmp_path
+    sys.modules.pop("my_model", None)
 
 
-def test_help_names_the_commands():
-    shown = run("--help")
-    assert shown.returncode == 0
-    assert all(command in shown.stdout for command in ("demo", "explain", "verify", "doctor"))
-    assert run("--version").stdout == f"liger-compile {liger_compile.__version__}\n"
+def test_help_names_the_commands(capsys: pytest.CaptureFixture[str]):
+    shown = []
+    for argument in ("--help", "--version"):
+        with pytest.raises(SystemExit) as ended:
+            main([argument])
+        assert ended.value.code == 0
+        shown.append(capsys.readouterr().out)
+    assert all(command in shown[0] for command in ("demo", "explain", "verify", "doctor"))
+    assert shown[1] == f"liger-compile {liger_compile.__version__}\n"
 
 
 def test_explain_prints_the_report_of_a_users_model(folder: Path):
-    done = run("explain", "my_model:with_kwargs", cwd=folder)
+    command = [sys.executable, "-m", "liger_compile", "explain", "my_model:with_kwargs"]
+    done = subprocess.run(command, cwd=folder, text=True, capture_output=True, timeout=400)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("liger_compile  graph 0/0") and "my_model.py:11" in done.stdout
 
 
-def test_explain_for_programs(folder: Path):
-    done = run("explain", "my_model:with_both", "--json", cwd=folder)
-    assert done.returncode == 0, done.stderr
-    (graph,) = json.loads(done.stdout)["graphs"]
+@pytest.mark.usefixtures("folder")
+def test_explain_for_programs(capsys: pytest.CaptureFixture[str]):
+    assert main(["explain", "my_model:with_both", "--json"]) == 0
+    (graph,) = json.loads(capsys.readouterr().out)["graphs"]
     assert graph["sites"][0]["pattern"].startswith("rms_norm.")
 
 
@@ -79,32 +84,30 @@ def test_explain_for_programs(folder: Path):
         ("my_model:nothing", "return (model, kwargs) or (model, args, kwargs)"),
     ],
 )
+@pytest.mark.usefixtures("folder")
 def test_explain_states_the_fault_of_its_argument(
-    folder: Path, target: str, sentence: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    target: str, sentence: str, capsys: pytest.CaptureFixture[str]
 ):
-    monkeypatch.chdir(folder)
-    monkeypatch.setattr(sys, "path", ["", *sys.path])
-    monkeypatch.setattr(sys, "modules", dict(sys.modules))
     with pytest.raises(SystemExit) as ended:
         main(["explain", target])
     assert ended.value.code == 2 and sentence in capsys.readouterr().err
 
 
-def test_demo_of_tiny_size():
+def test_demo_of_tiny_size(capsys: pytest.CaptureFixture[str]):
     sizes = {"steps": 5, "hidden": 32, "layers": 1, "batch": 2, "length": 32, "vocabulary": 512}
     arguments = [text for name, size in sizes.items() for text in (f"--{name}", str(size))]
-    done = run("demo", *arguments, "--compiler", "aot_eager")
-    assert done.returncode == 0, done.stdout + done.stderr
-    lines = [re.split(r" {2,}", line.strip(), maxsplit=1) for line in done.stdout.splitlines()]
+    code, printed = main(["demo", *arguments, "--compiler", "aot_eager"]), capsys.readouterr().out
+    assert code == 0, printed
+    lines = [re.split(r" {2,}", line.strip(), maxsplit=1) for line in printed.splitlines()]
     rows = {line[0]: line[1] for line in lines if len(line) == 2}
     assert [f"loss of step {number}" in rows for number in range(1, 7)] == [True] * 5 + [False]
     assert all(len(row.split()) == 3 for name, row in rows.items() if "loss" in name)
     seconds = [float(figure) for figure in re.findall(r"([\d.]+) s", rows["time of a step, median"])]
     mebibytes = [int(figure) for figure in re.findall(r"(\d+) MiB", rows["activations and gradients"])]
     assert len(seconds) == len(mebibytes) == 3 and min(seconds) > 0
-    assert "Replaced\n  linear_cross_entropy" in done.stdout
+    assert "Replaced\n  linear_cross_entropy" in printed
     assert len(rows["largest difference"].split()) == 3
-    assert "The losses agree" in done.stdout and "FAILED" not in done.stdout
+    assert "The losses agree" in printed and "FAILED" not in printed
 
 
 def runs(ours: list[float]) -> dict[str, demo.Run]:

@@ -1,7 +1,6 @@
 """verify(): a model that is right, and planted faults, which it has to name."""
 
 import json
-import subprocess
 import sys
 
 import pytest
@@ -10,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import liger_compile
-from liger_compile import Pattern, verify
+from liger_compile import Pattern, unregister_pattern, verify
 from liger_compile.__main__ import main
 
 NORM = {"x": torch.empty(2, 4), "weight": torch.empty(4)}
@@ -127,12 +126,13 @@ def test_the_command(tmp_path, monkeypatch, capsys):
         "                             examples={'x': torch.empty(2)}))\n"
         "    return right()\n"
     )
-    command = [sys.executable, "-m", "liger_compile", "verify", "mine:wrong"]
-    done = subprocess.run(command, cwd=tmp_path, text=True, capture_output=True, timeout=300)
-    assert done.returncode == 1 and "planted.tanh" in done.stdout, done.stdout + done.stderr
-
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", ["", *sys.path])
-    monkeypatch.setattr(sys, "modules", dict(sys.modules))
-    assert main(["verify", "mine:right"]) == 0
-    assert "verify: right" in capsys.readouterr().out
+    try:
+        assert main(["verify", "mine:right"]) == 0
+        assert "verify: right" in capsys.readouterr().out
+        assert main(["verify", "mine:wrong"]) == 1
+        assert "planted.tanh" in capsys.readouterr().out
+    finally:
+        unregister_pattern("planted.tanh")
+        del sys.modules["mine"]

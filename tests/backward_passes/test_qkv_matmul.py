@@ -72,7 +72,14 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("options", CASES.values(), ids=CASES)
+# test_under_autocast has "rotary", and "v_narrow" has a norm.
+OFTEN = [
+    pytest.param(options, id=name, marks=pytest.mark.slow if name in ("rotary", "normed") else ())
+    for name, options in CASES.items()
+]
+
+
+@pytest.mark.parametrize("options", OFTEN)
 def test_three_products_become_one(options):
     module = Attention(**options)
     x = torch.randn(BATCH, TOKENS, HIDDEN, requires_grad=True)
@@ -255,17 +262,16 @@ def test_few_tokens_are_left(monkeypatch):
     assert written(all_of_it) == (6, 6, None)
 
 
-@pytest.mark.parametrize("has_rest", [True, False])
-def test_opcheck_of_what_no_model_calls(has_rest):
+def test_opcheck_of_what_no_model_calls():
     dq, dk, q, k = (torch.randn(2, count, 5, 8) for count in (3, 2, 3, 2))
     tables = torch.rand(1, 1, 5, 8), torch.rand(1, 1, 5, 8)
-    rest, weights = torch.randn(10, 7) if has_rest else None, (torch.rand(8), torch.rand(8))
+    rest, weights = torch.randn(10, 7), (torch.rand(8), torch.rand(8))
     turned = *tables, "half", False, dq.dtype, dk.dtype
     normed = q, k, *weights, *tables, 1e-6, 0.0, True, True, True
     torch.library.opcheck(_ours.rotary_backward_late.default, (dq, dk, *turned))
     torch.library.opcheck(_ours.rotary_backward_packed.default, (dq, dk, rest, 1, *turned))
     torch.library.opcheck(_ours.norm_rotary_backward_late.default, (dq, dk, *normed))
-    torch.library.opcheck(_ours.norm_rotary_backward_packed.default, (dq, dk, rest, 1, *normed))
+    torch.library.opcheck(_ours.norm_rotary_backward_packed.default, (dq, dk, None, 1, *normed))
 
 
 @pytest.mark.gpu

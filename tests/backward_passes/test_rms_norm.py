@@ -18,6 +18,7 @@ from liger_compile.report import clear_reports, reports
 from liger_compile.testing import precision
 from tests.backward_passes.seen import Seen, names_of_ours
 from tests.helpers.gradients import gradients_of
+from tests.helpers.pairwise import parametrize
 
 pytestmark = pytest.mark.usefixtures("uncached")
 
@@ -66,11 +67,9 @@ def inputs():
     return torch.randn(BATCH, TOKENS, HIDDEN, requires_grad=True)
 
 
-@pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
-@pytest.mark.parametrize("layers", [1, 3])
-@pytest.mark.parametrize("passes_by", [True, False])
+@parametrize(mode=list(MODES), layers=[1, 3], passes_by=[True, False])
 def test_one_op_takes_all_of_it(mode, layers, passes_by):
-    module = Block(layers, passes_by=passes_by, **mode)
+    module = Block(layers, passes_by=passes_by, **MODES[mode])
     forward, backward = graphs_of(module, inputs())
     assert (forward, backward) == (FORWARD, ["pre_norm_backward_fused"])
 

@@ -98,9 +98,13 @@ def check(specimen: Specimen, inner: str = "aot_eager") -> float:
 
 
 @pytest.mark.parametrize(
-    "model", [pytest.param("GPT2LMHeadModel", marks=pytest.mark.slow), "LlamaForCausalLM"]
+    ("model", "layers"),
+    [
+        pytest.param("GPT2LMHeadModel", "n_layer", marks=pytest.mark.slow),
+        ("LlamaForCausalLM", "num_hidden_layers"),
+    ],
 )
-def test_policy_gradients_through_checkpoints(model: str, guards_of_ours) -> None:
+def test_policy_gradients_through_checkpoints(model: str, layers: str, guards_of_ours) -> None:
     """As trainers have it: logits of a completion, divided by a temperature, row by row; layers in checkpoints."""
 
     def loss(model, ids, labels):
@@ -112,7 +116,7 @@ def test_policy_gradients_through_checkpoints(model: str, guards_of_ours) -> Non
         ratio, advantage = torch.exp(log_p - log_p.detach()), torch.tensor([[1.0], [-1.0]])
         return -(torch.min(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage) * mask).sum() / mask.sum()
 
-    family = hf("policy", model)
+    family = hf("policy", model, **{layers: 1})
     trained = family.build()
     trained.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     options = {"liger.inner": "aot_eager", "liger.strict": True, "liger.policy": "always"}

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import liger_compile
-from tests.models.families import BY_NAME
+from tests.models.families import BY_NAME, of_one_layer
 from tests.models.harness import (
     Step,
     assert_replaced,
@@ -23,7 +23,7 @@ from tests.models.harness import (
 )
 
 EXACT = 1e-5
-LLAMA = BY_NAME["llama"]
+LLAMA = of_one_layer(BY_NAME["llama"])
 REPLACED = by_default(LLAMA.counts)
 
 

@@ -64,18 +64,22 @@ SLOW = (
 )
 
 
-def cases(names: Sequence[str]) -> list[Any]:
-    return [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in names]
+def cases(names: Sequence[str], slow: Sequence[str]) -> list[Any]:
+    return [pytest.param(name, marks=pytest.mark.slow if name in slow else ()) for name in names]
 
 
-@pytest.mark.parametrize("name", cases(SPELLINGS))
+# test_bfloat16 finds the same sites in them.
+IN_BFLOAT16 = ("gemma3n", "olmo_hybrid")
+
+
+@pytest.mark.parametrize("name", cases(SPELLINGS, SLOW + IN_BFLOAT16))
 def test_float32(name: str) -> None:
     skip_if_missing(BY_NAME[name].family)
     row = zoo.examine(BY_NAME[name], ["float32"])
     assert not row.problems, "\n".join(row.problems)
 
 
-@pytest.mark.parametrize("name", ["gemma3n", "nanochat", "olmo_hybrid"])
+@pytest.mark.parametrize("name", cases((*IN_BFLOAT16, "nanochat"), ("nanochat",)))
 def test_bfloat16(name: str) -> None:
     row = zoo.examine(BY_NAME[name], ["bfloat16"])
     assert not row.problems, "\n".join(row.problems)

@@ -82,14 +82,11 @@ def attention_nodes(run_liger, monkeypatch, function, *args, **options):
 
 @pytest.mark.parametrize("name", SPELLINGS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_spellings_are_one_site_with_the_numbers(run_liger, liger_is_as_right_as_eager, name, dtype):
-    function, args = SPELLINGS[name], inputs(dtype=dtype)
-    _, (report,) = run_liger(function, *args)
+def test_spellings_are_one_site_with_the_numbers(liger_is_as_right_as_eager, name, dtype):
+    liger_is_as_right_as_eager(SPELLINGS[name], *inputs(dtype=dtype))
+    (report,) = liger_compile.reports()
     (site,) = report.sites
     assert (site.kind, site.pattern) == ("replace", "attention.causal")
-    torch._dynamo.reset()
-    liger_compile.clear_reports()
-    liger_is_as_right_as_eager(function, *args)
 
 
 @pytest.mark.parametrize("name", SPELLINGS)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import liger_compile
 from liger_compile.testing import assert_refuses, assert_rewrites
 
 torch.manual_seed(0)
@@ -108,20 +109,14 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("function", LAYOUTS, ids=lambda f: f.__name__)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_q_and_k_are_one_site(run_liger, function, dtype):
+def test_q_and_k_are_one_site_with_the_numbers(liger_is_as_right_as_eager, function, dtype):
     cos, sin, layout = LAYOUTS[function]
-    _, (report,) = run_liger(function, *(t.to(dtype) for t in (Q, KEY, cos, sin)))
+    tables = (t.to(dtype) for t in (cos, sin))
+    liger_is_as_right_as_eager(function, Q.to(dtype), KEY.to(dtype), *tables, frozen=(2, 3))
+    (report,) = liger_compile.reports()
     (site,) = report.sites
     name = site.pattern.replace("_keeps_dtype", "")
     assert (name, site.kind) == (f"rotary.{layout}_pair", "replace")
-
-
-@pytest.mark.parametrize("function", LAYOUTS, ids=lambda f: f.__name__)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_numbers(liger_is_as_right_as_eager, function, dtype):
-    cos, sin, _ = LAYOUTS[function]
-    tables = (t.to(dtype) for t in (cos, sin))
-    liger_is_as_right_as_eager(function, Q.to(dtype), KEY.to(dtype), *tables, frozen=(2, 3))
 
 
 def test_one_tensor_alone(run_liger):
