@@ -41,6 +41,7 @@ WIDTHS = {
     "low_ms": 8,
     "high_ms": 8,
     "of_inductor": 11,
+    "launch_ms": 9,
     "peak_mib": 9,
     "peak_of_inductor": 16,
     "first_s": 7,
@@ -49,7 +50,18 @@ WIDTHS = {
     "replaced": 8,
     "error": 0,
 }
-FACTS = ("median_ms", "low_ms", "high_ms", "steps", "peak_mib", "first_s", "loss", "eager_loss", "grad_norm")
+FACTS = (
+    "median_ms",
+    "low_ms",
+    "high_ms",
+    "steps",
+    "launch_ms",
+    "peak_mib",
+    "first_s",
+    "loss",
+    "eager_loss",
+    "grad_norm",
+)
 TURN_SECONDS, FEWEST_STEPS, MOST_STEPS = 0.15, 3, 20  # of measured steps in a turn
 MEASURING = 12  # seconds that a case may need to be measured
 TURN_PATIENCE = 60  # seconds for one turn

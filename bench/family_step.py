@@ -102,10 +102,12 @@ class FamilyStep(Turns):
         import liger_compile
 
         found = self.settle()
+        launch = self.launch_ms()
         peak, scale = found["peak"], self._scaler.get_scale() if self._case.scaler else 1
         return {
             "step_s": found["step_s"],
             "grad_norm": round(found["grad_norm"] / scale, 5),
+            "launch_ms": "" if launch == "" else round(launch, 3),
             "peak_mib": "" if peak == "" else round(peak / 2**20, 1),
             "replaced": sum(report.count("replace") for report in liger_compile.reports()),
         }

@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import gc
 import os
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -20,6 +21,7 @@ LOCK = "BENCH_LOCK"  # variable of the environment: a file that processes lock
 SLOT = "BENCH_SLOT"  # likewise: a number that a process shares with some of the others
 SLOTS = 4  # such numbers: the step that compiles, or an eager one, needs as much memory as any
 WARMUP = 2  # steps that are not measured: after the first, which compiles, and in each turn
+LAUNCHED = 11  # steps whose launch is timed
 
 
 @contextlib.contextmanager
@@ -97,6 +99,22 @@ class Turns:
         peak = peak_bytes(self.run)
         self.clear()
         return peak
+
+    def launch_ms(self) -> float | str:
+        """Milliseconds that the CPU needs to launch a step, while the GPU waits for it; "" on a CPU.
+
+        A step whose GPU time is shorter is as long as this.
+        """
+        if self.device.type != "cuda":
+            return ""
+        found = []
+        for _ in range(LAUNCHED):
+            torch.cuda.synchronize()
+            begin = time.perf_counter()
+            self.run_marked(lambda: None)
+            found.append(1000 * (time.perf_counter() - begin))
+        torch.cuda.synchronize()
+        return statistics.median(found)
 
     def clear(self) -> None:
         """Leaves the GPU's memory to the next process, but for the weights."""

@@ -5,9 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch._subclasses import FakeTensorMode
 
-from liger_compile.patterns import cross_entropy, profit
-
 import liger_compile
+from liger_compile.patterns import cross_entropy, profit
 
 torch.manual_seed(0)
 
