@@ -16,29 +16,39 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from liger_compile.ops.answer_plan import WHOLE, Addend, Columns, Form, Output, Part, Plan, run
+from liger_compile.ops.answer_plan import (
+    WHOLE,
+    Addend,
+    Columns,
+    Form,
+    Output,
+    Part,
+    Plan,
+    kept_for_backward,
+    run,
+)
 from liger_compile.pattern import Match, Pattern
 from liger_compile.patterns.linear_cross_entropy import saved_bytes
 from liger_compile.patterns.profit import few_logits, needs_kernel
 from liger_compile.steps.questions import LEAST_CLASSES, find_questions
 
-# By arithmetic, not measured yet: at 8192 x 2048 x 151936, a matmul takes longer than all that Inductor does beside it.
-MORE_MATMULS = (
-    "backward would compute the logits again, with one matmul more than Inductor, which keeps them; "
-    "liger.policy='always' does so"
-)
-IN_ANOTHER_CALL = "; compute what is not the loss in another call to fuse head and loss"
-
 
 def profit(match: Match) -> str | None:
-    """Reject few classes, where the logits are no larger than the hidden states, and training, which takes longer."""
+    """Reject few classes, where the logits are no larger than the hidden states, and few logits.
+
+    By arithmetic, not measured yet: training takes the three matmuls of Inductor's code, and keeps the logits once.
+    """
     classes, width = match["weight"].shape
     if classes < LEAST_CLASSES * width:
         return f"{classes} classes are few for a hidden size of {width}: the logits are no larger than other values"
-    if match.result.requires_grad:
-        asked = (addend.question for output in match["plan"].outputs for addend in output.addends)
-        return MORE_MATMULS + IN_ANOTHER_CALL * ("cross_entropy" in asked)
     return needs_kernel(match) or few_logits(match.result.device, saved_bytes(match))
+
+
+def saves(match: Match) -> int | None:
+    """Return the bytes of the logits, unless they are kept for backward."""
+    head = match["x"], match["weight"], match["bias"]
+    keeps = kept_for_backward(match["plan"], head, None)
+    return 0 if keeps == "logits" else saved_bytes(match)
 
 
 def search(x, weight, bias: torch.Tensor | None, index):
@@ -94,7 +104,7 @@ PATTERNS = (
             "index": torch.empty(6, 1, dtype=torch.int64),
         },
         profit=profit,
-        saves=saved_bytes,
+        saves=saves,
         finds=find_questions,
         detaches=True,
     ),

@@ -191,6 +191,27 @@ class Plan:
         return asked & set(QUESTIONS)
 
     @property
+    def differentiable(self) -> set[str]:
+        """The questions whose answers may have gradients."""
+        addends = [
+            addend
+            for output in self.outputs
+            for addend in output.addends
+            if not (output.is_detached or addend.is_detached)
+        ]
+        asked = {
+            question for addend in addends for question in DERIVED.get(addend.question, (addend.question,))
+        }
+        if any(addend.loss and addend.loss[2] for addend in addends):
+            asked.add("log_probability_sum")
+        return asked - {"argmax", "top_columns"}
+
+    @property
+    def width(self) -> int:
+        """The number of columns of the index."""
+        return sum(columns.width for columns in self.columns)
+
+    @property
     def top(self) -> int:
         widths = [
             addend.width
@@ -233,9 +254,26 @@ def run(
         softcap=plan.form.softcap,
         teacher=_teacher(plan, teacher),
         memory=memory or 0,
+        keeps=kept_for_backward(plan, head, memory),
     )
     answering = _Answering(plan, made, entries, weight.shape[0], lead)
     return tuple(map(answering.value, plan.outputs))
+
+
+def kept_for_backward(plan: Plan, head: Head, memory: int | None) -> str:
+    """Returns what forward keeps, as in linear_softmax.py: for the fewest matmuls, and less memory than Inductor takes.
+
+    A user who limits the memory for logits gets the logits computed again instead.
+    """
+    x, weight, bias = head
+    learned = [tensor is not None and tensor.requires_grad for tensor in (x, weight, bias)]
+    if not torch.is_grad_enabled() or not any(learned):
+        return ""
+    asked = plan.differentiable
+    is_single = len(asked) == 1 and plan.width <= 1 and asked.isdisjoint(("top", "top_columns"))
+    if is_single and learned == [True, False, False] and x.dtype != torch.float16:
+        return next(iter(asked))
+    return "" if memory else "logits"
 
 
 def _teacher(plan: Plan, head: Head | None) -> linear_softmax.TeacherOf | None:

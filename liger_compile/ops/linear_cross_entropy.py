@@ -317,10 +317,15 @@ def _kernel_on_chunk(
     return logits, losses
 
 
-def device_logits(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Return F.linear(x, weight, bias) in a buffer with aligned rows, by matmuls that are fast for any vocabulary."""
+def device_logits(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
+    """Return F.linear(x, weight, bias) in a buffer with aligned rows, by matmuls that are fast for any vocabulary.
+
+    `out`: the buffer, with a multiple of PITCH columns; None for a new one.
+    """
     classes = weight.shape[0]
-    logits = x.new_empty(x.shape[0], -(-classes // PITCH) * PITCH)[:, :classes]
+    if out is None:
+        out = x.new_empty(x.shape[0], -(-classes // PITCH) * PITCH)
+    logits = out[:, :classes]
     for part in class_parts(classes, x.device):
         if bias is None:
             torch.mm(x, weight[part].t(), out=logits[:, part])
@@ -479,7 +484,7 @@ def _check_made(made: tuple[bool, ...], needs: tuple[bool, ...]) -> None:
 def _scaled(dloss: Tensor, made: Gradients, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients from forward times dloss, in float32, because a half precision would round dloss."""
     dx_factor, dweight_factor, dbias_factor = _factors(dloss, made)
-    dx, dweight = _times(made.dx, dx_factor), _times(made.dweight, dweight_factor)
+    dx, dweight = times(made.dx, dx_factor), times(made.dweight, dweight_factor)
     return dx, dweight, (made.dbias * dbias_factor).to(dtype)
 
 
@@ -500,7 +505,9 @@ def _factors(dloss: Tensor, made: Gradients) -> tuple[Tensor, Tensor, Tensor]:
     )
 
 
-def _times(gradient: Tensor, factor: Tensor) -> Tensor:
+def times(gradient: Tensor, factor: Tensor) -> Tensor:
+    """Return a gradient from forward, times a factor () or one for each row. May overwrite the gradient."""
+    """Return a gradient from forward, times a factor () or one for each row; the gradient is not read afterwards."""
     if gradient.dim() < 2:  # not needed
         return gradient
     if type(factor) is Tensor:

@@ -44,8 +44,10 @@ def eager(x, weight, bias, index, questions, top=0, logit_scale=1.0, softcap=Non
     return found
 
 
-def ours(x, weight, bias, index, questions, top=0, memory=0, **form) -> dict[str, Tensor]:
-    made = op.answers(x, weight, bias, set(questions), index=index, top=top, memory=memory, **form)
+def ours(x, weight, bias, index, questions, top=0, memory=0, keeps="", **form) -> dict[str, Tensor]:
+    made = op.answers(
+        x, weight, bias, set(questions), index=index, top=top, memory=memory, keeps=keeps, **form
+    )
     names = (*questions, *(("top", "top_columns") if top else ()))
     return {name: getattr(made, name) for name in names}
 

@@ -9,9 +9,19 @@ import torch
 
 from liger_compile.ops import dispatch
 from liger_compile.ops import linear_cross_entropy as chunks
+from liger_compile.ops import linear_softmax as op
 from liger_compile.testing import precision
 from tests.helpers.pairwise import parametrize
-from tests.helpers.softmax_questions import FORMS, SETS, eager, ours, outcome, tensors
+from tests.helpers.softmax_questions import (
+    DIFFERENTIABLE,
+    FORMS,
+    QUESTIONS,
+    SETS,
+    eager,
+    ours,
+    outcome,
+    tensors,
+)
 
 pytest.importorskip("triton")
 from liger_compile.kernels import launch
@@ -26,8 +36,8 @@ def small_chunks(monkeypatch):
     monkeypatch.setattr(chunks, "ROW_TILE", 4)
 
 
-def assert_no_worse(leaves, index, questions, top=0, **form):
-    found = outcome(ours(*leaves, index, questions, top, memory=1, **form), leaves)
+def assert_no_worse(leaves, index, questions, top=0, keeps="", **form):
+    found = outcome(ours(*leaves, index, questions, top, memory=1, keeps=keeps, **form), leaves)
     plain = outcome(eager(*leaves, index, questions, top, **form), leaves)
     doubles = precision.as_double(leaves)
     with precision.in_double():
@@ -47,6 +57,39 @@ def test_any_questions_are_no_worse_than_eager(
     with patch.object(kernels, "launch", wraps=launch) as launched:
         assert_no_worse(leaves, index, questions, top, **form)
     assert launched.called == has_kernel
+
+
+@pytest.mark.parametrize("has_kernel", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_logits_that_are_kept_give_the_same_gradients(device, small_chunks, monkeypatch, dtype, has_kernel):
+    monkeypatch.setattr(dispatch, "INTERPRET", has_kernel and device == "cpu")
+    *leaves, index = tensors(11, dtype, device, columns=3)
+    for form in FORMS:
+        again, kept = (
+            outcome(ours(*leaves, index, QUESTIONS, 2, memory=1, keeps=keeps, **form), leaves)
+            for keeps in ("", "logits")
+        )
+        torch.testing.assert_close(kept, again, rtol=0, atol=0)
+
+
+@parametrize(
+    question=DIFFERENTIABLE, dtype=[torch.float32, torch.bfloat16], form=FORMS, has_kernel=[True, False]
+)
+def test_the_gradient_of_one_answer_is_kept_for_a_frozen_head(
+    device, small_chunks, monkeypatch, question, dtype, form, has_kernel
+):
+    if not has_kernel:
+        if device == "cuda":
+            monkeypatch.setattr(dispatch, "DTYPES", ())
+        monkeypatch.setattr(dispatch, "INTERPRET", False)
+    x, weight, bias, index = tensors(11, dtype, device)
+    leaves = x, weight.detach(), bias.detach()
+    assert_no_worse(leaves, index, (question,), keeps=question, **form)
+    made = ours(*leaves, index, (question, "argmax"), keeps=question, **form)[question]
+    with patch.object(op, "gradients_by_chunk") as again:
+        for incoming in (0.0, 2.0):
+            torch.autograd.grad(made, x, torch.full_like(made, incoming), retain_graph=True)
+    assert not again.called
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
