@@ -11,6 +11,7 @@ them, so that the logits never exist as a whole. A single cross-entropy is left 
 computes its gradients in forward.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -24,13 +25,15 @@ from liger_compile.ops.answer_plan import (
     Output,
     Part,
     Plan,
+    Tail,
     kept_for_backward,
     run,
+    run_with_loss,
 )
 from liger_compile.pattern import Match, Pattern
 from liger_compile.patterns.linear_cross_entropy import saved_bytes
 from liger_compile.patterns.profit import few_logits, needs_kernel
-from liger_compile.steps.questions import LEAST_CLASSES, find_questions
+from liger_compile.steps.questions import LEAST_CLASSES, find_losses, find_questions
 
 
 def profit(match: Match) -> str | None:
@@ -80,11 +83,18 @@ def replace(
     **inputs,
 ):
     """Carry out a plan; `inputs` are input_0, input_1, ..., of which its columns are made."""
-    named = [inputs[f"input_{at}"] for at in range(len(inputs))] if index is None else [index]
-    teacher: Any = None
-    if teacher_x is not None:
-        teacher = _detached(teacher_x), _detached(teacher_weight), _detached(teacher_bias)
-    return run(plan, (x, weight, bias), teacher, named, loss_memory)
+    indices = _numbered("input", inputs) if index is None else [index]
+    teacher = _teacher(teacher_x, teacher_weight, teacher_bias)
+    return run(plan, (x, weight, bias), teacher, indices, loss_memory)
+
+
+def _numbered(name: str, values: Mapping[str, Any]) -> list[Any]:
+    """Return the values of NAME_0, NAME_1, ..., in order."""
+    return [values[key] for key in (f"{name}_{at}" for at in range(len(values))) if key in values]
+
+
+def _teacher(x, weight, bias) -> Any:
+    return None if x is None else (_detached(x), _detached(weight), _detached(bias))
 
 
 def _detached(tensor):
@@ -92,17 +102,73 @@ def _detached(tensor):
     return tensor if tensor is None or not torch.is_grad_enabled() else tensor.detach()
 
 
+def search_loss(x, weight, bias: torch.Tensor | None, index):
+    logp, entropy = search(x, weight, bias, index)
+    return logp, entropy, logp.sum()
+
+
+# The loss is the sum of the log-probabilities, whose gradients are ones.
+_EXAMPLE_TAIL = Tail(
+    '{"answers":["log_probabilities","entropy"],"others":0,"steps":[["aten.sum.default",[{"value":[0]}],{}],'
+    '["aten.ones_like.default",[{"value":[0]}],{}]],"dtype":"float32","loss":[2],'
+    '"gradients":{"log_probabilities":[3]},"of_others":{}}'
+)
+
+
+# Many parameters because they are the captures.
+def replace_loss(
+    x,
+    weight,
+    bias,
+    teacher_x=None,
+    teacher_weight=None,
+    teacher_bias=None,
+    plan=_EXAMPLE,
+    tail=_EXAMPLE_TAIL,
+    loss_memory=None,
+    index=None,
+    **values,
+):
+    """Carry out a plan and its loss; `values` are input_0, ..., as above, and other_0, ..., which the tail reads."""
+    indices = _numbered("input", values) if index is None else [index]
+    teacher, others = _teacher(teacher_x, teacher_weight, teacher_bias), _numbered("other", values)
+    return run_with_loss(plan, (x, weight, bias), teacher, indices, loss_memory, tail, others)
+
+
+def check_loss(match: Match) -> str | None:
+    """Reject float16, whose range is too small for gradients before they are scaled."""
+    if match["x"].dtype == torch.float16:
+        return (
+            "float16 has too small a range for gradients that are computed in forward, before they are scaled"
+        )
+    return None
+
+
+_INPUTS = {
+    "x": torch.empty(6, 8),
+    "weight": torch.empty(11, 8),
+    "bias": torch.empty(11),
+    "index": torch.empty(6, 1, dtype=torch.int64),
+}
+
 PATTERNS = (
+    Pattern(
+        name="linear_softmax.loss",
+        search=search_loss,
+        replace=replace_loss,
+        examples=_INPUTS,
+        check=check_loss,
+        profit=profit,
+        saves=saved_bytes,
+        finds=find_losses,
+        is_loss=True,
+        detaches=True,
+    ),
     Pattern(
         name="linear_softmax.questions",
         search=search,
         replace=replace,
-        examples={
-            "x": torch.empty(6, 8),
-            "weight": torch.empty(11, 8),
-            "bias": torch.empty(11),
-            "index": torch.empty(6, 1, dtype=torch.int64),
-        },
+        examples=_INPUTS,
         profit=profit,
         saves=saves,
         finds=find_questions,

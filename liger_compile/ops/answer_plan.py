@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import linear_softmax
+from . import linear_softmax, linear_softmax_loss
 from .softmax_questions import QUESTIONS
 
 
@@ -191,6 +191,12 @@ class Plan:
         return asked & set(QUESTIONS)
 
     @property
+    def answered(self) -> set[str]:
+        """The names of the answers that the op computes."""
+        of_top = {"top", "top_columns"} if self.top else set[str]()
+        return self.questions | of_top | ({"divergence"} if self.teacher is not None else set[str]())
+
+    @property
     def differentiable(self) -> set[str]:
         """The questions whose answers may have gradients."""
         addends = [
@@ -229,6 +235,19 @@ DERIVED: Mapping[str, tuple[str, ...]] = {
 }
 
 
+@dataclass(frozen=True)
+class Tail:
+    """What follows the answers up to a loss, as in linear_softmax_loss.py.
+
+    Args:
+        program: of the answers, the other operands, and the entries of some columns, which come last.
+        entries: the positions of these columns.
+    """
+
+    program: str
+    entries: tuple[int, ...] = ()
+
+
 def run(
     plan: Plan, head: Head, teacher: Head | None, inputs: Sequence[Tensor], memory: int | None
 ) -> tuple[Tensor, ...]:
@@ -237,27 +256,57 @@ def run(
     Args:
         inputs: the inputs that the columns are made of, int64.
     """
-    x, weight, bias = plan.form.of(head)
-    lead = x.shape[:-1]
-    entries = [columns.of(inputs, lead) for columns in plan.columns]
-    valid = [
-        _valid(values, columns.ignore_index) for values, columns in zip(entries, plan.columns, strict=True)
-    ]
-    made = linear_softmax.answers(
-        x.reshape(-1, x.shape[-1]),
-        weight,
-        bias,
-        plan.questions,
-        index=torch.cat(valid, -1) if len(valid) > 1 else next(iter(valid), None),
-        top=plan.top,
-        logit_scale=plan.form.logit_scale,
-        softcap=plan.form.softcap,
-        teacher=_teacher(plan, teacher),
-        memory=memory or 0,
-        keeps=kept_for_backward(plan, head, memory),
+    asked = _Asked(plan, head, teacher, inputs, memory)
+    found = linear_softmax.answers(
+        *asked.head, plan.questions, keeps=kept_for_backward(plan, head, memory), **asked.arguments
     )
-    answering = _Answering(plan, made, entries, weight.shape[0], lead)
-    return tuple(map(answering.value, plan.outputs))
+    return tuple(map(asked.answering(found).value, plan.outputs))
+
+
+# Many parameters because a loss has all that its answers have.
+def run_with_loss(
+    plan: Plan,
+    head: Head,
+    teacher: Head | None,
+    inputs: Sequence[Tensor],
+    memory: int | None,
+    tail: Tail,
+    others: Sequence[Tensor],
+) -> tuple[Tensor, ...]:
+    """Returns the values of the outputs, and the loss. `others`: the other operands of the tail's program."""
+    asked = _Asked(plan, head, teacher, inputs, memory)
+    others = [*others, *(asked.entries[at] for at in tail.entries)]
+    found, loss = linear_softmax_loss.loss_of_answers(
+        *asked.head, plan.questions, tail.program, others, lead=[*asked.lead], **asked.arguments
+    )
+    return *map(asked.answering(found).value, plan.outputs), loss
+
+
+class _Asked:
+    """The arguments of an op that answers the questions of a plan."""
+
+    def __init__(
+        self, plan: Plan, head: Head, teacher: Head | None, inputs: Sequence[Tensor], memory: int | None
+    ) -> None:
+        x, weight, bias = plan.form.of(head)
+        self.plan, self.lead = plan, x.shape[:-1]
+        self.head = x.reshape(-1, x.shape[-1]), weight, bias
+        self.entries = [columns.of(inputs, self.lead) for columns in plan.columns]
+        valid = [
+            _valid(values, columns.ignore_index)
+            for values, columns in zip(self.entries, plan.columns, strict=True)
+        ]
+        self.arguments: dict[str, Any] = {
+            "index": torch.cat(valid, -1) if len(valid) > 1 else next(iter(valid), None),
+            "top": plan.top,
+            "logit_scale": plan.form.logit_scale,
+            "softcap": plan.form.softcap,
+            "teacher": _teacher(plan, teacher),
+            "memory": memory or 0,
+        }
+
+    def answering(self, found: linear_softmax.Answers) -> Answering:
+        return Answering(self.plan, found, self.entries, self.head[1].shape[0], self.lead)
 
 
 def kept_for_backward(plan: Plan, head: Head, memory: int | None) -> str:
@@ -288,7 +337,15 @@ def _valid(entries: Tensor, ignore_index: int | None) -> Tensor:
     return entries if ignore_index is None else entries.masked_fill(entries == ignore_index, 0)
 
 
-class _Answering:
+class Answering:
+    """Derives the values of outputs from answers.
+
+    Args:
+        entries: of the columns of the plan, (N, width) each.
+        classes: V.
+        lead: the leading sizes of the rows.
+    """
+
     def __init__(
         self,
         plan: Plan,

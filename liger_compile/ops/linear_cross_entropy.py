@@ -117,7 +117,7 @@ class Gradients(NamedTuple):
     class_scales: Tensor
 
 
-def _empty_gradients(x: Tensor, weight: Tensor, needs: tuple[bool, bool, bool]) -> Gradients:
+def empty_gradients(x: Tensor, weight: Tensor, needs: tuple[bool, bool, bool]) -> Gradients:
     needs_dx, needs_dweight, needs_dbias = needs
     wide = accumulation_dtype(x.dtype)
     has_class_scales = needs_dweight and x.dtype == torch.float16
@@ -233,7 +233,7 @@ def gradients_by_chunk(
         return made._replace(dx=dx, dweight=dweight)
     needs_dx, needs_dweight, _ = needs
     chunks = chunks_of(x, weight, needs_dweight, memory)
-    made = _empty_gradients(x, weight, needs)
+    made = empty_gradients(x, weight, needs)
     made.token_scales.fill_(1)
     dx_sum, dweight_sum = _sums(x, made, len(chunks), scale, memory)
     # On a CPU, dbias_sum adds up many short blocks, which would lose more precision than the single sum of eager code.
@@ -386,7 +386,7 @@ def _(
     memory: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     loss = x.new_empty(x.shape[:1] if reduction == "none" else (), dtype=accumulation_dtype(x.dtype))
-    dx, dweight, dbias, *scales = _empty_gradients(x, weight, (needs_dx, needs_dweight, needs_dbias))
+    dx, dweight, dbias, *scales = empty_gradients(x, weight, (needs_dx, needs_dweight, needs_dbias))
     return loss, dx, dweight, dbias, scales[0], scales[1]
 
 
@@ -433,7 +433,7 @@ def _(
     needs_dbias: bool,
     memory: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dx, dweight, dbias, *_ = _empty_gradients(x, weight, (needs_dx, needs_dweight, needs_dbias))
+    dx, dweight, dbias, *_ = empty_gradients(x, weight, (needs_dx, needs_dweight, needs_dbias))
     return dx, dweight, dbias.to(x.dtype)
 
 
@@ -464,24 +464,25 @@ def _backward(ctx: Any, dloss: Tensor | None, *others: None) -> tuple[Tensor | N
             dloss, *ctx.saved_tensors, *ctx.terms, *needs, ctx.memory
         )
     else:
-        _check_made(ctx.made, needs)
-        gradients = _scaled(dloss, Gradients(*ctx.saved_tensors), ctx.dtype)
+        check_made("linear_cross_entropy", ctx.made, needs)
+        gradients = scaled(dloss, Gradients(*ctx.saved_tensors), ctx.dtype)
     dx, dweight, dbias = (grad if needed else None for grad, needed in zip(gradients, needs, strict=True))
     return padded(ctx, dx, dweight, None, dbias)
 
 
-def _check_made(made: tuple[bool, ...], needs: tuple[bool, ...]) -> None:
+def check_made(op: str, made: tuple[bool, ...], needs: tuple[bool, ...]) -> None:
+    """Raise if backward needs a gradient that forward did not compute, or a second derivative."""
     if torch.is_grad_enabled():  # create_graph=True: autograd has no path from these to x and weight
-        raise second_derivative_error("linear_cross_entropy")
+        raise second_derivative_error(op)
     for name, was_made, needed in zip(("dx", "dweight", "dbias"), made, needs, strict=True):
         if needed and not was_made:
             raise RuntimeError(
-                f"linear_cross_entropy: expected needs_{name}=True for an input that requires grad, got False; "
-                "call liger_compile.functional.linear_cross_entropy, which sets it"
+                f"{op}: expected needs_{name}=True for an input that requires grad, got False; "
+                f"call liger_compile.functional.{op}, which sets it"
             )
 
 
-def _scaled(dloss: Tensor, made: Gradients, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+def scaled(dloss: Tensor, made: Gradients, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients from forward times dloss, in float32, because a half precision would round dloss."""
     dx_factor, dweight_factor, dbias_factor = _factors(dloss, made)
     dx, dweight = times(made.dx, dx_factor), times(made.dweight, dweight_factor)

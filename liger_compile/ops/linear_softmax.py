@@ -29,7 +29,7 @@ they are added, as eager code adds the gradients of two readers.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -290,35 +290,50 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def _backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
     *tensors, columns, statistics, kept, kept_teacher = ctx.saved_tensors
     of = Answers(*gradients[: len(Answers._fields)])  # pyright: ignore[reportArgumentType]
-    upstream = {question: gradient for question, gradient in _incoming(of) if question in ctx.asked}
-    if not upstream and of.top is None and of.divergence is None:
+    if all(gradient is None for gradient in of):
         return padded(ctx)
-    needs_dx, needs_dweight, needs_dbias, *of_others = ctx.needs_input_grad
-    if any(of_others):
-        raise RuntimeError(
-            "linear_softmax: expected a teacher that needs no gradient, got one that requires it; detach its inputs "
-            "and weight"
-        )
-    needs = needs_dx, needs_dweight, needs_dbias
+    *needs, _, _, _ = ctx.needs_input_grad[:6]
+    check_teacher("linear_softmax", ctx.needs_input_grad)
     if (scaled := _gradient_of_one(ctx, of, kept)) is not None:
         return padded(ctx, scaled)
-    has_logits = ctx.keeps == "logits"
-    made = coefficients(upstream, statistics, tensors[1].shape[0])
-    made = made._replace(columns=_with_top(made.columns, of.top, columns))
+    both = (kept, kept_teacher) if ctx.keeps == "logits" else (None, None)
+    at = (*tensors, columns, statistics)
+    return padded(ctx, *backward_of_answers(at, of, both, ctx.asked, ctx.terms, needs, ctx.memory))
+
+
+def check_teacher(op: str, needs: Sequence[bool]) -> None:
+    """Raise if the teacher's inputs, which follow the student's, require gradients."""
+    if any(needs[3:6]):
+        raise RuntimeError(
+            f"{op}: expected a teacher that needs no gradient, got one that requires it; detach its inputs and weight"
+        )
+
+
+def backward_of_answers(
+    saved: Sequence[Any],
+    of: Answers,
+    kept: tuple[Tensor | None, Tensor | None],
+    asked: set[str],
+    terms: Sequence[Any],
+    needs: Sequence[bool],
+    memory: int,
+) -> tuple[Tensor | None, ...]:
+    """Return (dx, dweight, dbias), each None where not needed, for incoming gradients `of` the answers.
+
+    Args:
+        saved: x, weight, bias, those of the teacher, columns and statistics.
+        kept: the logits of student and teacher; None computes them again.
+        terms: scale, cap, kind, beta, and the teacher's scale and cap.
+    """
+    *_, columns, statistics = saved
+    upstream = {question: gradient for question, gradient in _incoming(of) if question in asked}
+    made = coefficients(upstream, statistics, saved[1].shape[0])
+    made = made._replace(columns=with_top(made.columns, of.top, columns))
+    kept = (kept[0], None if of.divergence is None else kept[1])
     found = torch.ops.liger_compile.linear_softmax_backward.default(
-        *tensors,
-        columns,
-        statistics,
-        *made,
-        of.divergence,
-        kept if has_logits else None,
-        kept_teacher if has_logits and of.divergence is not None else None,
-        *ctx.terms,
-        *needs,
-        ctx.memory,
+        *saved, *made, of.divergence, *kept, *terms, *needs, memory
     )
-    dx, dweight, dbias = (grad if needed else None for grad, needed in zip(found, needs, strict=True))
-    return padded(ctx, dx, dweight, dbias)
+    return tuple(grad if needed else None for grad, needed in zip(found, needs, strict=True))
 
 
 def _incoming(of: Answers) -> Iterator[tuple[str, Tensor]]:
@@ -339,7 +354,7 @@ def _gradient_of_one(ctx: Any, of: Answers, kept: Tensor) -> Tensor | None:
     return times(kept, torch.where(upstream.isfinite(), upstream, float("nan")))
 
 
-def _with_top(at_index: Tensor | None, of_top: Tensor | None, columns: Tensor | None) -> Tensor | None:
+def with_top(at_index: Tensor | None, of_top: Tensor | None, columns: Tensor | None) -> Tensor | None:
     """Return the incoming gradients at all columns: those of the index, then those of the largest scores."""
     given = [gradient for gradient in (at_index, of_top) if gradient is not None]
     if columns is None or not given or columns.shape[-1] == sum(g.shape[-1] for g in given):

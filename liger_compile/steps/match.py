@@ -104,9 +104,18 @@ def find_matches(
 
 
 def _is_in_loss(match: Match, others: Sequence[Match]) -> bool:
-    """Returns whether a loss, which computes its gradients in forward, replaces all that `match` would replace."""
-    losses = (set(other.nodes) for other in others if other.pattern.is_loss)
-    return any(nodes.issuperset(match.nodes) for nodes in losses)
+    """Returns whether a loss, which computes its gradients in forward, replaces all that `match` would replace.
+
+    Of a match that ends in a loss, these are the values that the loss is computed from. The loss of each token has its
+    own incoming gradient, so that its gradients are not computed in forward.
+    """
+    losses = (other for other in others if other.pattern.is_loss and not _is_of_tokens(other))
+    own = match.outputs[:-1] if match.pattern.is_loss else match.nodes
+    return any(set(other.nodes).issuperset(own) for other in losses)
+
+
+def _is_of_tokens(match: Match) -> bool:
+    return match.result.dim() > 0 and match.result.requires_grad
 
 
 def _has_near_misses(pattern: Pattern) -> bool:

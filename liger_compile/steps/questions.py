@@ -8,8 +8,8 @@ reads a wide value, the logits are needed anyway: the place is a near miss, with
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch.fx import Graph, Node
 
 from liger_compile.ops.answer_plan import WHOLE, Addend, Box, Columns, Form, Output, Part, Plan
 from liger_compile.pattern import Capture, Match, NearMiss, Pattern
+from liger_compile.steps.tails import FoundTail, NoTailError, find_tail
 from liger_compile.terms.build import Terms
 from liger_compile.terms.questions import (
     LINEAR,
@@ -75,22 +76,70 @@ class _Found:
 
 def find_questions(pattern: Pattern, graph: Graph, terms: Terms) -> tuple[list[Match], list[NearMiss]]:
     """Returns the matches of `pattern`, whose replacement carries out a plan, and the near misses."""
-    reader = Reader(terms.space, terms.written_whole)
-    matches: list[Match] = []
-    near_misses: list[NearMiss] = []
-    for found in _places(graph, reader, terms):
-        if not _is_worth_a_plan(found, reader, terms):
-            continue
-        try:
-            if found.others:
-                raise _UnansweredError(_why_read(*found.others[0]))
-            matches.append(_match(pattern, found, terms))
-        except _UnansweredError as reason:
-            near_misses.append(_near_miss(pattern, found, str(reason)))
-    return matches, near_misses
+    places = _plans(graph, terms)
+    near_misses = [_near_miss(pattern, place.found, place.why_left) for place in places if place.why_left]
+    return [_match(pattern, place) for place in places if not place.why_left], near_misses
 
 
-def _places(graph: Graph, reader: Reader, terms: Terms) -> Iterator[_Found]:
+def find_losses(pattern: Pattern, graph: Graph, terms: Terms) -> tuple[list[Match], list[NearMiss]]:
+    """Returns the matches of `pattern`, whose replacement also computes the loss that follows the questions.
+
+    Their last output is the loss. A place without such a loss is left to find_questions.
+    """
+    matches = [_match(pattern, place, place.tail) for place in _plans(graph, terms) if place.tail]
+    return matches, []
+
+
+@dataclass(frozen=True)
+class _Site:
+    """A head that only questions read, or the reason why it is left.
+
+    Args:
+        outputs: the questions.
+        tail: the loss that follows them; None for `why_no_tail`.
+    """
+
+    found: _Found
+    why_left: str = ""
+    outputs: tuple[Node, ...] = ()
+    captures: Mapping[str, Any] = field(default_factory=dict)
+    position: Mapping[Node, int] = field(default_factory=dict)
+    tail: FoundTail | None = None
+    why_no_tail: str = ""
+
+
+def _plans(graph: Graph, terms: Terms) -> list[_Site]:
+    """Returns the places of a graph; once for all patterns."""
+    if "questions" not in terms.memo:
+        reader = Reader(terms.space, terms.written_whole)
+        found = [each for each in _heads(graph, reader, terms) if _is_worth_a_plan(each, reader, terms)]
+        terms.memo["questions"] = [_place(each, terms) for each in found]
+    return terms.memo["questions"]
+
+
+def _place(found: _Found, terms: Terms) -> _Site:
+    try:
+        if found.others:
+            raise _UnansweredError(_why_read(*found.others[0]))
+        outputs = _outputs(found, terms)
+        captures = _captures(found, outputs, terms)
+    except _UnansweredError as reason:
+        return _Site(found, str(reason))
+    place = _Site(found, "", (*outputs,), captures, terms.mutations.position)
+    head = tuple(_value(captures[name]) for name in ("x", "weight", "bias"))
+    try:
+        return replace(
+            place, tail=find_tail(captures["plan"], outputs, head, _value(captures["teacher_x"]), terms)
+        )
+    except NoTailError as reason:
+        return replace(place, why_no_tail=str(reason))
+
+
+def _value(capture: Capture | None) -> Any:
+    return None if capture is None else capture.value
+
+
+def _heads(graph: Graph, reader: Reader, terms: Terms) -> Iterator[_Found]:
     """Yields the readers of each head, or of several heads that are read together."""
     linear = {term: None for term in terms.of.values() if isinstance(term, Term) and term.op == "linear"}
     for term in linear:
@@ -172,7 +221,9 @@ def _is_worth_a_plan(found: _Found, reader: Reader, terms: Terms) -> bool:
     """Returns whether there are questions that the patterns of single losses do not answer."""
     asked = [one for narrow in found.questions.values() for one in narrow.asked]
     if len(found.questions) == 1 and len(asked) == 1 and asked[0].question == "cross_entropy":
-        return False
+        # linear_cross_entropy computes the gradients of a mean or a sum in forward.
+        is_reduced = asked[0].loss is not None and asked[0].loss[1] != "none"
+        return not is_reduced and any(map(_needs_gradient, found.questions))
     if not asked:
         return bool(found.others) and _looks_like_loss(found, reader, terms)
     is_loss = any(one.question in _OF_LOSSES | PAIRS for one in asked)
@@ -229,9 +280,8 @@ def _outputs(found: _Found, terms: Terms) -> list[Node]:
     return sorted(found.questions, key=lambda node: (not _needs_gradient(node), position[node]))
 
 
-def _match(pattern: Pattern, found: _Found, terms: Terms) -> Match:
-    """Returns the match of all questions about one head."""
-    outputs = _outputs(found, terms)
+def _captures(found: _Found, outputs: Sequence[Node], terms: Terms) -> dict[str, Any]:
+    """Returns the captures of a match of all questions about one head."""
     planned = _Planned([found.questions[node] for node in outputs], terms)
     captures: dict[str, Any] = {}
     for prefix, symbol in (("", planned.student), ("teacher_", planned.teacher)):
@@ -242,11 +292,23 @@ def _match(pattern: Pattern, found: _Found, terms: Terms) -> Match:
         captures[f"{prefix}bias"] = _capture(head.bias, terms) if head is not None and has_bias else None
     captures["plan"] = planned.plan([not _needs_gradient(node) for node in outputs])
     captures.update({f"input_{at}": _capture(term, terms) for at, term in enumerate(planned.inputs)})
-    position = terms.mutations.position
-    nodes = sorted({*found.wide, *outputs}, key=position.__getitem__)
+    return captures
+
+
+def _match(pattern: Pattern, place: _Site, tail: FoundTail | None = None) -> Match:
+    captures, outputs, inner = {**place.captures}, place.outputs, [*place.found.wide, *place.outputs]
+    if tail is not None:
+        captures["tail"] = tail.tail
+        captures.update({f"other_{at}": _as_captured(node) for at, node in enumerate(tail.others)})
+        outputs, inner = (*outputs, tail.root), [*inner, *tail.nodes]
+    position = place.position
     operands = {bound.node for bound in captures.values() if isinstance(bound, Capture)}
-    in_order = sorted(operands, key=position.__getitem__)
-    return Match(pattern, captures, tuple(outputs), tuple(nodes), tuple(in_order))
+    nodes, in_order = (sorted({*each}, key=position.__getitem__) for each in (inner, operands))
+    return Match(pattern, captures, outputs, tuple(nodes), tuple(in_order))
+
+
+def _as_captured(node: Node) -> Capture:
+    return Capture(node, (), node.meta["example_value"])
 
 
 def _needs_gradient(node: Node) -> bool:

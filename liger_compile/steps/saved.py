@@ -48,13 +48,14 @@ def saved_by(nodes: Sequence[Node], region: Region) -> set[int | None]:
     with fake_mode, no_guards(result), region.entered(), saved_tensors_into(storages):
         try:
             for node in nodes:
-                values[node] = _run(node, values)
+                values[node] = run_node(node, values)
         except Exception:  # the caller then copies more than it would need to
             return storages
     return storages
 
 
-def _run(node: Node, values: dict[Node, Any]) -> Any:
+def run_node(node: Node, values: dict[Node, Any]) -> Any:
+    """Returns the result of a node for the values of its operands; those without a value have their example's."""
     args, kwargs = map_arg((node.args, node.kwargs), lambda arg: _value(arg, values))
     if node.op == "call_method":
         return getattr(args[0], str(node.target))(*args[1:], **kwargs)

@@ -57,6 +57,7 @@ class Terms:
         self.written_whole: dict[Term, Term] = {}
         self._views: dict[Term, Term] | None = None
         self.passes_through: set[Node] = set()  # nodes that only restore the value of an ancestor
+        self.memo: dict[str, Any] = {}  # what readers of these terms have found, by their names
         self.mutations = mutations
         self.regions = regions or Regions(graph)
         self._later: dict[tuple[Node, int], Value] = {}  # (node, number of writes) -> the value after them
