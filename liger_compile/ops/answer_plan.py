@@ -242,10 +242,12 @@ class Tail:
     Args:
         program: of the answers, the other operands, and the entries of some columns, which come last.
         entries: the positions of these columns.
+        output: the position of the output that is the loss; None if the loss is computed from outputs.
     """
 
     program: str
     entries: tuple[int, ...] = ()
+    output: int | None = None
 
 
 def run(
@@ -273,13 +275,16 @@ def run_with_loss(
     tail: Tail,
     others: Sequence[Tensor],
 ) -> tuple[Tensor, ...]:
-    """Returns the values of the outputs, and the loss. `others`: the other operands of the tail's program."""
+    """Returns the values of the outputs, and the loss if it is none. `others`: the other operands of the program."""
     asked = _Asked(plan, head, teacher, inputs, memory)
     others = [*others, *(asked.entries[at] for at in tail.entries)]
     found, loss = linear_softmax_loss.loss_of_answers(
         *asked.head, plan.questions, tail.program, others, lead=[*asked.lead], **asked.arguments
     )
-    return *map(asked.answering(found).value, plan.outputs), loss
+    answering = asked.answering(found)
+    if tail.output is None:
+        return *map(answering.value, plan.outputs), loss
+    return tuple(loss if at == tail.output else answering.value(one) for at, one in enumerate(plan.outputs))
 
 
 class _Asked:

@@ -56,6 +56,7 @@ from .softmax_chunks import (
 from .softmax_questions import QUESTIONS, STATISTICS, coefficients
 
 
+# Long because an operator has one list of arguments and one of results.
 @opaque_op
 def linear_softmax_loss(
     x: Tensor,

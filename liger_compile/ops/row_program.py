@@ -76,7 +76,18 @@ UNTAGGED = frozenset(
         *("smooth_l1_loss", "smooth_l1_loss_backward"),
     )
 )
-REDUCED = frozenset(("sum", "mean", "amax", "amin", "any", "all", "prod"))
+REDUCED = frozenset(("sum", "mean", "amax", "amin", "any", "all", "prod", "logsumexp"))
+# An element depends on the elements in one dimension of each operand.
+ALONG = frozenset(
+    (
+        "_softmax",
+        "_log_softmax",
+        "_softmax_backward_data",
+        "_log_softmax_backward_data",
+        "cumsum",
+        "logcumsumexp",
+    )
+)
 
 
 @dataclass(frozen=True)
@@ -154,6 +165,8 @@ def read(text: str) -> Program:
 def _operator(name: str) -> Any:
     namespace, packet, overload = name.split(".")
     assert namespace == "aten", "a program calls operators of ATen"
+    if packet in ("view", "_unsafe_view"):  # strides may differ from those for which the program was written
+        return torch.ops.aten.reshape.default
     return getattr(getattr(torch.ops.aten, packet), overload)
 
 
@@ -288,13 +301,14 @@ class _Rows(Run):
             return operands[0]
         if step.name in REDUCED:
             return self._reduced(step, operands[0], out)
-        joined = functools.reduce(_joined, operands)
-        return _each(
-            out,
-            lambda part: (
-                joined if step.is_elementwise and part.shape == joined.shape else _full(part, SEVERAL)
-            ),
-        )
+        joined, is_known = functools.reduce(_joined, operands), step.is_elementwise
+        if step.name in ALONG:
+            joined, is_known = self._reduced(step, joined, out, keeps=True).expand(joined.shape), True
+
+        def at_part(part: Tensor) -> Tensor:
+            return joined if is_known and part.shape == joined.shape else _full(part, SEVERAL)
+
+        return _each(out, at_part)
 
     def _moved(self, step: Step) -> Any:
         """Run a step on rows, which moves them as it moves elements. Padding depends on no row."""
@@ -311,7 +325,7 @@ class _Rows(Run):
         )
         return found if isinstance(found, Tensor) else [*found]
 
-    def _reduced(self, step: Step, rows: Tensor, out: Any) -> Any:
+    def _reduced(self, step: Step, rows: Tensor, out: Any, keeps: bool = False) -> Any:
         """Return the rows of a reduction: the only row of the elements that are reduced, if they have one."""
         names = [argument.name for argument in schema_of(step.operator).arguments]
         given = dict(zip(names, map(self.argument, step.args), strict=False))
@@ -320,7 +334,7 @@ class _Rows(Run):
         dims = [dims] if isinstance(dims, int) else dims or [*range(rows.dim())]
         if not dims or not rows.numel():
             return rows if not dims else _spread(out, NONE)
-        dims, keeps = [dim % rows.dim() for dim in dims], bool(given.get("keepdim"))
+        dims, keeps = [dim % rows.dim() for dim in dims], keeps or bool(given.get("keepdim"))
         low = torch.where(rows == NONE, torch.iinfo(torch.int64).max, rows).amin(dims, keepdim=keeps)
         high, lowest = rows.amax(dims, keepdim=keeps), rows.amin(dims, keepdim=keeps)
         one = torch.where(low == high, high, SEVERAL)

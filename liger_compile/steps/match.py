@@ -106,12 +106,26 @@ def find_matches(
 def _is_in_loss(match: Match, others: Sequence[Match]) -> bool:
     """Returns whether a loss, which computes its gradients in forward, replaces all that `match` would replace.
 
-    Of a match that ends in a loss, these are the values that the loss is computed from. The loss of each token has its
+    Of a match that ends in a loss, these are the values from which the loss is computed. The loss of each token has its
     own incoming gradient, so that its gradients are not computed in forward.
     """
     losses = (other for other in others if other.pattern.is_loss and not _is_of_tokens(other))
-    own = match.outputs[:-1] if match.pattern.is_loss else match.nodes
-    return any(set(other.nodes).issuperset(own) for other in losses)
+    if not match.pattern.is_loss:
+        return any(set(other.nodes).issuperset(match.nodes) for other in losses)
+    return any(
+        all(_depends_on(node, other.outputs[0]) for node in set(match.outputs) - set(other.nodes))
+        for other in losses
+        if not set(match.outputs).isdisjoint(other.nodes)
+    )
+
+
+def _depends_on(node: Node, other: Node) -> bool:
+    seen, waiting = {node}, [node]
+    while waiting:
+        new = set(waiting.pop().all_input_nodes) - seen
+        seen |= new
+        waiting += new
+    return other in seen
 
 
 def _is_of_tokens(match: Match) -> bool:

@@ -300,7 +300,8 @@ def _match(pattern: Pattern, place: _Site, tail: FoundTail | None = None) -> Mat
     if tail is not None:
         captures["tail"] = tail.tail
         captures.update({f"other_{at}": _as_captured(node) for at, node in enumerate(tail.others)})
-        outputs, inner = (*outputs, tail.root), [*inner, *tail.nodes]
+        outputs = outputs if tail.root in outputs else (*outputs, tail.root)
+        inner += tail.nodes
     position = place.position
     operands = {bound.node for bound in captures.values() if isinstance(bound, Capture)}
     nodes, in_order = (sorted({*each}, key=position.__getitem__) for each in (inner, operands))

@@ -25,7 +25,7 @@ from liger_compile.steps.saved import run_node
 from liger_compile.terms.build import Terms
 from liger_compile.terms.term import size_of
 from liger_compile.torch_internals.dispatch import TorchDispatchMode, without_dispatch_modes
-from liger_compile.torch_internals.operators import OpOverload, schema_of
+from liger_compile.torch_internals.operators import OpOverload, counterpart, name_of, schema_of
 from liger_compile.torch_internals.pytree import tree_leaves
 from liger_compile.torch_internals.tensors import storage_of
 
@@ -114,10 +114,9 @@ def _root(outputs: Sequence[Node]) -> Node:
     for node in graph.nodes:
         if node not in reached:
             continue
-        is_all = begun == len(asking) and open_until <= position[node]
-        if is_all and node not in asking and _is_scalar(node):
-            return node
         begun += node in asking
+        if begun == len(asking) and open_until <= position[node] and _is_scalar(node):
+            return node
         open_until = max(open_until, last[node])
     raise NoTailError("the gradients do not come from one loss, a scalar of the graph")
 
@@ -128,7 +127,12 @@ def _is_scalar(node: Node) -> bool:
 
 
 def _between(outputs: Sequence[Node], root: Node) -> list[Node]:
-    """Returns the nodes that depend on questions and that the loss depends on, with the loss, in graph order."""
+    """Returns the nodes that depend on questions and that the loss depends on, with the loss, in graph order.
+
+    A loss that is a question, such as a sum, needs no more.
+    """
+    if root in outputs:
+        return []
     needed, waiting = {root}, [root]
     while waiting:
         for arg in waiting.pop().all_input_nodes:
@@ -174,10 +178,9 @@ def _is_large(node: Node, most: int) -> bool:
 
 
 def _is_small(node: Node, terms: Terms, most: int) -> bool:
-    """Returns whether a node is an operation without a gradient on some numbers for each row."""
+    """Returns whether a node is an operation on some numbers for each row."""
     is_operation = node.op in ("call_function", "call_method") and not terms.regions.of[node].transforms
-    is_plain = is_operation and terms.mutations.is_clean(node) and not _needs_gradient(node)
-    return is_plain and not _is_large(node, most)
+    return is_operation and terms.mutations.is_clean(node) and not _is_large(node, most)
 
 
 def _check(node: Node, terms: Terms) -> None:
@@ -237,7 +240,8 @@ class _Writer:
         program = steps.program(names, answers, others, loss, gradients)
         if why := _why_not_by_rows(program, answers, others, dims):
             raise NoTailError(why)
-        return answer_plan.Tail(program, tuple(counted))
+        output = self.outputs.index(root) if root in self.outputs else None
+        return answer_plan.Tail(program, tuple(counted), output)
 
     def _loss(self, answering: answer_plan.Answering, root: Node) -> Tensor:
         """Returns the loss, computed from the answers."""
@@ -354,8 +358,7 @@ class _Steps(TorchDispatchMode):
         self._refuse(func)
         called = self._not_in_place(func, args) if schema_of(func).is_mutable else func
         described = {name: self.argument(value) for name, value in kwargs.items() if name not in _KEPT}
-        packet = called.overloadpacket.__name__
-        step = [f"aten.{packet}.{called._overloadname}", [self.argument(arg) for arg in args], described]
+        step = [name_of(called), [self.argument(arg) for arg in args], described]
         out = func(*args, **kwargs)
         if called is not func:
             result = called(*args, **kwargs)
@@ -375,8 +378,7 @@ class _Steps(TorchDispatchMode):
     def _not_in_place(self, func: OpOverload, args: Sequence[Any]) -> OpOverload:
         """Returns the operator whose result an operator in place writes into memory that no other value has."""
         name = func.overloadpacket.__name__
-        packet = getattr(torch.ops.aten, name.removesuffix("_"), None) if name.endswith("_") else None
-        found = getattr(packet, func._overloadname, None)
+        found = counterpart(func, name.removesuffix("_")) if name.endswith("_") else None
         is_own = args and self.places.get(id(args[0]), [0])[0] >= self.first
         sharing = self.sharing.get(storage_of(args[0]), set[int]()) if is_own else set[int]()
         if found is None or sharing != {id(args[0])}:

@@ -2,7 +2,7 @@
 
 part                                          torch           can go
 torch._ops                                    2.11 to 2.13    no public name for the classes of torch.ops.*
-OpOverload._schema                            2.11 to 2.13    no public name
+OpOverload._schema, _overloadname             2.11 to 2.13    no public name
 OpOverloadPacket._qualified_op_name           2.11 to 2.13    no public name
 torch._C._dispatch_get_all_op_names           2.11 to 2.13    no public name
 torch._C._jit_resolve_packet                  2.11 to 2.13    no public name
@@ -36,10 +36,12 @@ __all__ = [
     "OpOverload",
     "OpOverloadPacket",
     "called_overload",
+    "counterpart",
     "defining_functions",
     "definition_of",
     "dispatched_names",
     "is_wrap_triton_enabled",
+    "name_of",
     "overload_of",
     "qualified_name",
     "schema_of",
@@ -55,6 +57,17 @@ CUSTOM_OPS: Mapping[str, CustomOpDef] = OPDEFS  # the ops of torch.library.custo
 def schema_of(operator: Any) -> torch.FunctionSchema:
     """Returns the schema of an overload: the names, types and aliases of its arguments."""
     return operator._schema
+
+
+def name_of(operator: OpOverload) -> str:
+    """Returns "namespace.name.overload" of an overload, as it is found below torch.ops."""
+    return f"{operator.namespace}.{operator.overloadpacket.__name__}.{operator._overloadname}"
+
+
+def counterpart(operator: OpOverload, name: str) -> OpOverload | None:
+    """Returns the overload of the same name of another operator of the same namespace; None if there is none."""
+    packet = getattr(getattr(torch.ops, operator.namespace), name, None)
+    return getattr(packet, operator._overloadname, None)
 
 
 def qualified_name(operator: Any) -> str:
