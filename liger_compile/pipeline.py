@@ -36,6 +36,7 @@ from liger_compile.report.kept import kept_by_module
 from liger_compile.steps.callbacks import warn_of_failures
 from liger_compile.steps.decide import Rules, decide
 from liger_compile.steps.match import find_matches
+from liger_compile.steps.questions import notes_on_answers
 from liger_compile.steps.recompute import keep_what_written_inputs_give, mark_for_recompute
 from liger_compile.steps.rewrite import rewrite
 from liger_compile.terms.attention import Note, notes_in, sentences
@@ -177,6 +178,7 @@ def run_steps(
         *found.notes,
         *_notes_on_copies(found.decisions),
         *_notes_on_documents(found.decisions),
+        *dict.fromkeys(notes_on_answers(found.decisions, options.loss_memory)),
         *found.failures,
         *sentences(found.attention),
         *map(str, found.late_outputs),

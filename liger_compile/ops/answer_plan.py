@@ -171,6 +171,7 @@ class Plan:
 
     Args:
         kind, beta: of the divergence, as in divergence.py.
+        why_no_tail: why no loss follows the answers inside of the op, in a sentence.
     """
 
     form: Form
@@ -179,6 +180,7 @@ class Plan:
     teacher: Form | None = None
     kind: str = ""
     beta: float = 0.5
+    why_no_tail: str = ""
 
     @property
     def questions(self) -> set[str]:

@@ -91,7 +91,7 @@ def _decision(match: Match, context: _Context) -> Decision:
     if isinstance(verdict, str):
         return Decision(match, "leave", verdict)
     if verdict is None:
-        before = insertion_point(match, context.position)
+        before = context.insertion_point(match)
         return _with_savings(Decision(match, "replace", before=before), context)
     for why, covers in _why_unmarked(match, context):
         reason = f"{verdict.reason or 'its values are cheap to recompute in backward'}; {why}"
@@ -189,8 +189,22 @@ class _Context:
     def span(self, match: Match) -> tuple[int, int]:
         """Returns the positions of the first replaced node and of the insertion point of the replacement."""
         return self.position(match.nodes[0]), max(
-            self.position(match.nodes[0]), self.position(insertion_point(match, self.position))
+            self.position(match.nodes[0]), self.position(self.insertion_point(match))
         )
+
+    def insertion_point(self, match: Match) -> Node:
+        """Returns the node to insert the replacement before.
+
+        Where captures are computed in another grad mode, such as those of a teacher, it is the first node after them in
+        the mode of the results, if there is one before the last replaced node.
+        """
+        first = insertion_point(match, self.position)
+        if not match.pattern.detaches:
+            return first
+        node, own, last = first, self.regions.of[match.outputs[0]].meaning, self.position(match.nodes[-1])
+        while self.regions.of[node].meaning != own and self.position(node) < last:
+            node = node.next
+        return node if self.regions.of[node].meaning == own else first
 
 
 def captured_nodes(match: Match) -> list[Node]:
@@ -245,7 +259,7 @@ def _refuse_several_regions(match: Match, context: _Context) -> str | None:
         return regions.why_uncertain
     # Integers and booleans, for example the positions that a mask is computed from, are equal in every region.
     floating = [node for node in match.nodes if not _is_of_integers(node)] or match.nodes
-    there, own = insertion_point(match, position), regions.of[match.outputs[0]]
+    there, own = context.insertion_point(match), regions.of[match.outputs[0]]
     if own.stream is not None:
         return "it runs on a stream that the function selects, and a replacement runs on the current stream"
     is_in_mode = regions.of[there].kernels == own.kernels and regions.of[there].meaning == own.meaning
@@ -333,7 +347,7 @@ def _is_private(node: Node, match: Match, mutations: Mutations) -> bool:
 
 def _refuse_late_captures(match: Match, context: _Context) -> str | None:
     """Refuses outputs that are read before the insertion point, since the replacement follows all its captures."""
-    at = context.position(insertion_point(match, context.position))
+    at = context.position(context.insertion_point(match))
     alive = set(match.escaping())
     for node in reversed(match.nodes):
         if node in alive:  # and the nodes that compute it

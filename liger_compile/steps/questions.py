@@ -15,8 +15,18 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from liger_compile.ops.answer_plan import WHOLE, Addend, Box, Columns, Form, Output, Part, Plan
-from liger_compile.pattern import Capture, Match, NearMiss, Pattern
+from liger_compile.ops.answer_plan import (
+    WHOLE,
+    Addend,
+    Box,
+    Columns,
+    Form,
+    Output,
+    Part,
+    Plan,
+    kept_for_backward,
+)
+from liger_compile.pattern import Capture, Decision, Match, NearMiss, Pattern
 from liger_compile.steps.tails import FoundTail, NoTailError, find_tail
 from liger_compile.terms.build import Terms
 from liger_compile.terms.questions import (
@@ -96,7 +106,7 @@ class _Site:
 
     Args:
         outputs: the questions.
-        tail: the loss that follows them; None for `why_no_tail`.
+        tail: the loss that follows them; None for the reason that the plan has.
     """
 
     found: _Found
@@ -105,7 +115,6 @@ class _Site:
     captures: Mapping[str, Any] = field(default_factory=dict)
     position: Mapping[Node, int] = field(default_factory=dict)
     tail: FoundTail | None = None
-    why_no_tail: str = ""
 
 
 def _plans(graph: Graph, terms: Terms) -> list[_Site]:
@@ -132,7 +141,40 @@ def _place(found: _Found, terms: Terms) -> _Site:
             place, tail=find_tail(captures["plan"], outputs, head, _value(captures["teacher_x"]), terms)
         )
     except NoTailError as reason:
-        return replace(place, why_no_tail=str(reason))
+        plan = replace(captures["plan"], why_no_tail=str(reason))
+        return replace(place, captures={**captures, "plan": plan})
+
+
+def notes_on_answers(decisions: Iterable[Decision], memory: int | None) -> Iterator[str]:
+    """Yields how many matmuls the replaced questions with gradients take in training, and why.
+
+    Args:
+        memory: the option loss_memory.
+    """
+    for decision in decisions:
+        match = decision.match
+        if decision.kind == "replace" and isinstance(plan := match.captures.get("plan"), Plan):
+            head = match["x"], match["weight"], match["bias"]
+            keeps = kept_for_backward(plan, head, memory) if match.result.requires_grad else ""
+            if match.result.requires_grad:
+                yield f"{match.pattern.name}: {_matmuls(match, plan, keeps)}"
+
+
+def _matmuls(match: Match, plan: Plan, keeps: str) -> str:
+    of_teacher = " beside that of the second head" if plan.teacher is not None else ""
+    is_frozen = not match["weight"].requires_grad
+    count = f"{'two' if is_frozen else 'three'} matmuls{of_teacher}"
+    if match.pattern.is_loss:
+        return f"{count}: the loss is computed inside of the chunks"
+    why = f" ({plan.why_no_tail})" if plan.why_no_tail else ""
+    if keeps == "logits":
+        dtype = str(match["x"].dtype).removeprefix("torch.")
+        return f"{count}: the logits are kept in {dtype} for backward{why}"
+    if keeps:
+        return f"{count}: the gradient of the only answer is computed in forward, because the head is frozen{why}"
+    return (
+        f"one matmul more than Inductor: backward computes the logits again, as liger.loss_memory is set{why}"
+    )
 
 
 def _value(capture: Capture | None) -> Any:
