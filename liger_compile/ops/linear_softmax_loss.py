@@ -111,9 +111,12 @@ def linear_softmax_loss(
     tensors = x, weight, bias, teacher_x, teacher_weight, teacher_bias
     student, teacher = heads_of(tensors, kind, beta, (logit_scale, teacher_scale), (softcap, teacher_softcap))
     asking = Asking(student, teacher, index, asked, top)
-    run = _started(program, made.answers, others, (*lead, weight.shape[0]))
+    sizes = (*lead, weight.shape[0])
+    dims = (*sizes, *(size for other in others for size in other.shape))
+    run = row_program.Run(row_program.read(program), made.answers._asdict(), others, dims)
     share = share_of(x, memory, 1 if teacher is None else 2 + bool(asked))
-    if row_program.why_not_by_rows(program, *_forms(run, others)) is not None:
+    forms = row_program.forms_of(run.values[: len(run.program.answers)]), row_program.forms_of(others)
+    if row_program.why_not_by_rows(program, *forms, sizes) is not None:
         aligned = student.aligned()
         for chunk in chunks_of(aligned.x, weight, False, share):
             asking.answer(chunk, aligned.logits(chunk), made)
@@ -132,18 +135,6 @@ def linear_softmax_loss(
     flat = _empty_of_others(x, run.program, others)
     torch.cat([flat[:0], *(part.reshape(-1).to(flat.dtype) for part in of_others)], out=flat)
     return *made.tensors, loss, *gradients[:4], flat  # pyright: ignore[reportReturnType]
-
-
-def _started(
-    program: str, answers: Answers, others: Sequence[Tensor], dims: Sequence[int]
-) -> row_program.Run:
-    sizes = (*dims, *(size for other in others for size in other.shape))
-    return row_program.Run(row_program.read(program), answers._asdict(), others, sizes)
-
-
-def _forms(run: row_program.Run, others: Sequence[Tensor]) -> tuple[Any, ...]:
-    of_answers = run.values[: len(run.program.answers)]
-    return row_program.forms_of(of_answers), row_program.forms_of(others), tuple(run.dims)
 
 
 def _gradient_of_rows(

@@ -85,6 +85,7 @@ ALONG = frozenset(
         "_softmax_backward_data",
         "_log_softmax_backward_data",
         "cumsum",
+        "cumprod",
         "logcumsumexp",
     )
 )
@@ -236,13 +237,15 @@ def forms_of(tensors: Sequence[Tensor]) -> Forms:
 
 
 @functools.lru_cache(maxsize=256)
-def why_not_by_rows(text: str, answers: Forms, others: Forms, dims: tuple[int, ...]) -> str | None:
+def why_not_by_rows(text: str, answers: Forms, others: Forms, sizes: tuple[int, ...]) -> str | None:
     """Return why the gradient at a row may depend on the answers of other rows, in a sentence; None if it cannot.
 
     Args:
         answers, others: the forms of the answers, in the order of the program, and of the other operands.
+        sizes: the first of the sizes that the program may refer to; those of `others` follow.
     """
     program = read(text)
+    dims = (*sizes, *(size for _, shape in others for size in shape))
     made = [torch.zeros(shape, dtype=dtype) for dtype, shape in (*answers, *others)]
     run = _Rows(program, dict(zip(program.answers, made, strict=False)), made[len(answers) :], dims)
     for name, place in program.gradients.items():
@@ -283,12 +286,18 @@ class _Rows(Run):
 
     def culprit(self, place: list[int]) -> str:
         """Return a sentence about the first step that makes a result depend on several rows."""
-        for at in self.program.needed(place):
+        found, waiting = self.program.first + len(self.program.steps), {place[0]}
+        while waiting:
+            at = waiting.pop()
+            step = self.program.steps[at - self.program.first] if at >= self.program.first else None
             parts = self.rows[at] if isinstance(self.rows[at], list) else [self.rows[at]]
-            if any((rows == SEVERAL).any() for rows in parts):
-                name = self.program.steps[at - self.program.first].name
-                return f"the gradient of the loss at a row depends on other rows, by {name}"
-        return "the gradient of the loss at a row depends on another row"
+            if step is not None and any((rows == SEVERAL).any() for rows in parts):
+                found = min(found, at)
+                waiting |= frozenset() if step.name in MADE else step.operands
+        if found == self.program.first + len(self.program.steps):
+            return "the gradient of the loss at a row depends on another row"
+        name = self.program.steps[found - self.program.first].name
+        return f"the gradient of the loss at a row depends on other rows, by {name}"
 
     def _rows(self, step: Step, out: Any) -> Any:
         """Return the rows of the result of a step."""
@@ -301,12 +310,14 @@ class _Rows(Run):
             return operands[0]
         if step.name in REDUCED:
             return self._reduced(step, operands[0], out)
-        joined, is_known = functools.reduce(_joined, operands), step.is_elementwise
+        if not (step.is_elementwise or step.name in ALONG):
+            return _spread(out, SEVERAL)
+        joined = functools.reduce(_joined, operands)
         if step.name in ALONG:
-            joined, is_known = self._reduced(step, joined, out, keeps=True).expand(joined.shape), True
+            joined = self._reduced(step, joined, out, keeps=True).expand(joined.shape)
 
         def at_part(part: Tensor) -> Tensor:
-            return joined if is_known and part.shape == joined.shape else _full(part, SEVERAL)
+            return joined if part.shape == joined.shape else _full(part, SEVERAL)
 
         return _each(out, at_part)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -230,15 +230,12 @@ class _Writer:
         counted = [at for at, one in enumerate(plan.columns) if one.ignore_index is not None]
         others = [*self.others.values(), *(entries[at] for at in counted)]
         self._check_sizes(others)
-        dims = _Dims([*self.lead, self.weight.shape[0], *(size for other in others for size in other.shape)])
-        steps = _Steps([*answers, *others], dims)
         answering = answer_plan.Answering(plan, made, entries, self.weight.shape[0], self.lead)
-        with steps:
-            loss = self._loss(answering, root)
-            learned = [value for value in (*answers, *others) if value.requires_grad]
-            gradients = _gradients(loss, learned)
-        program = steps.program(names, answers, others, loss, gradients)
-        if why := _why_not_by_rows(program, answers, others, dims):
+        sizes = (*self.lead, self.weight.shape[0])
+        program = program_of(
+            lambda: self._loss(answering, root), dict(zip(names, answers, strict=True)), others, sizes
+        )
+        if why := _why_not_by_rows(program, answers, others, sizes):
             raise NoTailError(why)
         output = self.outputs.index(root) if root in self.outputs else None
         return answer_plan.Tail(program, tuple(counted), output)
@@ -289,17 +286,38 @@ def _hint(size: Any) -> int:
 
 
 def _why_not_by_rows(
-    program: str, answers: Sequence[Tensor], others: Sequence[Tensor], dims: _Dims
+    program: str, answers: Sequence[Tensor], others: Sequence[Tensor], sizes: Sequence[Any]
 ) -> str | None:
     """Returns the answer of the op for the sizes of the first call. The op asks again for others."""
 
     def forms(tensors: Sequence[Tensor]) -> row_program.Forms:
         return tuple((tensor.dtype, tuple(map(_hint, tensor.shape))) for tensor in tensors)
 
+    of_answers, of_others = forms(answers), forms(others)
     with without_dispatch_modes(), torch.no_grad():
-        return row_program.why_not_by_rows(
-            program, forms(answers), forms(others), tuple(map(_hint, dims.sizes))
-        )
+        return row_program.why_not_by_rows(program, of_answers, of_others, tuple(map(_hint, sizes)))
+
+
+def program_of(
+    compute: Callable[[], Tensor],
+    answers: Mapping[str, Tensor],
+    others: Sequence[Tensor],
+    sizes: Sequence[Any],
+) -> str:
+    """Returns a function of answers and other operands, and its gradient, as a program.
+
+    Args:
+        compute: returns the loss, computed from these fake tensors.
+        answers, others: those that require a gradient get one.
+        sizes: the first of the sizes that the program may refer to; those of `others` follow.
+    """
+    dims = _Dims([*sizes, *(size for other in others for size in other.shape)])
+    operands = [*answers.values(), *others]
+    steps = _Steps(operands, dims)
+    with steps:
+        loss = compute()
+        gradients = _gradients(loss, [value for value in operands if value.requires_grad])
+    return steps.program(answers, others, loss, gradients)
 
 
 class _Dims:
@@ -418,17 +436,17 @@ class _Steps(TorchDispatchMode):
 
     def program(
         self,
-        names: Sequence[str],
-        answers: Sequence[Tensor],
+        answers: Mapping[str, Tensor],
         others: Sequence[Tensor],
         loss: Tensor,
         gradients: Mapping[int, Tensor],
     ) -> str:
-        of_answers = [(name, gradients.get(id(answer))) for name, answer in zip(names, answers, strict=True)]
+        """Returns the recorded steps as a program with these results."""
+        of_answers = [(name, gradients.get(id(answer))) for name, answer in answers.items()]
         of_others = [(at, gradients.get(id(other))) for at, other in enumerate(others)]
         return json.dumps(
             {
-                "answers": [*names],
+                "answers": [*answers],
                 "others": len(others),
                 "steps": self.steps,
                 "dtype": str(loss.dtype).removeprefix("torch."),
