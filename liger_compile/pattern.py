@@ -123,6 +123,9 @@ class Match:
     outputs: tuple[Node, ...]  # the nodes that the replacement's results replace, in the order of search
     nodes: tuple[Node, ...]  # compute the outputs from the captures; with the outputs, in graph order
     operands: tuple[Node, ...] = ()  # the nodes that these nodes read
+    movable: frozenset[Node] = (
+        frozenset()
+    )  # inner nodes that may be computed after the replacement, if they stay
 
     def __getitem__(self, name: str) -> Any:
         bound = self.captures[name]
@@ -168,6 +171,7 @@ class Decision:
     copied_operands: int = 0  # if replaced: the number of operands that are copied: the op saves them
     covers: bool = False  # if left: smaller patterns are not used here either
     failed: bool = False  # a function of the pattern failed: see steps/callbacks.py
+    instead_of: str = ""  # if replaced: why a larger pattern was left at this place
 
 
 @dataclass(frozen=True, eq=False)

@@ -217,10 +217,22 @@ def accuracy_beside(x, w, labels):
     return F.cross_entropy(logits.view(-1, V), labels.view(-1)), logits, hits
 
 
+def penalty_beside(x, w, labels):
+    logits = F.linear(torch.tanh(x), w)
+    return F.cross_entropy(logits.view(-1, V), labels.view(-1)), logits, logits.relu().mean()
+
+
 def test_logits_that_the_graph_reads_itself_come_back():
     x, w, labels = arguments()
-    results = compiled(accuracy_beside)(x, w, labels)
+    results = compiled(penalty_beside)(x, w, labels)
     assert type(results[1]) is torch.Tensor and fused() == ["leave"]
+    torch.testing.assert_close(results, penalty_beside(x, w, labels))
+
+
+def test_logits_stay_away_if_the_graph_asks_them_what_the_op_answers():
+    x, w, labels = arguments()
+    results = compiled(accuracy_beside)(x, w, labels)
+    assert isinstance(results[1], LazyTensor) and fused() == ["replace"]
     torch.testing.assert_close(results, accuracy_beside(x, w, labels))
 
 

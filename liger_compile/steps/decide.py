@@ -17,6 +17,7 @@ from liger_compile.graphs.aliasing import Mutations
 from liger_compile.graphs.regions import Region, Regions, in_words
 from liger_compile.pattern import Annotate, Capture, Decision, Match
 from liger_compile.steps import callbacks
+from liger_compile.steps.moving import moved_nodes
 from liger_compile.torch_internals.dispatch import is_traceable_wrapper_subclass
 
 
@@ -68,6 +69,7 @@ def decide(
     replaced: set[Node] = set()
     used = 0  # the fuel used so far
     decisions: list[Decision] = []
+    why_left: dict[Node, str] = {}  # by the first output of a match
     for match in matches:
         if consumed & set(match.outputs) or replaced & set(match.nodes):
             continue  # part of a larger match, or contains a smaller one
@@ -75,6 +77,10 @@ def decide(
         if decision.kind != "leave" and rules.fuel is not None and rules.fuel <= used:
             decision = Decision(match, "leave", f"liger.fuel={rules.fuel} is used up")
         used += decision.kind != "leave"
+        if decision.kind == "leave":
+            why_left.setdefault(match.outputs[0], decision.reason)
+        else:
+            decision = replace(decision, instead_of=why_left.get(match.outputs[0], ""))
         decisions.append(decision)
         if decision.kind != "leave" or decision.covers:
             replaced.update(match.outputs)
@@ -346,17 +352,22 @@ def _is_private(node: Node, match: Match, mutations: Mutations) -> bool:
 
 
 def _refuse_late_captures(match: Match, context: _Context) -> str | None:
-    """Refuses outputs that are read before the insertion point, since the replacement follows all its captures."""
-    at = context.position(context.insertion_point(match))
+    """Refuses outputs that are read before the insertion point, since the replacement follows all its captures.
+
+    A reader that stays and is movable follows the replacement, unless it is read too early itself.
+    """
+    there = context.insertion_point(match)
+    at, region = context.position(there), context.regions.of[there].meaning
     alive = set(match.escaping())
     for node in reversed(match.nodes):
         if node in alive:  # and the nodes that compute it
             alive.update(node.all_input_nodes)
     dead = set(match.nodes) - alive
-    for output in match.outputs:
-        for user in output.users:
-            if user not in dead and context.position(user) < at:
-                return f"{user.name} reads {output.name} before all inputs of the replacement are computed"
+    for value in (*match.outputs, *moved_nodes(match, context.position, at)):
+        for user in value.users:
+            may_move = user in match.movable and context.regions.of[user].meaning == region
+            if user not in dead and not may_move and context.position(user) < at:
+                return f"{user.name} reads {value.name} before all inputs of the replacement are computed"
     return None
 
 

@@ -157,7 +157,8 @@ def notes_on_answers(decisions: Iterable[Decision], memory: int | None) -> Itera
             head = match["x"], match["weight"], match["bias"]
             keeps = kept_for_backward(plan, head, memory) if match.result.requires_grad else ""
             if match.result.requires_grad:
-                yield f"{match.pattern.name}: {_matmuls(match, plan, keeps)}"
+                why = plan.why_no_tail or decision.instead_of
+                yield f"{match.pattern.name}: {_matmuls(match, plan, keeps)}{f' ({why})' if why else ''}"
 
 
 def _matmuls(match: Match, plan: Plan, keeps: str) -> str:
@@ -166,15 +167,12 @@ def _matmuls(match: Match, plan: Plan, keeps: str) -> str:
     count = f"{'two' if is_frozen else 'three'} matmuls{of_teacher}"
     if match.pattern.is_loss:
         return f"{count}: the loss is computed inside of the chunks"
-    why = f" ({plan.why_no_tail})" if plan.why_no_tail else ""
     if keeps == "logits":
         dtype = str(match["x"].dtype).removeprefix("torch.")
-        return f"{count}: the logits are kept in {dtype} for backward{why}"
+        return f"{count}: the logits are kept in {dtype} for backward"
     if keeps:
-        return f"{count}: the gradient of the only answer is computed in forward, because the head is frozen{why}"
-    return (
-        f"one matmul more than Inductor: backward computes the logits again, as liger.loss_memory is set{why}"
-    )
+        return f"{count}: the gradient of the only answer is computed in forward, because the head is frozen"
+    return "one matmul more than Inductor: backward computes the logits again, as liger.loss_memory is set"
 
 
 def _value(capture: Capture | None) -> Any:
@@ -339,15 +337,17 @@ def _captures(found: _Found, outputs: Sequence[Node], terms: Terms) -> dict[str,
 
 def _match(pattern: Pattern, place: _Site, tail: FoundTail | None = None) -> Match:
     captures, outputs, inner = {**place.captures}, place.outputs, [*place.found.wide, *place.outputs]
+    movable: frozenset[Node] = frozenset()
     if tail is not None:
         captures["tail"] = tail.tail
         captures.update({f"other_{at}": _as_captured(node) for at, node in enumerate(tail.others)})
         outputs = outputs if tail.root in outputs else (*outputs, tail.root)
         inner += tail.nodes
+        movable = frozenset(tail.nodes)
     position = place.position
     operands = {bound.node for bound in captures.values() if isinstance(bound, Capture)}
     nodes, in_order = (sorted({*each}, key=position.__getitem__) for each in (inner, operands))
-    return Match(pattern, captures, outputs, tuple(nodes), tuple(in_order))
+    return Match(pattern, captures, outputs, tuple(nodes), tuple(in_order), movable)
 
 
 def _as_captured(node: Node) -> Capture:

@@ -25,6 +25,7 @@ from liger_compile.graphs.guards import GuardError, no_guards
 from liger_compile.graphs.regions import Region, Regions
 from liger_compile.pattern import Capture, Decision, Match
 from liger_compile.steps import callbacks
+from liger_compile.steps.moving import moved_nodes
 from liger_compile.steps.recording import Recorder, faults_of
 from liger_compile.steps.saved import saved_by, saved_tensors_into
 from liger_compile.terms.term import size_of, sizes_of
@@ -108,6 +109,7 @@ def _carried_out(
     draft = drafts.get(decision.match)
     if draft is None:
         return refused.get(decision.match, decision)
+    _move(decision)
     for output, node in zip(decision.match.outputs, draft.outputs, strict=True):
         node.meta["example_value"] = output.meta["example_value"]
         output.replace_all_uses_with(node)
@@ -117,6 +119,16 @@ def _carried_out(
         copied=draft.copied,
         copied_operands=draft.copied_operands,
     )
+
+
+def _move(decision: Decision) -> None:
+    """Moves the movable nodes that depend on outputs behind the replacement."""
+    match, before = decision.match, decision.before
+    if not match.movable or before is None:
+        return
+    position = {node: at for at, node in enumerate(before.graph.nodes)}
+    for node in moved_nodes(match, position.__getitem__, position[before]):
+        before.prepend(node)
 
 
 def _draft(

@@ -23,7 +23,7 @@ from liger_compile.graphs.guards import GuardError, no_guards
 from liger_compile.ops import answer_plan, row_program, softmax_chunks
 from liger_compile.steps.saved import run_node
 from liger_compile.terms.build import Terms
-from liger_compile.terms.term import size_of
+from liger_compile.terms.term import Term, size_of
 from liger_compile.torch_internals.dispatch import TorchDispatchMode, without_dispatch_modes
 from liger_compile.torch_internals.operators import OpOverload, counterpart, name_of, schema_of
 from liger_compile.torch_internals.pytree import tree_leaves
@@ -180,7 +180,9 @@ def _is_large(node: Node, most: int) -> bool:
 def _is_small(node: Node, terms: Terms, most: int) -> bool:
     """Returns whether a node is an operation on some numbers for each row."""
     is_operation = node.op in ("call_function", "call_method") and not terms.regions.of[node].transforms
-    return is_operation and terms.mutations.is_clean(node) and not _is_large(node, most)
+    value = terms.of.get(node)
+    is_matmul = isinstance(value, Term) and value.op in ("linear", "matmul")
+    return is_operation and not is_matmul and terms.mutations.is_clean(node) and not _is_large(node, most)
 
 
 def _check(node: Node, terms: Terms) -> None:

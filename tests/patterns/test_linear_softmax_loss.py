@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 import liger_compile
+import tests
 from liger_compile.ops import linear_cross_entropy as chunks
+from liger_compile.ops import softmax_chunks
 
 torch.manual_seed(0)
 
@@ -23,6 +32,7 @@ def small_chunks(monkeypatch):
     """Several chunks, which begin within a sequence."""
     for name, size in {"LEAST_ROWS": 5, "ROW_TILE": 5, "ROWS_A_BYTE": 1, "CHUNK_BYTES": 1}.items():
         monkeypatch.setattr(chunks, name, size)
+    monkeypatch.setattr(softmax_chunks, "CHUNK_BYTES", 1)
 
 
 def log_probabilities(x, w, tokens, temperature=1.0):
@@ -143,6 +153,37 @@ def test_compiled_by_inductor(liger_is_as_right_as_eager, function):
     assert "linear_softmax.loss" in patterns_of(liger_compile.reports()[-1])
 
 
+def metrics_before_the_operands(x, w, tokens, advantages, old, mask, reference):
+    """Metrics that stay in the graph read the answers before the weights of the loss are computed."""
+    logp, logits = log_probabilities(x, w, tokens)
+    ratio = (logp - old).exp()
+    clipped = ((ratio - 1).abs() > 0.2).float().mean()
+    with torch.no_grad():
+        entropy = -(logits.softmax(-1) * logits.log_softmax(-1)).sum(-1).mean()
+    weights = torch.tanh(advantages) * mask / mask.sum().sqrt()
+    return -(torch.min(ratio, ratio.clamp(0.8, 1.2)) * weights).sum(), clipped, entropy + weights.mean()
+
+
+def metric_before_a_matmul(x, w, tokens, advantages, old, mask, reference):
+    """The metric would have to wait for the matmul, and runs in another mode."""
+    logp, _ = log_probabilities(x, w, tokens)
+    with torch.no_grad():
+        metric = logp.mean()
+    weights = torch.tanh(x.detach() @ reference.t()).sum(-1)
+    return -(logp * weights).sum(), metric
+
+
+def test_metrics_that_come_early(liger_is_as_right_as_eager):
+    check, frozen = liger_is_as_right_as_eager, (3, 4, 5, 6)
+    check(metrics_before_the_operands, *arguments(), frozen=frozen, policy="auto")
+    assert patterns_of(liger_compile.reports()[-1]) == ["linear_softmax.loss"]
+    torch._dynamo.reset()
+    check(metric_before_a_matmul, *arguments(), frozen=frozen, policy="auto")
+    report = liger_compile.reports()[-1]
+    assert patterns_of(report) == ["linear_softmax.questions"]
+    assert "before all inputs of the replacement are computed)" in report.notes[0]
+
+
 # What is no such loss
 
 
@@ -234,3 +275,157 @@ def test_a_mean_of_losses_alone_stays_with_the_op_of_the_loss(run_liger):
     _, (report,) = run_liger(half_of_a_mean, X.requires_grad_(), W, TOKENS)
     X.requires_grad_(False)
     assert [site.pattern.partition(".")[0] for site in report.sites] == ["linear_cross_entropy"]
+
+
+def wide_events(run):
+    """The operations on floating-point tensors with V columns and many rows, outside of the ops and inside of them."""
+    with torch.profiler.profile(record_shapes=True) as profile:
+        run()
+    found = {True: [], False: []}
+    for event in profile.events():
+        shapes = [shape for shape in event.input_shapes or () if len(shape) > 1 and shape[-1] == V]
+        rows = max((torch.Size(shape[:-1]).numel() for shape in shapes if shape[0] != H), default=0)
+        inside, each = False, event
+        while each is not None and not inside:
+            inside, each = each.name.startswith("liger_compile::"), each.cpu_parent
+        if event.name.startswith("aten::") and rows:
+            found[inside].append((event.name, rows))
+    return found
+
+
+@pytest.mark.parametrize("function", LOSSES, ids=lambda f: f.__name__)
+def test_no_tensor_has_the_logits_of_all_rows(function):
+    leaves = [X.clone().requires_grad_(), W.clone().requires_grad_(), *arguments()[2:]]
+    compiled = torch.compile(function, backend="liger", options={"liger.inner": "aot_eager"})
+
+    def run():
+        result = compiled(*leaves)
+        (result[0] if isinstance(result, tuple) else result).backward()
+
+    run()
+    events = wide_events(run)
+    assert not events[False]
+    assert max(rows for _, rows in events[True]) < B * (T - 1)
+
+
+class Policy(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.head, self.reference = (
+            nn.Linear(H, V, bias=False),
+            nn.Linear(H, V, bias=False).requires_grad_(False),
+        )
+
+    def forward(self, x, tokens, advantages, old, mask):
+        operands = x, self.head.weight, tokens, advantages, old, mask, self.reference.weight
+        return group_relative_policy(*operands)
+
+
+def test_lengths_that_change(guards_of_ours):
+    """The program refers to sizes; the op decides again for each of them whether rows are independent."""
+    model = Policy()
+    options = {"liger.inner": "aot_eager", "liger.strict": True}
+    compiled = torch.compile(model, backend="liger", dynamic=True, options=options)
+    for shape in ((2, 5), (3, 7), (4, 9), (2, 4)):
+        x, tokens = torch.randn(*shape, H, requires_grad=True), torch.randint(V, shape)
+        rest = torch.randn(shape), torch.randn(shape) * 0.1 - 4, torch.ones(shape)
+        found, expected = (each(x, tokens, *rest) for each in (compiled, model))
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+        gradients = [torch.autograd.grad(loss[0], (x, model.head.weight)) for loss in (found, expected)]
+        torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
+    (report,) = liger_compile.reports()
+    assert "linear_softmax.loss" in patterns_of(report)
+
+
+def test_under_autocast(liger_is_as_right_as_eager):
+    def function(*inputs):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return proximal_policy(*inputs)
+
+    liger_is_as_right_as_eager(function, *arguments(), frozen=(3, 4, 5, 6), policy="auto")
+    assert patterns_of(liger_compile.reports()[-1]) == ["linear_softmax.loss"]
+
+
+def test_gradients_of_gradient_accumulation():
+    """The incoming gradient is not 1, backward runs twice, and the loss has two readers."""
+
+    def step(*inputs):
+        loss = proximal_policy(*inputs)
+        return loss / 4 + loss.square()
+
+    leaves = [X.clone().requires_grad_(), W.clone().requires_grad_()]
+    compiled = torch.compile(step, backend="liger", options={"liger.inner": "aot_eager"})
+    for _ in range(2):
+        (compiled(*leaves, *arguments()[2:]) * 512).backward()
+    expected = torch.autograd.grad(step(*leaves, *arguments()[2:]) * 1024, leaves)
+    torch.testing.assert_close([leaf.grad for leaf in leaves], [*expected], rtol=1e-4, atol=1e-3)
+
+
+def test_in_a_checkpoint_the_logits_are_kept(run_liger):
+    """A checkpoint would run the op, which computes gradients in forward, twice."""
+
+    def function(*inputs):
+        return torch.utils.checkpoint.checkpoint(reinforce, *inputs, use_reentrant=False)
+
+    leaves = [X.clone().requires_grad_(), W.clone().requires_grad_(), *arguments()[2:]]
+    result, (report,) = run_liger(function, *leaves, inner="aot_eager", policy="auto")
+    assert patterns_of(report) == ["linear_softmax.questions"]
+    pair = (torch.autograd.grad(loss, leaves[:2]) for loss in (result, reinforce(*leaves)))
+    torch.testing.assert_close(*pair)
+
+
+def test_little_memory_for_logits_computes_them_again(run_liger):
+    leaves = [X.clone().requires_grad_(), W.clone().requires_grad_(), *arguments()[2:]]
+    _, (report,) = run_liger(preference, *leaves, policy="auto", loss_memory=4096)
+    assert any("computes the logits again, as liger.loss_memory is set" in note for note in report.notes)
+
+
+def test_a_frozen_head_keeps_the_gradient_of_its_only_answer(liger_is_as_right_as_eager):
+    def sequences(x, w, tokens, mask):
+        logp = -F.cross_entropy(F.linear(x, w).view(-1, V), tokens.view(-1), reduction="none")
+        return -F.logsigmoid((logp.view(B, T) * mask).sum(1)).mean()
+
+    liger_is_as_right_as_eager(sequences, X, W, TOKENS, MASK, frozen=(1, 3), policy="auto")
+    (note,) = (note for note in liger_compile.reports()[-1].notes if "matmuls" in note)
+    assert "two matmuls" in note and "because the head is frozen" in note
+
+
+CHILD = """
+import json, sys, torch, liger_compile
+from liger_compile.torch_internals.aot_autograd import cache_counts
+from tests.patterns.test_linear_softmax_loss import *
+
+clip = float(sys.argv[1])
+
+def loss(x, w, tokens, advantages, old):
+    ratio = (log_probabilities(x, w, tokens)[0] - old).exp()
+    return -torch.min(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages).sum()
+
+leaves = [X.clone().requires_grad_(), W.clone().requires_grad_(), *arguments()[2:5]]
+leaves[4] = log_probabilities(*leaves[:3])[0].detach() - 0.3 * ADVANTAGES
+result = torch.compile(loss, backend="liger")(*leaves)
+expected = loss(*leaves)
+pair = [torch.autograd.grad(each, leaves[:2]) for each in (result, expected)]
+torch.testing.assert_close(*pair, rtol=1e-4, atol=1e-5)
+print(json.dumps({"loss": result.item(), **cache_counts()}))
+"""
+
+
+def test_the_program_is_part_of_the_key_of_the_cache(tmp_path):
+    """A second process finds the compiled loss, and does not find one for another clip."""
+
+    def run(clip):
+        environment = {
+            **os.environ,
+            "TORCHINDUCTOR_CACHE_DIR": str(tmp_path),
+            "PYTHONPATH": str(Path(tests.__file__).parents[1]),
+        }
+        child = subprocess.run(
+            [sys.executable, "-c", CHILD, str(clip)], env=environment, capture_output=True, text=True
+        )
+        assert not child.returncode, child.stderr
+        return json.loads(child.stdout.splitlines()[-1])
+
+    first, again, other = run(0.1), run(0.1), run(0.3)
+    assert (first["hit"], again["hit"], other["hit"]) == (0, 1, 0)
+    assert first["loss"] == again["loss"] != other["loss"]
