@@ -6,6 +6,7 @@ A peer is imported where it is called, so that one which is not installed fails 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -32,6 +33,7 @@ class Op:
     variants: function of these arguments, by name. "inductor" is added, from "eager".
     elements: shape -> the elements that a pass must read and write at least.
     gemms: shape -> (N, I, O) of the linear layer in the op, if it has one.
+    is_frozen: its weight gets no gradient.
     is_long: takes so many milliseconds that launches do not show; makes its gradients in forward or in backward.
     """
 
@@ -42,6 +44,7 @@ class Op:
     elements: Callable[..., dict[str, int]] | None = None
     gemms: Callable[..., tuple[int, int, int]] | None = None
     is_long: bool = False
+    is_frozen: bool = False
 
 
 def activation(*shape: int) -> Tensor:
@@ -194,8 +197,10 @@ def flex_attention(
     return flex.flex_attention(q, k, v, score_mod=score, block_mask=blocks, enable_gqa=True)
 
 
-def _compiled(function: Callable[..., Any], backend: str = "inductor") -> Callable[..., Any]:
-    options: Any = {"liger.policy": "always"} if backend == "liger" else None
+def _compiled(
+    function: Callable[..., Any], backend: str = "inductor", skip: tuple[str, ...] = ()
+) -> Callable[..., Any]:
+    options: Any = {"liger.policy": "always", "liger.skip": skip} if backend == "liger" else None
     return torch.compile(function, backend=backend, dynamic=False, options=options)
 
 
@@ -270,6 +275,92 @@ def low_memory_linear_cross_entropy(x: Tensor, weight: Tensor, target: Tensor) -
     return functional.linear_cross_entropy(x, weight, target, memory=LOW_MEMORY_MIB * 2**20)
 
 
+# Losses after pre-training, of SEQUENCES sequences
+
+SEQUENCES = 4
+_LOSS_SHAPES = ((8192, 2048, 151936), (8192, 4096, 128256))
+
+
+def make_policy(n: int, h: int, v: int, is_frozen: bool = False) -> tuple[Any, ...]:
+    """Hidden states, the head, tokens, an advantage for each sequence, and the log-probabilities of an older policy."""
+    head = weight(v, h).requires_grad_(not is_frozen)
+    old = torch.full((n,), -float(math.log(v)), dtype=torch.float32)
+    return activation(n, h), head, make_target(n, v), torch.randn(SEQUENCES, dtype=torch.float32), old
+
+
+def _log_probabilities(x: Tensor, weight: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    logits = F.linear(x, weight).float()
+    return logits.log_softmax(-1).gather(-1, target[:, None])[:, 0], logits
+
+
+def policy_loss(
+    x: Tensor, weight: Tensor, target: Tensor, advantages: Tensor, old: Tensor, entropy_bonus: float = 0.0
+) -> Tensor:
+    """GRPO's loss without a reference model, averaged over all tokens; with an entropy bonus, PPO's."""
+    logp, logits = _log_probabilities(x, weight, target)
+    of_token = advantages.repeat_interleave(len(x) // SEQUENCES)
+    ratio = (logp - old).exp()
+    loss = -torch.min(ratio * of_token, ratio.clamp(0.8, 1.2) * of_token).mean()
+    if not entropy_bonus:
+        return loss
+    entropy = -(logits.softmax(-1) * logits.log_softmax(-1)).sum(-1)
+    return loss - entropy_bonus * entropy.mean()
+
+
+policy_loss_and_entropy = functools.partial(policy_loss, entropy_bonus=0.01)
+
+
+def liger_policy_loss(x: Tensor, weight: Tensor, target: Tensor, advantages: Tensor, old: Tensor) -> Tensor:
+    from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
+
+    loss = LigerFusedLinearGRPOLoss(beta=0.0, use_ref_model=False, loss_type="bnpo")
+    tokens, older = (each.view(SEQUENCES, -1) for each in (target, old))
+    x = x.view(*tokens.shape, -1)
+    return loss(x, weight, tokens, torch.ones_like(tokens), advantages, old_per_token_logps=older)[0]
+
+
+def log_probabilities(x: Tensor, weight: Tensor, target: Tensor, *_: Tensor) -> Tensor:
+    """With an incoming gradient of its own for each token, as the loss of a preference has it."""
+    return _log_probabilities(x, weight, target)[0]
+
+
+def make_distillation(n: int, h: int, v: int) -> tuple[Any, ...]:
+    teacher = torch.randn(n, h), weight(v, h).requires_grad_(False)
+    return activation(n, h), weight(v, h), *teacher
+
+
+def forward_kl(x: Tensor, weight: Tensor, teacher_x: Tensor, teacher_weight: Tensor) -> Tensor:
+    student, teacher = (
+        F.linear(*head).float().log_softmax(-1) for head in ((x, weight), (teacher_x, teacher_weight))
+    )
+    return F.kl_div(student, teacher.detach(), reduction="batchmean", log_target=True)
+
+
+def liger_forward_kl(x: Tensor, weight: Tensor, teacher_x: Tensor, teacher_weight: Tensor) -> Tensor:
+    from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
+
+    loss = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=0.0)
+    return loss(x, weight, teacher_x, teacher_weight, torch.zeros(len(x), dtype=torch.int64, device=x.device))
+
+
+def _loss(eager: Callable[..., Any], peer: Callable[..., Any] | None = None, **settings: Any) -> Op:
+    """A loss in eager code, of the hidden states (tokens, hidden) and a vocabulary."""
+    return Op(
+        shapes=_LOSS_SHAPES,
+        tiny=(32, 16, 48),
+        make=settings.pop("make", make_policy),
+        variants={
+            "eager": eager,
+            **({} if peer is None else {"liger-kernel": peer}),
+            OURS: _compiled(eager, "liger"),
+            f"{OURS} without its loss": _compiled(eager, "liger", skip=("linear_softmax.loss",)),
+        },
+        gemms=lambda n, h, v: (n, h, v),
+        is_long=True,
+        **settings,
+    )
+
+
 _NORM_SHAPES = (
     (8192, 4096),
     (8192, 2048),
@@ -295,6 +386,20 @@ OPS: Mapping[str, Op] = {
         gemms=lambda n, h, v: (n, h, v),
         is_long=True,
     ),
+    # As linear_cross_entropy. "without its loss" keeps the logits. The floor of a divergence has no matmul of the teacher.
+    "policy_loss": _loss(policy_loss, liger_policy_loss),
+    "policy_loss_entropy": _loss(policy_loss_and_entropy),
+    "frozen_policy_loss": _loss(
+        policy_loss,
+        liger_policy_loss,
+        make=functools.partial(make_policy, is_frozen=True),
+        is_frozen=True,
+    ),
+    "log_probability": _loss(log_probabilities),
+    "frozen_log_probability": _loss(
+        log_probabilities, make=functools.partial(make_policy, is_frozen=True), is_frozen=True
+    ),
+    "forward_kl": _loss(forward_kl, liger_forward_kl, make=make_distillation),
     "cross_entropy": Op(  # tokens, vocabulary
         shapes=((8192, 128256), (16384, 32000)),
         tiny=(32, 48),

@@ -193,7 +193,8 @@ def floor_of(op: Op, shape: tuple[int, ...], device: torch.device) -> Contender:
 
 def floors_of(op: Op, shape: tuple[int, ...], took: Mapping[str, float]) -> dict[str, float]:
     """Milliseconds of each pass: its elements at the rate of the copy, and its GEMMs."""
-    gemms = {"forward": ("product",), "backward": ("dx", "dweight")} if op.gemms is not None else {}
+    of_backward = ("dx",) if op.is_frozen else ("dx", "dweight")
+    gemms = {"forward": ("product",), "backward": of_backward} if op.gemms is not None else {}
     elements = op.elements(*shape) if op.elements is not None else {}
     floors = {
         pass_name: elements.get(pass_name, 0) * took.get("copy", 0.0)

@@ -246,7 +246,7 @@ def why_not_by_rows(text: str, answers: Forms, others: Forms, sizes: tuple[int, 
     """
     program = read(text)
     dims = (*sizes, *(size for _, shape in others for size in shape))
-    made = [torch.zeros(shape, dtype=dtype) for dtype, shape in (*answers, *others)]
+    made = [torch.zeros(shape, dtype=dtype, device="cpu") for dtype, shape in (*answers, *others)]
     run = _Rows(program, dict(zip(program.answers, made, strict=False)), made[len(answers) :], dims)
     for name, place in program.gradients.items():
         (gradient,) = run.results(place)
@@ -260,7 +260,7 @@ def why_not_by_rows(text: str, answers: Forms, others: Forms, sizes: tuple[int, 
 
 def _rows_of(answers: Tensor) -> Tensor:
     """Return the number of the row of each element of answers, (N) or (N, K), plus 1."""
-    rows = torch.arange(1, answers.shape[0] + 1).reshape(-1, *(1,) * (answers.dim() - 1))
+    rows = torch.arange(1, answers.shape[0] + 1, device="cpu").reshape(-1, *(1,) * (answers.dim() - 1))
     return rows.expand(answers.shape)
 
 
@@ -270,7 +270,7 @@ class _Rows(Run):
     def __init__(self, program: Program, answers: Mapping[str, Tensor], others: Any, dims: Any) -> None:
         super().__init__(program, answers, others, dims)
         self.rows: list[Any] = [
-            _rows_of(value) if at < len(program.answers) else torch.zeros(value.shape, dtype=torch.int64)
+            _rows_of(value) if at < len(program.answers) else torch.zeros_like(value, dtype=torch.int64)
             for at, value in enumerate(self.values[: program.first])
         ]
         self.rows += [None] * len(program.steps)
@@ -358,7 +358,7 @@ def _joined(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _full(like: Tensor, row: int) -> Tensor:
-    return torch.full(like.shape, row, dtype=torch.int64)
+    return torch.full(like.shape, row, dtype=torch.int64, device="cpu")
 
 
 def _spread(out: Any, row: int) -> Any:

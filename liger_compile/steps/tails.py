@@ -108,7 +108,7 @@ def _root(outputs: Sequence[Node]) -> Node:
         if _needs_gradient(node) and any(arg in reached for arg in node.all_input_nodes):
             reached.add(node)
     for node in reached:
-        users = (position[user] for user in node.users if user in reached or user.op == "output")
+        users = (position[user] for user in node.users if user in reached or _may_differentiate(user))
         last[node] = max(users, default=-1)
     begun, open_until = 0, -1
     for node in graph.nodes:
@@ -119,6 +119,25 @@ def _root(outputs: Sequence[Node]) -> Node:
             return node
         open_until = max(open_until, last[node])
     raise NoTailError("the gradients do not come from one loss, a scalar of the graph")
+
+
+_FACTS = (
+    Tensor,
+    tuple,
+    list,
+    int,
+    float,
+    torch.SymInt,
+    torch.SymFloat,
+    torch.SymBool,
+    torch.dtype,
+    torch.device,
+)
+
+
+def _may_differentiate(user: Node) -> bool:
+    """Returns whether a reader may see a gradient although it computes nothing: a result of the graph, or a hook."""
+    return user.op == "output" or not isinstance(user.meta.get("example_value"), _FACTS)
 
 
 def _is_scalar(node: Node) -> bool:
@@ -217,6 +236,8 @@ class _Writer:
         inside = {*nodes, *outputs}
         for node in (arg for each in nodes for arg in each.all_input_nodes if arg not in inside):
             value = node.meta.get("example_value")
+            if isinstance(value, Tensor) and value.requires_grad and value.device != x.device:
+                raise NoTailError(f"{node.name} gets a gradient on another device")
             if isinstance(value, Tensor) and node not in self.others:
                 self.others[node] = value.detach().requires_grad_(value.requires_grad)
 
