@@ -100,7 +100,8 @@ class Options:
     loss_memory: int | None = _option(
         None,
         _BYTES,
-        "The memory for a chunk of logits in linear_cross_entropy. Less memory costs time. None selects a default.",
+        "The memory for a chunk of logits in linear_cross_entropy and linear_softmax, which then keeps no logits for "
+        "backward. Less memory costs time. None selects a default.",
     )
     logits: str = _option(
         "auto",

@@ -234,7 +234,16 @@ def written_in_place(x, w, tokens, advantages, old, mask, reference):
     return weighted.sum()
 
 
+def with_a_hook(x, w, tokens, advantages, old, mask, reference):
+    """The hook changes the gradient."""
+    logp, _ = log_probabilities(x, w, tokens)
+    ratio = (logp - old).exp()
+    ratio.register_hook(lambda gradient: gradient * 3)
+    return (ratio * advantages).sum()
+
+
 LEFT = {
+    with_a_hook: "do not come from one loss",
     normalized_over_the_batch: "depends on other rows",
     detached_statistics_of_the_batch: "depends on other rows",
     neighbors: "depends on other rows",
