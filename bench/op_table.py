@@ -386,7 +386,7 @@ OPS: Mapping[str, Op] = {
         gemms=lambda n, h, v: (n, h, v),
         is_long=True,
     ),
-    # As linear_cross_entropy. "without its loss" keeps the logits. The floor of a divergence has no matmul of the teacher.
+    # As linear_cross_entropy. "without its loss" keeps the logits. The floor of forward_kl lacks the teacher's matmul.
     "policy_loss": _loss(policy_loss, liger_policy_loss),
     "policy_loss_entropy": _loss(policy_loss_and_entropy),
     "frozen_policy_loss": _loss(

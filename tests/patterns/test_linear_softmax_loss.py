@@ -236,14 +236,13 @@ def written_in_place(x, w, tokens, advantages, old, mask, reference):
 
 def with_a_hook(x, w, tokens, advantages, old, mask, reference):
     """The hook changes the gradient."""
-    logp, _ = log_probabilities(x, w, tokens)
-    ratio = (logp - old).exp()
-    ratio.register_hook(lambda gradient: gradient * 3)
-    return (ratio * advantages).sum()
+    logp = F.linear(x, w).float().log_softmax(-1).gather(-1, tokens.unsqueeze(-1))
+    logp.register_hook(lambda gradient: gradient * 3)
+    return ((logp.squeeze(-1) - old).exp() * advantages).sum()
 
 
 LEFT = {
-    with_a_hook: "do not come from one loss",
+    with_a_hook: "is written in place",
     normalized_over_the_batch: "depends on other rows",
     detached_statistics_of_the_batch: "depends on other rows",
     neighbors: "depends on other rows",
@@ -269,6 +268,16 @@ def test_what_is_no_such_loss_keeps_the_logits_and_says_why(liger_is_as_right_as
     assert patterns_of(report) == ["linear_softmax.questions"]
     (note,) = (note for note in report.notes if "logits are kept" in note)
     assert LEFT[function] in note
+
+
+def test_an_answer_that_is_written_in_place(liger_is_as_right_as_eager):
+    def function(x, w, tokens, mask):
+        logp = F.linear(x, w).float().log_softmax(-1).gather(-1, tokens.unsqueeze(-1))
+        first = logp.detach().exp()
+        logp.mul_(mask.unsqueeze(-1))
+        return (logp.squeeze(-1) * 3).sum() + first.mean()
+
+    liger_is_as_right_as_eager(function, X, W, TOKENS, MASK, frozen=(3,), policy="auto")
 
 
 def test_float16_is_left(liger_is_as_right_as_eager):
