@@ -3,15 +3,21 @@
 A LazyTensor has a shape, strides, dtype and device, takes part in autograd, and behaves as a torch.Tensor. The first
 operation that needs its values computes them, once. Casts, detach() and aliases of a LazyTensor stay lazy. After the
 computation it has memory like any other tensor, and shares the memory with its aliases and views.
+
+A LazyTensor may have a Meaning (`meaning`): it answers function calls without the values, and decides which other
+operations stay lazy. Function calls arrive at __torch_function__, above autograd; operators at __torch_dispatch__,
+below autograd.
 """
 
 from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from multiprocessing.reduction import ForkingPickler
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.utils.dlpack
@@ -19,21 +25,40 @@ from torch import Tensor
 from torch.multiprocessing.reductions import reduce_tensor
 
 from liger_compile.runtime.fingerprint import fingerprint, has_fingerprint
+from liger_compile.runtime.memory import Late, late_result, promised
 from liger_compile.runtime.optimizer_steps import keep_before_steps
-from liger_compile.runtime.promise import CHANGED_UNSEEN, FREED, Promise, Recipe, Values, is_freed
+from liger_compile.runtime.promise import Promise, Recipe, changed
 from liger_compile.runtime.sharding import keep_before_sharding
 from liger_compile.torch_internals.operators import COPY, schema_of
 from liger_compile.torch_internals.pytree import tree_leaves, tree_map_only
-from liger_compile.torch_internals.tensors import DATA, no_torch_function, without_memory
+from liger_compile.torch_internals.tensors import DATA, without_memory, without_torch_functions
 
 # Operations that stay lazy, besides a copy in another dtype: aliases of the same memory.
 _ALIASES = (torch.ops.aten.detach.default, torch.ops.aten.alias.default)
 
 
-def lazy(recipe: Recipe, like: Tensor, *inputs: Any) -> Tensor:
+class Meaning(Protocol):
+    """What the values of a LazyTensor are, for operations that need no values."""
+
+    def call(self, function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """Return the result of a function call of which the tensor is an argument, or NotImplemented.
+
+        The call may use staying_lazy().
+        """
+        ...
+
+    def materialized(self, function: Any) -> None:
+        """Take note that this function needed the values."""
+        ...
+
+
+def lazy(
+    recipe: Recipe, like: Tensor, *inputs: Any, meaning: Callable[[Promise], Meaning | None] | None = None
+) -> Tensor:
     """Return a tensor whose values and gradients are those of recipe(*inputs), with the current inputs.
 
-    The tensor has the shape, strides, dtype and device of `like`, which may be on the meta device.
+    The tensor has the shape, strides, dtype and device of `like`, which may be on the meta device; `meaning` returns
+    its meaning.
 
     The tensor is computed at once where changes of the inputs would not be detected: while a CUDA graph is captured,
     whose replays write into the inputs, and for tensor subclasses.
@@ -45,6 +70,8 @@ def lazy(recipe: Recipe, like: Tensor, *inputs: Any) -> Tensor:
     result: Tensor = _Deferred.apply(promise, like, tensors[0].device, *inputs)  # pyright: ignore[reportAssignmentType]
     keep_before_sharding(promise, tensors)
     keep_before_steps(promise)
+    if meaning is not None and isinstance(result, LazyTensor):
+        result.meaning = meaning(promise)
     return result
 
 
@@ -61,16 +88,18 @@ class _Deferred(torch.autograd.Function):
         ctx.positions = [i for i, value in enumerate(inputs) if isinstance(value, Tensor)]
         ctx.save_for_backward(*(inputs[i] for i in ctx.positions))
         ctx.inputs = [None if isinstance(value, Tensor) else value for value in inputs]
-        return LazyTensor(like, device, Values(promise))
+        ctx.set_materialize_grads(False)
+        return LazyTensor(like, device, promised(promise))
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, gradient: Tensor | None) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Return the gradients of the inputs; with create_graph=True, they are differentiable."""
+        if gradient is None:  # all questions were answered without the values
+            return (None,) * (3 + len(ctx.inputs))
         inputs, wanted = list(ctx.inputs), []
         again = torch.is_grad_enabled()
         for i, saved in zip(ctx.positions, ctx.saved_tensors, strict=True):
-            if is_freed(saved) or not ctx.fingerprints[i].is_same(fingerprint(saved)):
-                happened = FREED if is_freed(saved) else CHANGED_UNSEEN
+            if happened := changed(saved, ctx.fingerprints[i]):
                 raise ctx.recipe.refusal("gradients", saved.shape, happened)
             needs_gradient = ctx.needs_input_grad[3 + i]
             inputs[i] = saved if again else saved.detach().requires_grad_(needs_gradient)
@@ -94,17 +123,39 @@ class _Absent:
 class LazyTensor(Tensor):
     """The tensor that lazy() returns. `dense()` is the same tensor with its values in memory."""
 
-    _promised: Values | None  # until dense() is called
+    _late: Late | None  # until dense() is called
     _dense_alias: Tensor | None  # after dense(): a plain tensor with the same metadata and memory
-
-    # All operations arrive at __torch_dispatch__, below autograd. Their results are plain tensors.
-    __torch_function__ = no_torch_function
+    _meaning: Meaning | None
+    _writes: int  # in its memory, for which the meaning holds
 
     @staticmethod
-    def __new__(cls, like: Tensor, device: torch.device, values: Values) -> LazyTensor:
+    def __new__(cls, like: Tensor, device: torch.device, late: Late) -> LazyTensor:
         made = without_memory(cls, like, device)
-        made._promised, made._dense_alias = values, None
+        made._late, made._dense_alias = late, None
+        made._meaning, made._writes = None, 0
         return made
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether the values have not been computed."""
+        return self._late is not None and self._late.memory.made is None
+
+    @property
+    def late(self) -> Late:
+        assert self._late is not None, "values that exist are not late"
+        return self._late
+
+    @property
+    def meaning(self) -> Meaning | None:
+        """What the values are; None if that is not known, or if they are in memory."""
+        late = self._late
+        is_known = late is not None and late.memory.made is None and late.memory.writes == self._writes
+        return self._meaning if is_known else None
+
+    @meaning.setter
+    def meaning(self, value: Meaning | None) -> None:
+        if (late := self._late) is not None:
+            self._meaning, self._writes = value, late.memory.writes
 
     def dense(self) -> Tensor:
         """Return the values as a plain tensor without a gradient; the same tensor on each call.
@@ -112,38 +163,40 @@ class LazyTensor(Tensor):
         Raises:
             RuntimeError: one of the inputs changed before the values were first read.
         """
-        if (values := self._promised) is not None:
-            with values.lock, torch.inference_mode(False):
-                if self._promised is not None:  # check again under the lock
-                    self._put(values().detach())
+        if (late := self._late) is not None:
+            if (meaning := self.meaning) is not None:
+                meaning.materialized(_state.function)
+            values = late()
+            with _put_lock:
+                if self._late is not None:  # another thread may have been here
+                    self._put(values.detach())
         assert self._dense_alias is not None
         return self._dense_alias
 
     def _put(self, dense: Tensor) -> None:
         """Take over the memory and the metadata of a plain tensor. Autograd, hooks and the version are preserved."""
-        DATA.__set__(self, dense)
-        self._promised, self._dense_alias = None, dense
+        with without_torch_functions(), torch.inference_mode(False):
+            DATA.__set__(self, dense)
+        self._dense_alias, self._late, self._meaning = dense, None, None
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        with without_torch_functions():
+            for leaf in tree_leaves((args, kwargs)):
+                if isinstance(leaf, LazyTensor) and (meaning := leaf.meaning) is not None:
+                    return _called(meaning, func, args, kwargs)
+            return func(*args, **kwargs)
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func in _ALIASES and (values := args[0]._promised) is not None:
-            # An alias of a tensor with a version also has a version, even in inference mode.
-            with torch.inference_mode(args[0].is_inference()):
-                return LazyTensor(_like(args[0]), args[0].device, values)
-        if func is COPY and kwargs.keys() == {"dtype"} and (values := args[0]._promised) is not None:
-            like = COPY(_like(args[0]), **kwargs)
-            return LazyTensor(like, args[0].device, values.copy(like.dtype))
-        lazies = {
-            id(leaf.dense()): leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, LazyTensor)
-        }
-        dense_args, dense_kwargs = tree_map_only(LazyTensor, LazyTensor.dense, (args, kwargs))
-        result = func(*dense_args, **dense_kwargs)
-        if schema_of(func).is_mutable:
-            for lazy_tensor in lazies.values():  # its shape or storage may have changed
-                DATA.__set__(lazy_tensor, lazy_tensor.dense())
-        # In-place operations return the tensor that they wrote into.
-        return tree_map_only(Tensor, lambda tensor: lazies.get(id(tensor), tensor), result)
+        with without_torch_functions():
+            if func in _ALIASES or (func is COPY and kwargs.keys() == {"dtype"}) or _state.stays_lazy:
+                result = _deferred(func, args, kwargs)
+                if result is not NotImplemented:
+                    return result
+            return _computed(func, args, kwargs)
 
     # Another compiled function takes the values as its input.
 
@@ -181,7 +234,8 @@ class LazyTensor(Tensor):
             values = repr(self.dense()).removesuffix(")")
         except Exception as error:
             values = f"tensor(<{error}>, size={tuple(self.shape)}, dtype={self.dtype}, device='{self.device}'"
-        grad = f", grad_fn=<{type(self.grad_fn).__name__}>" if self.grad_fn is not None else ""
+        with without_torch_functions():
+            grad = f", grad_fn=<{type(self.grad_fn).__name__}>" if self.grad_fn is not None else ""
         return f"{values}{grad})"
 
     def tolist(self):
@@ -211,6 +265,7 @@ class LazyTensor(Tensor):
         return self._leaf().__reduce_ex__(protocol)
 
     def as_subclass(self, cls):
+        self.dense()
         return self.view_as(self).as_subclass(cls)
 
     def __deepcopy__(self, memo):
@@ -219,12 +274,106 @@ class LazyTensor(Tensor):
         return copy.deepcopy(self.dense(), memo)
 
 
+class _State(threading.local):
+    """What happens in this thread."""
+
+    stays_lazy = False
+    function: Any = None  # that was called, for messages
+
+
+_state = _State()
+_put_lock = threading.Lock()
+
+
+@contextmanager
+def staying_lazy() -> Iterator[None]:
+    """Operators on lazy tensors stay lazy: each result is a lazy tensor, and a write waits."""
+    before, _state.stays_lazy = _state.stays_lazy, True
+    try:
+        yield
+    finally:
+        _state.stays_lazy = before
+
+
+@torch.compiler.disable  # where a compiled function breaks its graph, Dynamo would compile this one
+def _called(meaning: Meaning, function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """Return the result of a function call, without the values if the meaning of an argument suffices."""
+    before, _state.function = _state.function, function
+    try:
+        result = meaning.call(function, args, kwargs)
+        return function(*args, **kwargs) if result is NotImplemented else result
+    finally:
+        _state.function = before
+
+
+def _computed(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """Return the results of an operator on the values of its lazy arguments."""
+    lazies = {id(leaf.dense()): leaf for leaf in _lazies_in(args, kwargs)}
+    dense_args, dense_kwargs = tree_map_only(LazyTensor, LazyTensor.dense, (args, kwargs))
+    result = func(*dense_args, **dense_kwargs)
+    if schema_of(func).is_mutable:
+        for lazy_tensor in lazies.values():  # its shape or storage may have changed
+            DATA.__set__(lazy_tensor, lazy_tensor.dense())
+    # In-place operations return the tensor that they wrote into.
+    return tree_map_only(Tensor, lambda tensor: lazies.get(id(tensor), tensor), result)
+
+
+def _deferred(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """Return the results of an operator as lazy tensors, or NotImplemented if a lazy argument has been computed."""
+    lazies = _lazies_in(args, kwargs)
+    if not all(lazy_tensor.is_waiting for lazy_tensor in lazies):
+        return NotImplemented
+    waiting = tree_map_only(Tensor, _as_now, (args, kwargs))
+    schema = schema_of(func)
+    if schema.is_mutable:
+        is_written = args[0].late.write(lambda dense: func(dense, *waiting[0][1:], **waiting[1]))
+        return args[0] if is_written and len(lazies) == 1 else NotImplemented
+    like_args, like_kwargs = tree_map_only(Tensor, _like, (args, kwargs))
+    like = func(*like_args, **like_kwargs)
+    if any(result.alias_info is not None for result in schema.returns):
+        return _views(func, waiting, lazies[0], like)
+    late = late_result(lambda plain: func(*plain[0], **plain[1]), waiting)
+    return NotImplemented if late is None else LazyTensor(like, lazies[0].device, late)
+
+
+def _views(func: Any, waiting: Any, base: LazyTensor, like: Any) -> Any:
+    """Return the views that an operator makes of its first argument."""
+    (_, *others), kwargs = waiting
+
+    def view(dense: Tensor, at: int | None = None) -> Tensor:
+        made = func(dense, *others, **kwargs)
+        return made if at is None else made[at]
+
+    # A view of a tensor with a version also has a version, even in inference mode.
+    with torch.inference_mode(base.is_inference()):
+        if isinstance(like, Tensor):
+            return LazyTensor(like, base.device, base.late.viewed(view))
+        return [
+            LazyTensor(each, base.device, base.late.viewed(functools.partial(view, at=at)))
+            for at, each in enumerate(like)
+        ]
+
+
+def _lazies_in(*values: Any) -> list[LazyTensor]:
+    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, LazyTensor)]
+
+
+def _as_now(tensor: Tensor) -> Late | Tensor:
+    """Return an argument for later: others may write into a plain tensor before."""
+    return tensor.late if isinstance(tensor, LazyTensor) else tensor.detach().clone()
+
+
 def _like(tensor: Tensor) -> Tensor:
     return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
 
 
 # Reductions by type: used by the queues of torch.multiprocessing.
-ForkingPickler.register(LazyTensor, lambda tensor: reduce_tensor(tensor.view_as(tensor)))
+def _reduced(tensor: LazyTensor) -> Any:
+    tensor.dense()
+    return reduce_tensor(tensor.view_as(tensor))
+
+
+ForkingPickler.register(LazyTensor, _reduced)
 
 
 def _with_memory(to_dlpack: Callable[..., Any]) -> Callable[..., Any]:

@@ -4,7 +4,6 @@ The result is these values or an error, whatever happens to the inputs in betwee
 
     Recipe   computes a tensor from other values
     Promise  recipe(*inputs), for inputs that others may write into before the computation
-    Values   the memory of tensors that are computed late, and the pending copies of these tensors
 
 Detectable writers (`optimizer_steps.py`, `sharding.py`) call keep() before they change an input. Other changes are
 detected when the values are needed, by the input's version and by its fingerprint.
@@ -14,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import threading
-import weakref
 from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +21,6 @@ import torch
 from torch import Tensor
 
 from liger_compile.runtime.fingerprint import Fingerprint, fingerprint
-from liger_compile.torch_internals.operators import COPY
 from liger_compile.torch_internals.tensors import storage_of, version_of
 
 
@@ -77,6 +74,13 @@ def is_freed(tensor: Tensor) -> bool:
     return tensor.numel() > 0 and tensor.untyped_storage().nbytes() < end
 
 
+def changed(tensor: Tensor, before: Fingerprint | None) -> str | None:
+    """Return the change of an input since its fingerprint was taken, if there is one."""
+    if is_freed(tensor):
+        return FREED
+    return None if before is None or before.is_same(fingerprint(tensor)) else CHANGED_UNSEEN
+
+
 class _Input:
     """A tensor that others may write into, and its original state."""
 
@@ -84,6 +88,7 @@ class _Input:
         self.tensor = tensor.detach()
         self.fingerprint = fingerprint(self.tensor)
         self._version = version_of(self.tensor)
+        self.is_copy = False
         self._lost: str | None = None  # the change, if one happened before a copy existed
 
     def what_happened(self) -> str | None:
@@ -106,7 +111,7 @@ class _Input:
             key = (storage_of(mine), mine.storage_offset(), mine.shape, mine.stride(), mine.dtype)
             if key not in copies:
                 copies[key] = mine.clone()
-            self.tensor = copies[key]
+            self.tensor, self.is_copy = copies[key], True
             self._version = version_of(self.tensor)
 
 
@@ -123,7 +128,7 @@ class Promise:
         self.lock = threading.RLock()
         self.recipe, self._num_bytes = recipe, num_bytes
         self._inputs = [_Input(value) if isinstance(value, Tensor) else value for value in inputs]
-        self._stream = _stream(self._tensors())
+        self.stream = _stream(self._tensors())
         self._values: Tensor | None = None
         # The shape of each input, and whether its values were unchanged when the result was computed, as bool [].
         self._doubts: list[tuple[torch.Size, Tensor]] = []
@@ -134,7 +139,7 @@ class Promise:
         Raises:
             RuntimeError: an input had changed.
         """
-        with self.lock, _on(self._stream):
+        with self.lock, on(self.stream):
             if self._values is None:
                 for tensor in self._tensors():
                     if happened := tensor.what_happened():
@@ -156,7 +161,7 @@ class Promise:
             storages: as storage_of() returns them.
             copies: existing copies; new copies are added.
         """
-        with self.lock, _on(self._stream), contextlib.suppress(torch.OutOfMemoryError):
+        with self.lock, on(self.stream), contextlib.suppress(torch.OutOfMemoryError):
             endangered = [source for source in self._tensors() if storage_of(source.tensor) in storages]
             is_lost = any(source.what_happened() for source in self._tensors())
             if not is_lost and self._num_bytes < sum(source.tensor.nbytes for source in endangered):
@@ -164,6 +169,13 @@ class Promise:
             else:
                 for source in endangered:
                     source.keep(copies)
+
+    def is_as_promised(self) -> bool:
+        """Return whether no values have been computed, and all inputs are those of the promise, unchanged."""
+        with self.lock, on(self.stream):
+            inputs = self._tensors()
+            is_original = bool(inputs) and not any(source.is_copy or source.what_happened() for source in inputs)
+            return is_original and all(source.is_same() for source in inputs)
 
     def storages(self) -> set[int | None]:
         """Return the storages that the values are still to be computed from, as storage_of() returns them."""
@@ -187,53 +199,6 @@ class Promise:
         return self._values
 
 
-class Values:
-    """The memory of tensors that are computed late and are aliases of one another.
-
-    Pending copies in another dtype are created together with the memory. Nobody can write into the memory before that,
-    and a copy must not include later writes.
-    """
-
-    def __init__(self, source: Promise | Values, dtype: torch.dtype | None = None) -> None:
-        self.lock = source.lock
-        self._source: Promise | Values | None = source
-        self._dtype = dtype  # of a copy
-        self._made: Tensor | None = None
-        self._copies: list[weakref.ref[Values]] = []  # copies that may still be pending
-
-    def __call__(self) -> Tensor:
-        """Return a plain tensor; the same tensor on each call.
-
-        Raises:
-            RuntimeError: the values cannot be computed any more.
-        """
-        with self.lock:
-            if self._source is not None:
-                made = self._source()
-                if isinstance(self._source, Promise):
-                    self._make(made)
-            assert self._made is not None
-            return self._made
-
-    def copy(self, dtype: torch.dtype) -> Values:
-        """Return the values in another dtype, in separate memory."""
-        with self.lock:
-            copy = Values(self, dtype)
-            if self._made is None:
-                self._copies.append(weakref.ref(copy))
-            else:
-                copy._make(self._made)
-            return copy
-
-    def _make(self, source: Tensor) -> None:
-        with torch.inference_mode(False), torch.no_grad():
-            made = source if self._dtype is None else COPY(source, dtype=self._dtype)
-        for reference in self._copies:
-            if copy := reference():
-                copy._make(made)
-        self._made, self._source, self._copies = made, None, []
-
-
 def _stream(inputs: Sequence[_Input]) -> torch.cuda.Stream | None:
     """Return the stream on which the inputs are computed."""
     devices = [source.tensor.device for source in inputs if source.tensor.is_cuda]
@@ -241,7 +206,7 @@ def _stream(inputs: Sequence[_Input]) -> torch.cuda.Stream | None:
 
 
 @contextlib.contextmanager
-def _on(stream: torch.cuda.Stream | None) -> Iterator[None]:
+def on(stream: torch.cuda.Stream | None) -> Iterator[None]:
     """Launch the block's work on `stream`, and make the current stream wait for it.
 
     Code that synchronizes with the forward pass expects the values to be complete.
