@@ -24,11 +24,12 @@ import torch.utils.dlpack
 from torch import Tensor
 from torch.multiprocessing.reductions import reduce_tensor
 
-from liger_compile.runtime.fingerprint import fingerprint, has_fingerprint
-from liger_compile.runtime.memory import Late, late_result, promised
+from liger_compile.runtime.fingerprint import has_fingerprint
+from liger_compile.runtime.memory import Late, Memory, late_result, promised
 from liger_compile.runtime.optimizer_steps import keep_before_steps
 from liger_compile.runtime.promise import Promise, Recipe, changed
 from liger_compile.runtime.sharding import keep_before_sharding
+from liger_compile.torch_internals.dynamo import is_tracing
 from liger_compile.torch_internals.operators import COPY, schema_of
 from liger_compile.torch_internals.pytree import tree_leaves, tree_map_only
 from liger_compile.torch_internals.tensors import DATA, without_memory, without_torch_functions
@@ -37,8 +38,17 @@ from liger_compile.torch_internals.tensors import DATA, without_memory, without_
 _ALIASES = (torch.ops.aten.detach.default, torch.ops.aten.alias.default)
 
 
+class Gradient:
+    """Whether somebody may read the gradient of a LazyTensor, which no answer of its meaning adds to otherwise."""
+
+    is_read = False
+
+
 class Meaning(Protocol):
     """What the values of a LazyTensor are, for operations that need no values."""
+
+    @property
+    def gradients(self) -> tuple[Gradient, ...]: ...
 
     def call(self, function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Return the result of a function call of which the tensor is an argument, or NotImplemented.
@@ -47,8 +57,9 @@ class Meaning(Protocol):
         """
         ...
 
-    def materialized(self, function: Any) -> None:
-        """Take note that this function needed the values."""
+    @property
+    def report(self) -> Callable[[Any], None]:
+        """Takes note of a function that needed the values. It keeps no tensors alive."""
         ...
 
 
@@ -71,7 +82,9 @@ def lazy(
     keep_before_sharding(promise, tensors)
     keep_before_steps(promise)
     if meaning is not None and isinstance(result, LazyTensor):
-        result.meaning = meaning(promise)
+        result.meaning = found = meaning(promise)
+        if found is not None:
+            result.gradients, result.report = found.gradients, found.report
     return result
 
 
@@ -127,12 +140,14 @@ class LazyTensor(Tensor):
     _dense_alias: Tensor | None  # after dense(): a plain tensor with the same metadata and memory
     _meaning: Meaning | None
     _writes: int  # in its memory, for which the meaning holds
+    gradients: tuple[Gradient, ...]  # also after the values are in memory
+    report: Callable[[Any], None] | None
 
     @staticmethod
     def __new__(cls, like: Tensor, device: torch.device, late: Late) -> LazyTensor:
         made = without_memory(cls, like, device)
         made._late, made._dense_alias = late, None
-        made._meaning, made._writes = None, 0
+        made._meaning, made._writes, made.gradients, made.report = None, 0, (), None
         return made
 
     @property
@@ -164,8 +179,8 @@ class LazyTensor(Tensor):
             RuntimeError: one of the inputs changed before the values were first read.
         """
         if (late := self._late) is not None:
-            if (meaning := self.meaning) is not None:
-                meaning.materialized(_state.function)
+            if self.report is not None and late.memory.made is None:
+                self.report(_state.function)
             values = late()
             with _put_lock:
                 if self._late is not None:  # another thread may have been here
@@ -183,10 +198,13 @@ class LazyTensor(Tensor):
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         with without_torch_functions():
-            for leaf in tree_leaves((args, kwargs)):
-                if isinstance(leaf, LazyTensor) and (meaning := leaf.meaning) is not None:
-                    return _called(meaning, func, args, kwargs)
-            return func(*args, **kwargs)
+            lazies = _lazies_in(args, kwargs)
+            if func in _GRADIENT_READERS:
+                _note_reader(func, args, kwargs)
+            if not any(lazy_tensor.is_waiting for lazy_tensor in lazies):
+                return func(*args, **kwargs)
+            meanings = (meaning for lazy_tensor in lazies if (meaning := lazy_tensor.meaning) is not None)
+            return _called(next(meanings, None), func, args, kwargs)  # pyright: ignore[reportCallIssue]
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
@@ -198,7 +216,12 @@ class LazyTensor(Tensor):
                     return result
             return _computed(func, args, kwargs)
 
-    # Another compiled function takes the values as its input.
+    # Another compiled function takes the values as its input. It traces a view as a tensor of its own, because the
+    # base is no tensor of this class in the trace; a write in the compiled function is a write to the view at its end.
+
+    def _is_view(self) -> bool:
+        with without_torch_functions():
+            return not is_tracing() and _PLAIN._is_view(self)  # pyright: ignore[reportCallIssue]
 
     @property
     def _dense(self) -> Tensor:
@@ -295,12 +318,36 @@ def staying_lazy() -> Iterator[None]:
         _state.stays_lazy = before
 
 
+_PLAIN: Any = Tensor  # a type checker takes attributes of the class for their values
+_MAKES_LEAF = (_PLAIN.requires_grad_, _PLAIN.requires_grad.__set__)
+_GRADIENT_READERS = frozenset(
+    (_PLAIN.register_hook, _PLAIN.retain_grad, _PLAIN.grad_fn.__get__, torch.autograd.grad, *_MAKES_LEAF)
+)
+
+
+def _note_reader(function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """Take note that a call gives access to the gradient of its lazy arguments."""
+    if function in _MAKES_LEAF:
+        if not args[0].requires_grad:  # it is no function of the hidden state any more
+            args[0].meaning = None
+        return
+    if function is torch.autograd.grad:
+        args, kwargs = args[1:], {"inputs": kwargs.get("inputs")}
+    elif function is Tensor.register_hook:
+        hook = args[1] if len(args) > 1 else kwargs.get("hook")
+        if str(getattr(hook, "__module__", "")).startswith("torch.distributed"):
+            return  # FSDP2 waits for backward, and reads no gradient here
+    for lazy_tensor in _lazies_in(args, kwargs):
+        for gradient in lazy_tensor.gradients:
+            gradient.is_read = True
+
+
 @torch.compiler.disable  # where a compiled function breaks its graph, Dynamo would compile this one
-def _called(meaning: Meaning, function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+def _called(meaning: Meaning | None, function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """Return the result of a function call, without the values if the meaning of an argument suffices."""
     before, _state.function = _state.function, function
     try:
-        result = meaning.call(function, args, kwargs)
+        result = NotImplemented if meaning is None else meaning.call(function, args, kwargs)
         return function(*args, **kwargs) if result is NotImplemented else result
     finally:
         _state.function = before
@@ -326,14 +373,29 @@ def _deferred(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> An
     waiting = tree_map_only(Tensor, _as_now, (args, kwargs))
     schema = schema_of(func)
     if schema.is_mutable:
+        func(_like(args[0]), *args[1:], **kwargs)  # raises the errors of torch
         is_written = args[0].late.write(lambda dense: func(dense, *waiting[0][1:], **waiting[1]))
         return args[0] if is_written and len(lazies) == 1 else NotImplemented
-    like_args, like_kwargs = tree_map_only(Tensor, _like, (args, kwargs))
-    like = func(*like_args, **like_kwargs)
+    like = _like_result(func, args, kwargs, lazies[0].device)
+    if like is None:
+        return NotImplemented
     if any(result.alias_info is not None for result in schema.returns):
         return _views(func, waiting, lazies[0], like)
     late = late_result(lambda plain: func(*plain[0], **plain[1]), waiting)
-    return NotImplemented if late is None else LazyTensor(like, lazies[0].device, late)
+    return NotImplemented if late is None else _derived(like, lazies, late)
+
+
+def _like_result(func: Any, args: Any, kwargs: Mapping[str, Any], device: torch.device) -> Any:
+    """Return meta tensors like the results of an operator on this device; None if that is not known."""
+    like_args, like_kwargs = tree_map_only(Tensor, _like, (args, dict(kwargs)))
+    if like_kwargs.get("device") is not None:
+        if like_kwargs["device"] != device:
+            return None
+        like_kwargs["device"] = torch.device("meta")
+    try:
+        return func(*like_args, **like_kwargs)
+    except NotImplementedError:
+        return None
 
 
 def _views(func: Any, waiting: Any, base: LazyTensor, like: Any) -> Any:
@@ -347,11 +409,18 @@ def _views(func: Any, waiting: Any, base: LazyTensor, like: Any) -> Any:
     # A view of a tensor with a version also has a version, even in inference mode.
     with torch.inference_mode(base.is_inference()):
         if isinstance(like, Tensor):
-            return LazyTensor(like, base.device, base.late.viewed(view))
+            return _derived(like, [base], base.late.viewed(view))
         return [
-            LazyTensor(each, base.device, base.late.viewed(functools.partial(view, at=at)))
+            _derived(each, [base], base.late.viewed(functools.partial(view, at=at)))
             for at, each in enumerate(like)
         ]
+
+
+def _derived(like: Tensor, sources: Sequence[LazyTensor], late: Late) -> LazyTensor:
+    result = LazyTensor(like, sources[0].device, late)
+    result.gradients = tuple(dict.fromkeys(each for source in sources for each in source.gradients))
+    result.report = next((source.report for source in sources if source.report is not None), None)
+    return result
 
 
 def _lazies_in(*values: Any) -> list[LazyTensor]:
@@ -368,6 +437,15 @@ def _like(tensor: Tensor) -> Tensor:
 
 
 # Reductions by type: used by the queues of torch.multiprocessing.
+def never_computed() -> Late:
+    """Return the values of a lazy tensor that only serves to follow operations."""
+
+    def refused() -> Tensor:
+        raise AssertionError("this lazy tensor has no values")
+
+    return Late(Memory(refused))
+
+
 def _reduced(tensor: LazyTensor) -> Any:
     tensor.dense()
     return reduce_tensor(tensor.view_as(tensor))

@@ -128,7 +128,7 @@ class Promise:
         self.lock = threading.RLock()
         self.recipe, self._num_bytes = recipe, num_bytes
         self._inputs = [_Input(value) if isinstance(value, Tensor) else value for value in inputs]
-        self.stream = _stream(self._tensors())
+        self._stream = _stream(self._tensors())
         self._values: Tensor | None = None
         # The shape of each input, and whether its values were unchanged when the result was computed, as bool [].
         self._doubts: list[tuple[torch.Size, Tensor]] = []
@@ -139,7 +139,7 @@ class Promise:
         Raises:
             RuntimeError: an input had changed.
         """
-        with self.lock, on(self.stream):
+        with self.lock, _on(self._stream):
             if self._values is None:
                 for tensor in self._tensors():
                     if happened := tensor.what_happened():
@@ -161,7 +161,7 @@ class Promise:
             storages: as storage_of() returns them.
             copies: existing copies; new copies are added.
         """
-        with self.lock, on(self.stream), contextlib.suppress(torch.OutOfMemoryError):
+        with self.lock, _on(self._stream), contextlib.suppress(torch.OutOfMemoryError):
             endangered = [source for source in self._tensors() if storage_of(source.tensor) in storages]
             is_lost = any(source.what_happened() for source in self._tensors())
             if not is_lost and self._num_bytes < sum(source.tensor.nbytes for source in endangered):
@@ -172,10 +172,16 @@ class Promise:
 
     def is_as_promised(self) -> bool:
         """Return whether no values have been computed, and all inputs are those of the promise, unchanged."""
-        with self.lock, on(self.stream):
+        with self.lock, _on(self._stream):
             inputs = self._tensors()
-            is_original = bool(inputs) and not any(source.is_copy or source.what_happened() for source in inputs)
+            is_original = bool(inputs) and not any(
+                source.is_copy or source.what_happened() for source in inputs
+            )
             return is_original and all(source.is_same() for source in inputs)
+
+    def on_its_stream(self) -> contextlib.AbstractContextManager[None]:
+        """Launch the block's work on the stream on which the inputs are computed; the current stream waits for it."""
+        return _on(self._stream)
 
     def storages(self) -> set[int | None]:
         """Return the storages that the values are still to be computed from, as storage_of() returns them."""
@@ -206,7 +212,7 @@ def _stream(inputs: Sequence[_Input]) -> torch.cuda.Stream | None:
 
 
 @contextlib.contextmanager
-def on(stream: torch.cuda.Stream | None) -> Iterator[None]:
+def _on(stream: torch.cuda.Stream | None) -> Iterator[None]:
     """Launch the block's work on `stream`, and make the current stream wait for it.
 
     Code that synchronizes with the forward pass expects the values to be complete.

@@ -21,7 +21,7 @@ _T = TypeVar("_T", bound=Tensor)
 # The attribute `data` of all tensors, for a subclass that overrides it.
 DATA: Any = torch._C.TensorBase.data  # pyright: ignore[reportAttributeAccessIssue]
 
-# A context in which function calls do not arrive at `__torch_function__` of subclasses, but at `__torch_dispatch__` only.
+# A context in which calls do not arrive at `__torch_function__` of subclasses, but at `__torch_dispatch__` only.
 without_torch_functions: Any = torch._C.DisableTorchFunctionSubclass  # pyright: ignore[reportAttributeAccessIssue]
 
 
