@@ -418,6 +418,18 @@ def test_a_gradient_of_the_gradient():
     torch.testing.assert_close(*found)
 
 
+def test_a_write_without_gradients_changes_the_values_and_not_the_gradients():
+    found = []
+    for make in (Model(), F.linear):
+        x, w, ids = inputs()
+        logits = make(x, w)
+        with torch.no_grad():
+            logits.mul_(3)
+        scores = chosen(logits, ids)
+        found.append((scores.detach(), *torch.autograd.grad(scores.sum(), (x, w))))
+    torch.testing.assert_close(*found)
+
+
 def test_a_leaf_of_its_own_has_its_gradient():
     found = []
     for make in (Model(), F.linear):
