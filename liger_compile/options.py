@@ -105,9 +105,10 @@ class Options:
     )
     logits: str = _option(
         "auto",
-        _one_of("auto", "eager", "none"),
+        _one_of("auto", "lazy", "eager", "none"),
         "Logits that are returned beside their loss: 'auto' computes them on the first read, 'eager' computes them in "
-        "the compiled graph, 'none' returns None instead.",
+        "the compiled graph, 'none' returns None instead. 'lazy' is 'auto' for logits without a loss in the graph too, "
+        "and where gradients are off.",
     )
     recompute: str = _option(
         "auto",

@@ -78,6 +78,7 @@ class _Found:
     failures: list[str] = field(default_factory=list)
     attention: list[Note] = field(default_factory=list)
     late_outputs: list[LateOutput] = field(default_factory=list)
+    late_notes: list[str] = field(default_factory=list)  # added in later calls
     # By subgraph: the operands of each call, and the modes of each call.
     arguments: dict[GraphModule, list[tuple[Any, ...]]] = field(default_factory=dict)
     called_in: dict[GraphModule, list[Region]] = field(default_factory=dict)
@@ -193,7 +194,7 @@ def run_steps(
         places=lambda one: found.placed[id(one)],
         seconds=seconds,
         kept_by_module=kept,
-    )
+    ).with_late_notes(found.late_notes)
     drop_unread(gm)
     for module in modules:
         module.recompile()
@@ -292,7 +293,8 @@ def _rewrite_one(
         decide_again=lambda refused: decided(refused=refused),
         strict=options.strict,
     )
-    found.late_outputs.extend(restore(graph, deferred, is_dropped=options.logits == "none"))
+    late = restore(graph, deferred, options.logits == "none", options.loss_memory, found.late_notes)
+    found.late_outputs.extend(late)
     if runs_once and options.recompute == "auto":  # a checkpoint already fixes what is recomputed
         mark_for_recompute(decisions)
     if is_top and options.policy != "never" and (marked := keep_what_written_inputs_give(graph, mutations)):
@@ -310,10 +312,13 @@ def _without_logits(
     graph: Graph, terms: Terms, options: Options, why_logits_stay: str | None, found: _Found
 ) -> list[Deferred]:
     """Takes the logits out of the outputs of a graph, except those that stay, and adds notes with the reasons."""
-    found.notes.extend(notes_on_logits(graph, terms))
+    if options.logits != "lazy":
+        found.notes.extend(notes_on_logits(graph, terms))
     staying = {
         output: why_logits_stay or _why_read(terms.regions.of[output.head], options)
-        for output in logits_in(graph, terms)
+        for output in logits_in(
+            graph, terms, needs_loss=options.logits != "lazy" or options.policy == "never"
+        )
     }
     reasons = dict.fromkeys(filter(None, staying.values()))
     found.notes.extend(f"the logits are computed in the graph: {why}" for why in reasons)
@@ -371,7 +376,7 @@ def reason_to_keep_logits(options: Options, inductor_options: Mapping[str, Any])
     """Returns why logits that are returned beside their loss stay outputs of the graph, in a sentence."""
     if options.logits == "eager":
         return "liger.logits is 'eager'"
-    if options.logits == "auto" and uses_cudagraphs(options.mode, inductor_options):
+    if options.logits in ("auto", "lazy") and uses_cudagraphs(options.mode, inductor_options):
         return "the next replay of a CUDA graph would overwrite the tensors that they are computed from"
     return None
 

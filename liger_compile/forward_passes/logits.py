@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,9 +22,11 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
 from liger_compile.graphs.aliasing import storages_of
+from liger_compile.lazy_logits.recipe import Reading, reading
 from liger_compile.runtime.lazy import lazy
 from liger_compile.runtime.promise import Recipe
 from liger_compile.terms.build import Terms
+from liger_compile.terms.heads import looks_like_head, vocabularies
 from liger_compile.terms.term import Term
 from liger_compile.torch_internals.fake_tensors import FakeTensorMode
 from liger_compile.torch_internals.fx import is_erased
@@ -61,12 +64,17 @@ class Deferred:
     inputs: tuple[Node, ...]  # these inputs
     originals: Mapping[Node, Node]  # from a node of the recipe to the node that it copies
     autocast: tuple[str, torch.dtype] | None  # the autocast of the head
+    has_gradients: bool  # of the head
 
 
-def logits_in(graph: Graph, terms: Terms) -> list[Logits]:
-    """Returns the outputs that are logits of a loss in `graph` and can be computed later."""
+def logits_in(graph: Graph, terms: Terms, *, needs_loss: bool = True) -> list[Logits]:
+    """Returns the outputs that are logits and can be computed later.
+
+    Args:
+        needs_loss: only logits of a loss in `graph`; otherwise also those that look like logits.
+    """
     losses = [t for t in terms.of.values() if isinstance(t, Term) and t.op == "cross_entropy"]
-    if not losses:
+    if needs_loss and not losses:
         return []
     head_of = _heads(terms.space.in_order())
     heads = {head_of.get(loss.args[0].uncast) for loss in losses} - {None}
@@ -74,12 +82,15 @@ def logits_in(graph: Graph, terms: Terms) -> list[Logits]:
     found = []
     nodes = [value for value in outputs if isinstance(value, Node)] if isinstance(outputs, tuple) else []
     sharing = Counter(storage for node in dict.fromkeys(nodes) for storage in storages_of(node))
+    looks = partial(looks_like_head, vocabularies=frozenset(vocabularies(graph)))
     for node in dict.fromkeys(nodes):
         if any(sharing[storage] > 1 for storage in storages_of(node)):
             continue  # a view of it is returned too, and must stay a view
         term = terms.of.get(node)
         head = head_of.get(term.uncast) if isinstance(term, Term) else None
-        if head is not None and head in heads and (logits := _walk(node, head, terms)) is not None:
+        if head is None or not (head in heads or (not needs_loss and looks(head))):
+            continue
+        if (logits := _walk(node, head, terms)) is not None:
             found.append(logits)
     return found
 
@@ -169,7 +180,8 @@ def _deferred(logits: Logits, positions: Sequence[int], terms: Terms) -> Deferre
     recipe.output(copies[output])
     autocast = terms.regions.of[logits.head].autocast_on(logits.head.meta["example_value"].device.type)
     originals = {copies[node]: node for node in nodes}
-    return Deferred(tuple(positions), logits.head, recipe, inputs, originals, autocast)
+    has_gradients = terms.regions.of[logits.head].has_gradients
+    return Deferred(tuple(positions), logits.head, recipe, inputs, originals, autocast, has_gradients)
 
 
 def _return(graph: Graph, values: Mapping[int, Node | None]) -> None:
@@ -180,11 +192,15 @@ def _return(graph: Graph, values: Mapping[int, Node | None]) -> None:
     output.args = (tuple(values.get(at, value) for at, value in enumerate(outputs)),)
 
 
-def restore(graph: Graph, deferred: Sequence[Deferred], is_dropped: bool) -> list[LateOutput]:
+def restore(
+    graph: Graph, deferred: Sequence[Deferred], is_dropped: bool, memory: int | None, said: list[str]
+) -> list[LateOutput]:
     """Returns the fillers of outputs whose head is no longer in `graph`; restores the other outputs.
 
     Args:
         is_dropped: fill these outputs with None.
+        memory: bytes for a chunk of logits in answers to questions; None for the default.
+        said: takes sentences on functions that need the values of late logits.
     """
     placeholders = {node: at for at, node in enumerate(graph.find_nodes(op="placeholder"))}
     late = {at for removed in deferred if is_erased(removed.head) for at in removed.positions}
@@ -206,7 +222,10 @@ def restore(graph: Graph, deferred: Sequence[Deferred], is_dropped: bool) -> lis
         function = GraphModule(torch.nn.Module(), removed.recipe)
         recipe = None if is_dropped else Recipe(function, "logits", _ADVICE, removed.autocast)
         inputs = tuple(map(placeholders.__getitem__, removed.inputs))
-        found.append(LateOutput(removed.positions, inputs, recipe, is_copied))
+        read = reading(removed.recipe, removed.autocast, memory or 0, said)
+        found.append(
+            LateOutput(removed.positions, inputs, recipe, is_copied, removed.has_gradients, reading=read)
+        )
     if returned:
         _return(graph, returned)
     return found
@@ -257,6 +276,8 @@ class LateOutput:
     inputs: tuple[int, ...]  # graph inputs that the recipe takes after the hidden state
     recipe: Recipe | None  # None fills the output with None
     is_copied: bool = False  # the hidden state is copied
+    has_gradients: bool = True  # of the head
+    reading: Reading | None = None  # of the recipe; None if questions about the logits need their values
     likes: dict[Any, Tensor] = field(default_factory=dict)  # a meta tensor like the output, by `_layout`
 
     def __str__(self) -> str:
@@ -283,10 +304,9 @@ class LateOutput:
                 if len(self.likes) >= _MOST_LIKES:
                     self.likes.clear()
                 self.likes[key] = _like(self.recipe, arguments)
-            with (
-                torch.enable_grad()
-            ):  # as at the head, in any mode of the caller: otherwise nothing is deferred
-                made = lazy(self.recipe, self.likes[key], *arguments)
+            meaning = None if self.reading is None else self.reading.meaning(key, arguments)
+            with torch.set_grad_enabled(self.has_gradients):  # as at the head, in any mode of the caller
+                made = lazy(self.recipe, self.likes[key], *arguments, meaning=meaning)
         for position in self.positions:
             outputs[position] = made
 

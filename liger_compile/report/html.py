@@ -101,7 +101,7 @@ def in_notebook(document: str) -> str:
 
 def _graph(graph: GraphReport) -> str:
     tree = _folded(_tree(_marks(graph), graph.kept_by_module or {}))
-    notes = "".join(f"<li>{html.escape(note)}</li>" for note in graph.notes)
+    notes = "".join(f"<li>{html.escape(note)}</li>" for note in (*graph.notes, *graph.late_notes))
     choices = "".join(
         f"<li>{html.escape(name)}: {html.escape(text)}</li>" for name, text in graph.backward.choices.items()
     )

@@ -43,9 +43,9 @@ def details(report: GraphReport) -> list[str]:
     if rows and report.backward.has_passes and not report.backward.is_compiled:
         rows.append((("passes", "", ""), (), NO_PASSES))
     lines += _section("In backward", rows)
-    if report.notes:
+    if notes := (*report.notes, *report.late_notes):
         lines += ["", "Notes"]
-        for note in report.notes:
+        for note in notes:
             lines += textwrap.wrap(note, WIDTH, initial_indent="  - ", subsequent_indent="    ")
     return lines
 

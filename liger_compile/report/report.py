@@ -147,6 +147,9 @@ class GraphReport:
     variant: str = ""  # set where one graph is compiled more than once
     backward: BackwardReport = field(default_factory=BackwardReport)
     kept_by_module: Mapping[str, int] | None = None  # see kept.py; None except in an explanation
+    late_notes: list[str] = field(
+        default_factory=list[str]
+    )  # on calls: functions that needed the values of late logits
 
     @staticmethod
     def of(
@@ -190,6 +193,10 @@ class GraphReport:
     def with_notes(self, notes: Iterable[str]) -> GraphReport:
         """Returns this report with further notes at its end."""
         return dataclasses.replace(self, notes=(*self.notes, *notes))
+
+    def with_late_notes(self, notes: list[str]) -> GraphReport:
+        """Returns this report with a list that calls add notes to."""
+        return dataclasses.replace(self, late_notes=notes)
 
     def count(self, kind: str) -> int:
         """Returns the number of sites of a kind: "replace", "annotate" or "leave"."""

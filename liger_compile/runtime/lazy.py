@@ -3,37 +3,73 @@
 A LazyTensor has a shape, strides, dtype and device, takes part in autograd, and behaves as a torch.Tensor. The first
 operation that needs its values computes them, once. Casts, detach() and aliases of a LazyTensor stay lazy. After the
 computation it has memory like any other tensor, and shares the memory with its aliases and views.
+
+A LazyTensor may have a Meaning (`meaning`): it answers function calls without the values, and decides which other
+operations stay lazy. Function calls arrive at __torch_function__, above autograd; operators at __torch_dispatch__,
+below autograd.
 """
 
 from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from multiprocessing.reduction import ForkingPickler
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.utils.dlpack
 from torch import Tensor
 from torch.multiprocessing.reductions import reduce_tensor
 
-from liger_compile.runtime.fingerprint import fingerprint, has_fingerprint
+from liger_compile.runtime.fingerprint import has_fingerprint
+from liger_compile.runtime.memory import Late, Memory, late_result, promised
 from liger_compile.runtime.optimizer_steps import keep_before_steps
-from liger_compile.runtime.promise import CHANGED_UNSEEN, FREED, Promise, Recipe, Values, is_freed
+from liger_compile.runtime.promise import Promise, Recipe, changed
 from liger_compile.runtime.sharding import keep_before_sharding
+from liger_compile.torch_internals.dynamo import is_tracing
 from liger_compile.torch_internals.operators import COPY, schema_of
 from liger_compile.torch_internals.pytree import tree_leaves, tree_map_only
-from liger_compile.torch_internals.tensors import DATA, no_torch_function, without_memory
+from liger_compile.torch_internals.tensors import DATA, without_memory, without_torch_functions
 
 # Operations that stay lazy, besides a copy in another dtype: aliases of the same memory.
 _ALIASES = (torch.ops.aten.detach.default, torch.ops.aten.alias.default)
 
 
-def lazy(recipe: Recipe, like: Tensor, *inputs: Any) -> Tensor:
+class Gradient:
+    """Whether somebody may read the gradient of a LazyTensor, which no answer of its meaning adds to otherwise."""
+
+    is_read = False
+
+
+class Meaning(Protocol):
+    """What the values of a LazyTensor are, for operations that need no values."""
+
+    @property
+    def gradients(self) -> tuple[Gradient, ...]: ...
+
+    def call(self, function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """Return the result of a function call of which the tensor is an argument, or NotImplemented.
+
+        The call may use staying_lazy().
+        """
+        ...
+
+    @property
+    def report(self) -> Callable[[Any], None]:
+        """Takes note of a function that needed the values. It keeps no tensors alive."""
+        ...
+
+
+def lazy(
+    recipe: Recipe, like: Tensor, *inputs: Any, meaning: Callable[[Promise], Meaning | None] | None = None
+) -> Tensor:
     """Return a tensor whose values and gradients are those of recipe(*inputs), with the current inputs.
 
-    The tensor has the shape, strides, dtype and device of `like`, which may be on the meta device.
+    The tensor has the shape, strides, dtype and device of `like`, which may be on the meta device; `meaning` returns
+    its meaning.
 
     The tensor is computed at once where changes of the inputs would not be detected: while a CUDA graph is captured,
     whose replays write into the inputs, and for tensor subclasses.
@@ -45,6 +81,10 @@ def lazy(recipe: Recipe, like: Tensor, *inputs: Any) -> Tensor:
     result: Tensor = _Deferred.apply(promise, like, tensors[0].device, *inputs)  # pyright: ignore[reportAssignmentType]
     keep_before_sharding(promise, tensors)
     keep_before_steps(promise)
+    if meaning is not None and isinstance(result, LazyTensor):
+        result.meaning = found = meaning(promise)
+        if found is not None:
+            result.gradients, result.report = found.gradients, found.report
     return result
 
 
@@ -61,16 +101,18 @@ class _Deferred(torch.autograd.Function):
         ctx.positions = [i for i, value in enumerate(inputs) if isinstance(value, Tensor)]
         ctx.save_for_backward(*(inputs[i] for i in ctx.positions))
         ctx.inputs = [None if isinstance(value, Tensor) else value for value in inputs]
-        return LazyTensor(like, device, Values(promise))
+        ctx.set_materialize_grads(False)
+        return LazyTensor(like, device, promised(promise))
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, gradient: Tensor | None) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Return the gradients of the inputs; with create_graph=True, they are differentiable."""
+        if gradient is None:  # all questions were answered without the values
+            return (None,) * (3 + len(ctx.inputs))
         inputs, wanted = list(ctx.inputs), []
         again = torch.is_grad_enabled()
         for i, saved in zip(ctx.positions, ctx.saved_tensors, strict=True):
-            if is_freed(saved) or not ctx.fingerprints[i].is_same(fingerprint(saved)):
-                happened = FREED if is_freed(saved) else CHANGED_UNSEEN
+            if happened := changed(saved, ctx.fingerprints[i]):
                 raise ctx.recipe.refusal("gradients", saved.shape, happened)
             needs_gradient = ctx.needs_input_grad[3 + i]
             inputs[i] = saved if again else saved.detach().requires_grad_(needs_gradient)
@@ -94,17 +136,41 @@ class _Absent:
 class LazyTensor(Tensor):
     """The tensor that lazy() returns. `dense()` is the same tensor with its values in memory."""
 
-    _promised: Values | None  # until dense() is called
+    _late: Late | None  # until dense() is called
     _dense_alias: Tensor | None  # after dense(): a plain tensor with the same metadata and memory
-
-    # All operations arrive at __torch_dispatch__, below autograd. Their results are plain tensors.
-    __torch_function__ = no_torch_function
+    _meaning: Meaning | None
+    _writes: int  # in its memory, for which the meaning holds
+    gradients: tuple[Gradient, ...]  # also after the values are in memory
+    report: Callable[[Any], None] | None
 
     @staticmethod
-    def __new__(cls, like: Tensor, device: torch.device, values: Values) -> LazyTensor:
+    def __new__(cls, like: Tensor, device: torch.device, late: Late) -> LazyTensor:
         made = without_memory(cls, like, device)
-        made._promised, made._dense_alias = values, None
+        made._late, made._dense_alias = late, None
+        made._meaning, made._writes, made.gradients, made.report = None, 0, (), None
         return made
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether the values have not been computed."""
+        return self._late is not None and self._late.memory.made is None
+
+    @property
+    def late(self) -> Late:
+        assert self._late is not None, "values that exist are not late"
+        return self._late
+
+    @property
+    def meaning(self) -> Meaning | None:
+        """What the values are; None if that is not known, or if they are in memory."""
+        late = self._late
+        is_known = late is not None and late.memory.made is None and late.memory.writes == self._writes
+        return self._meaning if is_known else None
+
+    @meaning.setter
+    def meaning(self, value: Meaning | None) -> None:
+        if (late := self._late) is not None:
+            self._meaning, self._writes = value, late.memory.writes
 
     def dense(self) -> Tensor:
         """Return the values as a plain tensor without a gradient; the same tensor on each call.
@@ -112,40 +178,50 @@ class LazyTensor(Tensor):
         Raises:
             RuntimeError: one of the inputs changed before the values were first read.
         """
-        if (values := self._promised) is not None:
-            with values.lock, torch.inference_mode(False):
-                if self._promised is not None:  # check again under the lock
-                    self._put(values().detach())
+        if (late := self._late) is not None:
+            if self.report is not None and late.memory.made is None:
+                self.report(_state.function)
+            values = late()
+            with _put_lock:
+                if self._late is not None:  # another thread may have been here
+                    self._put(values.detach())
         assert self._dense_alias is not None
         return self._dense_alias
 
     def _put(self, dense: Tensor) -> None:
         """Take over the memory and the metadata of a plain tensor. Autograd, hooks and the version are preserved."""
-        DATA.__set__(self, dense)
-        self._promised, self._dense_alias = None, dense
+        with without_torch_functions(), torch.inference_mode(False):
+            DATA.__set__(self, dense)
+        self._dense_alias, self._late, self._meaning = dense, None, None
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        with without_torch_functions():
+            lazies = _lazies_in(args, kwargs)
+            if func in _GRADIENT_READERS:
+                _note_reader(func, args, kwargs)
+            if not any(lazy_tensor.is_waiting for lazy_tensor in lazies):
+                return func(*args, **kwargs)
+            meanings = (meaning for lazy_tensor in lazies if (meaning := lazy_tensor.meaning) is not None)
+            return _called(next(meanings, None), func, args, kwargs)  # pyright: ignore[reportCallIssue]
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func in _ALIASES and (values := args[0]._promised) is not None:
-            # An alias of a tensor with a version also has a version, even in inference mode.
-            with torch.inference_mode(args[0].is_inference()):
-                return LazyTensor(_like(args[0]), args[0].device, values)
-        if func is COPY and kwargs.keys() == {"dtype"} and (values := args[0]._promised) is not None:
-            like = COPY(_like(args[0]), **kwargs)
-            return LazyTensor(like, args[0].device, values.copy(like.dtype))
-        lazies = {
-            id(leaf.dense()): leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, LazyTensor)
-        }
-        dense_args, dense_kwargs = tree_map_only(LazyTensor, LazyTensor.dense, (args, kwargs))
-        result = func(*dense_args, **dense_kwargs)
-        if schema_of(func).is_mutable:
-            for lazy_tensor in lazies.values():  # its shape or storage may have changed
-                DATA.__set__(lazy_tensor, lazy_tensor.dense())
-        # In-place operations return the tensor that they wrote into.
-        return tree_map_only(Tensor, lambda tensor: lazies.get(id(tensor), tensor), result)
+        with without_torch_functions():
+            if func in _ALIASES or (func is COPY and kwargs.keys() == {"dtype"}) or _state.stays_lazy:
+                result = _deferred(func, args, kwargs)
+                if result is not NotImplemented:
+                    return result
+            return _computed(func, args, kwargs)
 
-    # Another compiled function takes the values as its input.
+    # Another compiled function takes the values as its input. It traces a view as a tensor of its own, because the
+    # base is no tensor of this class in the trace; a write in the compiled function is a write to the view at its end.
+
+    def _is_view(self) -> bool:
+        with without_torch_functions():
+            return not is_tracing() and _PLAIN._is_view(self)  # pyright: ignore[reportCallIssue]
 
     @property
     def _dense(self) -> Tensor:
@@ -181,7 +257,8 @@ class LazyTensor(Tensor):
             values = repr(self.dense()).removesuffix(")")
         except Exception as error:
             values = f"tensor(<{error}>, size={tuple(self.shape)}, dtype={self.dtype}, device='{self.device}'"
-        grad = f", grad_fn=<{type(self.grad_fn).__name__}>" if self.grad_fn is not None else ""
+        with without_torch_functions():
+            grad = f", grad_fn=<{type(self.grad_fn).__name__}>" if self.grad_fn is not None else ""
         return f"{values}{grad})"
 
     def tolist(self):
@@ -211,6 +288,7 @@ class LazyTensor(Tensor):
         return self._leaf().__reduce_ex__(protocol)
 
     def as_subclass(self, cls):
+        self.dense()
         return self.view_as(self).as_subclass(cls)
 
     def __deepcopy__(self, memo):
@@ -219,12 +297,161 @@ class LazyTensor(Tensor):
         return copy.deepcopy(self.dense(), memo)
 
 
+class _State(threading.local):
+    """What happens in this thread."""
+
+    stays_lazy = False
+    function: Any = None  # that was called, for messages
+
+
+_state = _State()
+_put_lock = threading.Lock()
+
+
+@contextmanager
+def staying_lazy() -> Iterator[None]:
+    """Operators on lazy tensors stay lazy: each result is a lazy tensor, and a write waits."""
+    before, _state.stays_lazy = _state.stays_lazy, True
+    try:
+        yield
+    finally:
+        _state.stays_lazy = before
+
+
+_PLAIN: Any = Tensor  # a type checker takes attributes of the class for their values
+_MAKES_LEAF = (_PLAIN.requires_grad_, _PLAIN.requires_grad.__set__)
+_GRADIENT_READERS = frozenset(
+    (_PLAIN.register_hook, _PLAIN.retain_grad, _PLAIN.grad_fn.__get__, torch.autograd.grad, *_MAKES_LEAF)
+)
+
+
+def _note_reader(function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """Take note that a call gives access to the gradient of its lazy arguments."""
+    if function in _MAKES_LEAF:
+        if not args[0].requires_grad:  # it is no function of the hidden state any more
+            args[0].meaning = None
+        return
+    if function is torch.autograd.grad:
+        args, kwargs = args[1:], {"inputs": kwargs.get("inputs")}
+    elif function is Tensor.register_hook:
+        hook = args[1] if len(args) > 1 else kwargs.get("hook")
+        if str(getattr(hook, "__module__", "")).startswith("torch.distributed"):
+            return  # FSDP2 waits for backward, and reads no gradient here
+    for lazy_tensor in _lazies_in(args, kwargs):
+        for gradient in lazy_tensor.gradients:
+            gradient.is_read = True
+
+
+@torch.compiler.disable  # where a compiled function breaks its graph, Dynamo would compile this one
+def _called(meaning: Meaning | None, function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """Return the result of a function call, without the values if the meaning of an argument suffices."""
+    before, _state.function = _state.function, function
+    try:
+        result = NotImplemented if meaning is None else meaning.call(function, args, kwargs)
+        return function(*args, **kwargs) if result is NotImplemented else result
+    finally:
+        _state.function = before
+
+
+def _computed(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """Return the results of an operator on the values of its lazy arguments."""
+    lazies = {id(leaf.dense()): leaf for leaf in _lazies_in(args, kwargs)}
+    dense_args, dense_kwargs = tree_map_only(LazyTensor, LazyTensor.dense, (args, kwargs))
+    result = func(*dense_args, **dense_kwargs)
+    if schema_of(func).is_mutable:
+        for lazy_tensor in lazies.values():  # its shape or storage may have changed
+            DATA.__set__(lazy_tensor, lazy_tensor.dense())
+    # In-place operations return the tensor that they wrote into.
+    return tree_map_only(Tensor, lambda tensor: lazies.get(id(tensor), tensor), result)
+
+
+def _deferred(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """Return the results of an operator as lazy tensors, or NotImplemented if a lazy argument has been computed."""
+    lazies = _lazies_in(args, kwargs)
+    if not all(lazy_tensor.is_waiting for lazy_tensor in lazies):
+        return NotImplemented
+    waiting = tree_map_only(Tensor, _as_now, (args, kwargs))
+    schema = schema_of(func)
+    if schema.is_mutable:
+        func(_like(args[0]), *args[1:], **kwargs)  # raises the errors of torch
+        is_written = args[0].late.write(lambda dense: func(dense, *waiting[0][1:], **waiting[1]))
+        return args[0] if is_written and len(lazies) == 1 else NotImplemented
+    like = _like_result(func, args, kwargs, lazies[0].device)
+    if like is None:
+        return NotImplemented
+    if any(result.alias_info is not None for result in schema.returns):
+        return _views(func, waiting, lazies[0], like)
+    late = late_result(lambda plain: func(*plain[0], **plain[1]), waiting)
+    return NotImplemented if late is None else _derived(like, lazies, late)
+
+
+def _like_result(func: Any, args: Any, kwargs: Mapping[str, Any], device: torch.device) -> Any:
+    """Return meta tensors like the results of an operator on this device; None if that is not known."""
+    like_args, like_kwargs = tree_map_only(Tensor, _like, (args, dict(kwargs)))
+    if like_kwargs.get("device") is not None:
+        if like_kwargs["device"] != device:
+            return None
+        like_kwargs["device"] = torch.device("meta")
+    try:
+        return func(*like_args, **like_kwargs)
+    except NotImplementedError:
+        return None
+
+
+def _views(func: Any, waiting: Any, base: LazyTensor, like: Any) -> Any:
+    """Return the views that an operator makes of its first argument."""
+    (_, *others), kwargs = waiting
+
+    def view(dense: Tensor, at: int | None = None) -> Tensor:
+        made = func(dense, *others, **kwargs)
+        return made if at is None else made[at]
+
+    # A view of a tensor with a version also has a version, even in inference mode.
+    with torch.inference_mode(base.is_inference()):
+        if isinstance(like, Tensor):
+            return _derived(like, [base], base.late.viewed(view))
+        return [
+            _derived(each, [base], base.late.viewed(functools.partial(view, at=at)))
+            for at, each in enumerate(like)
+        ]
+
+
+def _derived(like: Tensor, sources: Sequence[LazyTensor], late: Late) -> LazyTensor:
+    result = LazyTensor(like, sources[0].device, late)
+    result.gradients = tuple(dict.fromkeys(each for source in sources for each in source.gradients))
+    result.report = next((source.report for source in sources if source.report is not None), None)
+    return result
+
+
+def _lazies_in(*values: Any) -> list[LazyTensor]:
+    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, LazyTensor)]
+
+
+def _as_now(tensor: Tensor) -> Late | Tensor:
+    """Return an argument for later: others may write into a plain tensor before."""
+    return tensor.late if isinstance(tensor, LazyTensor) else tensor.detach().clone()
+
+
 def _like(tensor: Tensor) -> Tensor:
     return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
 
 
 # Reductions by type: used by the queues of torch.multiprocessing.
-ForkingPickler.register(LazyTensor, lambda tensor: reduce_tensor(tensor.view_as(tensor)))
+def never_computed() -> Late:
+    """Return the values of a lazy tensor that only serves to follow operations."""
+
+    def refused() -> Tensor:
+        raise AssertionError("this lazy tensor has no values")
+
+    return Late(Memory(refused))
+
+
+def _reduced(tensor: LazyTensor) -> Any:
+    tensor.dense()
+    return reduce_tensor(tensor.view_as(tensor))
+
+
+ForkingPickler.register(LazyTensor, _reduced)
 
 
 def _with_memory(to_dlpack: Callable[..., Any]) -> Callable[..., Any]:

@@ -4,7 +4,6 @@ The result is these values or an error, whatever happens to the inputs in betwee
 
     Recipe   computes a tensor from other values
     Promise  recipe(*inputs), for inputs that others may write into before the computation
-    Values   the memory of tensors that are computed late, and the pending copies of these tensors
 
 Detectable writers (`optimizer_steps.py`, `sharding.py`) call keep() before they change an input. Other changes are
 detected when the values are needed, by the input's version and by its fingerprint.
@@ -14,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import threading
-import weakref
 from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +21,6 @@ import torch
 from torch import Tensor
 
 from liger_compile.runtime.fingerprint import Fingerprint, fingerprint
-from liger_compile.torch_internals.operators import COPY
 from liger_compile.torch_internals.tensors import storage_of, version_of
 
 
@@ -77,6 +74,13 @@ def is_freed(tensor: Tensor) -> bool:
     return tensor.numel() > 0 and tensor.untyped_storage().nbytes() < end
 
 
+def changed(tensor: Tensor, before: Fingerprint | None) -> str | None:
+    """Return the change of an input since its fingerprint was taken, if there is one."""
+    if is_freed(tensor):
+        return FREED
+    return None if before is None or before.is_same(fingerprint(tensor)) else CHANGED_UNSEEN
+
+
 class _Input:
     """A tensor that others may write into, and its original state."""
 
@@ -84,6 +88,7 @@ class _Input:
         self.tensor = tensor.detach()
         self.fingerprint = fingerprint(self.tensor)
         self._version = version_of(self.tensor)
+        self.is_copy = False
         self._lost: str | None = None  # the change, if one happened before a copy existed
 
     def what_happened(self) -> str | None:
@@ -106,7 +111,7 @@ class _Input:
             key = (storage_of(mine), mine.storage_offset(), mine.shape, mine.stride(), mine.dtype)
             if key not in copies:
                 copies[key] = mine.clone()
-            self.tensor = copies[key]
+            self.tensor, self.is_copy = copies[key], True
             self._version = version_of(self.tensor)
 
 
@@ -165,6 +170,19 @@ class Promise:
                 for source in endangered:
                     source.keep(copies)
 
+    def is_as_promised(self) -> bool:
+        """Return whether no values have been computed, and all inputs are those of the promise, unchanged."""
+        with self.lock, _on(self._stream):
+            inputs = self._tensors()
+            is_original = bool(inputs) and not any(
+                source.is_copy or source.what_happened() for source in inputs
+            )
+            return is_original and all(source.is_same() for source in inputs)
+
+    def on_its_stream(self) -> contextlib.AbstractContextManager[None]:
+        """Launch the block's work on the stream on which the inputs are computed; the current stream waits for it."""
+        return _on(self._stream)
+
     def storages(self) -> set[int | None]:
         """Return the storages that the values are still to be computed from, as storage_of() returns them."""
         return {storage_of(source.tensor) for source in self._tensors()}
@@ -185,53 +203,6 @@ class Promise:
                 self._doubts = [(source.tensor.shape, source.is_same()) for source in self._tensors()]
             self._inputs = []
         return self._values
-
-
-class Values:
-    """The memory of tensors that are computed late and are aliases of one another.
-
-    Pending copies in another dtype are created together with the memory. Nobody can write into the memory before that,
-    and a copy must not include later writes.
-    """
-
-    def __init__(self, source: Promise | Values, dtype: torch.dtype | None = None) -> None:
-        self.lock = source.lock
-        self._source: Promise | Values | None = source
-        self._dtype = dtype  # of a copy
-        self._made: Tensor | None = None
-        self._copies: list[weakref.ref[Values]] = []  # copies that may still be pending
-
-    def __call__(self) -> Tensor:
-        """Return a plain tensor; the same tensor on each call.
-
-        Raises:
-            RuntimeError: the values cannot be computed any more.
-        """
-        with self.lock:
-            if self._source is not None:
-                made = self._source()
-                if isinstance(self._source, Promise):
-                    self._make(made)
-            assert self._made is not None
-            return self._made
-
-    def copy(self, dtype: torch.dtype) -> Values:
-        """Return the values in another dtype, in separate memory."""
-        with self.lock:
-            copy = Values(self, dtype)
-            if self._made is None:
-                self._copies.append(weakref.ref(copy))
-            else:
-                copy._make(self._made)
-            return copy
-
-    def _make(self, source: Tensor) -> None:
-        with torch.inference_mode(False), torch.no_grad():
-            made = source if self._dtype is None else COPY(source, dtype=self._dtype)
-        for reference in self._copies:
-            if copy := reference():
-                copy._make(made)
-        self._made, self._source, self._copies = made, None, []
 
 
 def _stream(inputs: Sequence[_Input]) -> torch.cuda.Stream | None:

@@ -5,7 +5,7 @@ Either the outputs of a graph look like logits, or the graph is one layer of a m
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Set
 from typing import Any
 
 import torch
@@ -24,13 +24,18 @@ def notes_on_logits(graph: Graph, terms: Terms) -> Iterator[str]:
     """Yields a sentence for each output that looks like logits, where gradients are computed."""
     if _has(terms, "cross_entropy"):
         return
-    vocabularies = set(_vocabularies(graph))
+    classes = frozenset(vocabularies(graph))
     outputs = graph.output_node().args[0]
     for position, node in enumerate(outputs if isinstance(outputs, (tuple, list)) else (outputs,)):
         term = terms.of.get(node) if isinstance(node, Node) else None
         while isinstance(term, Term) and _is_way(term):
             term = term.args[0]
-        if isinstance(term, Term) and term.op == "linear" and _is_trained_head(node, term, vocabularies):
+        if (
+            isinstance(term, Term)
+            and term.op == "linear"
+            and _needs_gradient(node)
+            and looks_like_head(term, classes)
+        ):
             yield (
                 f"graph output {position} ({node}) may be logits of {term.shape[-1]} classes, and their loss is "
                 "computed outside this graph, so head and loss cannot be fused; compute the loss in the compiled "
@@ -87,17 +92,15 @@ def _is_way(term: Term) -> bool:
     return term.op in ("cast", "mul", "tanh", "view") and len(term.args) == 1 and term.may_be_passed
 
 
-def _is_trained_head(node: Any, linear: Term, vocabularies: set[int]) -> bool:
+def looks_like_head(linear: Term, vocabularies: Set[int]) -> bool:
     """Returns whether a linear layer scores the embedded vocabulary; without embeddings, whether it is very wide."""
-    if not _needs_gradient(node):  # an evaluation or a generation may have no loss
-        return False
     channels, width = linear.args[0].shape[-1], linear.shape[-1]
     if not isinstance(channels, int) or not isinstance(width, int):
         return False
     return width in vocabularies if vocabularies else width >= WIDER * channels
 
 
-def _vocabularies(graph: Graph) -> Iterator[int]:
+def vocabularies(graph: Graph) -> Iterator[int]:
     """Yields the number of rows of each table that the graph takes embeddings from."""
     for node in graph.nodes:
         if node.op == "call_function" and getattr(node.target, "__name__", "") == "embedding":

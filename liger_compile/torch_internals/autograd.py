@@ -2,6 +2,7 @@
 
 part                                                    torch           can go
 torch._C._autograd._get_current_graph_task_keep_graph   2.11 to 2.13    no public name
+torch._C._current_graph_task_id                         2.11 to 2.13    no public name
 Node._forward_cls (of an autograd.Function)             2.11 to 2.13    no public name
 Node._input_metadata                                    2.11 to 2.13    no public name
 """
@@ -17,6 +18,11 @@ import torch
 def graph_is_retained() -> bool:
     """Returns whether the current backward may run again, in which case its saved tensors must not change."""
     return torch._C._autograd._get_current_graph_task_keep_graph()  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def current_backward() -> int:
+    """Returns a number that identifies the current backward: it is the same in all threads that run its nodes."""
+    return torch._C._current_graph_task_id()
 
 
 def function_of(node: Any) -> Any:

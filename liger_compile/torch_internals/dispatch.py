@@ -4,6 +4,9 @@ part                                            torch           can go
 torch.utils._python_dispatch                    2.11 to 2.13    no public name
 torch._dispatch.python                          2.11 to 2.13    no public name
 torch._C._AutoDispatchBelowADInplaceOrView      2.11 to 2.13    no public name
+torch._C._functorch.peek_interpreter_stack      2.11 to 2.13    no public name
+torch._C._len_torch_dispatch_stack              2.11 to 2.13    no public name
+torch.autograd.forward_ad._current_level        2.11 to 2.13    no public name
 """
 
 from __future__ import annotations
@@ -18,8 +21,19 @@ __all__ = [
     "below_autograd",
     "enable_python_dispatcher",
     "is_traceable_wrapper_subclass",
+    "is_transformed",
     "without_dispatch_modes",
 ]
 
 # A context in which operators run below autograd, which then knows their results as no views.
 below_autograd = torch._C._AutoDispatchBelowADInplaceOrView
+
+
+def is_transformed() -> bool:
+    """Returns whether operations do not run as they are called: a transform, a dispatch mode or a trace takes them."""
+    return (
+        torch._C._functorch.peek_interpreter_stack() is not None  # pyright: ignore[reportAttributeAccessIssue]
+        or torch.autograd.forward_ad._current_level >= 0
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
+    )

@@ -77,6 +77,11 @@ def readable_path(path: str) -> str:
     return path.lstrip(".")
 
 
+def is_tracing() -> bool:
+    """Returns whether this thread compiles a function."""
+    return TracingContext.try_get() is not None
+
+
 # Compiling outside of Dynamo's own calls.
 
 

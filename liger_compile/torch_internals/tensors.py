@@ -4,7 +4,7 @@ part                                        torch           can go
 UntypedStorage._cdata                       2.11 to 2.13    no public name; data_ptr() is 0 for all fake tensors
 Tensor._version                             2.11 to 2.13    no public name
 torch._C.TensorBase                         2.11 to 2.13    no public name for the class below Tensor
-torch._C._disabled_torch_function_impl      2.11 to 2.13    no public name
+torch._C.DisableTorchFunctionSubclass        2.11 to 2.13    no public name
 Tensor._make_wrapper_subclass               2.11 to 2.13    no public name
 torch._C._set_throw_on_mutable_data_ptr     2.11 to 2.13    no public name
 """
@@ -21,8 +21,8 @@ _T = TypeVar("_T", bound=Tensor)
 # The attribute `data` of all tensors, for a subclass that overrides it.
 DATA: Any = torch._C.TensorBase.data  # pyright: ignore[reportAttributeAccessIssue]
 
-# The `__torch_function__` of a subclass whose operations arrive at `__torch_dispatch__` only.
-no_torch_function: Any = torch._C._disabled_torch_function_impl  # pyright: ignore[reportAttributeAccessIssue]
+# A context in which calls do not arrive at `__torch_function__` of subclasses, but at `__torch_dispatch__` only.
+without_torch_functions: Any = torch._C.DisableTorchFunctionSubclass  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def storage_of(tensor: Tensor) -> int | None:
