@@ -42,6 +42,7 @@ from liger_compile.steps.rewrite import rewrite
 from liger_compile.terms.attention import Note, notes_in, sentences
 from liger_compile.terms.build import Terms
 from liger_compile.terms.heads import notes_on_layer, notes_on_logits
+from liger_compile.terms.term import Term
 from liger_compile.torch_internals.fake_tensors import FakeTensor
 
 Assumptions = Mapping[str, specialize.Assumption]
@@ -77,6 +78,7 @@ class _Found:
     notes: list[str] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
     attention: list[Note] = field(default_factory=list)
+    replaced: set[Term] = field(default_factory=set)  # the terms that replaced matches have computed
     late_outputs: list[LateOutput] = field(default_factory=list)
     # By subgraph: the operands of each call, and the modes of each call.
     arguments: dict[GraphModule, list[tuple[Any, ...]]] = field(default_factory=dict)
@@ -140,8 +142,13 @@ def rewritten(
         return generic, None
     assumed = specialize.with_assumptions(gm, assumptions)
     special = run_steps(assumed, patterns, options, inductor_options, computed)
-    pays = special.report.count("replace") > generic.report.count("replace")
+    pays = special.report.count("replace") > generic.report.count("replace") - _num_padded(generic.report)
     return generic, (assumptions, special) if pays else None
+
+
+def _num_padded(report: GraphReport) -> int:
+    """Returns how many sites are replaced by attention that reads padding, which is slower than without padding."""
+    return sum(site.kind == "replace" and ".padded" in site.pattern for site in report.sites)
 
 
 def _computed_inputs(gm: GraphModule, example_inputs: Sequence[Any]) -> frozenset[str]:
@@ -180,7 +187,7 @@ def run_steps(
         *_notes_on_documents(found.decisions),
         *dict.fromkeys(notes_on_answers(found.decisions, options.loss_memory)),
         *found.failures,
-        *sentences(found.attention),
+        *sentences(note for note in found.attention if note.term not in found.replaced),
         *map(str, found.late_outputs),
     )
     seconds = time.perf_counter() - start
@@ -231,16 +238,25 @@ def _counted(count: int, what: str) -> str | None:
 
 
 def _notes_on_documents(decisions: Iterable[Decision]) -> Iterator[str]:
-    """Yields what the documents of a packed row are computed from, and which op computes attention within them."""
+    """Yields what documents and padding of rows are computed from, and which op computes attention within them."""
     found: Counter[str] = Counter()
     for decision in decisions:
-        ids = decision.match.captures.get("documents")
-        if decision.kind == "replace" and isinstance(ids, Capture):
-            mask = "within" if decision.match.pattern.name.endswith("bidirectional") else "causal within"
+        captures, is_causal = (
+            decision.match.captures,
+            not decision.match.pattern.name.endswith("bidirectional"),
+        )
+        ids, keys = captures.get("documents"), captures.get("keys")
+        if decision.kind != "replace":
+            continue
+        if isinstance(ids, Capture):
+            mask = "causal within" if is_causal else "within"
             targets = (getattr(node.target, "__name__", "") for node in decision.inserted)
             is_flex = any(target == "flex_attention" for target in targets)
             kernel = "flex_attention" if is_flex else "variable-length attention"
             found[f"{mask} documents of {inputs_of(ids.node)}: {kernel}"] += 1
+        elif isinstance(keys, Capture):
+            mask = "causal" if is_causal else "to all keys"
+            found[f"{mask} without the padding in {inputs_of(keys.node)}: flex_attention"] += 1
     for text, times in found.items():
         yield f"attention {times}x {text}"
 
@@ -301,6 +317,13 @@ def _rewrite_one(
     if options.reported_inner == "inductor":
         found.notes.extend(keep_rounding(graph, terms))
         found.notes.extend(keep_copies(graph, terms) if is_top else ())
+    found.replaced.update(
+        terms.of[node]
+        for one in decisions
+        if one.kind == "replace"
+        for node in one.match.nodes
+        if node in terms.of
+    )
     found.decisions.extend(decisions)
     found.near_misses.extend(missed)
     found.placed.update({id(one): places for one in (*decisions, *missed)})
