@@ -20,7 +20,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from liger_compile.backward_passes import CHOICES, DEFAULT_PASSES, Applied, Pass
 from liger_compile.compile import BackwardPlan, uses_cudagraphs, uses_freezing
-from liger_compile.forward_passes import specialize
+from liger_compile.forward_passes import live_rows, specialize
 from liger_compile.forward_passes.documents import hand_in_documents, inputs_of
 from liger_compile.forward_passes.inline_subgraphs import describe_operands
 from liger_compile.forward_passes.keep_copies import keep_copies
@@ -87,6 +87,7 @@ class _Found:
     # By graph: the module paths of each of its calls, where it was outlined, or of the graph that calls it.
     places: dict[GraphModule, Sequence[Paths]] = field(default_factory=dict)
     placed: dict[int, Sequence[Paths]] = field(default_factory=dict)  # by id of decision or near miss
+    padding_unread: bool = False  # nothing reads the rows of attention that are padding
 
 
 def with_bodies(
@@ -151,6 +152,51 @@ def _num_padded(report: GraphReport) -> int:
     return sum(site.kind == "replace" and ".padded" in site.pattern for site in report.sites)
 
 
+def live_rows_of(
+    gm: GraphModule,
+    generic: Rewritten,
+    example_inputs: Sequence[Any],
+    options: Options,
+    inductor_options: Mapping[str, Any],
+) -> tuple[live_rows.Plan | None, tuple[str, ...]]:
+    """Returns how to compute the live rows of padded batches only, or None; and the notes for the report.
+
+    Args:
+        gm: the captured graph.
+        generic: the graph of all rows.
+        example_inputs: the inputs of the first call.
+    """
+    is_readable = not any(isinstance(value, FakeTensor) for value in example_inputs)
+    wanted = options.rows == "auto" and options.policy != "never" and options.padding == "auto"
+    if not (wanted and is_readable) or specialize.of_part(gm):
+        return None, ()
+    keeps_logits = options.logits != "none" or reason_to_keep_logits(options, inductor_options)
+
+    def dropped(terms: Terms) -> set[Node]:
+        return set() if keeps_logits else {found.output for found in logits_in(gm.graph, terms)}
+
+    found = live_rows.plan(gm, dropped, strict=options.strict)
+    if isinstance(found, str):
+        return None, (f"padded rows are computed like others: {found}",) if generic.padding else ()
+    return found, ()
+
+
+def rewritten_rows(
+    plan: live_rows.Plan,
+    size: int,
+    patterns: Sequence[Pattern],
+    options: Options,
+    inductor_options: Mapping[str, Any],
+) -> Rewritten | None:
+    """Returns the graph that computes `size` rows; None if an output that was to be left out could not be."""
+    packed = live_rows.packed(plan, size)
+    done = run_steps(packed, patterns, options, inductor_options, padding_unread=True)
+    late = {
+        position for output in done.late_outputs if output.recipe is None for position in output.positions
+    }
+    return done if late.issuperset(plan.left_out) else None
+
+
 def _computed_inputs(gm: GraphModule, example_inputs: Sequence[Any]) -> frozenset[str]:
     """Returns the names of the inputs that other differentiable code has computed; none in a part of a DDP graph."""
     if any(isinstance(value, FakeTensor) for value in example_inputs):
@@ -167,15 +213,19 @@ def run_steps(
     options: Options,
     inductor_options: Mapping[str, Any],
     computed: frozenset[str] = frozenset(),
+    *,
+    padding_unread: bool = False,
 ) -> Rewritten:
     """Rewrites `gm` and its subgraphs, in place.
 
     Args:
         computed: the names of the inputs that other differentiable code has computed.
+        padding_unread: nothing reads the rows of attention that are padding, nor those that see no key.
     """
     kept = kept_by_module(gm) if options.inner == "report" else None
     start, why_logits_stay = time.perf_counter(), reason_to_keep_logits(options, inductor_options)
-    modules, once, found = _graphs(gm), _running_once(gm), _Found(places={gm: HERE}, computed=computed)
+    modules, once = _graphs(gm), _running_once(gm)
+    found = _Found(places={gm: HERE}, computed=computed, padding_unread=padding_unread)
     for module in modules:
         _rewrite_one(
             module, patterns, options, why_logits_stay, found, is_top=module is gm, runs_once=module in once
@@ -275,7 +325,8 @@ def _rewrite_one(
     graph = module.graph
     mutations = Mutations(graph)
     regions = Regions(graph, found.called_in.get(module, ()))
-    terms = Terms(graph, mutations, found.arguments.get(module, ()), regions, strict=options.strict)
+    arguments, unread = found.arguments.get(module, ()), found.padding_unread
+    terms = Terms(graph, mutations, arguments, regions, strict=options.strict, empty_rows_unread=unread)
     found.failures.extend(terms.failures())
     if options.policy != "never":
         hand_in_documents(_calls(module), terms)
@@ -303,7 +354,11 @@ def _rewrite_one(
     decisions = rewrite(
         graph,
         decided(),
-        settings={"loss_memory": options.loss_memory, "inner": options.reported_inner},
+        settings={
+            "loss_memory": options.loss_memory,
+            "inner": options.reported_inner,
+            "padding_unread": found.padding_unread,
+        },
         regions=regions,
         decide_again=lambda refused: decided(refused=refused),
         strict=options.strict,

@@ -261,6 +261,7 @@ def _flex_documents(is_causal: bool):
 
 
 def _flex_padded(is_causal: bool):
+    # Many parameters because they are those of a kernel.
     def replace(q, k, v, scale, keys, softcap=None, window=None, inner=None, padding_unread=False):
         _check_inner(q, inner)
         scale = q.shape[-1] ** -0.5 if scale is None else scale

@@ -86,7 +86,9 @@ class Meaning:
     within: str = (
         ""  # for "documents" and "padded": the kind of the mask if each row were one document without padding
     )
-    keys: Term | None = None  # (B, S) or (1, S) booleans; which keys of a row are present
+    keys: Term | None = (
+        None  # (B, S) or (1, S) booleans: keys that are present; the mask hides others, perhaps more
+    )
     fill: Literal["", "finite", "infinite", "mixed"] = (
         ""  # what a mask that is added to the scores adds to hidden ones
     )
@@ -106,10 +108,13 @@ def mask_meaning(space: Space, mask: Term, queries: Size, keys: Size) -> Meaning
 def _proven(space: Space, mask: Term, queries: Size, keys: Size) -> Meaning:
     try:
         meaning = _Reader(space, mask, queries, keys).meaning()
-        return _with_padding(space, mask, queries, keys, meaning) if meaning.kind == "padded" else meaning
     except UnreadError as why:
-        but_for_inputs = _but_for_inputs(space, mask, queries, keys, str(why))
-        return but_for_inputs or Meaning("unknown", str(why))
+        meaning = Meaning("unknown", str(why))
+    if meaning.kind not in ("padded", "unknown"):
+        return meaning
+    reason = meaning.reason or f"it {_IN_WORDS[meaning.within]} except for padding"
+    found = _but_for_inputs(space, mask, queries, keys, reason) or Meaning("unknown", reason)
+    return replace(meaning, reason=found.reason, padding=found.padding, masks=found.masks)
 
 
 def _but_for_inputs(space: Space, mask: Term, queries: Size, keys: Size, why: str) -> Meaning | None:
@@ -128,13 +133,6 @@ def _but_for_inputs(space: Space, mask: Term, queries: Size, keys: Size, why: st
     known = f"{_IN_WORDS[meaning.within or meaning.kind]}{among}"
     reason = f"it {known} except for the padding in {' and '.join(padding)}"
     return Meaning("unknown", reason, padding=padding)
-
-
-def _with_padding(space: Space, mask: Term, queries: Size, keys: Size, meaning: Meaning) -> Meaning:
-    """Returns a "padded" meaning with the names of its padding, and why it is not the mask without padding."""
-    reason = f"it {_IN_WORDS[meaning.within]} except for padding"
-    found = _but_for_inputs(space, mask, queries, keys, reason) or Meaning("unknown", reason)
-    return replace(meaning, reason=found.reason, padding=found.padding)
 
 
 _MOVES = ("expand", "view", "permute", "slice", "index")
@@ -178,7 +176,7 @@ class _Reader:
         except UnreadError as why:
             raise UnreadError(self.unread or str(why)) from why
         if found.kind == "unknown" and self.unread:
-            raise UnreadError(self.unread)
+            found = replace(found, reason=self.unread)
         return replace(found, fill=self._fill())
 
     def _fill(self) -> Literal["", "finite", "infinite", "mixed"]:
@@ -216,7 +214,21 @@ class _Reader:
                 reason = f"it is causal within a window of {size}, which may be smaller than the sequence"
                 return Meaning("window", reason, size)
         text = " or ".join(" and ".join(f"{form} <= 0" for form in forms) for forms in alternatives)
-        return Meaning("unknown", f"it is no causal mask: it lets through {text or 'nothing'}")
+        reason = f"it is no causal mask: it lets through {text or 'nothing'}"
+        return Meaning("unknown", reason, keys=self._keys_of_all(condition))
+
+    def _keys_of_all(self, condition: _Condition) -> Term | None:
+        """Returns the keys that are present, if a mask hides all others; None if it is not known to."""
+        flagged = [frozenset(form for form in forms if has_flags((form,))) for forms in condition]
+        if not flagged or not flagged[0] or flagged.count(flagged[0]) != len(flagged):
+            return None
+        try:
+            return read_keys(self.space, flagged[0], self._rows_and_keys()).keys
+        except UnreadError:
+            return None
+
+    def _rows_and_keys(self) -> tuple[Size, Size]:
+        return (self.mask.shape[-4] if len(self.mask.shape) == 4 else 1), self.keys
 
     def _of_documents(self, forms: frozenset[Linear]) -> Meaning | None:
         """Returns the meaning of a mask that compares documents; None if it compares none."""
@@ -224,13 +236,15 @@ class _Reader:
             return None
         if not self.is_square:
             return Meaning("unknown", "it is of documents, but there are not as many queries as keys")
-        rows = self.mask.shape[-4] if len(self.mask.shape) == 4 else 1
         found = read_documents(
-            self.space, forms, (rows, self.keys), lambda term, at: self._single(self.number(term, at), term)
+            self.space,
+            forms,
+            self._rows_and_keys(),
+            lambda term, at: self._single(self.number(term, at), term),
         )
         inner = self._classified(self._simplified((found.others,)))
         if inner.kind == "padded":
-            return Meaning("unknown", f"it is of documents, and hides keys: {inner.keys}")
+            return Meaning("unknown", f"it is of documents, and hides keys: {inner.keys}", keys=inner.keys)
         if inner.kind not in _IN_WORDS:
             return inner
         return Meaning("documents", "", inner.window, documents=found.ids, within=inner.kind)
@@ -241,11 +255,10 @@ class _Reader:
             return None
         if not self.is_square:
             return Meaning("unknown", "it is of padding, but there are not as many queries as keys")
-        rows = self.mask.shape[-4] if len(self.mask.shape) == 4 else 1
-        found = read_keys(self.space, forms, (rows, self.keys))
+        found = read_keys(self.space, forms, self._rows_and_keys())
         inner = self._classified(self._simplified((found.others,)))
         if inner.kind not in _IN_WORDS:
-            return inner
+            return replace(inner, keys=found.keys)
         return Meaning("padded", "", inner.window, within=inner.kind, keys=found.keys)
 
     # Inequalities

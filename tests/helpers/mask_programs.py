@@ -497,6 +497,11 @@ def tried_of_documents(expression: str, sizes: tuple[int, ...]) -> set[str]:
         for d in rows_of(n):
             found = traced(expression, n, d=d)
             meaning = mask_meaning(found.space, found.term, found.size, found.size)
+            if meaning.keys is not None and (at := _place(found, meaning)) is not None:
+                assert not bool((_seen(found.value, n) & ~_flags(found, meaning, at, n)).any()), (
+                    f"{expression}, {d}"
+                )
+                kinds.add("keys")
             if meaning.kind == "unknown":
                 break
             kinds.add(meaning.kind)
@@ -535,6 +540,20 @@ def _place(found: Traced, meaning: Meaning) -> int | None:
     return None
 
 
+def _flags(found: Traced, meaning: Meaning, at: int, n: int) -> torch.Tensor:
+    """The n flags of keys."""
+    flags = found.recorder.alive[at].reshape(-1).expand(n)
+    term = found.recorder.values[id(found.recorder.alive[at])]
+    is_negated = (term.op == "not") != (meaning.keys.op == "not")
+    return ~flags if is_negated else flags
+
+
+def _seen(mask: torch.Tensor, n: int) -> torch.Tensor:
+    """Where a mask lets through."""
+    seen = mask if mask.dtype is torch.bool else mask > HIDES * 0.99
+    return seen.expand(torch.broadcast_shapes(mask.shape, (n, n)))
+
+
 def _assert_documents(expression: str, meaning: Meaning, n: int, d: torch.Tensor, at: int | None) -> None:
     """That the mask lets through what its meaning does, of these integers."""
     found = traced(expression, n, d=d)
@@ -548,14 +567,14 @@ def _assert_documents(expression: str, meaning: Meaning, n: int, d: torch.Tensor
     if meaning.keys is not None:
         if at is None:
             return
-        flags = found.recorder.alive[at].reshape(-1).expand(n)
-        term = found.recorder.values[id(found.recorder.alive[at])]
-        is_negated = (term.op == "not") != (meaning.keys.op == "not")
-        expected = expected & (~flags if is_negated else flags)
-    seen = mask if mask.dtype is torch.bool else mask > HIDES * 0.99
+        expected = expected & _flags(found, meaning, at, n)
+    shape, seen = torch.broadcast_shapes(mask.shape, (n, n)), _seen(mask, n)
+    expected = expected.expand(shape)
     if mask.dtype is not torch.bool:
-        assert bool((mask.expand(n, n)[expected] == 0).all()), f"{expression} for n = {n}, d = {d}: {meaning}"
-    assert torch.equal(seen.expand(n, n), expected), f"{expression} for n = {n}, d = {d}: {meaning}"
+        assert bool((mask.expand(shape)[expected] == 0).all()), (
+            f"{expression} for n = {n}, d = {d}: {meaning}"
+        )
+    assert torch.equal(seen, expected), f"{expression} for n = {n}, d = {d}: {meaning}"
 
 
 # Attention
