@@ -231,15 +231,7 @@ def run_steps(
             module, patterns, options, why_logits_stay, found, is_top=module is gm, runs_once=module in once
         )
     warn_of_failures(found.decisions, found.failures)
-    notes = (
-        *found.notes,
-        *_notes_on_copies(found.decisions),
-        *_notes_on_documents(found.decisions),
-        *dict.fromkeys(notes_on_answers(found.decisions, options.loss_memory)),
-        *found.failures,
-        *sentences(note for note in found.attention if note.term not in found.replaced),
-        *map(str, found.late_outputs),
-    )
+    notes = _notes_on(found, options)
     seconds = time.perf_counter() - start
     report = GraphReport.of(
         gm,
@@ -254,8 +246,10 @@ def run_steps(
     drop_unread(gm)
     for module in modules:
         module.recompile()
-    meanings = [note.meaning for note in found.attention if note.meaning]
-    fuel = _left(options.fuel, found.decisions)
+    fuel, meanings = (
+        _left(options.fuel, found.decisions),
+        [note.meaning for note in found.attention if note.meaning],
+    )
     return Rewritten(
         gm,
         report,
@@ -268,6 +262,18 @@ def run_steps(
             for body in modules
             if outlined_of(body)
         },
+    )
+
+
+def _notes_on(found: _Found, options: Options) -> tuple[str, ...]:
+    return (
+        *found.notes,
+        *_notes_on_copies(found.decisions),
+        *_notes_on_documents(found.decisions),
+        *dict.fromkeys(notes_on_answers(found.decisions, options.loss_memory)),
+        *found.failures,
+        *sentences(note for note in found.attention if note.term not in found.replaced),
+        *map(str, found.late_outputs),
     )
 
 
@@ -335,8 +341,7 @@ def _rewrite_one(
         found.called_in.setdefault(body, []).append(regions.of[call])
         outlined = outlined_of(body)
         found.places.setdefault(body, outlined.paths if outlined else found.places[module])
-    places = found.places[module]
-    notes = notes_in(terms.space, terms.of.values(), terms.derive)
+    places, notes = found.places[module], notes_in(terms.space, terms.of.values(), terms.derive)
     found.attention.extend(note for note in notes for _ in places)
     if is_top:
         found.notes.extend(notes_on_layer(graph, terms, found.computed))
@@ -354,11 +359,7 @@ def _rewrite_one(
     decisions = rewrite(
         graph,
         decided(),
-        settings={
-            "loss_memory": options.loss_memory,
-            "inner": options.reported_inner,
-            "padding_unread": found.padding_unread,
-        },
+        settings=_settings(options, found),
         regions=regions,
         decide_again=lambda refused: decided(refused=refused),
         strict=options.strict,
@@ -372,16 +373,28 @@ def _rewrite_one(
     if options.reported_inner == "inductor":
         found.notes.extend(keep_rounding(graph, terms))
         found.notes.extend(keep_copies(graph, terms) if is_top else ())
-    found.replaced.update(
-        terms.of[node]
-        for one in decisions
-        if one.kind == "replace"
-        for node in one.match.nodes
-        if node in terms.of
-    )
+    found.replaced.update(_replaced(decisions, terms))
     found.decisions.extend(decisions)
     found.near_misses.extend(missed)
     found.placed.update({id(one): places for one in (*decisions, *missed)})
+
+
+def _settings(options: Options, found: _Found) -> dict[str, Any]:
+    """Returns the settings that replacements may read."""
+    return {
+        "loss_memory": options.loss_memory,
+        "inner": options.reported_inner,
+        "padding_unread": found.padding_unread,
+    }
+
+
+def _replaced(decisions: Iterable[Decision], terms: Terms) -> Iterator[Any]:
+    """Yields the terms that replaced matches computed."""
+    for decision in decisions:
+        if decision.kind == "replace":
+            yield from (
+                terms.of[node] for node in decision.match.nodes if isinstance(terms.of.get(node), Term)
+            )
 
 
 def _without_logits(
