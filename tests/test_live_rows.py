@@ -326,3 +326,39 @@ def test_by_default_all_rows_are_computed() -> None:
     ids, labels = batch()
     step(fast, model, ids, labels, masks(ids)["right"])
     assert not any(map(is_of_live_rows, variants()))
+
+
+class WithoutGradients(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *args):
+        with torch.no_grad():
+            return self.inner(*args)
+
+
+def test_positions_without_gradients() -> None:
+    """As in transformers up to 5.17, whose rotary tables are made under no_grad."""
+    model, fast = made("llama"), compiled(loss, options=ROWS)
+    model.model.rotary_emb = Positions(model.model.rotary_emb)
+    ids, labels = batch()
+    mask = masks(ids)["right"]
+    assert_within(step(fast, model, ids, labels, mask), step(loss, model, ids, labels, mask), EXACT)
+    assert is_of_live_rows(variants()[0])
+
+
+class Positions(WithoutGradients):
+    def forward(self, x, position_ids):
+        return super().forward(x.detach(), position_ids)
+
+
+def test_rows_without_gradients_are_computed() -> None:
+    model, fast = made("llama"), compiled(loss, options=ROWS)
+    model.model.layers[0].mlp = WithoutGradients(model.model.layers[0].mlp)
+    ids, labels = batch()
+    mask = masks(ids)["right"]
+    assert_within(step(fast, model, ids, labels, mask), step(loss, model, ids, labels, mask), EXACT)
+    assert any(
+        "some rows are computed without gradients" in note for note in liger_compile.reports()[0].notes
+    )

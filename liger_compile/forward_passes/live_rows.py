@@ -180,7 +180,7 @@ def _plan(gm: GraphModule, drops_logits: Callable[[Terms], set[Node]], strict: b
     masks, size = found
     keys = masks[0].args[0]
     batch = Batch(size, {}, terms.of, keys)
-    _lay_out(graph, batch, mutations)
+    _lay_out(graph, batch, mutations, regions)
     losses = [node for node in graph.nodes if _is_loss(node, batch.of)]
     _check_outputs(graph, batch, drops_logits(terms))
     if not losses:
@@ -209,8 +209,8 @@ def _check_graph(gm: GraphModule, regions: Regions) -> None:
         raise _RefusedError("its sizes are symbolic")
     if any(name_of(node) in SUBGRAPH_OPS for node in gm.graph.nodes):
         raise _RefusedError("the graph calls subgraphs, such as checkpointed layers")
-    if regions.differ_in_gradients or regions.why_uncertain:
-        raise _RefusedError("a part of the graph runs without gradients, or in modes that are not known")
+    if regions.why_uncertain:
+        raise _RefusedError(regions.why_uncertain)
 
 
 def _masks(terms: Terms) -> tuple[list[Term], tuple[int, int]] | None:
@@ -245,7 +245,7 @@ def _is_attention(term: Any) -> bool:
     return isinstance(term, Term) and term.op == "attention"
 
 
-def _lay_out(graph: Graph, batch: Batch, mutations: Mutations) -> None:
+def _lay_out(graph: Graph, batch: Batch, mutations: Mutations, regions: Regions) -> None:
     """Finds the layout of every node that depends on the rows of an embedding."""
     for node in graph.nodes:
         if node.op not in ("call_function", "call_method"):
@@ -260,6 +260,11 @@ def _lay_out(graph: Graph, batch: Batch, mutations: Mutations) -> None:
         found = layout_of(node, batch) if has_rows else Layout(BY_BATCH)
         if found is not None:
             batch.of[node] = found
+    # A value is gathered in the modes in which it was computed.
+    found_in = (regions.of[node] for node in batch.of)
+    modes = {(region.grad_mode, region.inference_mode, region.transforms) for region in found_in}
+    if len(modes) > 1:
+        raise _RefusedError("some rows are computed without gradients, or under a transform")
 
 
 def _is_embedding(node: Node, batch: Batch) -> bool:
