@@ -17,6 +17,7 @@ class Model:
     family: str
     config: str
     sizes: Mapping[str, Any] = field(default_factory=dict)
+    is_causal: bool = True  # else it predicts masked tokens
 
     def build(
         self, device: torch.device, dtype: torch.dtype, layers: int | None = None, seed: int = 0
@@ -27,7 +28,8 @@ class Model:
         more = {} if layers is None else {"num_hidden_layers": layers}
         config = getattr(transformers, self.config)(**{**self.sizes, **more})
         with device:
-            model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).train()
+            auto = transformers.AutoModelForCausalLM if self.is_causal else transformers.AutoModelForMaskedLM
+            model = auto.from_config(config, dtype=dtype).train()
             random = torch.Generator(device).manual_seed(seed)
             for parameter in model.parameters():
                 if parameter.dim() > 1:
@@ -70,6 +72,7 @@ MODELS: Mapping[str, Model] = {
             "tie_word_embeddings": True,
         },
     ),
+    "modernbert": Model("modernbert", "ModernBertConfig", is_causal=False),
     "gemma2-2b-8l": Model(
         "gemma2", "Gemma2Config", {"num_hidden_layers": 8}
     ),  # of 26; the config's own sizes

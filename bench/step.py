@@ -77,6 +77,17 @@ class Case:
         return torch.float32 if self.device == "cpu" else torch.bfloat16
 
 
+PADDED = {"ones": 0.0, "quarter": 0.25, "half": 0.5}  # the share of padding, by name of the attention mask
+
+
+def padding_mask(ids: torch.Tensor, share: float) -> torch.Tensor:
+    """Ones, and zeros at the end of rows of evenly spread lengths; a `share` of all tokens is padding."""
+    batch, length = ids.shape
+    padded = (torch.arange(batch) + 0.5) * (2 * share * length / batch)
+    at = torch.arange(length, device=ids.device)
+    return (at < length - padded.round().to(ids.device)[:, None]).long()
+
+
 def largest(fits: Callable[[int], bool], first: int, most: int) -> int:
     """The largest number up to `most` that fits, to an eighth: doubled from `first`, then between the last two.
 
@@ -116,10 +127,11 @@ class Step(Turns):
         random = torch.Generator().manual_seed(1)
         ids = torch.randint(self.model.config.vocab_size, (batch, length), generator=random).to(self.device)
         inputs: dict[str, Any] = {"input_ids": ids, "labels": ids}
-        if self._case.use_cache == "off":
+        if self._case.use_cache == "off" and MODELS[self._case.model].is_causal:
             inputs["use_cache"] = False
-        if self._case.attention_mask == "ones":
-            inputs["attention_mask"] = torch.ones_like(ids)
+        if self._case.attention_mask != "none":
+            inputs["attention_mask"] = mask = padding_mask(ids, PADDED[self._case.attention_mask])
+            inputs["labels"] = ids.masked_fill(mask == 0, -100)
         return inputs
 
     def _compiled(self, case: Case, variant: Variant) -> Callable[..., torch.Tensor]:

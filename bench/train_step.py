@@ -36,6 +36,7 @@ from bench.step import (
     LIGER_KERNEL,
     NONE,
     OURS,
+    PADDED,
     VARIANTS,
     Case,
     Floor,
@@ -132,7 +133,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--use-cache", choices=("off", "default"), default="off", help="the argument of the model"
     )
-    parser.add_argument("--attention-mask", choices=("none", "ones"), default="none")
+    parser.add_argument(
+        "--attention-mask",
+        choices=("none", *PADDED),
+        default="none",
+        help="ones, or padding at the end of rows",
+    )
     parser.add_argument("--options", default="{}", help='more options for backend="liger", in JSON')
     parser.add_argument(
         "--parallel", choices=(NONE, DDP, FSDP), default=NONE, help="several processes, with a GPU each"

@@ -122,6 +122,13 @@ class Options:
         "'auto' compiles a specialization for calls without padding, or with causal masks, and a generic graph for "
         "other calls; 'general' compiles one graph for all calls.",
     )
+    rows: str = _option(
+        "all",
+        _one_of("auto", "all"),
+        "The rows of a padded batch that are computed: 'auto' leaves out padding without a label where all operations "
+        "are proven row-wise, and compiles a graph for each of few numbers of live rows; 'all' computes every row. "
+        "The default is 'all' until step time and memory are measured on GPUs.",
+    )
     backward_passes: str = _option(
         "auto",
         _one_of("auto", "always", "never"),

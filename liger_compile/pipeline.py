@@ -20,7 +20,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from liger_compile.backward_passes import CHOICES, DEFAULT_PASSES, Applied, Pass
 from liger_compile.compile import BackwardPlan, uses_cudagraphs, uses_freezing
-from liger_compile.forward_passes import specialize
+from liger_compile.forward_passes import live_rows, specialize
 from liger_compile.forward_passes.documents import hand_in_documents, inputs_of
 from liger_compile.forward_passes.inline_subgraphs import describe_operands
 from liger_compile.forward_passes.keep_copies import keep_copies
@@ -42,6 +42,7 @@ from liger_compile.steps.rewrite import rewrite
 from liger_compile.terms.attention import Note, notes_in, sentences
 from liger_compile.terms.build import Terms
 from liger_compile.terms.heads import notes_on_layer, notes_on_logits
+from liger_compile.terms.term import Term
 from liger_compile.torch_internals.fake_tensors import FakeTensor
 
 Assumptions = Mapping[str, specialize.Assumption]
@@ -77,6 +78,7 @@ class _Found:
     notes: list[str] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
     attention: list[Note] = field(default_factory=list)
+    replaced: set[Term] = field(default_factory=set)  # the terms that replaced matches have computed
     late_outputs: list[LateOutput] = field(default_factory=list)
     late_notes: list[str] = field(default_factory=list)  # added in later calls
     # By subgraph: the operands of each call, and the modes of each call.
@@ -86,6 +88,7 @@ class _Found:
     # By graph: the module paths of each of its calls, where it was outlined, or of the graph that calls it.
     places: dict[GraphModule, Sequence[Paths]] = field(default_factory=dict)
     placed: dict[int, Sequence[Paths]] = field(default_factory=dict)  # by id of decision or near miss
+    padding_unread: bool = False  # nothing reads the rows of attention that are padding
 
 
 def with_bodies(
@@ -141,8 +144,58 @@ def rewritten(
         return generic, None
     assumed = specialize.with_assumptions(gm, assumptions)
     special = run_steps(assumed, patterns, options, inductor_options, computed)
-    pays = special.report.count("replace") > generic.report.count("replace")
+    pays = special.report.count("replace") > generic.report.count("replace") - _num_padded(generic.report)
     return generic, (assumptions, special) if pays else None
+
+
+def _num_padded(report: GraphReport) -> int:
+    """Returns how many sites are replaced by attention that reads padding, which is slower than without padding."""
+    return sum(site.kind == "replace" and ".padded" in site.pattern for site in report.sites)
+
+
+def live_rows_of(
+    gm: GraphModule,
+    generic: Rewritten,
+    example_inputs: Sequence[Any],
+    options: Options,
+    inductor_options: Mapping[str, Any],
+) -> tuple[live_rows.Plan | None, tuple[str, ...]]:
+    """Returns how to compute the live rows of padded batches only, or None; and the notes for the report.
+
+    Args:
+        gm: the captured graph.
+        generic: the graph of all rows.
+        example_inputs: the inputs of the first call.
+    """
+    is_readable = not any(isinstance(value, FakeTensor) for value in example_inputs)
+    wanted = options.rows == "auto" and options.policy != "never" and options.padding == "auto"
+    if not (wanted and is_readable) or specialize.of_part(gm):
+        return None, ()
+    keeps_logits = options.logits != "none" or reason_to_keep_logits(options, inductor_options)
+
+    def dropped(terms: Terms) -> set[Node]:
+        return set() if keeps_logits else {found.output for found in logits_in(gm.graph, terms)}
+
+    found = live_rows.plan(gm, dropped, strict=options.strict)
+    if isinstance(found, str):
+        return None, (f"padded rows are computed like others: {found}",) if generic.padding else ()
+    return found, ()
+
+
+def rewritten_rows(
+    plan: live_rows.Plan,
+    size: int,
+    patterns: Sequence[Pattern],
+    options: Options,
+    inductor_options: Mapping[str, Any],
+) -> Rewritten | None:
+    """Returns the graph that computes `size` rows; None if an output that was to be left out could not be."""
+    packed = live_rows.packed(plan, size)
+    done = run_steps(packed, patterns, options, inductor_options, padding_unread=True)
+    late = {
+        position for output in done.late_outputs if output.recipe is None for position in output.positions
+    }
+    return done if late.issuperset(plan.left_out) else None
 
 
 def _computed_inputs(gm: GraphModule, example_inputs: Sequence[Any]) -> frozenset[str]:
@@ -161,29 +214,25 @@ def run_steps(
     options: Options,
     inductor_options: Mapping[str, Any],
     computed: frozenset[str] = frozenset(),
+    *,
+    padding_unread: bool = False,
 ) -> Rewritten:
     """Rewrites `gm` and its subgraphs, in place.
 
     Args:
         computed: the names of the inputs that other differentiable code has computed.
+        padding_unread: nothing reads the rows of attention that are padding, nor those that see no key.
     """
     kept = kept_by_module(gm) if options.inner == "report" else None
     start, why_logits_stay = time.perf_counter(), reason_to_keep_logits(options, inductor_options)
-    modules, once, found = _graphs(gm), _running_once(gm), _Found(places={gm: HERE}, computed=computed)
+    modules, once = _graphs(gm), _running_once(gm)
+    found = _Found(places={gm: HERE}, computed=computed, padding_unread=padding_unread)
     for module in modules:
         _rewrite_one(
             module, patterns, options, why_logits_stay, found, is_top=module is gm, runs_once=module in once
         )
     warn_of_failures(found.decisions, found.failures)
-    notes = (
-        *found.notes,
-        *_notes_on_copies(found.decisions),
-        *_notes_on_documents(found.decisions),
-        *dict.fromkeys(notes_on_answers(found.decisions, options.loss_memory)),
-        *found.failures,
-        *sentences(found.attention),
-        *map(str, found.late_outputs),
-    )
+    notes = _notes_on(found, options)
     seconds = time.perf_counter() - start
     report = GraphReport.of(
         gm,
@@ -198,8 +247,10 @@ def run_steps(
     drop_unread(gm)
     for module in modules:
         module.recompile()
-    meanings = [note.meaning for note in found.attention if note.meaning]
-    fuel = _left(options.fuel, found.decisions)
+    fuel, meanings = (
+        _left(options.fuel, found.decisions),
+        [note.meaning for note in found.attention if note.meaning],
+    )
     return Rewritten(
         gm,
         report,
@@ -212,6 +263,18 @@ def run_steps(
             for body in modules
             if outlined_of(body)
         },
+    )
+
+
+def _notes_on(found: _Found, options: Options) -> tuple[str, ...]:
+    return (
+        *found.notes,
+        *_notes_on_copies(found.decisions),
+        *_notes_on_documents(found.decisions),
+        *dict.fromkeys(notes_on_answers(found.decisions, options.loss_memory)),
+        *found.failures,
+        *sentences(note for note in found.attention if note.term not in found.replaced),
+        *map(str, found.late_outputs),
     )
 
 
@@ -232,16 +295,25 @@ def _counted(count: int, what: str) -> str | None:
 
 
 def _notes_on_documents(decisions: Iterable[Decision]) -> Iterator[str]:
-    """Yields what the documents of a packed row are computed from, and which op computes attention within them."""
+    """Yields what documents and padding of rows are computed from, and which op computes attention within them."""
     found: Counter[str] = Counter()
     for decision in decisions:
-        ids = decision.match.captures.get("documents")
-        if decision.kind == "replace" and isinstance(ids, Capture):
-            mask = "within" if decision.match.pattern.name.endswith("bidirectional") else "causal within"
+        captures, is_causal = (
+            decision.match.captures,
+            not decision.match.pattern.name.endswith("bidirectional"),
+        )
+        ids, keys = captures.get("documents"), captures.get("keys")
+        if decision.kind != "replace":
+            continue
+        if isinstance(ids, Capture):
+            mask = "causal within" if is_causal else "within"
             targets = (getattr(node.target, "__name__", "") for node in decision.inserted)
             is_flex = any(target == "flex_attention" for target in targets)
             kernel = "flex_attention" if is_flex else "variable-length attention"
             found[f"{mask} documents of {inputs_of(ids.node)}: {kernel}"] += 1
+        elif isinstance(keys, Capture):
+            mask = "causal" if is_causal else "to all keys"
+            found[f"{mask} without the padding in {inputs_of(keys.node)}: flex_attention"] += 1
     for text, times in found.items():
         yield f"attention {times}x {text}"
 
@@ -260,7 +332,8 @@ def _rewrite_one(
     graph = module.graph
     mutations = Mutations(graph)
     regions = Regions(graph, found.called_in.get(module, ()))
-    terms = Terms(graph, mutations, found.arguments.get(module, ()), regions, strict=options.strict)
+    arguments, unread = found.arguments.get(module, ()), found.padding_unread
+    terms = Terms(graph, mutations, arguments, regions, strict=options.strict, empty_rows_unread=unread)
     found.failures.extend(terms.failures())
     if options.policy != "never":
         hand_in_documents(_calls(module), terms)
@@ -269,8 +342,7 @@ def _rewrite_one(
         found.called_in.setdefault(body, []).append(regions.of[call])
         outlined = outlined_of(body)
         found.places.setdefault(body, outlined.paths if outlined else found.places[module])
-    places = found.places[module]
-    notes = notes_in(terms.space, terms.of.values(), terms.derive)
+    places, notes = found.places[module], notes_in(terms.space, terms.of.values(), terms.derive)
     found.attention.extend(note for note in notes for _ in places)
     if is_top:
         found.notes.extend(notes_on_layer(graph, terms, found.computed))
@@ -288,7 +360,7 @@ def _rewrite_one(
     decisions = rewrite(
         graph,
         decided(),
-        settings={"loss_memory": options.loss_memory, "inner": options.reported_inner},
+        settings=_settings(options, found),
         regions=regions,
         decide_again=lambda refused: decided(refused=refused),
         strict=options.strict,
@@ -303,9 +375,28 @@ def _rewrite_one(
     if options.reported_inner == "inductor":
         found.notes.extend(keep_rounding(graph, terms))
         found.notes.extend(keep_copies(graph, terms) if is_top else ())
+    found.replaced.update(_replaced(decisions, terms))
     found.decisions.extend(decisions)
     found.near_misses.extend(missed)
     found.placed.update({id(one): places for one in (*decisions, *missed)})
+
+
+def _settings(options: Options, found: _Found) -> dict[str, Any]:
+    """Returns the settings that replacements may read."""
+    return {
+        "loss_memory": options.loss_memory,
+        "inner": options.reported_inner,
+        "padding_unread": found.padding_unread,
+    }
+
+
+def _replaced(decisions: Iterable[Decision], terms: Terms) -> Iterator[Any]:
+    """Yields the terms that replaced matches computed."""
+    for decision in decisions:
+        if decision.kind == "replace":
+            yield from (
+                terms.of[node] for node in decision.match.nodes if isinstance(terms.of.get(node), Term)
+            )
 
 
 def _without_logits(

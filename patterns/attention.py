@@ -25,6 +25,9 @@ and forward alone takes 0.31 and 0.33 ms, then 0.72 of the time and less. The T 
 scaled_dot_product_attention does not support windows and capped scores. They become flex_attention: ops/flex.py. Not
 measured on a GPU yet: `python -m bench.ops window_attention capped_attention capped_window_attention` measures it.
 
+Padding, "causal and key not padded", becomes flex_attention with a block mask made from the flags of keys. Rows that
+see no key are zero, as in scaled_dot_product_attention with a boolean mask; with another fill the mask is kept.
+
 Nor does it support documents: several texts in one row, of which a token sees its own only, as in packed batches. They
 become flex_attention or variable-length attention (ops/varlen.py): `takes_varlen`. Not measured on a GPU yet:
 `python -m bench.packed` measures both.
@@ -213,6 +216,30 @@ def capped_documents_window(q, k, v, scale: float, documents, softcap: float, wi
     return _attend_capped(q, k, v, _window_mask(q, window) & _same_document(documents), scale, softcap)
 
 
+def padded(q, k, v, scale: float, keys):
+    return _attend(q, k, v, _causal_mask(q) & keys[:, None, None, :], 0.0, scale)
+
+
+def padded_window(q, k, v, scale: float, keys, window: int):
+    return _attend(q, k, v, _window_mask(q, window) & keys[:, None, None, :], 0.0, scale)
+
+
+def padded_bidirectional(q, k, v, scale: float, keys):
+    return _attend(q, k, v, _all(q) & keys[:, None, None, :], 0.0, scale)
+
+
+def capped_padded(q, k, v, scale: float, keys, softcap: float):
+    return _attend_capped(q, k, v, _causal_mask(q) & keys[:, None, None, :], scale, softcap)
+
+
+def capped_padded_window(q, k, v, scale: float, keys, softcap: float, window: int):
+    return _attend_capped(q, k, v, _window_mask(q, window) & keys[:, None, None, :], scale, softcap)
+
+
+def _all(q):
+    return torch.ones(q.shape[-2], q.shape[-2], dtype=torch.bool, device=q.device)
+
+
 def _same_document(documents):
     """Return which query and key of a row have the same id; documents (B, T) or (1, T)."""
     return (documents[:, :, None] == documents[:, None, :])[:, None]
@@ -228,6 +255,26 @@ def _flex_documents(is_causal: bool):
         _check_inner(q, inner)
         return flex.document_attention(
             q, k, v, documents, scale=scale, is_causal=is_causal, window=window, softcap=softcap
+        )
+
+    return replace
+
+
+def _flex_padded(is_causal: bool):
+    # Many parameters because they are those of a kernel.
+    def replace(q, k, v, scale, keys, softcap=None, window=None, inner=None, padding_unread=False):
+        _check_inner(q, inner)
+        scale = q.shape[-1] ** -0.5 if scale is None else scale
+        return flex.padded_attention(
+            q,
+            k,
+            v,
+            keys,
+            scale=scale,
+            is_causal=is_causal,
+            window=window,
+            softcap=softcap,
+            hides_queries=padding_unread,
         )
 
     return replace
@@ -301,7 +348,8 @@ def _flex_pays(match: Match) -> str | None:
 
 
 def _documents_pay(match: Match) -> str | None:
-    reason = "attention within documents has not been run on a GPU yet; liger.policy='always' replaces it"
+    what = "within documents" if "documents" in match.captures else "that reads padding"
+    reason = f"attention {what} has not been run on a GPU yet; liger.policy='always' replaces it"
     return _flex_pays(match) or reason
 
 
@@ -360,6 +408,24 @@ PATTERNS = (
             (documents_bidirectional, {}),
             (capped_documents, {"softcap": 5.0}),
             (capped_documents_window, {"softcap": 5.0, "window": 3}),
+        )
+    ),
+    *(
+        Pattern(
+            name=f"attention.{search.__name__}",
+            search=search,
+            replace=_flex_padded(search is not padded_bidirectional),
+            check=_fits_flex,
+            profit=_documents_pay,
+            saves_result=True,
+            examples={**_EXAMPLES, "keys": torch.tensor([[True] * 6, [True] * 4 + [False] * 2]), **more},
+        )
+        for search, more in (
+            (padded, {}),
+            (padded_window, {"window": 3}),
+            (padded_bidirectional, {}),
+            (capped_padded, {"softcap": 5.0}),
+            (capped_padded_window, {"softcap": 5.0, "window": 3}),
         )
     ),
 )

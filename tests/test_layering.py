@@ -82,6 +82,14 @@ ALLOWED = {
     "forward_passes.inline_subgraphs": ("graphs",),
     "forward_passes.specialize": ("graphs",),
     "forward_passes.segments": ("graphs",),
+    "forward_passes.row_rules": ("terms",),
+    "forward_passes.live_rows": (
+        "forward_passes.row_rules",
+        "forward_passes.specialize",
+        "graphs",
+        "ops.live_rows",
+        "terms",
+    ),
     "forward_passes.outline": (
         "forward_passes.inline_subgraphs",
         "forward_passes.segments",

@@ -54,6 +54,14 @@ def test_documents_that_are_proven_are_so(expression):
         programs.tried_of_documents(expression, sizes)
 
 
+@tries(150)
+@given(programs.PADDED)
+def test_padding_that_is_proven_is_so(expression):
+    sizes = (1, 2, 3, 7)
+    if programs.is_a_mask(expression, sizes, d=lambda n: programs.rows_of(n)[0]):
+        programs.tried_of_documents(expression, sizes)
+
+
 def same(positions, relation=">="):
     return f"({positions}[:, None] {relation} {positions}[None, :])"
 

@@ -1,7 +1,8 @@
-"""Passes the ids of documents into checkpointed layers that receive a mask of them.
+"""Passes the ids of documents, and the flags of padding, into checkpointed layers that receive a mask of them.
 
-A checkpointed layer is a subgraph. It receives the mask of packed rows, and attention within documents needs the ids
-instead. The ids become one more argument of the subgraph; nothing reads the mask there if attention is replaced.
+A checkpointed layer is a subgraph. It receives the mask of packed or padded rows, and attention that reads ids or flags
+needs these instead. They become one more argument of the subgraph; nothing reads the mask there if attention is
+replaced.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ def inputs_of(ids: Node) -> str:
 
 
 def hand_in_documents(calls: Iterable[tuple[Node, GraphModule]], terms: Terms) -> None:
-    """Adds the ids of documents to the arguments of checkpoints that receive a mask of these documents."""
+    """Adds ids of documents, or flags of padding, to the arguments of checkpoints that receive a mask of them."""
     calls = list(calls)
     for call, body in calls:
         is_only_call = [module for _, module in calls].count(body) == 1
@@ -44,13 +45,14 @@ def hand_in_documents(calls: Iterable[tuple[Node, GraphModule]], terms: Terms) -
 
 
 def _ids_of_masks(call: Node, terms: Terms) -> Iterator[Node]:
-    """Yields the nodes that hold the ids of the masks that a call receives."""
+    """Yields the nodes that hold the ids, or the flags, of the masks that a call receives."""
     for argument in call.all_input_nodes:
         mask = terms.of[argument]
         if not isinstance(mask, Term) or len(mask.shape) != 4 or not terms.is_of_positions(mask):
             continue
         meaning = mask_meaning(terms.space, mask, *mask.shape[-2:])
-        found = None if meaning.documents is None else terms.derive(meaning.documents)
+        read = meaning.documents or meaning.keys
+        found = None if read is None else terms.derive(read)
         if found is not None and _is_kept(found[0], call, terms):
             yield found[0]
 
@@ -64,7 +66,9 @@ def _is_kept(ids: Node, call: Node, terms: Terms) -> bool:
 def _hand_in(call: Node, body: GraphModule, ids: Node) -> None:
     last = body.graph.find_nodes(op="placeholder")[-1]
     with body.graph.inserting_after(last):
-        placeholder = body.graph.placeholder("documents")
+        placeholder = body.graph.placeholder(
+            "present" if ids.meta["example_value"].dtype is torch.bool else "documents"
+        )
     placeholder.meta["example_value"] = ids.meta["example_value"]
     placeholder.meta[_MADE_OF] = inputs_of(ids)
     call.args = (*call.args, ids)

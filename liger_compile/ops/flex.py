@@ -86,6 +86,51 @@ def document_attention(
     return _flex_attention(q, k, v, blocks, (ids,), scale, softcap)
 
 
+# Many parameters because they are those of a kernel.
+def padded_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    keys: Tensor,
+    *,
+    scale: float,
+    is_causal: bool = True,
+    window: int | None = None,
+    softcap: float | None = None,
+    hides_queries: bool = False,
+) -> Tensor:
+    """Returns attention in which a query sees no padded key; a query that sees no key gives zeros.
+
+    Args:
+        q: (B, H, T, D).
+        k: (B, G, T, D), G dividing H.
+        v: (B, G, T, E).
+        keys: (B, T) or (1, T) booleans; which tokens of a row are no padding.
+        scale: multiplies the scores.
+        is_causal: whether a query sees no later keys.
+        window: query i sees the keys i - window + 1 to i; None means no window. Only with `is_causal`.
+        softcap: the bound of the scores; None means no bound.
+        hides_queries: nothing reads the rows of padded queries; they are zero, and take no time.
+    """
+    if window is not None and not is_causal:
+        raise ValueError("expected a window of causal attention, got one of attention to all keys")
+    is_shared = keys.shape[0] == 1
+    flags = keys[0] if is_shared else keys  # in the kernel, all indices of a tensor must be tensors
+
+    def mask(batch, head, query, key, flags):
+        seen = flags[key] if is_shared else flags[batch, key]
+        if hides_queries:
+            seen = seen & (flags[query] if is_shared else flags[batch, query])
+        if not is_causal:
+            return seen
+        seen = seen & (key <= query)
+        return seen if window is None else seen & (query - key < window)
+
+    with sizes_of_one_may_be_guarded(q):
+        blocks = padded_block_mask(keys, is_causal, window, mask, hides_queries)
+    return _flex_attention(q, k, v, blocks, (flags,), scale, softcap)
+
+
 def _flex_attention(
     q: Tensor,
     k: Tensor,
@@ -206,24 +251,78 @@ def document_block_mask(
     Args:
         documents: (B, T) or (1, T) integers.
     """
-    length = documents.shape[-1]
-    at = torch.arange(
-        0, length, BLOCK_SIZE, dtype=torch.int64, device=documents.device
-    )  # the start of each block
-    token = at[:, None] + torch.arange(BLOCK_SIZE, dtype=torch.int64, device=documents.device)
-    token = torch.minimum(token, length - torch.ones_like(token))  # the last block repeats the last token
-    ids = documents[:, token]  # (B, blocks, BLOCK_SIZE)
+    ids, start, is_complete = _in_blocks(documents)
     least, largest = ids.amin(-1), ids.amax(-1)
+    one_id = (least == largest) & is_complete
 
-    start = at + torch.zeros_like(
-        least
-    )  # of the same rank: torch compares strides of tensors that are broadcast
-    one_id = (least == largest) & (start + BLOCK_SIZE <= length)
-
-    def blocks(query: Callable[[Tensor], Tensor], key: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-        """Returns the partial and the whole pairs of blocks; `query` and `key` give the two their dimensions."""
+    def visible(query: _Axis, key: _Axis) -> tuple[Tensor, Tensor]:
         seen = (query(least) <= key(largest)) & (key(least) <= query(largest))
-        whole = query(one_id) & key(one_id) & (query(least) == key(least))
+        return seen, query(one_id) & key(one_id) & (query(least) == key(least))
+
+    return _block_mask_of(visible, start, documents.shape[-1], is_causal, window, mask)
+
+
+def padded_block_mask(
+    keys: Tensor,
+    is_causal: bool,
+    window: int | None,
+    mask: Callable[..., Tensor],
+    hides_queries: bool = False,
+) -> BlockMask:
+    """Returns the block mask of padding: blocks of keys that are all padding are not visited.
+
+    Args:
+        keys: (B, T) or (1, T) booleans.
+        hides_queries: neither are blocks of queries that are all padding.
+    """
+    flags, start, is_complete = _in_blocks(keys)
+    some, every = flags.any(-1), flags.all(-1) & is_complete
+    some_queries, whole_queries = (some, every) if hides_queries else (torch.ones_like(some), is_complete)
+
+    def visible(query: _Axis, key: _Axis) -> tuple[Tensor, Tensor]:
+        return query(some_queries) & key(some), query(whole_queries) & key(every)
+
+    return _block_mask_of(visible, start, keys.shape[-1], is_causal, window, mask)
+
+
+def _in_blocks(tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns (B, T) values as (B, blocks, BLOCK_SIZE), and (B, blocks): their starts, and whether they are complete.
+
+    The last block repeats the last token.
+    """
+    length, device = tokens.shape[-1], tokens.device
+    at = torch.arange(0, length, BLOCK_SIZE, dtype=torch.int64, device=device)
+    token = at[:, None] + torch.arange(BLOCK_SIZE, dtype=torch.int64, device=device)
+    values = tokens[:, torch.minimum(token, length - torch.ones_like(token))]
+    # Of the same rank as the values: torch compares strides of tensors that are broadcast.
+    start = at + torch.zeros_like(values[..., 0], dtype=torch.int64)
+    return values, start, start + BLOCK_SIZE <= length
+
+
+_Axis = Callable[[Tensor], Tensor]
+
+
+# Many parameters because a block mask consists of them.
+def _block_mask_of(
+    visible: Callable[[_Axis, _Axis], tuple[Tensor, Tensor]],
+    start: Tensor,
+    length: int,
+    is_causal: bool,
+    window: int | None,
+    mask: Callable[..., Tensor],
+) -> BlockMask:
+    """Returns the block mask of pairs of blocks.
+
+    Args:
+        visible: returns the pairs of which some keys are visible, and those of which all are, but for causality and the
+            window. Its arguments give a value of a block, (B, blocks), the dimension of queries or of keys.
+        start: (B, blocks) the first token of each block.
+        length: the number of tokens.
+    """
+
+    def blocks(query: _Axis, key: _Axis) -> tuple[Tensor, Tensor]:
+        """Returns the partial and the whole pairs of blocks; `query` and `key` give the two their dimensions."""
+        seen, whole = visible(query, key)
         if is_causal:
             back = query(start) - key(start)
             seen, whole = seen & (back >= 0), whole & (back > 0)

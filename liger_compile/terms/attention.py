@@ -26,19 +26,42 @@ from liger_compile.terms.scalars import is_normal, merged, rounded
 from liger_compile.terms.term import ConstVar, Scalar, Size, Space, Term
 
 HEADS = -3
-STAYS = "stays written out"
+ZEROS, MEAN, OTHER = "zeros", "mean", "other"  # what attention gives for a row that sees no key
+# Masks that hide padded keys and are known otherwise, and those that hide others too.
+PADDED = {ZEROS: "padded_mask", MEAN: "padded_mask_for_means", OTHER: "padded_mask_for_other_fills"}
+KEEPS, STAYS = "keeps its mask", "stays written out"
 SYMBOLIC = "its scores are multiplied by numbers that are known at run time only, as under dynamic=True"
+EMPTY = "rows that see no key would be zero instead of what this fill of hidden scores gives"
 ELSEWHERE = "the ids of its documents are not in this graph, or are overwritten in it"
 DEPTH = 8  # most adds, muls, tanhs and wheres between the matmul of q and k and its softmax
+PADDED_AND_MORE = {empty: f"{name}_and_more" for empty, name in PADDED.items()}
+
+
+@dataclass(frozen=True)
+class _Written:
+    """How attention is written: its outcome if no pattern can match it, and its rows that see no key.
+
+    The rows are those of a mask that adds nothing to the scores.
+    """
+
+    otherwise: str
+    empty: str
+
+
+GIVEN = _Written(KEEPS, ZEROS)
 
 
 @dataclass(frozen=True)
 class Note:
-    """Records that an attention keeps its mask or stays written out, why, and the mask's meaning if that is why."""
+    """Records that an attention keeps its mask or stays written out, why, and the mask's meaning if that is why.
+
+    `term` is the attention if a pattern may match it nevertheless.
+    """
 
     outcome: str
     reason: str
     meaning: Meaning | None = None
+    term: Term | None = None
 
 
 # Many parameters because they are those of F.scaled_dot_product_attention.
@@ -66,12 +89,12 @@ def attention(
     q, k, v = (normalize.cast(call.space, tensor, call.dtype) for tensor in (query, key, value))
     mask = call.space.none if attn_mask is None else attn_mask
     consts = (is_causal, dropout_p, const_of(scale))
-    return _attention(call.space, "keeps its mask", mask, q, k, v, consts, call.shape)
+    return _attention(call.space, GIVEN, mask, q, k, v, consts, call.shape)
 
 
 def _attention(
     space: Space,
-    otherwise: str,
+    written: _Written,
     mask: Term,
     q: Term,
     k: Term,
@@ -79,7 +102,7 @@ def _attention(
     consts: tuple[Any, ...],
     shape: tuple[Size, ...],
 ) -> Term | None:
-    """Returns the term of attention, or None; notes `otherwise` with the reason if no pattern can match the term."""
+    """Returns the term of attention, or None; notes the reason if no pattern can match the term."""
     if {len(q.shape), len(k.shape), len(v.shape)} != {4}:
         return None
     if k.shape[:2] != v.shape[:2] or k.shape[:1] != q.shape[:1] or shape != (*q.shape[:-1], v.shape[-1]):
@@ -88,28 +111,50 @@ def _attention(
         if mask is space.none:
             return None
         term = space.intern("attention_of_any_heads", (mask, q, k, v), consts, q.dtype, shape)
-        return _noted(space, term, otherwise, "the number of heads or their size is symbolic")
+        return _noted(space, term, written.otherwise, "the number of heads or their size is symbolic")
     plain_k, plain_v = _ungrouped(space, k, HEADS), _ungrouped(space, v, HEADS)
     if plain_k is not None and plain_v is not None and plain_k.shape[1] == plain_v.shape[1]:
         k, v = plain_k, plain_v
     reason, unknown, (_, dropout_p, _, *cap) = "", None, consts
     if mask is not space.none:
         meaning = mask_meaning(space, mask, q.shape[2], k.shape[2])
-        mask = _canonical(space, mask, meaning)
+        mask = _canonical(space, mask, meaning, _empty_rows(written.empty, meaning))
         if meaning.kind == "unknown" or (meaning.kind == "window" and dropout_p):
             reason, unknown = meaning.reason, meaning
         elif meaning.kind == "documents" and dropout_p:
             reason = "it is within documents, which is supported without dropout only"
+        elif meaning.kind == "padded":
+            reason = meaning.reason if mask.op == "padded_mask" else f"{meaning.reason}; {EMPTY}"
+            unknown = meaning
         elif cap and ("all" in (meaning.kind, meaning.within) or dropout_p):
             reason = "its scores are capped, which is supported for causal attention without dropout only"
         elif meaning.kind == "documents":
             reason, unknown = ELSEWHERE, meaning
     term = normalize.apply(space, "attention", (mask, q, k, v), consts, q.dtype, shape)
-    return _noted(space, term, otherwise, reason, unknown) if reason else term
+    return _noted(space, term, written.otherwise, reason, unknown) if reason else term
 
 
-def _canonical(space: Space, mask: Term, meaning: Meaning) -> Term:
-    """Returns one term for all masks of one meaning; q and k of the attention term determine its sizes."""
+def _empty_rows(without_fill: str, meaning: Meaning) -> str:
+    """Returns what attention gives for rows that see no key: zeros, a mean of all values, or something else."""
+    if meaning.fill == "finite" and without_fill != OTHER:
+        return MEAN
+    is_same = meaning.fill == "" or (meaning.fill, without_fill) == ("infinite", ZEROS)
+    return without_fill if is_same else OTHER
+
+
+def _canonical(space: Space, mask: Term, meaning: Meaning, empty: str) -> Term:
+    """Returns one term for all masks of one meaning; q and k of the attention term determine its sizes.
+
+    Args:
+        empty: the rows that see no key.
+    """
+    if meaning.keys is not None:
+        consts = (meaning.within, meaning.window)
+        name = PADDED[ZEROS if space.empty_rows_unread else empty]
+        if meaning.kind == "unknown":
+            name, args = PADDED_AND_MORE[empty], (meaning.keys, mask)
+            return normalize.apply(space, name, args, (), torch.bool, mask.shape)
+        return normalize.apply(space, name, (meaning.keys,), consts, torch.bool, ())
     if meaning.documents is not None:
         consts = (meaning.within, meaning.window)
         return normalize.apply(space, "document_mask", (meaning.documents,), consts, torch.bool, ())
@@ -121,7 +166,8 @@ def _canonical(space: Space, mask: Term, meaning: Meaning) -> Term:
 
 
 def _noted(space: Space, term: Term, outcome: str, reason: str, meaning: Meaning | None = None) -> Term:
-    space.findings.notes[term] = Note(outcome, reason, meaning)
+    is_padded = meaning is not None and meaning.kind == "padded"
+    space.findings.notes[term] = Note(outcome, reason, meaning, term if is_padded else None)
     return term
 
 
@@ -193,7 +239,8 @@ def _of_scores(space: Space, scores: _Scores, dropout_p: float, product: Term) -
         return None
     cap = () if scores.cap is None else (_constant(scores.cap),)
     consts = (False, dropout_p, scores.scale, *cap)
-    return _attention(space, f"{STAYS} for its mask", mask, q, k, v, consts, product.shape)
+    written = _Written(f"{STAYS} for its mask", scores.empty)
+    return _attention(space, written, mask, q, k, v, consts, product.shape)
 
 
 @dataclass(frozen=True)
@@ -253,6 +300,12 @@ class _Scores:
         if shape is None:
             raise _LeftError("its masks have different shapes")
         return space.intern("masks", self.masks, (), torch.bool, shape)
+
+    @property
+    def empty(self) -> str:
+        """The rows of softmax that see no key: a finite fill gives equal weights, and -inf gives NaN."""
+        is_filled = any(mask.dtype is torch.bool for mask in self.masks)
+        return OTHER if is_filled and not math.isfinite(self.fill) else MEAN
 
     @property
     def scale(self) -> Any:

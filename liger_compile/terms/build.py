@@ -42,14 +42,17 @@ class Terms:
         regions: Regions | None = None,
         *,
         strict: bool = True,
+        empty_rows_unread: bool = False,
     ) -> None:
         """Builds all terms.
 
         Args:
             calls: for a subgraph, what each call passes to its placeholders (`arguments`).
             strict: raise RuleError if a rule of ours fails. Otherwise the value is opaque, and `failures` counts it.
+            empty_rows_unread: nothing reads the rows of attention that see no key.
         """
         self.space = identities.new_space(strict=strict)
+        self.space.empty_rows_unread = empty_rows_unread
         self.of: dict[Node, Value] = {}
         self.nodes: dict[Term, list[Node]] = {}  # in graph order
         self.written: dict[Term, Node] = {}  # value after the last in-place write -> its node
@@ -392,6 +395,9 @@ def trace(search: Callable[..., Any], captures: Mapping[str, Any]) -> tuple[Term
             Scalar with a power, an int or str a ConstVar.
     """
     space = identities.new_space()
+    space.empty_rows_unread = (
+        True  # a pattern's replacement may give any values there: the graph's term excludes them
+    )
     recorder = Recorder(space)
     arguments: dict[str, Any] = {}
     for name, example in captures.items():

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -28,6 +28,7 @@ from liger_compile.terms.linear import (
     Capture,
     Differs,
     Element,
+    Flag,
     Linear,
     UnreadError,
     add,
@@ -44,6 +45,7 @@ from liger_compile.terms.linear import (
     plain,
     scaled,
 )
+from liger_compile.terms.padding import has_flags, read_keys
 from liger_compile.terms.term import MADE_HERE, ConstVar, Scalar, Size, Space, Term
 
 MAX_ALTERNATIVES = 16
@@ -65,14 +67,15 @@ class Meaning:
     Args:
         kind: "causal" query i sees exactly the keys j <= i, and T is S; "window" it sees the last `window` of these;
             "all" it sees every key; "documents" it sees those keys of its own document that `within` lets it see, and T
-            is S; "unknown" any other mask, or one that could not be read.
-        reason: a sentence, for "unknown" and "window".
+            is S; "padded" it sees those keys that are present and that `within` lets it see, and T is S; "unknown" any
+            other mask, or one that could not be read.
+        reason: a sentence, for "unknown", "window" and "padded".
         padding, masks: names of values, if these alone make the mask unknown. `padding` states for each key whether it
             is present: if it were all ones, the mask would be causal or hide nothing. `masks` have an entry for each
-            query and key, as masks do; the graph does not show their meaning.
+            query and key, as masks do; the graph does not show their meaning. A "padded" mask names its padding too.
     """
 
-    kind: Literal["causal", "window", "all", "documents", "unknown"]
+    kind: Literal["causal", "window", "all", "documents", "padded", "unknown"]
     reason: str = ""
     window: int | ConstVar | None = None  # a number, or a pattern's capture of one
     padding: tuple[str, ...] = ()
@@ -80,7 +83,15 @@ class Meaning:
     documents: Term | None = (
         None  # (B, S) or (1, S) integers; two tokens of a row are in one document if equal
     )
-    within: str = ""  # for "documents": the kind of the mask if each row were one document
+    within: str = (
+        ""  # for "documents" and "padded": the kind of the mask if each row were one document without padding
+    )
+    keys: Term | None = (
+        None  # (B, S) or (1, S) booleans: keys that are present; the mask hides others, perhaps more
+    )
+    fill: Literal["", "finite", "infinite", "mixed"] = (
+        ""  # what a mask that is added to the scores adds to hidden ones
+    )
 
 
 def mask_meaning(space: Space, mask: Term, queries: Size, keys: Size) -> Meaning:
@@ -96,10 +107,14 @@ def mask_meaning(space: Space, mask: Term, queries: Size, keys: Size) -> Meaning
 
 def _proven(space: Space, mask: Term, queries: Size, keys: Size) -> Meaning:
     try:
-        return _Reader(space, mask, queries, keys).meaning()
+        meaning = _Reader(space, mask, queries, keys).meaning()
     except UnreadError as why:
-        but_for_inputs = _but_for_inputs(space, mask, queries, keys, str(why))
-        return but_for_inputs or Meaning("unknown", str(why))
+        meaning = Meaning("unknown", str(why))
+    if meaning.kind not in ("padded", "unknown"):
+        return meaning
+    reason = meaning.reason or f"it {_IN_WORDS[meaning.within]} except for padding"
+    found = _but_for_inputs(space, mask, queries, keys, reason) or Meaning("unknown", reason)
+    return replace(meaning, reason=found.reason, padding=found.padding, masks=found.masks)
 
 
 def _but_for_inputs(space: Space, mask: Term, queries: Size, keys: Size, why: str) -> Meaning | None:
@@ -151,7 +166,8 @@ class _Reader:
         self.depth = 0
         self.padding: set[str] = set()  # the flags that were assumed to be ones
         self.masks: set[str] = set()  # masks assumed true or zero: their users stay unknown
-        self.unread = ""  # why the first integer that was not read was not
+        self.unread = ""  # why the first integer or flag that was not read was not
+        self.fills: set[float] = set()  # what the mask adds to hidden scores
 
     def meaning(self) -> Meaning:
         at = tuple(coordinate(dim) for dim in sorted(self.sizes))
@@ -160,8 +176,12 @@ class _Reader:
         except UnreadError as why:
             raise UnreadError(self.unread or str(why)) from why
         if found.kind == "unknown" and self.unread:
-            raise UnreadError(self.unread)
-        return found
+            found = replace(found, reason=self.unread)
+        return replace(found, fill=self._fill())
+
+    def _fill(self) -> Literal["", "finite", "infinite", "mixed"]:
+        kinds = {math.isfinite(number) for number in self.fills}
+        return "" if not kinds else "mixed" if len(kinds) == 2 else "finite" if True in kinds else "infinite"
 
     def _lets_through(self, mask: Term, at: _At) -> _Condition:
         """Returns where a mask is true, or adds zero to the scores; any other addend must hide."""
@@ -171,13 +191,14 @@ class _Reader:
         for case, value in self.number(mask, at):
             if value.parts or not (value.constant == 0 or value.constant <= HIDES):
                 raise UnreadError(f"it adds {value} to the scores")
+            self.fills.update(() if value.constant == 0 else (value.constant,))
             condition = self.any_of(condition, case) if value.constant == 0 else condition
         return condition
 
     def _classified(self, condition: _Condition) -> Meaning:
         if condition == _TRUE:
             return Meaning("all")
-        if len(condition) == 1 and (found := self._of_documents(*condition)):
+        if len(condition) == 1 and (found := self._of_documents(*condition) or self._of_keys(*condition)):
             return found
         causal = Linear(0, frozenset(((-1, 1), (-2, -1))))
         alternatives = [sorted(forms, key=lambda form: form != causal) for forms in condition]
@@ -193,7 +214,21 @@ class _Reader:
                 reason = f"it is causal within a window of {size}, which may be smaller than the sequence"
                 return Meaning("window", reason, size)
         text = " or ".join(" and ".join(f"{form} <= 0" for form in forms) for forms in alternatives)
-        return Meaning("unknown", f"it is no causal mask: it lets through {text or 'nothing'}")
+        reason = f"it is no causal mask: it lets through {text or 'nothing'}"
+        return Meaning("unknown", reason, keys=self._keys_of_all(condition))
+
+    def _keys_of_all(self, condition: _Condition) -> Term | None:
+        """Returns the keys that are present, if a mask hides all others; None if it is not known to."""
+        flagged = [frozenset(form for form in forms if has_flags((form,))) for forms in condition]
+        if not flagged or not flagged[0] or flagged.count(flagged[0]) != len(flagged):
+            return None
+        try:
+            return read_keys(self.space, flagged[0], self._rows_and_keys()).keys
+        except UnreadError:
+            return None
+
+    def _rows_and_keys(self) -> tuple[Size, Size]:
+        return (self.mask.shape[-4] if len(self.mask.shape) == 4 else 1), self.keys
 
     def _of_documents(self, forms: frozenset[Linear]) -> Meaning | None:
         """Returns the meaning of a mask that compares documents; None if it compares none."""
@@ -201,14 +236,30 @@ class _Reader:
             return None
         if not self.is_square:
             return Meaning("unknown", "it is of documents, but there are not as many queries as keys")
-        rows = self.mask.shape[-4] if len(self.mask.shape) == 4 else 1
         found = read_documents(
-            self.space, forms, (rows, self.keys), lambda term, at: self._single(self.number(term, at), term)
+            self.space,
+            forms,
+            self._rows_and_keys(),
+            lambda term, at: self._single(self.number(term, at), term),
         )
         inner = self._classified(self._simplified((found.others,)))
+        if inner.kind == "padded":
+            return Meaning("unknown", f"it is of documents, and hides keys: {inner.keys}", keys=inner.keys)
         if inner.kind not in _IN_WORDS:
             return inner
         return Meaning("documents", "", inner.window, documents=found.ids, within=inner.kind)
+
+    def _of_keys(self, forms: frozenset[Linear]) -> Meaning | None:
+        """Returns the meaning of a mask that hides padded keys; None if it has no such flags."""
+        if not has_flags(forms):
+            return None
+        if not self.is_square:
+            return Meaning("unknown", "it is of padding, but there are not as many queries as keys")
+        found = read_keys(self.space, forms, self._rows_and_keys())
+        inner = self._classified(self._simplified((found.others,)))
+        if inner.kind not in _IN_WORDS:
+            return replace(inner, keys=found.keys)
+        return Meaning("padded", "", inner.window, within=inner.kind, keys=found.keys)
 
     # Inequalities
 
@@ -221,7 +272,7 @@ class _Reader:
         for part, coefficient in form.parts:
             if isinstance(part, Element):
                 return math.inf
-            if isinstance(part, Differs):
+            if isinstance(part, (Differs, Flag)):
                 most = most.plus(Linear(max(coefficient, 0)))
             elif not isinstance(part, int):
                 most = most.plus(Linear(0, frozenset(((part, 1),))), coefficient)
@@ -307,7 +358,39 @@ class _Reader:
 
     def truth(self, term: Term, at: _At) -> _Condition:
         """Returns where a boolean term is true."""
-        return self._once(self._truth, term, _broadcast(term, at))
+        return self._once(self._truth_or_flag, term, _broadcast(term, at))
+
+    def _truth_or_flag(self, term: Term, at: _At) -> _Condition:
+        """Returns where a boolean term is true; if that cannot be read, and depends on the key alone, its flag."""
+        try:
+            found = self._truth(term, at)
+            is_read = not any(form.elements for forms in found for form in forms)
+            flag = None if is_read else self._flag(term, at)
+            if flag is None:
+                return found
+        except UnreadError as why:
+            flag = self._flag(term, at)
+            if flag is None:
+                raise
+            self.unread = self.unread or str(why)
+        return self._simplified((frozenset((Linear(1).plus(of_part(flag), -1),)),))
+
+    def _flag(self, term: Term, at: _At) -> Flag | None:
+        """Returns a boolean term as a flag of the key; None if it depends on the query, or on positions alone."""
+        if term.dtype is not torch.bool or self.but_for_inputs or not _has_values(term):
+            return None
+        if any(map(self._depends_on_queries, at)) and term.op in ("cast", "eq", "le", "lt"):
+            term, at = self._unexpanded(term, at)
+        return None if any(map(self._depends_on_queries, at)) else Flag(term, at)
+
+    def _unexpanded(self, term: Term, at: _At) -> tuple[Term, _At]:
+        """Returns an operation on one tensor, and numbers, without the moves of its operand."""
+        tensors = [arg for arg in term.args if arg.op != "number"]
+        if len(tensors) != 1:
+            return term, at
+        source, inner = self._source(tensors[0], at)
+        args = tuple(source if arg is tensors[0] else arg for arg in term.args)
+        return normalize.apply(self.space, term.op, args, term.consts, term.dtype, source.shape), inner
 
     def _truth(self, term: Term, at: _At) -> _Condition:
         if term.op == "eq" and (same := self._same_document(term, at)) is not None:

@@ -49,7 +49,18 @@ class Differs:
         return f"({' != '.join(sorted(str(Element(self.term, at)) for at in self.places))})"
 
 
-Part = int | sympy.Expr | Element | Differs
+@dataclass(frozen=True)
+class Flag:
+    """1 if the element of a boolean term at these coordinates is true, and 0 if it is false."""
+
+    term: Term
+    at: tuple[Linear, ...]
+
+    def __str__(self) -> str:
+        return f"{self.term}[{', '.join(map(str, self.at))}]"
+
+
+Part = int | sympy.Expr | Element | Differs | Flag
 
 
 @dataclass(frozen=True)

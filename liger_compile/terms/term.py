@@ -278,6 +278,7 @@ class Space:
         self.better: dict[Term, Term] = {}  # term -> its rewrite by the rules
         self.findings = Findings()
         self.shape_env: ShapeEnv | None = None  # holds the ranges of symbolic sizes
+        self.empty_rows_unread = False  # whether nothing reads the rows of attention that see no key
         self.none = self.intern("none", (), (), None, ())
 
     def intern(

@@ -13,7 +13,7 @@ from typing import Any
 from torch.fx import GraphModule, Node
 from torch.fx._lazy_graph_module import _LazyGraphModule
 
-__all__ = ["LazyGraphModule", "copy_source", "is_erased"]
+__all__ = ["LazyGraphModule", "copy_source", "is_erased", "without_source"]
 
 
 LazyGraphModule: type[GraphModule] = _LazyGraphModule
@@ -28,3 +28,8 @@ def copy_source(node: Any, copy: Any) -> None:
     """Gives the copy of a placeholder the source that Dynamo recorded for it: the input that it stands for."""
     if hasattr(node, "_dynamo_source"):
         copy._dynamo_source = node._dynamo_source
+
+
+def without_source(placeholder: Any) -> None:
+    """Declares that a placeholder stands for no input of the user's code."""
+    placeholder._dynamo_source = None

@@ -43,9 +43,12 @@ def assert_as_in_eager(compiled, function, *args, **tolerance):
 
 
 def found():
-    """Each report so far: its variant, and how often attention was replaced."""
+    """Each report so far: its variant, and how often attention was replaced by a kernel that reads no padding."""
     return [
-        (report.variant, sum(site.kind == "replace" for site in report.sites))
+        (
+            report.variant,
+            sum(site.kind == "replace" and ".padded" not in site.pattern for site in report.sites),
+        )
         for report in liger_compile.reports()
     ]
 

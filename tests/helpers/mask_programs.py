@@ -287,6 +287,61 @@ _BY_POSITIONS = _any_of(  # as transformers, and nearly so
     o=_COMPARED,
     s=_SMALL,
 )
+# Padding: flags of keys, made of d.
+_FLAGS = _any_of(
+    *(
+        "(d != {s})",
+        "(d == {s})",
+        "(d {o} {s})",
+        "d.bool()",
+        "~d.bool()",
+        "({i} {o} {s})",
+        "d.to({e}).bool()",
+    ),
+    *(
+        "(1 - d).bool()",
+        "torch.where(d {o} {s}, True, False)",
+        "(d > 0).float().bool()",
+        "d.clamp(min=0).bool()",
+    ),
+    *(
+        "(d.float() {o} {s})",
+        "({i} {o} {i})",
+        "(d[:1] {o} {s})",
+        "(d[-1:] == d)",
+        "d.bool().cumsum(0).bool()",
+    ),
+    i=IDS,
+    s=_SMALL,
+    o=_COMPARED,
+    e=_DTYPE,
+)
+PADDED = _any_of(
+    *(
+        "({m} & {f}[None, :])",
+        "({f} & {m})",
+        "({f}[None, :] & {m})",
+        "~(~{m} | ~{f}[None, :])",
+        "({m} & {f}[:, None])",
+    ),
+    *(
+        "torch.where({m} & {f}[None, :], 0.0, {x})",
+        "((1.0 - ({m} & {f}).float()) * {x})",
+        "({m} & {f} & {g})",
+    ),
+    *("{f}[None, :].expand(n, n)", "({m} | {f})", "{m}.masked_fill(~{f}, False)", "({m} & {s} & {f})"),
+    *(
+        "torch.where({m}, 0.0, {x}) + torch.where({f}, 0.0, {x})",
+        "({m} & torch.roll({f}, 1))",
+        "({m} & {f}.flip(0))",
+    ),
+    m=st.one_of(_CAUSAL, _CAUSAL, _COMPARISONS, _POSITIONS_OF_DOCUMENTS, TRUTHS),
+    f=_FLAGS,
+    g=_FLAGS,
+    s=_SAME,
+    x=_FILL,
+)
+
 DOCUMENTS = st.one_of(
     _BY_POSITIONS,
     _any_of(
@@ -442,6 +497,11 @@ def tried_of_documents(expression: str, sizes: tuple[int, ...]) -> set[str]:
         for d in rows_of(n):
             found = traced(expression, n, d=d)
             meaning = mask_meaning(found.space, found.term, found.size, found.size)
+            if meaning.keys is not None and (at := _place(found, meaning)) is not None:
+                assert not bool((_seen(found.value, n) & ~_flags(found, meaning, at, n)).any()), (
+                    f"{expression}, {d}"
+                )
+                kinds.add("keys")
             if meaning.kind == "unknown":
                 break
             kinds.add(meaning.kind)
@@ -457,15 +517,41 @@ def tried_of_documents(expression: str, sizes: tuple[int, ...]) -> set[str]:
 
 
 def _place(found: Traced, meaning: Meaning) -> int | None:
-    """Which of the tensors that a program computes are the ids; None if it is none of them, or there are none."""
-    if meaning.documents is None:
+    """Which of the tensors that a program computes are the ids, or the flags of keys or their negation.
+
+    None if it is none of them, or there are none.
+    """
+    wanted = meaning.documents or meaning.keys
+    if wanted is None:
         return None
+    negated = (
+        (normalize.apply(found.space, "not", (wanted,), (), torch.bool, wanted.shape),)
+        if meaning.keys
+        else ()
+    )
     for at, tensor in enumerate(found.recorder.alive):
         term = found.recorder.values[id(tensor)]
-        is_row = isinstance(term, Term) and term.shape == (found.size,)
-        if is_row and normalize.view(found.space, term, 1, found.size) is meaning.documents:
+        if not isinstance(term, Term) or len(term.shape) > 2:
+            continue
+        is_row = term.shape in ((found.size,), (1, found.size))
+        row = normalize.view(found.space, term, 1, found.size) if is_row else term
+        if row is wanted or row in negated:
             return at
     return None
+
+
+def _flags(found: Traced, meaning: Meaning, at: int, n: int) -> torch.Tensor:
+    """The n flags of keys."""
+    flags = found.recorder.alive[at].reshape(-1).expand(n)
+    term = found.recorder.values[id(found.recorder.alive[at])]
+    is_negated = (term.op == "not") != (meaning.keys.op == "not")
+    return ~flags if is_negated else flags
+
+
+def _seen(mask: torch.Tensor, n: int) -> torch.Tensor:
+    """Where a mask lets through."""
+    seen = mask if mask.dtype is torch.bool else mask > HIDES * 0.99
+    return seen.expand(torch.broadcast_shapes(mask.shape, (n, n)))
 
 
 def _assert_documents(expression: str, meaning: Meaning, n: int, d: torch.Tensor, at: int | None) -> None:
@@ -478,10 +564,17 @@ def _assert_documents(expression: str, meaning: Meaning, n: int, d: torch.Tensor
             return
         ids = found.recorder.alive[at]
         expected = expected & (ids[:, None] == ids)
-    seen = mask if mask.dtype is torch.bool else mask > HIDES * 0.99
+    if meaning.keys is not None:
+        if at is None:
+            return
+        expected = expected & _flags(found, meaning, at, n)
+    shape, seen = torch.broadcast_shapes(mask.shape, (n, n)), _seen(mask, n)
+    expected = expected.expand(shape)
     if mask.dtype is not torch.bool:
-        assert bool((mask.expand(n, n)[expected] == 0).all()), f"{expression} for n = {n}, d = {d}: {meaning}"
-    assert torch.equal(seen.expand(n, n), expected), f"{expression} for n = {n}, d = {d}: {meaning}"
+        assert bool((mask.expand(shape)[expected] == 0).all()), (
+            f"{expression} for n = {n}, d = {d}: {meaning}"
+        )
+    assert torch.equal(seen, expected), f"{expression} for n = {n}, d = {d}: {meaning}"
 
 
 # Attention

@@ -227,7 +227,7 @@ def off_by_one(q, k, v):
 
 
 def by_an_input(q, k, v):
-    return F.scaled_dot_product_attention(q, k, v, causal_mask(q) & (k[:, 0, :, 0] > -9)[:, None, None, :])
+    return F.scaled_dot_product_attention(q, k, v, causal_mask(q) & (q[:, 0, :, 0] > -9)[:, None, :, None])
 
 
 def written_over(q, k, v):

@@ -1,0 +1,563 @@
+"""Computes the live rows of a padded batch only: rows that are no padding, and rows with a label.
+
+    graph of (B, T) rows -> plan: proof that its operations are row-wise -> for each size R: a graph of R rows
+
+Between the embedding and the loss, operations on tensors whose first dimensions are the batch and the token run on
+gathered rows, (1, R, ...) in place of (B, T, ...). Attention runs on all rows, so queries, keys and values are put back
+before it, and its result is gathered after it. The rows that are left out are padding without a label: no label reads
+them, and attention gives their keys the weight zero. `row_rules.py` has the proof for each operation.
+
+A call counts its live rows by one read on the host. The number is rounded up to one of few sizes, so that an epoch
+compiles few graphs. The slots behind the live rows repeat a live row, have no label, and give no gradient.
+
+In: a captured Dynamo graph of static sizes. Out: a plan, or a sentence why not; for a size, the graph of packed rows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.node import map_arg
+
+from liger_compile.forward_passes import specialize
+from liger_compile.forward_passes.row_rules import (
+    BY_BATCH,
+    ELEMENTWISE,
+    HIDING,
+    VIEWS,
+    Batch,
+    Layout,
+    MixesRowsError,
+    argument,
+    layout_of,
+    name_of,
+    shape_of,
+)
+from liger_compile.graphs.aliasing import SUBGRAPH_OPS, Mutations
+from liger_compile.graphs.regions import Regions
+from liger_compile.ops import live_rows as ops
+from liger_compile.terms.attention import MEAN, OTHER, PADDED, PADDED_AND_MORE, ZEROS
+from liger_compile.terms.build import Terms
+from liger_compile.terms.term import MADE_HERE, Term
+from liger_compile.torch_internals.dispatch import is_traceable_wrapper_subclass
+from liger_compile.torch_internals.fake_tensors import FakeTensor
+from liger_compile.torch_internals.fx import without_source
+from liger_compile.torch_internals.operators import overload_of
+
+SIZES = 8  # an eighth of the rows is the unit of sizes: at most seven graphs, and on average a sixteenth too many rows
+MULTIPLE = 8  # of a unit
+IGNORED = -100
+_PACK, _UNPACK, _LABELS = map(overload_of, (ops.pack_rows, ops.unpack_rows, ops.pack_labels))
+REPEATABLE = (
+    "pad",
+    "roll",
+    "full_like",
+    "ones_like",
+)  # operations on labels without terms, which draw no numbers
+
+
+class _RefusedError(Exception):
+    """Raised with a sentence that explains why padded rows are computed."""
+
+
+@dataclass(frozen=True, eq=False)
+class Live:
+    """The live rows of a call.
+
+    Args:
+        size: R, the number of slots.
+        index: (R,) the row in each slot.
+        slots: (B * T,) the slot of each row; -1 for a row that is left out.
+    """
+
+    size: int
+    index: Tensor
+    slots: Tensor
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A graph whose padded rows need not be computed.
+
+    Args:
+        gm: the captured graph.
+        layouts: the layouts of its nodes that have rows.
+        size: B and T.
+        flags: computes the flags of keys, and the labels of each loss, from the inputs of the graph.
+        from_flags: computes (B, T) or (1, T) flags of keys from the first output of `flags`.
+        ignored: the label that each loss ignores.
+        hides_strays: whether a row that is padding, has a label, and sees no key, is zero as in eager code.
+        left_out: the positions of the outputs that have rows, and that nobody gets.
+    """
+
+    gm: GraphModule
+    layouts: dict[Node, Layout | tuple[Layout, ...]]
+    size: tuple[int, int]
+    flags: GraphModule
+    from_flags: Callable[[Tensor], Tensor]
+    ignored: tuple[int, ...]
+    hides_strays: bool
+    left_out: frozenset[int]
+
+    @property
+    def rows(self) -> int:
+        return math.prod(self.size)
+
+    @property
+    def unit(self) -> int:
+        return math.ceil(self.rows / SIZES / MULTIPLE) * MULTIPLE
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """The numbers of slots that graphs are compiled for; more live rows do not pay."""
+        return tuple(range(self.unit, self.rows - self.unit + 1, self.unit))
+
+    def live(self, args: Sequence[Any]) -> Live | None:
+        """Returns the live rows of a call; None if the call needs another graph."""
+        if any(isinstance(arg, FakeTensor) for arg in args):
+            return None
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            return None
+        with torch.no_grad():
+            return self._live(*self.flags(*args))
+
+    def _live(self, flags: Tensor, *labels: Tensor) -> Live | None:
+        present = self.from_flags(flags).expand(self.size).reshape(-1)
+        labeled = torch.zeros_like(present)
+        for label, ignored in zip(labels, self.ignored, strict=True):
+            labeled = labeled | (label.reshape(-1) != ignored)
+        live, stray = present | labeled, labeled & ~present
+        if self.hides_strays:  # before the first key of its row, such a row sees no key
+            stray = stray & (present.view(self.size).cumsum(1) > 0).reshape(-1)
+        count, has_stray = torch.stack((live.sum(), stray.sum())).tolist()
+        size = max(math.ceil(count / self.unit), 1) * self.unit
+        if has_stray or size not in self.sizes:
+            return None
+        order = torch.argsort(live.logical_not().to(torch.int8), stable=True)
+        index = torch.where(torch.arange(size, device=order.device) < count, order[:size], order[:1])
+        slots = torch.where(live, live.cumsum(0) - 1, -1)
+        return Live(size, index, slots)
+
+
+def variant(plan: Plan, size: int) -> specialize.Variant:
+    """Returns the name and the note of the graph of a size."""
+    left_out = 100 * (plan.rows - size) // plan.rows
+    return specialize.Variant(
+        f"{size} of {plan.rows} rows",
+        f"{left_out}% of the rows are padding: not computed (checked on every call, one device sync); calls with other "
+        "numbers of live rows use other graphs, which are compiled when a call first needs them",
+    )
+
+
+# The proof
+
+
+def plan(gm: GraphModule, drops_logits: Callable[[Terms], set[Node]], *, strict: bool) -> Plan | str | None:
+    """Returns the plan of a graph, or why its padded rows are computed, in a sentence; None if it has no padding mask.
+
+    Args:
+        drops_logits: returns the outputs of the graph that are logits, and that nobody gets.
+    """
+    try:
+        return _plan(gm, drops_logits, strict)
+    except (_RefusedError, MixesRowsError) as why:
+        return str(why)
+
+
+def _plan(gm: GraphModule, drops_logits: Callable[[Terms], set[Node]], strict: bool) -> Plan | None:
+    graph, mutations, regions = gm.graph, Mutations(gm.graph), Regions(gm.graph)
+    _check_graph(gm, regions)
+    terms = Terms(graph, mutations, (), regions, strict=strict)
+    found = _masks(terms)
+    if found is None:
+        return None
+    masks, size = found
+    keys = masks[0].args[0]
+    batch = Batch(size, {}, terms.of, keys)
+    _lay_out(graph, batch, mutations, regions)
+    losses = [node for node in graph.nodes if _is_loss(node, batch.of)]
+    _check_outputs(graph, batch, drops_logits(terms))
+    if not losses:
+        raise _RefusedError("the graph has no loss with a label for each row")
+    flags, steps = _derived(keys, terms)
+    targets = [argument(loss, 1, "target") for loss in losses]
+    return Plan(
+        gm,
+        batch.of,
+        size,
+        _computing((flags, *targets), terms),
+        steps,
+        tuple(argument(loss, 4, "ignore_index", IGNORED) for loss in losses),
+        all(mask.op == PADDED[ZEROS] and mask.consts[0] in ("causal", "window") for mask in masks),
+        frozenset(at for at, node in enumerate(_outputs(graph)) if node in batch.of),
+    )
+
+
+def _outputs(graph: Graph) -> tuple[Any, ...]:
+    (outputs,) = graph.output_node().args
+    return outputs if isinstance(outputs, tuple) else (outputs,)
+
+
+def _check_graph(gm: GraphModule, regions: Regions) -> None:
+    if specialize.is_symbolic(gm):
+        raise _RefusedError("its sizes are symbolic")
+    if any(name_of(node) in SUBGRAPH_OPS for node in gm.graph.nodes):
+        raise _RefusedError("the graph calls subgraphs, such as checkpointed layers")
+    if regions.why_uncertain:
+        raise _RefusedError(regions.why_uncertain)
+
+
+def _masks(terms: Terms) -> tuple[list[Term], tuple[int, int]] | None:
+    """Returns the masks of padding of the graph's attention, and B and T; None if no attention has such a mask."""
+    found = list(dict.fromkeys(filter(_is_attention, terms.of.values())))
+    masks = [term.args[0] for term in found if term.args[0].op in HIDING]
+    if not masks:
+        return None
+    for mask in masks:
+        _check_rows_without_keys(mask)
+    q = next(term.args[1] for term in found if term.args[0] is masks[0])
+    batch, length = q.shape[0], q.shape[2]
+    if not (isinstance(batch, int) and isinstance(length, int) and length > 1):
+        raise _RefusedError("its rows have one token")
+    return masks, (batch, length)
+
+
+def _check_rows_without_keys(mask: Term) -> None:
+    """Raises unless rows that see no key are zero, or are padding that is finite: their values spread to all rows."""
+    if mask.op in (PADDED[OTHER], PADDED_AND_MORE[OTHER]):
+        raise _RefusedError("its padding mask adds -inf to scores that are written out, which gives NaN")
+    sees_itself = mask.op != PADDED_AND_MORE[MEAN] and (
+        mask.consts[1:] in ((), (None,)) or mask.consts[1] >= 1
+    )
+    if mask.op not in (PADDED[ZEROS], PADDED_AND_MORE[ZEROS]) and not sees_itself:
+        raise _RefusedError(
+            "its mask may hide all keys of a token that is no padding, which gives a mean of all values"
+        )
+
+
+def _is_attention(term: Any) -> bool:
+    return isinstance(term, Term) and term.op == "attention"
+
+
+def _lay_out(graph: Graph, batch: Batch, mutations: Mutations, regions: Regions) -> None:
+    """Finds the layout of every node that depends on the rows of an embedding."""
+    for node in graph.nodes:
+        if node.op not in ("call_function", "call_method"):
+            continue
+        has_rows = any(arg in batch.of for arg in node.all_input_nodes)
+        if not has_rows and not _is_embedding(node, batch):
+            continue
+        if not mutations.is_clean(node):
+            raise _RefusedError(f"{node.name} is written in place")
+        if is_traceable_wrapper_subclass(node.meta["example_value"]):
+            raise _RefusedError(f"{node.name} is a tensor subclass")
+        found = layout_of(node, batch) if has_rows else Layout(BY_BATCH)
+        if found is not None:
+            batch.of[node] = found
+    # A value is gathered in the modes in which it was computed.
+    found_in = (regions.of[node] for node in batch.of)
+    modes = {(region.grad_mode, region.inference_mode, region.transforms) for region in found_in}
+    if len(modes) > 1:
+        raise _RefusedError("some rows are computed without gradients, or under a transform")
+
+
+def _is_embedding(node: Node, batch: Batch) -> bool:
+    """Returns whether a node looks up a row for each token; its gradient must not count the tokens."""
+    if name_of(node) != "embedding" or argument(node, 3, "max_norm") is not None:
+        return False
+    if argument(node, 5, "scale_grad_by_freq", False) or argument(node, 6, "sparse", False):
+        return False
+    ids = argument(node, 0, "input")
+    return shape_of(ids) == batch.size and not ids.meta["example_value"].dtype.is_floating_point
+
+
+def _is_loss(node: Node, layouts: Mapping[Node, Any]) -> bool:
+    return name_of(node) == "cross_entropy" and argument(node, 0, "input") in layouts
+
+
+def _check_outputs(graph: Graph, batch: Batch, dropped: set[Node]) -> None:
+    if not batch.of:
+        raise _RefusedError("its token ids are not embedded in this graph")
+    for node in graph.output_node().all_input_nodes:
+        if node in batch.of and node not in dropped:
+            raise _RefusedError(
+                f"the graph returns every row of {node.name}; liger.logits='none' leaves logits out, "
+                "and use_cache=False the cache"
+            )
+
+
+def _derived(keys: Term, terms: Terms) -> tuple[Node, Callable[[Tensor], Tensor]]:
+    found = terms.derive(keys)
+    if found is None:
+        raise _RefusedError("the flags of its padding are no value of the graph")
+    node, steps = found
+
+    def derive(tensor: Tensor) -> Tensor:
+        for step in steps:
+            tensor = step(tensor)
+        return tensor
+
+    return node, derive
+
+
+def _computing(nodes: Sequence[Node], terms: Terms) -> GraphModule:
+    """Returns a module that computes these nodes from the inputs of the graph."""
+    graph, copies = Graph(), {}
+    source = nodes[0].graph
+    needed = _ancestors(nodes)
+    for node in source.nodes:
+        if node.op == "placeholder" or node in needed:
+            _check_repeatable(node, terms)
+            copies[node] = graph.node_copy(node, copies.__getitem__)
+            copies[node].meta.clear()
+    graph.output(tuple(copies[node] for node in nodes))
+    return GraphModule(source.owning_module or torch.nn.Module(), graph)
+
+
+def _ancestors(nodes: Iterable[Node]) -> set[Node]:
+    found, waiting = set(nodes), list(nodes)
+    while waiting:
+        new = [arg for arg in waiting.pop().all_input_nodes if arg not in found]
+        found.update(new)
+        waiting.extend(new)
+    return found
+
+
+def _check_repeatable(node: Node, terms: Terms) -> None:
+    """Raises unless a node gives the same values when it runs again before the graph."""
+    term = terms.of[node]
+    is_opaque = isinstance(term, Term) and term.op == "leaf" and MADE_HERE in term.consts
+    is_opaque = is_opaque and name_of(node) not in (*ELEMENTWISE, *REPEATABLE)
+    if not terms.mutations.is_clean(node) or (node.op != "placeholder" and is_opaque):
+        raise _RefusedError(
+            f"its padding or its labels are computed by {name_of(node)}, which is not known to repeat"
+        )
+
+
+# The graph of packed rows
+
+
+def packed(plan: Plan, size: int) -> GraphModule:
+    """Returns a copy of the graph that computes `size` rows, with two more inputs: `Live.index` and `Live.slots`."""
+    module = specialize.copied(plan.gm)
+    copies = dict(zip(plan.gm.graph.nodes, module.graph.nodes, strict=True))
+    layouts = {copies[node]: layout for node, layout in plan.layouts.items()}
+    _Packer(module.graph, layouts, plan, size).run()
+    module.graph.lint()
+    module.recompile()
+    return module
+
+
+class _Packer:
+    """Rewrites a graph in place. Each node with rows computes packed rows if its rows come first, else all rows."""
+
+    def __init__(
+        self, graph: Graph, layouts: dict[Node, Layout | tuple[Layout, ...]], plan: Plan, size: int
+    ) -> None:
+        self.graph, self.layouts, self.batch, self.size = graph, layouts, plan.size, size
+        self.regions = Regions(graph)
+        self.ignored = iter(plan.ignored)
+        self.packed: dict[Node, Node] = {}  # the nodes with packed rows, by node of the graph
+        self.whole: dict[Node, Node] = {}  # the nodes with all rows
+
+    def run(self) -> None:
+        nodes = list(self.graph.nodes)
+        self.index, self.slots = self._inputs()
+        for node in nodes:
+            if node in self.layouts:
+                self._rewrite(node)
+            elif _is_loss(node, self.layouts):
+                self._rewrite_loss(node)
+
+    def _inputs(self) -> tuple[Node, Node]:
+        last = self.graph.find_nodes(op="placeholder")[-1]
+        example = next(node.meta["example_value"] for node in self.layouts)
+        made = []
+        for name, size in (("live_index", self.size), ("live_slots", math.prod(self.batch))):
+            with self.graph.inserting_after(last):
+                last = self.graph.placeholder(name)
+            without_source(last)
+            with example.fake_mode:
+                last.meta["example_value"] = torch.empty(size, dtype=torch.int64, device=example.device)
+            made.append(last)
+        return made[0], made[1]
+
+    def _rewrite(self, node: Node) -> None:
+        layout = self.layouts[node]
+        is_packable = all(one.is_packable for one in (layout if isinstance(layout, tuple) else (layout,)))
+        rows = [arg for arg in node.all_input_nodes if arg in self.layouts]
+        if is_packable and all(self._is_packed(arg) for arg in rows):
+            self._pack_operation(node, layout)
+            return
+        node.args, node.kwargs = map_arg((node.args, node.kwargs), self._all_rows)
+        self.whole[node] = node
+
+    def _is_packed(self, node: Node) -> bool:
+        return self._packed_rows(node) is not None
+
+    def _packed_rows(self, node: Node) -> Node | None:
+        """Returns the node with the packed rows of a node; None if its rows do not come first."""
+        layout = self.layouts[node]
+        if node not in self.packed and isinstance(layout, Layout) and layout.is_packable:
+            self.packed[node] = self._gathered(node, layout)
+        return self.packed.get(node)
+
+    def _all_rows(self, node: Node) -> Node:
+        """Returns the node with all rows of a node, whether it has rows or not."""
+        if node not in self.layouts or node in self.whole:
+            return self.whole.get(node, node)
+        packed, by_batch = self.packed[node], self.layouts[node] == Layout(BY_BATCH)
+        rows = self._call(torch.flatten, packed, 0, 1, after=packed) if by_batch else packed
+        rows = self._call(_UNPACK, rows, self.index, self.slots, after=rows)
+        if by_batch:
+            shape = (*self.batch, *shape_of(rows)[1:])
+            rows = self._call(torch.reshape, rows, shape, after=rows)
+        self.whole[node] = rows
+        return rows
+
+    def _gathered(self, node: Node, layout: Layout) -> Node:
+        """Returns the packed rows of a node that has all rows."""
+        by_batch = layout == Layout(BY_BATCH)
+        rows = self._call(torch.flatten, node, 0, 1, after=node) if by_batch else node
+        rows = self._call(_PACK, rows, self.index, self.slots, after=rows)
+        return self._call(torch.unsqueeze, rows, 0, after=rows) if by_batch else rows
+
+    def _pack_operation(self, node: Node, layout: Layout | tuple[Layout, ...]) -> None:
+        """Makes a node compute packed rows from packed rows."""
+        first = layout[0] if isinstance(layout, tuple) else layout
+        expected = [self._small(shape, first) for shape in _shapes_of(node)]
+        rank = len(expected[0])
+
+        def operand(arg: Node) -> Node:
+            return (
+                self._packed_rows(arg) or arg
+                if arg in self.layouts
+                else self._aligned(arg, node, rank, first)
+            )
+
+        source = node.args[0] if node.args else None
+        if name_of(node) in (*VIEWS, "expand") and isinstance(source, Node):
+            node.op, node.kwargs = "call_method", {}
+            node.target = "expand" if name_of(node) == "expand" else "reshape"
+            node.args = (operand(source), *expected[0])
+        else:
+            node.args, node.kwargs = map_arg((node.args, node.kwargs), operand)
+        was = node.meta["example_value"]
+        node.meta["example_value"] = self._run(node)
+        if _shapes_of(node) != expected or _dtypes(node.meta["example_value"]) != _dtypes(was):
+            raise AssertionError(f"{node.name}: expected rows of {expected}, got {_shapes_of(node)}")
+        self.packed[node] = node
+
+    def _aligned(self, arg: Node, reader: Node, rank: int, layout: Layout) -> Node:
+        """Returns a value without rows as an operand of packed rows: where it differs by row, it is gathered too."""
+        if name_of(reader) == "embedding":
+            return self._gathered_once(arg) if arg is argument(reader, 0, "input") else arg
+        shape = shape_of(arg)
+        offset = rank - len(shape)
+        own = [dim - offset for dim in layout.dims]
+        varies = any(dim >= 0 and shape[dim] != 1 for dim in own)
+        if not varies or offset < 0 or not _is_broadcast(reader):
+            return arg
+        if layout == Layout(BY_BATCH):
+            whole = (*self.batch, *shape[max(own[1] + 1, 0) :])
+            return self._gathered_once(self._call("expand", arg, whole, after=arg))
+        return self._gathered_once(arg)
+
+    def _gathered_once(self, node: Node) -> Node:
+        if node not in self.packed:
+            layout = Layout(BY_BATCH) if shape_of(node)[:2] == self.batch else Layout((0,))
+            self.packed[node] = self._gathered(node, layout)
+        return self.packed[node]
+
+    def _later(self, node: Node) -> Node:
+        """Returns the node after which a use of `node` may be inserted: inputs come first."""
+        return self.slots if node.op == "placeholder" else node
+
+    def _rewrite_loss(self, node: Node) -> None:
+        logits, labels = argument(node, 0, "input"), argument(node, 1, "target")
+        small = self._call(_LABELS, labels, self.index, self.slots, next(self.ignored), after=labels)
+        rows = self._packed_rows(logits)
+        node.args, node.kwargs = map_arg(
+            (node.args, node.kwargs), lambda arg: rows if arg is logits else small if arg is labels else arg
+        )
+        node.meta["example_value"] = self._run(node)
+
+    def _small(self, shape: tuple[int, ...], layout: Layout) -> tuple[int, ...]:
+        """Returns the shape of packed rows in place of all rows."""
+        sizes = (1, self.size) if len(layout.dims) == 2 else (self.size,)
+        found = list(shape)
+        for dim, size in zip(layout.dims, sizes, strict=True):
+            found[dim] = size
+        return tuple(found)
+
+    def _call(self, target: Callable[..., Any] | str, *args: Any, after: Node) -> Node:
+        """Inserts a call of a function or method after its operand, in the modes of that."""
+        with self.graph.inserting_after(self._later(after)):
+            kind = "call_method" if isinstance(target, str) else "call_function"
+            node = self.graph.create_node(kind, target, args)
+        self.regions.of[node] = self.regions.of[after]
+        node.meta["example_value"] = self._run(node)
+        return node
+
+    def _run(self, node: Node) -> Any:
+        """Runs a node on fake tensors, in its modes."""
+        args, kwargs = map_arg((node.args, node.kwargs), lambda arg: arg.meta["example_value"])
+        mode = self.index.meta["example_value"].fake_mode
+        with self.regions.of[node].entered(), mode:
+            if node.op == "call_method":
+                return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+            return node.target(*args, **kwargs)  # pyright: ignore[reportCallIssue]
+
+
+def _is_broadcast(node: Node) -> bool:
+    """Returns whether operands of a node are broadcast to its result."""
+    return name_of(node) not in ("linear", "matmul", "addmm", "layer_norm", "rms_norm", "type_as", "to")
+
+
+def _shapes_of(node: Node) -> list[tuple[int, ...]]:
+    value = node.meta["example_value"]
+    return [tuple(v.shape) for v in (value if isinstance(value, (tuple, list)) else (value,))]
+
+
+def _dtypes(value: Any) -> list[torch.dtype]:
+    return [v.dtype for v in (value if isinstance(value, (tuple, list)) else (value,))]
+
+
+# The dispatch
+
+
+def dispatch(
+    plan: Plan,
+    sizes: Mapping[int, specialize.Compile],
+    otherwise: specialize.Compile,
+    example_inputs: Sequence[Any],
+    later: Callable[[specialize.Compile], Callable[..., Any]],
+) -> Callable[..., Any]:
+    """Returns a callable that runs the graph for the live rows of a call, or `otherwise` where that does not pay.
+
+    Each graph is compiled when it is first needed.
+
+    Args:
+        sizes: for each size, the compiler of its graph.
+        example_inputs: real inputs.
+        later: returns a callable that compiles for the inputs of its first call.
+    """
+    callables = {size: later(compile_size) for size, compile_size in sizes.items()}
+    first = plan.live(example_inputs)
+    if first is None:
+        other = otherwise(example_inputs)
+    else:
+        other = later(otherwise)
+        callables[first.size] = sizes[first.size]((*example_inputs, first.index, first.slots))
+
+    def call(*args: Any) -> Any:
+        live = plan.live(args)
+        return other(*args) if live is None else callables[live.size](*args, live.index, live.slots)
+
+    return call
