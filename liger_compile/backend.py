@@ -1,6 +1,6 @@
 """START HERE. The backend: `torch.compile(model, backend="liger")` calls `liger` with each captured graph.
 
-    Dynamo graph -> pipeline.py (terms, match, decide, rewrite) -> assemble.py (compile.py) -> callable
+    Dynamo graph -> pipeline.py (terms, match, decide, rewrite) -> dispatch.py, assemble.py (compile.py) -> callable
 
 `pipeline.py` rewrites one copy of the graph for all calls (generic), and a second copy for calls whose masks have the
 values that they have in most calls (specialized). Each call dispatches on its inputs.
@@ -18,20 +18,14 @@ from liger_compile import compile as compiling
 from liger_compile import ops  # noqa: F401  # pyright: ignore[reportUnusedImport] - ops are registered, so that cached artifacts find them
 from liger_compile.assemble import assembled
 from liger_compile.backward_passes import NAMES
+from liger_compile.dispatch import of_all_rows, of_live_rows
 from liger_compile.failures import or_unchanged
-from liger_compile.forward_passes import live_rows, specialize
+from liger_compile.forward_passes import specialize
 from liger_compile.forward_passes.inline_subgraphs import inlined
 from liger_compile.forward_passes.split_for_ddp import before_ddp_cuts
 from liger_compile.options import Options, parse
 from liger_compile.pattern import Pattern
-from liger_compile.pipeline import (
-    Assumptions,
-    Rewritten,
-    live_rows_of,
-    rewritten,
-    rewritten_rows,
-    with_bodies,
-)
+from liger_compile.pipeline import Rewritten, rewritten, with_bodies
 from liger_compile.registry import patterns_in_use
 from liger_compile.report import GraphReport, record
 from liger_compile.runtime.optimizer_steps import watch_steps
@@ -80,73 +74,19 @@ def liger(
         subject="the graph",
         strict=chosen.strict,
     )
-
-    plan, said = or_unchanged(
-        lambda: live_rows_of(graph, generic, example_inputs, chosen, inductor_options),
-        lambda why: (None, (why,)),
-        subject="the rows of the graph",
-        strict=chosen.strict,
-    )
-    notes.extend(said)
     compiled = partial(
         _compiled, chosen=chosen, patterns=patterns, inductor_options=inductor_options, notes=notes
     )
-    whole = partial(_whole, gm, generic, special, compiled)
-    if plan is None:
-        return whole(example_inputs)
-
-    return _of_live_rows(
-        plan,
-        lambda size: or_unchanged(
-            lambda: rewritten_rows(plan, size, patterns, chosen, inductor_options),
-            notes.append,
-            subject="the rows of the graph",
-            strict=chosen.strict,
-        ),
+    return of_live_rows(
+        graph,
+        generic,
+        partial(of_all_rows, gm, generic, special, compiled),
         compiled,
-        whole,
         example_inputs,
-    )
-
-
-def _of_live_rows(
-    plan: live_rows.Plan,
-    rewritten_to: Callable[[int], Rewritten | None],
-    compiled: Callable[..., Callable[..., Any]],
-    whole: specialize.Compile,
-    example_inputs: Sequence[Any],
-) -> Callable[..., Any]:
-    """Returns a callable that runs a graph of the live rows of its inputs, or the graphs of all rows: `whole`."""
-
-    def of_size(size: int, inputs: Sequence[Any]) -> Callable[..., Any]:
-        rows = rewritten_to(size)
-        if rows is not None:
-            return compiled(rows, live_rows.variant(plan, size), inputs)
-        of_all = whole(inputs[:-2])  # the last two are the live rows
-        return lambda *args: of_all(*args[:-2])
-
-    sizes = {size: partial(of_size, size) for size in plan.sizes}
-    return live_rows.dispatch(plan, sizes, whole, example_inputs, later=compiling.when_called)
-
-
-def _whole(
-    gm: GraphModule,
-    generic: Rewritten,
-    special: tuple[Assumptions, Rewritten] | None,
-    compiled: Callable[..., Callable[..., Any]],
-    inputs: Sequence[Any],
-) -> Callable[..., Any]:
-    """Compiles the graphs that compute all rows, and returns a callable that dispatches on its inputs."""
-    if special is None:
-        return compiled(generic, specialize.of_part(gm), inputs)
-    assumptions, specialized = special
-    return specialize.dispatch(
-        gm,
-        assumptions,
-        specialized=partial(compiled, specialized, specialize.specialized_variant(assumptions)),
-        generic=partial(compiled, generic, specialize.generic_variant(assumptions)),
-        example_inputs=inputs,
-        later=compiling.when_called,
+        patterns=patterns,
+        options=chosen,
+        inductor_options=inductor_options,
+        notes=notes,
     )
 
 

@@ -373,8 +373,7 @@ def _rewrite_one(
         values = "1 value is" if marked == 1 else f"{marked} values are"
         found.notes.append(f"{values} saved for backward, because the graph writes into their inputs later")
     if options.reported_inner == "inductor":
-        found.notes.extend(keep_rounding(graph, terms))
-        found.notes.extend(keep_copies(graph, terms) if is_top else ())
+        found.notes.extend((*keep_rounding(graph, terms), *(keep_copies(graph, terms) if is_top else ())))
     found.replaced.update(_replaced(decisions, terms))
     found.decisions.extend(decisions)
     found.near_misses.extend(missed)
