@@ -39,7 +39,9 @@ from liger_compile.steps.questions import LEAST_CLASSES, find_losses, find_quest
 def profit(match: Match) -> str | None:
     """Reject few classes, where the logits are no larger than the hidden states, and few logits.
 
-    By arithmetic, not measured yet: training takes the three matmuls of Inductor's code, and keeps the logits once.
+    H200, torch 2.11.0, bf16, 2026-11-30, 8192 x 2048 x 151936, forward and backward, Inductor's and ours: a policy loss
+    27.2 and 22.1 ms, with a frozen head 20.4 and 15.4 ms, a divergence from a teacher 39.5 and 36.2 ms; with the logits
+    kept 24.2, 15.5 and 38.0 ms (ops_nvidia_h200.csv).
     """
     classes, width = match["weight"].shape
     if classes < LEAST_CLASSES * width:

@@ -10,6 +10,7 @@ import torch
 
 from liger_compile.ops import dispatch, linear_softmax_loss, row_program
 from liger_compile.ops import linear_cross_entropy as chunks
+from liger_compile.ops.alignment import class_parts
 from liger_compile.ops.linear_softmax import TeacherOf
 from liger_compile.testing import precision
 from tests.helpers.pairwise import parametrize
@@ -119,7 +120,8 @@ def test_three_matmuls_and_two_for_a_frozen_head(device):
             _, loss = ours(*leaves, index, policy, operands(device))
             in_forward = added.call_count
             gradients(loss, leaves)
-        assert added.call_count == in_forward == 3 * (1 + products)  # of three chunks
+        parts = len(class_parts(len(leaves[1]), leaves[1].device))  # a GPU takes few unaligned classes apart
+        assert added.call_count == in_forward == 3 * (1 + products) * parts  # of three chunks
 
 
 def test_a_program_that_needs_other_rows_is_right_too(device, way):

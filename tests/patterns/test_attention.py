@@ -1,10 +1,14 @@
 """Attention whose mask is made of positions, and heads that share keys."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses import FakeTensorMode
 
 import liger_compile
+from liger_compile.patterns import attention
 
 BATCH, HEADS, GROUPS, LENGTH, SIZE = 2, 4, 2, 12, 16
 
@@ -327,3 +331,32 @@ def test_keys_that_are_broadcast_over_the_batch_are_left(run_liger):
     result, (report,) = run_liger(one_head, q, k[:1], v[:1])
     assert not [site for site in report.sites if site.kind == "replace"]
     torch.testing.assert_close(result, one_head(q, k[:1], v[:1]))
+
+
+class OnGpu(dict):
+    """What the profit rule of packed rows reads of a match on a GPU."""
+
+    captures, nodes = property(dict.keys), (SimpleNamespace(target=F.scaled_dot_product_attention),)
+
+    def __init__(self, name, q, **captures):
+        super().__init__(q=q, documents=torch.zeros(2, q.shape[-2]), **captures)
+        (self.pattern,) = (pattern for pattern in attention.PATTERNS if pattern.name == f"attention.{name}")
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "tokens", "reason"),
+    [
+        ("documents", torch.bfloat16, 2048, None),
+        ("documents_window", torch.float16, 1024, None),
+        ("documents", torch.bfloat16, 1023, "for fewer than 1024 tokens"),
+        ("documents", torch.float32, 2048, "not measured"),
+        ("documents_bidirectional", torch.bfloat16, 2048, "not measured"),
+        ("capped_documents", torch.bfloat16, 4096, "not measured"),
+    ],
+)
+def test_packed_rows_are_replaced_by_default_where_that_was_measured(name, dtype, tokens, reason):
+    with FakeTensorMode():
+        q = torch.empty(2, 4, tokens, 64, dtype=dtype, device="cuda")
+        match = OnGpu(name, q, **({"softcap": 3.0} if "capped" in name else {}))
+        found = match.pattern.profit(match)
+    assert found == reason or reason in found
