@@ -377,7 +377,7 @@ class _Reader:
 
     def _flag(self, term: Term, at: _At) -> Flag | None:
         """Returns a boolean term as a flag of the key; None if it depends on the query, or on positions alone."""
-        if term.dtype is not torch.bool or self.but_for_inputs or not _has_values(term):
+        if term.dtype is not torch.bool or self.but_for_inputs or not _has_values(self.space, term):
             return None
         if any(map(self._depends_on_queries, at)) and term.op in ("cast", "eq", "le", "lt"):
             term, at = self._unexpanded(term, at)
@@ -580,7 +580,7 @@ class _Reader:
     def _same_document(self, term: Term, at: _At) -> _Condition | None:
         """Returns where two elements of one integer term are equal, if only the call knows them; otherwise None."""
         (first, at_first), (second, at_second) = (self._source(arg, at) for arg in term.args)
-        if first is not second or not is_integer(first.dtype) or not _has_values(first):
+        if first is not second or not is_integer(first.dtype) or not _has_values(self.space, first):
             return None
         return self._equal_elements(first, at_first, at_second)
 
@@ -733,12 +733,19 @@ def _elsewhere(term: Term) -> str:
     return "padding, packed sequences, or a mask from outside this graph"
 
 
-def _has_values(term: Term) -> bool:
+def _has_values(space: Space, term: Term) -> bool:
     """Returns whether more than sizes and positions determines a term, or they do by an operation that is not read."""
-    return any(
-        part.dtype is not None if part.op in ("leaf", "var") else part.op not in OPERATIONS
-        for part in term.parts()
-    )
+    known, waiting = space.has_values, [term]
+    while waiting:
+        part = waiting[-1]
+        new = [arg for arg in part.args if arg not in known]
+        waiting.extend(new)
+        if not new:
+            is_leaf = part.op in ("leaf", "var")
+            own = part.dtype is not None if is_leaf else part.op not in OPERATIONS
+            known[part] = own or any(known[arg] for arg in part.args)
+            waiting.pop()
+    return known[term]
 
 
 def _is_floating(term: Term) -> bool:

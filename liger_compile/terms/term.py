@@ -276,6 +276,9 @@ class Space:
         self.same_uncast: dict[Term, list[Term]] = {}  # uncast term -> the terms that round it differently
         self.parts: dict[Term, list[Term]] = {}  # term -> its views and slices
         self.better: dict[Term, Term] = {}  # term -> its rewrite by the rules
+        self.has_values: dict[
+            Term, bool
+        ] = {}  # term -> whether positions and sizes alone do not determine it
         self.findings = Findings()
         self.shape_env: ShapeEnv | None = None  # holds the ranges of symbolic sizes
         self.empty_rows_unread = False  # whether nothing reads the rows of attention that see no key

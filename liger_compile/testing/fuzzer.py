@@ -212,6 +212,10 @@ def _drawn(
         return torch.randn(example.shape, generator=generator).to(kept)
     if example.dtype.is_complex:
         return torch.randn(example.shape, generator=generator, dtype=example.dtype)
+    if example.dtype is torch.bool:  # flags of keys: at least one key of a row is seen
+        flags = torch.randint(2, example.shape, generator=generator).bool()
+        flags[..., :1] = True
+        return flags
     drawn = torch.randint(classes, example.shape, generator=generator, dtype=example.dtype)
     if ints and drawn.numel():
         drawn.view(-1)[0] = ints[0]

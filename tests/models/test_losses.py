@@ -27,11 +27,12 @@ LLAMA = of_one_layer(BY_NAME["llama"])
 REPLACED = by_default(LLAMA.counts)
 
 
-def assert_all_replaced(function: Any, *inputs: Any) -> None:
+def assert_all_replaced(function: Any, *inputs: Any, by: str = "linear_cross_entropy") -> None:
     model = LLAMA.build()
     expected = step(function, model, *inputs)
     assert_within(step(compiled(function), model, *inputs), expected, EXACT)
-    assert_replaced(REPLACED)
+    others = {op: count for op, count in REPLACED.items() if op != "linear_cross_entropy"}
+    assert_replaced({**others, by: REPLACED["linear_cross_entropy"]})
 
 
 @pytest.mark.parametrize("items", [torch.tensor(37), 37], ids=["tensor", "int"])
@@ -66,7 +67,7 @@ def test_weights_of_tokens() -> None:
         weights = torch.linspace(0, 1, labels.shape[1])
         return (losses.view(labels.shape) * weights).sum() / weights.sum()
 
-    assert_all_replaced(loss, *batch(LLAMA))
+    assert_all_replaced(loss, *batch(LLAMA), by="linear_softmax")
 
 
 @pytest.mark.parametrize("logits", ["auto", "eager"])
