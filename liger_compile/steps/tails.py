@@ -295,7 +295,12 @@ def _run(node: Node, values: dict[Node, Any]) -> Any:
 
 def _gradients(loss: Tensor, learned: Sequence[Tensor]) -> dict[int, Tensor]:
     """Returns the gradients of the loss, by the id of what they are the gradients of."""
-    found = torch.autograd.grad(loss, learned, allow_unused=True)
+    try:
+        found = torch.autograd.grad(loss, learned, allow_unused=True)
+    except (NoTailError, GuardError):
+        raise
+    except Exception as error:  # some formulas of torch need sizes that are numbers
+        raise NoTailError(f"the gradient of the loss does not run by itself: {error}") from error
     pairs = zip(learned, found, strict=True)
     return {id(value): gradient for value, gradient in pairs if gradient is not None}
 

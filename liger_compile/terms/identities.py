@@ -33,7 +33,8 @@ from liger_compile.terms.normalize import (
 from liger_compile.terms.scalars import is_whole
 from liger_compile.terms.term import Scalar, Size, Space, Term, close
 
-NO_CLASS = -100  # the ignore_index of a cross_entropy that ignores nothing
+# The ignore_index of a cross_entropy that ignores nothing: a gather at -100, as masked labels have it, is an error.
+NO_CLASS = -(2**31)
 
 
 def new_space(*, strict: bool = True) -> Space:
