@@ -112,7 +112,7 @@ def search_loss(x, weight, bias: torch.Tensor | None, index):
 # The loss is the sum of the log-probabilities, whose gradients are ones.
 _EXAMPLE_TAIL = Tail(
     '{"answers":["log_probabilities","entropy"],"others":0,"steps":[["aten.sum.default",[{"value":[0]}],{}],'
-    '["aten.ones_like.default",[{"value":[0]}],{}]],"dtype":"float32","loss":[2],'
+    '["aten.ones_like.default",[{"value":[0]}],{}]],"dtype":"float32","loss":[2],"seed":[3],'
     '"gradients":{"log_probabilities":[3]},"of_others":{}}'
 )
 

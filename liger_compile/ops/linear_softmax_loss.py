@@ -4,7 +4,8 @@
 
     x, weight, bias, teacher_x, teacher_weight, teacher_bias, index as in linear_softmax.py; others: any tensors that
     the program reads, such as advantages (B, T), a mask, or log-probabilities of another model
-    -> Answers, columns, statistics, loss, dx (N, H), dweight (V, H), dbias (V), token_scales (N), of_others (M)
+    -> Answers, columns, statistics, loss, dx (N, H), dweight (V, H), dbias (V), token_scales (N), of_others (M),
+       reached_others (M)
 
 If the gradient of the loss at a row depends on the answers of this row alone, the gradient of the logits of a chunk is
 known as soon as the chunk is answered. Forward therefore computes all gradients, for an incoming gradient of 1, chunk
@@ -15,8 +16,10 @@ all rows, of which the chunk reads its own: a program of some vectors costs the 
 If the gradient at a row depends on other rows, which shapes may decide at run time, all rows are answered before the
 first gradient is computed: one matmul more.
 
-The answers may have incoming gradients too, for which backward computes the logits again. token_scales is 0 for rows on
-which the loss does not depend: an incoming gradient that is infinite or NaN does not reach them.
+The answers may have incoming gradients too, for which backward computes the logits again. An incoming gradient of the
+loss that is infinite or NaN, such as that of a mean over no tokens, reaches the rows that eager code multiplies by 0,
+and not the rows that it leaves out by a condition. token_scales is 1 for rows that it reaches, and reached_others is
+True for elements of of_others that it reaches.
 
 Dtypes: as in linear_softmax.py; the loss has the dtype that the program gives it. Not for float16, whose range is too
 small for the gradient of the logits before the incoming gradient of a GradScaler restores its size.
@@ -102,6 +105,7 @@ def linear_softmax_loss(
     Tensor,
     Tensor,
     Tensor,
+    Tensor,
 ]:
     """Return the outputs above. `lead`: the leading sizes of x before it was flattened, for sizes of the program."""
     asked = names_of(questions)
@@ -120,21 +124,36 @@ def linear_softmax_loss(
         aligned = student.aligned()
         for chunk in chunks_of(aligned.x, weight, False, share):
             asking.answer(chunk, aligned.logits(chunk), made)
-    counted = x.new_zeros(x.shape[:1], dtype=torch.bool)
 
     def on_chunk(chunk: slice, rows: Tensor, weight: Tensor, dbias_sum: Tensor) -> Tensor:
-        dlogits = _gradient_of_rows(asking, run, made, chunk, (rows, weight), counted)
+        dlogits = _gradient_of_rows(asking, run, made, chunk, (rows, weight))
         if dbias_sum.numel():
             dbias_sum.add_(dlogits.sum(0, dtype=dbias_sum.dtype))
         return dlogits
 
     needs = needs_dx, needs_dweight, needs_dbias
     gradients = gradients_by_chunk(x, weight, 1.0, needs, share, on_chunk)
-    gradients.token_scales.copy_(counted)
-    loss, *of_others = run.results(run.program.loss, *run.program.of_others.values())
+    of_answers, of_others = run.program.gradients.values(), run.program.of_others.values()
+    loss, *found = run.results(run.program.loss, *of_others, *of_answers)
+    reached = run.reached(*of_others, *of_answers)
+    gradients.token_scales.copy_(_any_by_row(reached[len(of_others) :], x))
     flat = _empty_of_others(x, run.program, others)
-    torch.cat([flat[:0], *(part.reshape(-1).to(flat.dtype) for part in of_others)], out=flat)
-    return *made.tensors, loss, *gradients[:4], flat  # pyright: ignore[reportReturnType]
+    of_reach = x.new_empty(flat.shape, dtype=torch.bool)
+    _write_flat(flat, found[: len(of_others)])
+    _write_flat(of_reach, reached[: len(of_others)])
+    return *made.tensors, loss, *gradients[:4], flat, of_reach  # pyright: ignore[reportReturnType]
+
+
+def _any_by_row(flags: Sequence[Tensor], x: Tensor) -> Tensor:
+    """Return (N): whether one of the flags of a row is set."""
+    found = x.new_zeros(x.shape[:1], dtype=torch.bool)
+    for each in flags:
+        found |= each.any(-1) if each.dim() > 1 else each
+    return found
+
+
+def _write_flat(out: Tensor, parts: Sequence[Tensor]) -> None:
+    torch.cat([out[:0], *(part.reshape(-1).to(out.dtype) for part in parts)], out=out)
 
 
 def _gradient_of_rows(
@@ -143,7 +162,6 @@ def _gradient_of_rows(
     made: Made,
     chunk: slice,
     operands: tuple[Tensor, Tensor],
-    counted: Tensor,
 ) -> Tensor:
     """Answer a chunk, and return the gradient of its logits. `operands` are its rows of x, and weight."""
     x, weight = operands
@@ -153,8 +171,6 @@ def _gradient_of_rows(
     program, statistics = run.program, made.statistics[:, chunk]
     found = zip(program.gradients, run.results(*program.gradients.values()), strict=True)
     upstream = {name: gradient[chunk].to(statistics.dtype) for name, gradient in found}
-    for gradient in upstream.values():
-        counted[chunk] |= (gradient != 0).reshape(len(gradient), -1).any(-1)
     of_questions = {name: gradient for name, gradient in upstream.items() if name in QUESTIONS}
     parts = coefficients(of_questions, statistics[:STATISTICS], weight.shape[0])
     columns = made.columns if asking.top else asking.index
@@ -200,27 +216,26 @@ def _(
     made, read = empty_made(x, index, teacher_x, names_of(questions), top), row_program.read(program)
     gradients = empty_gradients(x, weight, (needs_dx, needs_dweight, needs_dbias))
     loss = x.new_empty((), dtype=getattr(torch, read.dtype))
-    return *made.tensors, loss, *gradients[:4], _empty_of_others(x, read, others)
+    flat = _empty_of_others(x, read, others)
+    return *made.tensors, loss, *gradients[:4], flat, flat.new_empty(flat.shape, dtype=torch.bool)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *tensors, index, others, questions, top, scale, cap, kind, beta, teacher_scale, teacher_cap = inputs[:16]
     program, _, *made, memory = inputs[16:]
-    answers, (columns, statistics, _, *gradients, of_others) = Answers(*output[:12]), output[12:]
+    answers, (columns, statistics, _, *gradients) = Answers(*output[:12]), output[12:]
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(
-        answers.argmax, answers.top_columns, columns, statistics, *gradients, of_others
-    )
+    ctx.mark_non_differentiable(answers.argmax, answers.top_columns, columns, statistics, *gradients)
     ctx.terms = scale, cap, kind, beta, teacher_scale, teacher_cap
     ctx.asked, ctx.memory, ctx.made = names_of(questions), memory, tuple(made)
     ctx.others = {at: (others[at].shape, others[at].dtype) for at in row_program.read(program).of_others}
     ctx.count = len(others)
     saved = (*tensors, columns if top else index, statistics)
-    ctx.save_for_backward(*saved, *gradients, of_others)
+    ctx.save_for_backward(*saved, *gradients)
 
 
 def _backward(ctx: Any, *incoming: Tensor | None) -> tuple[Any, ...]:
-    *saved, dx, dweight, dbias, token_scales, of_others = ctx.saved_tensors
+    *saved, dx, dweight, dbias, token_scales, of_others, reached = ctx.saved_tensors
     of, dloss = Answers(*incoming[:12]), incoming[14]  # pyright: ignore[reportArgumentType]
     needs = ctx.needs_input_grad[:3]
     check_teacher("linear_softmax_loss", ctx.needs_input_grad)
@@ -232,10 +247,10 @@ def _backward(ctx: Any, *incoming: Tensor | None) -> tuple[Any, ...]:
         gradients = Gradients(dx, dweight, dbias, token_scales, token_scales.new_empty(0))
         made = scaled(dloss, gradients, saved[0].dtype)
         found = tuple(grad if needed else None for grad, needed in zip(made, needs, strict=True))
-        start = 0
+        of_others, start = torch.where(reached, of_others * dloss, of_others), 0
         for at, (shape, dtype) in ctx.others.items():
             count = math.prod(shape)
-            to_others[at] = (of_others[start : start + count] * dloss).to(dtype).reshape(shape)
+            to_others[at] = of_others[start : start + count].to(dtype).reshape(shape)
             start = start + count
     if any(gradient is not None for gradient in of):
         again = backward_of_answers(saved, of, (None, None), ctx.asked, ctx.terms, needs, ctx.memory)

@@ -4,7 +4,9 @@ An op receives such a program as an argument, so that fake tensors, compilers an
 string is JSON:
 
     {"answers": [name, ...], "others": count, "steps": [[operator, args, kwargs], ...], "dtype": that of the loss,
-     "loss": value, "gradients": {name: value, ...}, "of_others": {position: value, ...}}
+     "loss": value, "seed": value, "gradients": {name: value, ...}, "of_others": {position: value, ...}}
+
+The seed is the incoming gradient of the loss, ones: `Run.reached` states which gradients depend on it.
 
 The values of a program are numbered: the answers, then the other operands, then the results of the steps. A step calls
 an operator of ATen by its name, "aten.mul.Tensor". In args and kwargs, {"value": [i]} is value i, and [i, j] is part j
@@ -20,10 +22,11 @@ joins them.
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -127,6 +130,7 @@ class Program:
     steps: tuple[Step, ...]
     dtype: str
     loss: list[int]
+    seed: list[int]
     gradients: Mapping[str, list[int]]
     of_others: Mapping[int, list[int]]
 
@@ -138,7 +142,15 @@ class Program:
     @functools.cached_property
     def dependent(self) -> frozenset[int]:
         """The positions of the values that depend on answers."""
-        found = set(range(len(self.answers)))
+        return self._dependent_on(range(len(self.answers)))
+
+    @functools.cached_property
+    def scaled(self) -> frozenset[int]:
+        """The positions of the values that depend on the seed."""
+        return self._dependent_on(self.seed[:1])
+
+    def _dependent_on(self, positions: Iterable[int]) -> frozenset[int]:
+        found = set(positions)
         for at, step in enumerate(self.steps, self.first):
             if not step.operands.isdisjoint(found):
                 found.add(at)
@@ -159,7 +171,7 @@ def read(text: str) -> Program:
     raw = json.loads(text)
     steps = tuple(Step(_operator(name), args, kwargs) for name, args, kwargs in raw["steps"])
     of_others = {int(at): result for at, result in raw["of_others"].items()}
-    of_loss = raw["dtype"], raw["loss"], raw["gradients"]
+    of_loss = raw["dtype"], raw["loss"], raw["seed"], raw["gradients"]
     return Program(tuple(raw["answers"]), raw["others"], steps, *of_loss, of_others)
 
 
@@ -201,6 +213,20 @@ class Run:
             if at in program.dependent or self.values[at] is None:
                 self.take(at)
         return [self.value(result) for result in results]
+
+    def reached(self, *gradients: list[int]) -> list[Tensor]:
+        """Return which elements of gradients an incoming gradient of the loss reaches, even if it is multiplied by 0.
+
+        An incoming NaN reaches these and no others: `0 * x` passes it on, and `torch.where(False, x, 0)` does not.
+        `results` must have returned the gradients before, which computes the other values.
+        """
+        again, (seed,) = copy.copy(self), self.program.seed
+        again.values = [*self.values]
+        again.values[seed] = torch.full_like(self.values[seed], float("nan"))
+        for at in self.program.needed(*gradients):
+            if at in self.program.scaled and at != seed:
+                again.take(at)
+        return [again.value(gradient) != 0 for gradient in gradients]
 
     def take(self, at: int) -> None:
         """Run the step whose result is the value `at`."""

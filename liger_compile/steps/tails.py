@@ -293,10 +293,10 @@ def _run(node: Node, values: dict[Node, Any]) -> Any:
         raise NoTailError(f"{node.name} does not run by itself: {error}") from error
 
 
-def _gradients(loss: Tensor, learned: Sequence[Tensor]) -> dict[int, Tensor]:
-    """Returns the gradients of the loss, by the id of what they are the gradients of."""
+def _gradients(loss: Tensor, seed: Tensor, learned: Sequence[Tensor]) -> dict[int, Tensor]:
+    """Returns the gradients of the loss, by the id of what they are the gradients of. `seed`: that of the loss."""
     try:
-        found = torch.autograd.grad(loss, learned, allow_unused=True)
+        found = torch.autograd.grad(loss, learned, seed, allow_unused=True)
     except (NoTailError, GuardError):
         raise
     except Exception as error:  # some formulas of torch need sizes that are numbers
@@ -344,8 +344,9 @@ def program_of(
     steps = _Steps(operands, dims)
     with steps:
         loss = compute()
-        gradients = _gradients(loss, [value for value in operands if value.requires_grad])
-    return steps.program(answers, others, loss, gradients)
+        seed = torch.ones_like(loss)
+        gradients = _gradients(loss, seed, [value for value in operands if value.requires_grad])
+    return steps.program(answers, others, (loss, seed), gradients)
 
 
 class _Dims:
@@ -466,10 +467,11 @@ class _Steps(TorchDispatchMode):
         self,
         answers: Mapping[str, Tensor],
         others: Sequence[Tensor],
-        loss: Tensor,
+        loss_and_seed: tuple[Tensor, Tensor],
         gradients: Mapping[int, Tensor],
     ) -> str:
         """Returns the recorded steps as a program with these results."""
+        loss, seed = loss_and_seed
         of_answers = [(name, gradients.get(id(answer))) for name, answer in answers.items()]
         of_others = [(at, gradients.get(id(other))) for at, other in enumerate(others)]
         return json.dumps(
@@ -479,6 +481,7 @@ class _Steps(TorchDispatchMode):
                 "steps": self.steps,
                 "dtype": str(loss.dtype).removeprefix("torch."),
                 "loss": self.places[id(loss)],
+                "seed": self.places[id(seed)],
                 "gradients": {
                     name: self.places[id(value)] for name, value in of_answers if value is not None
                 },

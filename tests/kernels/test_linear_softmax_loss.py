@@ -205,6 +205,23 @@ def test_a_divergence_beside_a_question_and_the_largest_scores(device, way):
     torch.testing.assert_close(gradients(loss, (x, weight, bias)), expected, rtol=1e-4, atol=1e-5)
 
 
+def test_an_incoming_nan_reaches_rows_that_are_multiplied_by_0_and_not_rows_that_are_left_out(device, way):
+    *leaves, index = tensors(ROWS, torch.float32, device)
+    row, others = torch.arange(ROWS, device=device), operands(device)
+    others = [others[0], others[1].requires_grad_(), (row % 3 > 0).float(), row % 5 > 0]
+
+    def loss_of(answers, old, advantages, factor, is_in):
+        of_rows = (answers["log_probabilities"].squeeze(-1) - old) * advantages * factor
+        return torch.where(is_in, of_rows, 0.0).sum()
+
+    _, loss = ours(*leaves, index, loss_of, others)
+    found = torch.autograd.grad(loss, (leaves[0], others[1]), torch.full_like(loss, float("nan")))
+    answers = eager(*leaves, index, ASKED)
+    expected = loss_of(answers, *others)
+    expected = torch.autograd.grad(expected, (leaves[0], others[1]), torch.full_like(expected, float("nan")))
+    torch.testing.assert_close(found, expected, equal_nan=True)
+
+
 def test_no_rows(device):
     *leaves, index = tensors(0, torch.bfloat16, device)
     _, loss = ours(

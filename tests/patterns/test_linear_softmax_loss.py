@@ -383,6 +383,85 @@ def test_gradients_of_gradient_accumulation():
     torch.testing.assert_close([leaf.grad for leaf in leaves], [*expected], rtol=1e-4, atol=1e-3)
 
 
+def multiplied(values, mask):
+    return values * mask
+
+
+def chosen(values, mask):
+    return torch.where(mask > 0, values, 0.0)
+
+
+def filled(values, mask):
+    return values.masked_fill(mask == 0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("masked", "inner"),
+    [(multiplied, "aot_eager"), (chosen, "inductor"), (filled, "aot_eager")],
+    ids=lambda each: getattr(each, "__name__", each),
+)
+def test_a_mean_over_no_tokens_has_the_gradients_of_eager_code(masked, inner):
+    """The sum's incoming gradient is 1 / 0: it makes NaN of what is multiplied by 0, and not of what is left out."""
+
+    def loss(x, w, advantages, mask):
+        logp, _ = log_probabilities(x, w, TOKENS)
+        return masked(logp * advantages, mask).sum() / mask.sum()
+
+    compiled = torch.compile(loss, backend="liger", options={"liger.inner": inner, "liger.strict": True})
+    for mask in (MASK, torch.zeros_like(MASK)):
+        leaves = [each.clone().requires_grad_() for each in (X, W, ADVANTAGES)]
+        found, expected = (torch.autograd.grad(each(*leaves, mask), leaves) for each in (compiled, loss))
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5, equal_nan=True)
+        assert any(each.isnan().any() for each in expected) == (masked is multiplied and mask is not MASK)
+    assert patterns_of(liger_compile.reports()[-1]) == ["linear_softmax.loss"]
+
+
+@pytest.mark.parametrize("incoming", [float("inf"), float("nan")], ids=str)
+@pytest.mark.parametrize("masked", [multiplied, chosen], ids=lambda f: f.__name__)
+def test_an_incoming_gradient_that_is_not_finite_reaches_what_it_reaches_in_eager_code(masked, incoming):
+    def loss(x, w, advantages):
+        logp, _ = log_probabilities(x, w, TOKENS)
+        return masked(logp * advantages, MASK).sum()
+
+    leaves = [each.clone().requires_grad_() for each in (X, W, ADVANTAGES)]
+    compiled = torch.compile(loss, backend="liger", options={"liger.inner": "aot_eager"})
+    incoming = torch.tensor(incoming)
+    found, expected = (torch.autograd.grad(f(*leaves), leaves, incoming) for f in (compiled, loss))
+    # Eager code has infinity in some entries that are NaN here.
+    assert all(torch.equal(a.isfinite(), b.isfinite()) for a, b in zip(found, expected, strict=True))
+    torch.testing.assert_close(found[2], expected[2], equal_nan=True)
+
+
+@pytest.mark.parametrize("wrong", [-100, -1, V])
+@pytest.mark.parametrize("reads", [lambda logp: logp, lambda logp: (logp * MASK).mean()], ids=["all", "loss"])
+def test_a_token_that_is_no_class_is_an_error_of_gather(run_liger, reads, wrong):
+    """Labels of padding are an error, too: only a cross-entropy ignores them."""
+    labels = TOKENS.masked_fill(MASK == 0, wrong)
+
+    def function(x, w):
+        return reads(log_probabilities(x, w, labels)[0])
+
+    with pytest.raises(RuntimeError, match="out of bounds"):
+        function(X, W)
+    with pytest.raises(RuntimeError, match="out of bounds"):
+        run_liger(function, X.clone().requires_grad_(), W)
+
+
+def test_a_gradient_that_torch_computes_for_known_sizes_only():
+    """The backward of `pad` takes no symbols outside of AOTAutograd: another pattern matches, and nothing fails."""
+
+    def function(x, w, tokens):
+        logp = F.linear(x, w).log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
+        return F.pad(logp, (0, 10 - logp.shape[1])).square().sum()
+
+    options = {"liger.inner": "aot_eager", "liger.strict": True}
+    compiled = torch.compile(function, backend="liger", dynamic=True, options=options)
+    leaves = [X.clone().requires_grad_(), W.clone().requires_grad_()]
+    pair = (torch.autograd.grad(each(*leaves, TOKENS), leaves) for each in (compiled, function))
+    torch.testing.assert_close(*pair, rtol=1e-4, atol=1e-5)
+    assert patterns_of(liger_compile.reports()[-1]) == ["linear_cross_entropy.log_probability"]
+
+
 def test_in_a_checkpoint_the_logits_are_kept(run_liger):
     """A checkpoint would run the op, which computes gradients in forward, twice."""
 
