@@ -6,7 +6,7 @@
 
 Padding is at the end of rows, of different lengths, and its labels are ignored. The function returns the loss alone.
 Live rows need liger.rows="auto", and attention without a mask in memory needs liger.policy="always". Once these are
-measured to be no slower, the default of `rows` in options.py and `_documents_pay` in patterns/attention.py change.
+measured to be no slower, the default of `rows` in options.py and `_not_measured` in patterns/attention.py change.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """START HERE. The backend: `torch.compile(model, backend="liger")` calls `liger` with each captured graph.
 
-    Dynamo graph -> pipeline.py (terms, match, decide, rewrite) -> dispatch.py, assemble.py (compile.py) -> callable
+    Dynamo graph -> pipeline.py (terms, match, decide, rewrite) -> assemble.py (compile.py) -> callable
 
 `pipeline.py` rewrites one copy of the graph for all calls (generic), and a second copy for calls whose masks have the
-values that they have in most calls (specialized). Each call dispatches on its inputs.
+values that they have in most calls (specialized). `input_dispatch.py`: each call runs the graph that its inputs allow.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from liger_compile import compile as compiling
 from liger_compile import ops  # noqa: F401  # pyright: ignore[reportUnusedImport] - ops are registered, so that cached artifacts find them
 from liger_compile.assemble import assembled
 from liger_compile.backward_passes import NAMES
-from liger_compile.dispatch import of_all_rows, of_live_rows
 from liger_compile.failures import or_unchanged
 from liger_compile.forward_passes import specialize
 from liger_compile.forward_passes.inline_subgraphs import inlined
 from liger_compile.forward_passes.split_for_ddp import before_ddp_cuts
+from liger_compile.input_dispatch import of_all_rows, of_live_rows
 from liger_compile.options import Options, parse
 from liger_compile.pattern import Pattern
 from liger_compile.pipeline import Rewritten, rewritten, with_bodies

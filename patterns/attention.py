@@ -29,8 +29,8 @@ Padding, "causal and key not padded", becomes flex_attention with a block mask m
 see no key are zero, as in scaled_dot_product_attention with a boolean mask; with another fill the mask is kept.
 
 Nor does it support documents: several texts in one row, of which a token sees its own only, as in packed batches. They
-become flex_attention or variable-length attention (ops/varlen.py): `takes_varlen`. Not measured on a GPU yet:
-`python -m bench.packed` measures both.
+become flex_attention or variable-length attention (ops/varlen.py): `takes_varlen`. `python -m bench.packed` measures
+both; only flex_attention in whole steps was measured yet: `_packed_rows_pay`.
 
 terms/indices.py decides which masks are causal; terms/attention.py finds repeats and written-out attention.
 """
@@ -349,17 +349,21 @@ def _flex_pays(match: Match) -> str | None:
     return _weights_used_elsewhere(match)
 
 
-def _documents_pay(match: Match) -> str | None:
-    """Replace what was measured: causal attention within documents, without a cap, in half precision.
+def _packed_rows_pay(match: Match) -> str | None:
+    """Replace what was measured: half precision, and rows of some length.
 
     H200, torch 2.11.0, bf16, 2026-11-30: a step of Llama with 4 layers and 2 x 2048 tokens, four documents in a row,
     takes 0.82 of the time of stock torch.compile, and 0.92 with the mask in memory (families_nvidia_h200.csv).
     """
     q = match["q"]
-    if match.pattern.name in ("attention.documents", "attention.documents_window") and q.dtype in flex.HALF:
-        if isinstance(q.shape[-2], int) and q.shape[-2] < DOCUMENTS_FROM:
-            return f"for fewer than {DOCUMENTS_FROM} tokens attention within documents was not measured"
-        return _flex_pays(match)
+    if q.dtype not in flex.HALF:
+        return _not_measured(match)
+    if isinstance(q.shape[-2], int) and q.shape[-2] < DOCUMENTS_FROM:
+        return f"for fewer than {DOCUMENTS_FROM} tokens attention within documents was not measured"
+    return _flex_pays(match)
+
+
+def _not_measured(match: Match) -> str | None:
     what = "of this kind within documents" if "documents" in match.captures else "that reads padding"
     reason = f"attention {what} was not measured on a GPU yet; liger.policy='always' replaces it"
     return _flex_pays(match) or reason
@@ -410,16 +414,16 @@ PATTERNS = (
             search=search,
             replace=_flex_documents(search is not documents_bidirectional),
             check=_fits_flex,
-            profit=_documents_pay,
+            profit=pays,
             saves_result=True,
             examples={**_EXAMPLES, "documents": torch.zeros(2, 6, dtype=torch.int64), **more},
         )
-        for search, more in (
-            (documents, {}),
-            (documents_window, {"window": 3}),
-            (documents_bidirectional, {}),
-            (capped_documents, {"softcap": 5.0}),
-            (capped_documents_window, {"softcap": 5.0, "window": 3}),
+        for search, pays, more in (
+            (documents, _packed_rows_pay, {}),
+            (documents_window, _packed_rows_pay, {"window": 3}),
+            (documents_bidirectional, _not_measured, {}),
+            (capped_documents, _not_measured, {"softcap": 5.0}),
+            (capped_documents_window, _not_measured, {"softcap": 5.0, "window": 3}),
         )
     ),
     *(
@@ -428,7 +432,7 @@ PATTERNS = (
             search=search,
             replace=_flex_padded(search is not padded_bidirectional),
             check=_fits_flex,
-            profit=_documents_pay,
+            profit=_not_measured,
             saves_result=True,
             examples={**_EXAMPLES, "keys": torch.tensor([[True] * 6, [True] * 4 + [False] * 2]), **more},
         )

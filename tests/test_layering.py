@@ -112,7 +112,7 @@ ALLOWED = {
         "steps.questions",
     ),
     "assemble": ("compile", "failures", "forward_passes", "options", "pattern", "pipeline", "runtime"),
-    "dispatch": ("compile", "failures", "forward_passes", "options", "pattern", "pipeline"),
+    "input_dispatch": ("compile", "failures", "forward_passes", "options", "pattern", "pipeline"),
     "pipeline": (
         "backward_passes",
         "compile",

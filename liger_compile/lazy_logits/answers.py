@@ -35,9 +35,8 @@ from liger_compile.torch_internals.tensors import version_of, without_torch_func
 
 # Questions that each pass over the logits answers, because later ones about the same rows may need them.
 _ALWAYS = frozenset(("logsumexp", "entropy", "log_probability_sum"))
-_SHIFT = (
-    2  # rows of the statistics that the gradient of scores needs: maximum, and log(sum(exp(z - maximum)))
-)
+# Rows of the statistics that the gradient of scores needs: the maximum, and log(sum(exp(z - maximum))).
+_SHIFT = 2
 _NONE_KEPT = (None, None, None)  # no divergence, and no logits of forward
 _NO_TEACHER = None, None, None
 _NO_DIVERGENCE = "", 0.5, 1.0, None  # kind, beta, scale and cap of the teacher

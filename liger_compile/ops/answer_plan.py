@@ -317,9 +317,10 @@ class _Asked:
 
 
 def kept_for_backward(plan: Plan, head: Head, memory: int | None) -> str:
-    """Returns what forward keeps, as in linear_softmax.py: for the fewest matmuls, and less memory than Inductor takes.
+    """Returns what forward keeps, as in linear_softmax.py, for the fewest matmuls.
 
-    A user who limits the memory for logits gets the logits computed again instead.
+    Of a divergence, the logits of both heads are kept. A user who limits the memory for logits gets the logits computed
+    again instead.
     """
     x, weight, bias = head
     learned = [tensor is not None and tensor.requires_grad for tensor in (x, weight, bias)]
