@@ -27,6 +27,7 @@ from liger_compile.forward_passes.keep_copies import keep_copies
 from liger_compile.forward_passes.keep_rounding import keep_rounding
 from liger_compile.forward_passes.logits import Deferred, LateOutput, logits_in, restore, take_out
 from liger_compile.forward_passes.outline import drop_unread, num_nodes_inlined, outlined, outlined_of
+from liger_compile.forward_passes.round_numbers import round_numbers
 from liger_compile.graphs.aliasing import SUBGRAPH_OPS, Mutations
 from liger_compile.graphs.regions import Region, Regions
 from liger_compile.options import Options
@@ -373,11 +374,17 @@ def _rewrite_one(
         values = "1 value is" if marked == 1 else f"{marked} values are"
         found.notes.append(f"{values} saved for backward, because the graph writes into their inputs later")
     if options.reported_inner == "inductor":
-        found.notes.extend((*keep_rounding(graph, terms), *(keep_copies(graph, terms) if is_top else ())))
+        found.notes.extend(_keep_for_inductor(graph, terms, is_top))
     found.replaced.update(_replaced(decisions, terms))
     found.decisions.extend(decisions)
     found.near_misses.extend(missed)
     found.placed.update({id(one): places for one in (*decisions, *missed)})
+
+
+def _keep_for_inductor(graph: Graph, terms: Terms, is_top: bool) -> tuple[str, ...]:
+    """Keeps roundings and copies that Inductor would remove; returns notes for the report."""
+    round_numbers(graph)
+    return (*keep_rounding(graph, terms), *(keep_copies(graph, terms) if is_top else ()))
 
 
 def _settings(options: Options, found: _Found) -> dict[str, Any]:

@@ -111,6 +111,11 @@ def is_in_place_operation(node: Node) -> bool:
     return node.op in ("call_function", "call_method") and bool(node.args) and is_in_place(_name(node.target))
 
 
+def operator_name(node: Node) -> str:
+    """Returns the table's name of the operator that a node calls: "gt" for x > 1, x.gt_(1) and torch.greater(x, 1)."""
+    return _canonical(_name(node.target)) if node.op in ("call_function", "call_method") else ""
+
+
 def _canonical(name: str) -> str:
     """Returns the table's name: x.mul_(y) has the value of x * y, and steps/decide.py handles the in-place write."""
     if name.endswith("_") and not name.endswith("__"):
