@@ -219,7 +219,6 @@ STEPS = {
     "cast": lambda z: z.to(torch.bfloat16).float(),
     "detach": lambda z: z.detach(),
     "contiguous": lambda z: z[:, 1:].contiguous(),
-    "clone": lambda z: z.clone(),
     "cap": lambda z: 3 * torch.tanh(z / 3),
     "log_softmax": lambda z: F.log_softmax(z, dim=-1),
     "softmax": lambda z: torch.softmax(z.bfloat16(), -1, dtype=torch.float32),
@@ -585,6 +584,28 @@ def test_steps_of_the_recipe_belong_to_the_scores():
     assert_as_exact(
         got, *(with_gradients(eager, question, dtype) for dtype in (torch.bfloat16, torch.float64))
     )
+
+
+def test_logits_after_a_step_without_an_answer_are_computed():
+    import operator
+
+    def shifted(x, w):
+        return F.linear(x, w) + 1.0
+
+    model = Model([(operator.add, 1.0)])
+    question = QUESTIONS["gather"]
+    got = with_gradients(model, question, torch.float32)
+    torch.testing.assert_close(got, with_gradients(shifted, question, torch.float32))
+    assert model.computed > 0
+
+
+def test_a_clone_is_computed():
+    """People keep values by it, also from changes of the weights that nobody notices."""
+    model, (x, w, _) = Model(), inputs()
+    kept, expected = model(x, w).detach().clone(), F.linear(x, w).detach()
+    w.data.mul_(2)
+    torch.testing.assert_close(kept, expected)
+    assert not isinstance(kept, LazyTensor) or not kept.is_waiting
 
 
 def test_threads_ask_at_once():

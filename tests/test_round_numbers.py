@@ -24,9 +24,10 @@ PROGRAMS = {
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_numbers_are_rounded_as_in_eager_mode(dtype):
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_numbers_are_rounded_as_in_eager_mode(dtype, device):
     """All programs are compiled as one graph."""
-    x = torch.tensor(VALUES, dtype=dtype)
+    x = torch.tensor(VALUES, dtype=dtype, device=device)
 
     def function(x):
         return {name: program(x) for name, program in PROGRAMS.items()}

@@ -26,9 +26,7 @@ HALF = (torch.float16, torch.bfloat16)
 WIDER = (torch.float32, torch.float64)
 STORES = ("full", "full_like", "new_full", "fill", "masked_fill", "where", "hardtanh")
 STORES += ("clamp", "clamp_min", "clamp_max", "clip")
-ORDERS = ("lt", "le", "gt", "ge")
-# Eager mode rounds the number in these on a CPU only. On a GPU it computes them in float32.
-ROUNDED_ON_CPU = ("eq", "ne", "mod", "remainder", "fmod")
+COMPARISONS = ("lt", "le", "gt", "ge", "eq", "ne", "mod", "remainder", "fmod")
 
 
 def round_numbers(graph: Graph) -> None:
@@ -37,8 +35,8 @@ def round_numbers(graph: Graph) -> None:
         name = operator_name(node)
         if name in STORES:
             _round_stored(node, node.meta.get("example_value"))
-        elif name in ORDERS or name in ROUNDED_ON_CPU:
-            _round_compared(graph, node, name)
+        elif name in COMPARISONS:
+            _round_compared(graph, node)
 
 
 def _round_stored(node: Node, out: object) -> None:
@@ -47,16 +45,15 @@ def _round_stored(node: Node, out: object) -> None:
         _replace_floats(node, lambda number: _if_finite(_rounded(number, out.dtype), number))
 
 
-def _round_compared(graph: Graph, node: Node, name: str) -> None:
+def _round_compared(graph: Graph, node: Node) -> None:
     values = {operand: operand.meta.get("example_value") for operand in node.all_input_nodes}
     tensors = [value for value in values.values() if isinstance(value, Tensor)]
     x = next((value for value in tensors if value.ndim), None)
     if x is None or x.dtype not in HALF or any(value.ndim and value.dtype != x.dtype for value in tensors):
         return
-    if name in ORDERS or x.device.type == "cpu":
-        _replace_floats(node, lambda number: _rounded(number, x.dtype), of=(float, int))
+    _replace_floats(node, lambda number: _rounded(number, x.dtype), of=(float, int))
     for operand, value in values.items():
-        if isinstance(value, Tensor) and not value.ndim and value.dtype in WIDER and value.device == x.device:
+        if isinstance(value, Tensor) and not value.ndim and value.dtype in WIDER:
             _round_tensor(graph, operand, node, x.dtype)
 
 

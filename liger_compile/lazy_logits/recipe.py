@@ -22,7 +22,7 @@ from torch.fx import Graph, GraphModule, Node
 from liger_compile.lazy_logits.answers import Head
 from liger_compile.lazy_logits.source import Source
 from liger_compile.lazy_logits.steps import source_of
-from liger_compile.runtime.lazy import LazyTensor, never_computed
+from liger_compile.runtime.lazy import LazyTensor, NoValuesError, never_computed
 from liger_compile.runtime.promise import Promise
 
 _log = logging.getLogger("liger_compile")
@@ -79,8 +79,11 @@ class Reading:
         rows = torch.arange(head.lead.numel()).reshape(head.lead)
         lazy = LazyTensor(like, head.x.device, never_computed())
         lazy.meaning = Source(_Dtype(head.dtype), rows, 0, head.classes, self.report)  # pyright: ignore[reportArgumentType]
-        with torch.no_grad():
-            return source_of(self.steps(lazy))
+        try:
+            with torch.no_grad():
+                return source_of(self.steps(lazy))
+        except NoValuesError:  # a step that is no known one, such as logits + 1
+            return None
 
     def report(self, function: Any) -> None:
         """Take note of a function that needed the values, once for each line of the user's code."""

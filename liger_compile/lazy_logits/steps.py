@@ -297,7 +297,7 @@ _TABLE: Mapping[Handler, Sequence[Any]] = {
         *functions(
             "view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "view_as", "reshape_as"
         ),
-        *functions("contiguous", "clone", "detach"),
+        *functions("contiguous", "detach"),  # clone() is computed: people keep values by it
     ],
     of_rows: [
         *functions("narrow", "select", "split", "chunk", "unbind", "transpose", "permute", "movedim"),

@@ -436,16 +436,24 @@ def _like(tensor: Tensor) -> Tensor:
     return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
 
 
-# Reductions by type: used by the queues of torch.multiprocessing.
+class NoValuesError(RuntimeError):
+    """An operation needed the values of a lazy tensor that only serves to follow operations."""
+
+
 def never_computed() -> Late:
-    """Return the values of a lazy tensor that only serves to follow operations."""
+    """Return the values of a lazy tensor that only serves to follow operations.
+
+    Raises:
+        NoValuesError: when an operation needs them.
+    """
 
     def refused() -> Tensor:
-        raise AssertionError("this lazy tensor has no values")
+        raise NoValuesError("this lazy tensor has no values")
 
     return Late(Memory(refused))
 
 
+# Reductions by type: used by the queues of torch.multiprocessing.
 def _reduced(tensor: LazyTensor) -> Any:
     tensor.dense()
     return reduce_tensor(tensor.view_as(tensor))

@@ -316,11 +316,11 @@ def test_a_tied_head_on_a_gpu_has_one_table_of_gradients(mode, factor):
     torch._dynamo.reset()
     torch.manual_seed(0)
     table = torch.randn(70000, 256, dtype=torch.bfloat16, device="cuda", requires_grad=True)
-    ids = torch.randint(70000, (8, 64), device="cuda")  # too few would be left to Inductor
+    ids = torch.randint(70000, (8, 128), device="cuda")  # too few would be left to Inductor
 
     def loss_of(ids):
         return factor * F.cross_entropy(
-            F.linear(F.embedding(ids, table).sin(), table).view(512, -1), ids.view(-1)
+            F.linear(F.embedding(ids, table).sin(), table).view(1024, -1), ids.view(-1)
         )
 
     compiled = torch.compile(loss_of, backend="liger", mode=mode)

@@ -10,6 +10,7 @@ Dynamo traces a program once: `_Backends` compiles the captured graph for each v
 from __future__ import annotations
 
 import contextlib
+import functools
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -158,6 +159,7 @@ def run(
     nudge: int = 0,
     dtype: str | None = None,
     scale: float = 1.0,
+    with_zeros: bool = False,
 ) -> Outcome:
     """Makes the calls of a program with `function`, which is the program's function or a compiled one.
 
@@ -165,6 +167,7 @@ def run(
         nudge: changes floating inputs and parameters by up to a unit of rounding, differently for each number.
         dtype: the dtype of parameters and inputs instead of the program's.
         scale: a factor of the incoming gradients.
+        with_zeros: outputs of which no gradient is taken get an incoming gradient of zeros, as AOTAutograd gives them.
     """
     outcome = Outcome()
     kind = getattr(torch, dtype or program.dtype)
@@ -173,7 +176,8 @@ def run(
         try:
             for position, call in enumerate(program.calls):
                 inputs = _inputs(program, call, kind, device, nudge)
-                _run_call(outcome, f"call {position}: ", call, function, parameters, inputs, scale)
+                backward = functools.partial(_backward, call, device, scale, with_zeros)
+                _run_call(outcome, f"call {position}: ", call, function, parameters, inputs, backward)
         except Exception as error:
             outcome.error = f"{type(error).__name__}: {error}"
     return outcome
@@ -252,7 +256,7 @@ def _run_call(
     function: Callable[..., Any],
     parameters: dict[str, Tensor],
     inputs: dict[str, Tensor],
-    scale: float,
+    backward: Callable[[Sequence[Tensor]], None],
 ) -> None:
     see, device = outcome.seen, inputs["x"].device.type
     for tensor in parameters.values():
@@ -268,7 +272,7 @@ def _run_call(
         if action == "copy, then write":
             copies[f"copy {len(copies)}"] = output.float() if output.dtype != torch.float32 else output.half()
         OUTPUT_ACTIONS[action](output)
-    _backward(outputs, call, device, scale)
+    backward(outputs)
     step = STEPS[call.after_backward]
     trained = {id(parameter): parameter for parameter in parameters.values() if parameter.grad is not None}
     if step and trained:
@@ -291,19 +295,21 @@ def _run_call(
     see[f"{prefix}sharing"] = _sharing(outputs, {**parameters, **inputs})
 
 
-def _backward(outputs: Sequence[Tensor], call: Call, device: str, scale: float) -> None:
+def _backward(call: Call, device: str, scale: float, with_zeros: bool, outputs: Sequence[Tensor]) -> None:
     roots = [output for output in outputs if output.requires_grad and output.is_floating_point()]
-    chosen = [root for i, root in enumerate(roots) if call.roots >> i & 1] or roots[:1]
+    chosen = [i for i in range(len(roots)) if call.roots >> i & 1] or [*range(len(roots))][:1]
     if not chosen:
         return
     generator = torch.Generator().manual_seed(3)
-    gradients = []
-    for root in chosen:
-        gradient = torch.randn(root.shape, generator=generator).to(root.dtype)
+    gradients = {}
+    for i in chosen:
+        gradient = torch.randn(roots[i].shape, generator=generator).to(roots[i].dtype)
         if call.upstream != "random":
             gradient = torch.full_like(gradient, {"inf": float("inf"), "zero": 0.0}[call.upstream])
-        gradients.append((gradient * scale).to(device))
-    torch.autograd.backward(chosen, gradients)
+        gradients[i] = (gradient * scale).to(device)
+    if with_zeros:
+        gradients = {i: gradients.get(i, torch.zeros_like(root)) for i, root in enumerate(roots)}
+    torch.autograd.backward([roots[i] for i in gradients], [*gradients.values()])
 
 
 def _sharing(outputs: Sequence[Tensor], others: Mapping[str, Tensor]) -> tuple[str, ...]:
@@ -398,20 +404,25 @@ def check(
     if not suspicious:
         return Verdict("right", replaced=replaced)
     stock = _compiled(program, function, [inner], {}, device)[inner]
+    others = (stock, run(program, function, device, with_zeros=True))
+    if all(
+        KEPT in other.error for other in others
+    ):  # AOTAutograd's backward is no valid program in eager mode
+        return Verdict("stock", replaced=replaced)
     nudged = [run(program, function, device, nudge=seed) for seed in (1, 2, 3, 4)]
     scaled = {scale: run(program, function, device, scale=scale) for scale in SCALES}
     scaled[1.0] = run(program, function, device, dtype="float64")
     in_half = [f"call {i}" for i, call in enumerate(program.calls) if call.mode == "autocast"]
     kind, wrong = "stock", []
     for variant, _ in suspicious:
-        names = differences(eager, outcomes[variant], other=stock)
+        names = differences(eager, outcomes[variant], others=others)
         if not names:
             continue
         kind = "noise"
         names = differences(
             eager,
             outcomes[variant],
-            other=stock,
+            others=others,
             nudged=nudged,
             scaled=scaled,
             in_half=in_half,
@@ -429,7 +440,7 @@ def differences(
     eager: Outcome,
     ours: Outcome,
     *,
-    other: Outcome | None = None,
+    others: Sequence[Outcome] = (),
     nudged: Sequence[Outcome] = (),
     scaled: Mapping[float, Outcome] = MappingProxyType({}),
     in_half: Collection[str] = (),
@@ -438,7 +449,7 @@ def differences(
     """Returns the differences from eager, in words.
 
     Args:
-        other: a run whose values `ours` may have instead of eager's.
+        others: runs whose values `ours` may have instead of eager's; that of stock torch.compile first.
         nudged: eager runs on inputs that differ by a unit of rounding; distances up to NOISE times theirs are no
             difference.
         scaled: eager runs, in other dtypes or by the factor of their incoming gradients. Where one has a finite
@@ -447,7 +458,7 @@ def differences(
             all NaN if there is no mask, and ours need none (docs/never_wrong.md).
         in_half: the calls under autocast, whose gradients in float32 are sums of gradients in bfloat16.
     """
-    if other is not None and other.error and ours.error.split(":")[0] == other.error.split(":")[0]:
+    if others and others[0].error and ours.error.split(":")[0] == others[0].error.split(":")[0]:
         return []
     found = []
     if KEPT in ours.error:
@@ -471,37 +482,44 @@ def differences(
             last = call  # weights that are not finite: docs/never_wrong.md has the limits of the next calls
         if _same(value, mine):
             continue
-        if other is not None and name in other.seen and _same(other.seen[name], mine):
-            if other.error:  # before the next calls, and its weights may differ from eager's
+        alike = next(
+            (other for other in others if name in other.seen and _same(other.seen[name], mine)), None
+        )
+        if alike is not None:
+            if alike.error:  # before the next calls, and its weights may differ from eager's
                 last = call
             continue
         if "gradient of" in name and _is_lost(name, value, mine, scaled):
             last = f"{call}: gradient of"  # a step with such a gradient gives weights that are not finite
             continue
-        if not _is_accepted(name, eager, mine, nudged, in_half, attends):
+        runs = (eager, *(other for other in others if name in other.seen))
+        if not any(_is_accepted(name, run, mine, eager, nudged, in_half, attends) for run in runs):
             found.append(f"{name}: eager {_words(value)}, ours {_words(mine)}")
     return found
 
 
 def _is_accepted(
     name: str,
-    eager: Outcome,
+    run: Outcome,
     mine: Any,
+    eager: Outcome,
     nudged: Sequence[Outcome],
     in_half: Collection[str],
     attends: bool,
 ) -> bool:
-    """Whether a value is as close to eager's as rounding allows, or differs as documented; see `differences`."""
-    value, (call, _, seen) = eager.seen[name], name.partition(": ")
+    """Whether a value is as close to that of a run as rounding allows, or differs as documented; see `differences`."""
+    value, (call, _, seen) = run.seen[name], name.partition(": ")
     if attends and _are_zeros_for_nan(value, mine):
         return True
     distance = _distance(value, mine)
     if seen.startswith("gradient of"):
         if call in in_half and distance <= NEAR[torch.bfloat16]:
             return True
-        if nudged and _is_cancelled(value, mine, _gradients(eager, call)):
+        if nudged and _is_cancelled(value, mine, _gradients(run, call)):
             return True
-    noise = max((_distance(value, run.seen[name]) for run in nudged if name in run.seen), default=0.0)
+    noise = max(
+        (_distance(eager.seen[name], run.seen[name]) for run in nudged if name in run.seen), default=0.0
+    )
     return distance <= NOISE * noise
 
 
