@@ -40,12 +40,17 @@ def added(table, dy, indices, padding_idx=-1):
     return table.double().index_add(0, indices[kept], dy[kept].double())
 
 
-@parametrize(name=[*INDICES], width=[1, 40, 1030], dtype=[torch.float32, torch.bfloat16, torch.float16])
-def test_rows_are_added_and_rounded_once(name, width, dtype, device):
+WAYS = {"few": kernels.add_few_rows, "sorted": kernels.add_sorted_rows}
+
+
+@parametrize(
+    way=[*WAYS], name=[*INDICES], width=[1, 40, 1030], dtype=[torch.float32, torch.bfloat16, torch.float16]
+)
+def test_rows_are_added_and_rounded_once(way, name, width, dtype, device):
     dy, indices = case(name, width, dtype, device)
     before = torch.randn(ROWS, width, device=device).to(dtype)
     table, exact = before.clone(), added(before, dy, indices)
-    kernels.add_rows(table, dy, indices, -1)
+    WAYS[way](table, dy, indices, -1)
     # Half a unit for the one rounding, and what float32 loses of the terms' sizes, where sums cancel.
     sizes = added(before.abs(), dy.abs(), indices)
     wide = torch.finfo(torch.float32).eps * len(indices) ** 0.5
@@ -57,12 +62,12 @@ def test_rows_are_added_and_rounded_once(name, width, dtype, device):
     assert torch.equal(table[untouched], before[untouched])
 
 
-@pytest.mark.parametrize("name", ["some_together", "all_one_row", "begins_inside_a_chunk"])
-def test_the_padding_row_has_no_gradient(name, device):
+@parametrize(way=[*WAYS], name=["some_together", "all_one_row", "begins_inside_a_chunk"])
+def test_the_padding_row_has_no_gradient(way, name, device):
     dy, indices = case(name, 8, torch.bfloat16, device)
     padding_idx = int(indices.mode().values)
     table = torch.zeros(ROWS, 8, dtype=dy.dtype, device=device)
-    kernels.add_rows(table, dy, indices, padding_idx)
+    WAYS[way](table, dy, indices, padding_idx)
     torch.testing.assert_close(table, added(torch.zeros_like(table), dy, indices, padding_idx).to(dy.dtype))
     assert not table[padding_idx].any()
 
@@ -70,7 +75,8 @@ def test_the_padding_row_has_no_gradient(name, device):
 def test_no_tokens_and_indices_outside_the_table_write_nothing(device):
     table = torch.ones(4, 8, device=device)
     kernels.add_rows(table, table.new_empty(0, 8), torch.empty(0, dtype=torch.long, device=device), -1)
-    kernels.add_rows(table, table.new_ones(40, 8), torch.tensor([4, -3] * 20, device=device), -1)
+    for add in WAYS.values():
+        add(table, table.new_ones(40, 8), torch.tensor([4, -3] * 20, device=device), -1)
     assert torch.equal(table, torch.ones_like(table))
 
 
@@ -83,9 +89,10 @@ def test_the_op_is_no_worse_than_pytorchs(dtype, device):
     precision.assert_no_worse([ours], [pytorchs(dy, *arguments)], [pytorchs(dy.double(), *arguments)])
 
 
-def test_the_numbers_are_the_same_every_time(device):
+@pytest.mark.parametrize("way", WAYS)
+def test_the_numbers_are_the_same_every_time(way, device):
     dy, indices = case("all_one_row", 40, torch.float32, device)
     first, second = (torch.zeros(ROWS, 40, device=device) for _ in range(2))
     for table in (first, second):
-        kernels.add_rows(table, dy, indices, -1)
+        WAYS[way](table, dy, indices, -1)
     assert torch.equal(first, second)
