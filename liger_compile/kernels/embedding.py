@@ -4,10 +4,10 @@
 
 The kernels read and write only rows that tokens refer to. There are two ways.
 
-*Many tokens*, in addition to dy at most 8 bytes per element of dy in half precision. Sorting makes the tokens of a row contiguous, a *run*, in the order of the batch. The program of the first
-token of a run sums the run up to the next multiple of CHUNK, so that a run as long as the batch is not left to one
-program. Where a run continues beyond that, each of its chunks stores a partial sum in a buffer, and a second kernel
-adds the partial sums.
+*Many tokens*, in addition to dy at most 8 bytes per element of dy in half precision. Sorting makes the tokens of a row
+contiguous, a *run*, in the order of the batch. The program of the first token of a run sums the run up to the next
+multiple of CHUNK, so that a run as long as the batch is not left to one program. Where a run continues beyond that, each
+of its chunks stores a partial sum in a buffer, and a second kernel adds the partial sums.
 
     at       0   1   2   3 | 4   5   6   7 | 8         CHUNK = 4
     row      7   7   9   9   9   9   9   9   9
@@ -112,10 +112,10 @@ def _add_first_kernel(
             same = tl.load(indices_ptr + tokens, tokens < num_tokens, other=-1) == row
             if tl.sum(same.to(tl.int32)) > 0:
                 for part in range(start, tl.minimum(start + INDICES, num_tokens), ROWS):
-                    tokens = part + tl.arange(0, ROWS)
-                    same = tl.load(indices_ptr + tokens, tokens < num_tokens, other=-1) == row
-                    at = tokens.to(tl.int64)[:, None] * width + column[None, :]
-                    mask = same[:, None] & is_column[None, :]
+                    of_part = part + tl.arange(0, ROWS)
+                    is_row = tl.load(indices_ptr + of_part, of_part < num_tokens, other=-1) == row
+                    at = of_part.to(tl.int64)[:, None] * width + column[None, :]
+                    mask = is_row[:, None] & is_column[None, :]
                     total += tl.sum(tl.load(dy_ptr + at, mask, other=0.0).to(tl.float32), 0)
         _add(table_ptr + row.to(tl.int64) * width + column, total, is_column)
 
