@@ -6,8 +6,8 @@ The kernels read and write only rows that tokens refer to. There are two ways.
 
 *Many tokens*, in addition to dy at most 8 bytes per element of dy in half precision. Sorting makes the tokens of a row
 contiguous, a *run*, in the order of the batch. The program of the first token of a run sums the run up to the next
-multiple of CHUNK, so that a run as long as the batch is not left to one program. Where a run continues beyond that, each
-of its chunks stores a partial sum in a buffer, and a second kernel adds the partial sums.
+multiple of CHUNK, so that a run as long as the batch is not left to one program. Where a run continues beyond that,
+each of its chunks stores a partial sum in a buffer, and a second kernel adds the partial sums.
 
     at       0   1   2   3 | 4   5   6   7 | 8         CHUNK = 4
     row      7   7   9   9   9   9   9   9   9
