@@ -289,9 +289,10 @@ def linear_cross_entropy(
         target: (...) or (N), or of any shape if x is (N, H): class indices, int64, one for each row of x.
         bias: (V), in the dtype of x, or None.
         class_weight: (V), or None; `weight` of `cross_entropy`. Its other arguments have the same meaning here.
-        memory: bytes for a chunk of the logits, or None for a default: 600 MiB on a GPU. A chunk has at least 128
-            tokens. In half precision it has more tokens where longer chunks avoid a float32 sum of the gradient of
-            weight and take less memory than that sum. In float16 an eighth of it is for float32 matmuls.
+        memory: bytes for a chunk of the logits, or None for a default: 600 MiB on a GPU, and 800 MiB where this is
+            room for all logits. A chunk has at least 128 tokens. In half precision it has more tokens where longer
+            chunks avoid a float32 sum of the gradient of weight and take less memory than that sum. In float16 an
+            eighth of it is for float32 matmuls.
 
     Returns:
         The loss, as in `cross_entropy`. Logits are rounded to the dtype of x, as `F.linear` rounds them.

@@ -17,7 +17,8 @@ If an incoming gradient is infinite or NaN, the gradients of counted tokens are 
 bias are not finite either, if any token is counted. The gradients of ignored tokens are 0, as in eager code, which
 multiplies earlier. Ignored tokens have token_scales of 0.
 
-A chunk has `memory` bytes of logits. The default is CHUNK_BYTES on a CPU and DEVICE_CHUNK_BYTES elsewhere. A chunk has
+A chunk has `memory` bytes of logits. The default is CHUNK_BYTES on a CPU and DEVICE_CHUNK_BYTES elsewhere, where logits
+of up to ONE_CHUNK_BYTES are one chunk. A chunk has
 at least LEAST_ROWS rows. With the default memory on a CPU, if dweight is needed, a chunk also has at least ROWS_A_BYTE
 rows for each byte of an element, and at least half as many rows as x has columns.
 dweight is summed over chunks in the dtype of weight. If weight has a half precision and there are more than
@@ -65,6 +66,9 @@ from .softmax_loss import SoftmaxLoss
 # long there (H100, torch 2.11.0, hidden size 1024, bfloat16, 2026-11-25): too few tiles for its multiprocessors.
 CHUNK_BYTES = 8 * 2**20
 DEVICE_CHUNK_BYTES = 600 * 2**20
+# A second chunk would save half of these bytes, and cost the CPU the launches of six matmuls: 0.5 ms of the 10 ms of a
+# step of GPT-2 with 4 layers, 8192 x 50257, which the CPU launches (H200, torch 2.11.0, 2026-11-30).
+ONE_CHUNK_BYTES = 800 * 2**20
 LEAST_ROWS = 128
 # dweight is read and written for every chunk, which is slow in a CPU's memory. With 128, 256 and 512 rows of logits in
 # float32, a loss with its gradients took 1.24, 1.09, 1.10 of Inductor's time at 2048 x 512 x 32000; 1.23, 1.06, 1.09 at
@@ -89,6 +93,12 @@ def chunk_rows(x: Tensor, weight: Tensor, needs_dweight: bool, memory: int = 0) 
     budget = _budget(x, memory)
     if x.dtype == torch.float16:
         budget -= budget // PRODUCT_SHARE
+    elif (
+        not memory
+        and x.device.type != "cpu"
+        and len(x) * weight.shape[0] * x.element_size() <= ONE_CHUNK_BYTES
+    ):
+        return max(len(x), 1)
     rows = max(budget // (x.element_size() * weight.shape[0]), LEAST_ROWS)
     if x.device.type != "cpu":
         rows -= rows % ROW_TILE

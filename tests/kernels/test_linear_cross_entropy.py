@@ -262,6 +262,9 @@ BUDGETS = [
     (8192, 1024, 151936, None, 600 * MIB),
     (8192, 3584, 152064, None, 600 * MIB),
     (2048, 1024, 50257, None, 600 * MIB),
+    (8192, 768, 50257, None, 800 * MIB),  # in one chunk
+    (8192, 768, 52000, None, 600 * MIB),
+    (8192, 768, 50257, 600 * MIB, 600 * MIB),
     (8192, 4096, 128256, 128 * MIB, 150 * MIB),
     (8192, 2048, 128256, 128 * MIB, 150 * MIB),
 ]
@@ -278,6 +281,7 @@ def test_chunks_are_as_large_as_they_may_be(tokens, width, classes, memory, most
     assert all(count % op.ROW_TILE == 0 for count in rows[:-1]) and max(rows) - min(rows) <= op.ROW_TILE
     assert max(rows) * 2 * classes <= most and len(chunks) <= op.ACCUMULATE_WIDE_ABOVE
     assert len(chunks) == 1 or (max(rows) * 2 * classes > most / 2)
+    assert (len(chunks) == 1) == (tokens * 2 * classes <= (memory or 800 * MIB))
 
 
 @pytest.mark.parametrize("memory", [0, -1, 2.5, True, "1GiB"])
