@@ -4,7 +4,7 @@ import os
 
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import HealthCheck, Phase, given, seed, settings
 
 from liger_compile.terms.exact import holds, stored, whole_numbers
 from tests.helpers import mask_programs as programs
@@ -13,53 +13,56 @@ SIZES = (1, 2, 3, 6)
 ROUNDS = 300  # positions of this size are rounded in bfloat16, and wrap around in eight bits
 ROUNDS_IN_HALF = 2050
 
-# A longer run: LIGER_MASK_EXAMPLES=20000 pytest tests/test_mask_proofs.py
-EXAMPLES = int(os.environ.get("LIGER_MASK_EXAMPLES", 0))
+# A longer run: LIGER_MASK_EXAMPLES=20000 pytest -m slow tests/test_mask_proofs.py
+EXAMPLES = int(os.environ.get("LIGER_MASK_EXAMPLES", 1000))
 CAUSAL = "torch.ones(n, n, dtype=torch.bool).tril()"
 
 
-def tries(examples):
-    """Without shrinking where nobody waits for it: an expression is short."""
-    return settings(
-        max_examples=EXAMPLES or examples,
-        deadline=None,
-        database=None,
-        derandomize=not EXAMPLES,
-        suppress_health_check=list(HealthCheck),
-        phases=[Phase.generate, Phase.shrink] if EXAMPLES else [Phase.generate],
-    )
-
-
-@tries(120)
-@given(programs.MASKS)
-def test_what_is_proven_is_so(expression):
+def check_mask(expression):
     sizes = (*SIZES, ROUNDS)
     if programs.is_a_mask(expression, sizes):
         programs.tried(expression, sizes)
 
 
-@tries(200)
-@given(programs.ATTENTION)
-def test_what_is_hidden_has_no_weight(expression):
+def check_attention(expression):
     if programs.is_attention(expression, (1, 5)):
         for n in (1, 5):
             programs.attended(expression, n)
 
 
-@tries(150)
-@given(programs.DOCUMENTS)
-def test_documents_that_are_proven_are_so(expression):
+def check_documents(expression):
     sizes = (1, 2, 3, 7)
     if programs.is_a_mask(expression, sizes, d=lambda n: programs.rows_of(n)[0]):
         programs.tried_of_documents(expression, sizes)
 
 
-@tries(150)
-@given(programs.PADDED)
-def test_padding_that_is_proven_is_so(expression):
-    sizes = (1, 2, 3, 7)
-    if programs.is_a_mask(expression, sizes, d=lambda n: programs.rows_of(n)[0]):
-        programs.tried_of_documents(expression, sizes)
+# What is drawn, what is checked, and of how many expressions in a normal run.
+CHECKS = {
+    "masks": (programs.MASKS, check_mask, 60),
+    "attention": (programs.ATTENTION, check_attention, 200),
+    "documents": (programs.DOCUMENTS, check_documents, 50),
+    "padding": (programs.PADDED, check_documents, 50),
+}
+
+
+def tried(name, **more):
+    strategy, check, examples = CHECKS[name]
+    more = {"max_examples": examples, "derandomize": True, "phases": [Phase.generate], **more}
+    settled = settings(deadline=None, database=None, suppress_health_check=list(HealthCheck), **more)
+    return settled(given(strategy)(check))
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_what_is_proven_is_so(name):
+    """The same expressions every time, without shrinking: an expression is short."""
+    tried(name)()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CHECKS)
+def test_what_is_proven_of_many_expressions_is_so(name, fuzz_seed):
+    phases = [Phase.generate, Phase.shrink]
+    seed(fuzz_seed)(tried(name, max_examples=EXAMPLES, derandomize=False, phases=phases))()
 
 
 def same(positions, relation=">="):
