@@ -1,7 +1,7 @@
 """Time in proportion to the graph, and no recursion as deep as it.
 
 Dynamo, AOTAutograd and Inductor have limits of their own, so the graphs are recorded without them and go through the
-backend's steps alone. The kinds of `CORE` and a few others, which change from day to day, have 2,000 nodes here; all
+backend's steps alone. The kinds of `CORE` and another one, which changes from day to day, have 1,200 nodes here; all
 have 10,000 where slow tests are asked for.
 """
 
@@ -32,14 +32,15 @@ from tests.helpers.large_graphs import KINDS, calls_of_one_body, recorded
 
 QKV_MATMUL, RMS_NORM, *_ = DEFAULT_PASSES
 
+NODES = 1_200
 TIMES = 4  # as many nodes
 # Linear is 4, with what a logarithm, a dictionary that grows and a cold cache add; quadratic is 16.
-MOST = 8.0
+MOST = 6.0
+MOST_AT_TEN_THOUSAND = 8.0
 CORE = (
     *("residual_tanh", "mixed", "casts_then_moves", "norms", "near_misses", "writes_and_reads", "masks"),
     *("many_logits", "long_cat", "norms_between_no_grads"),
 )
-OTHERS_A_DAY = 3
 # The time of a node is what is measured, not that of a pattern: one of each form is enough.
 USED = (
     *("rms_norm.llama", "rotary.half_pair", "rotary.half", "gated_mlp.swiglu", "attention.causal"),
@@ -70,14 +71,14 @@ def told(gm, inputs) -> None:
     assert str(report) and json.dumps(report.to_dict())
 
 
-def assert_linear(prepared, run, nodes) -> None:
+def assert_linear(prepared, run, nodes, most=MOST) -> None:
     """`run` of what `prepared` gives takes in proportion to the number of nodes. What else happens on the machine only
     adds, so it is the shortest of several, if the first is not short enough."""
     few = many = float("inf")
     for _ in range(3):
         few = min(few, seconds(run, *prepared(nodes // TIMES)))
         many = min(many, seconds(run, *prepared(nodes)))
-        if many <= MOST * few:
+        if many <= most * few:
             return
     pytest.fail(f"{nodes // TIMES} nodes take {few:.2f} s, {nodes} take {many:.2f} s, {many / few:.1f} times")
 
@@ -96,24 +97,23 @@ def seconds(run, *args) -> float:
 
 @pytest.mark.parametrize("kind", CORE)
 def test_backend(kind) -> None:
-    assert_linear(lambda nodes: recorded(KINDS[kind], nodes), told, 2_000)
+    assert_linear(lambda nodes: recorded(KINDS[kind], nodes), told, NODES)
 
 
-def test_backend_with_kinds_of_the_day(fuzz_seed) -> None:
-    others = [kind for kind in KINDS if kind not in CORE]
-    for kind in random.Random(fuzz_seed).sample(others, OTHERS_A_DAY):
-        assert_linear(lambda nodes, kind=kind: recorded(KINDS[kind], nodes), told, 2_000)
+def test_backend_with_a_kind_of_the_day(fuzz_seed) -> None:
+    kind = random.Random(fuzz_seed).choice([kind for kind in KINDS if kind not in CORE])
+    assert_linear(lambda nodes: recorded(KINDS[kind], nodes), told, NODES)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_backend_at_ten_thousand_nodes(kind) -> None:
-    assert_linear(lambda nodes: recorded(KINDS[kind], nodes), told, 10_000)
+    assert_linear(lambda nodes: recorded(KINDS[kind], nodes), told, 10_000, MOST_AT_TEN_THOUSAND)
 
 
 def test_calls_of_one_body() -> None:
     """As many calls as the body has nodes, so that what each call does to the body shows."""
-    assert_linear(lambda nodes: calls_of_one_body(nodes // 2, nodes // 2), rewritten, 2_000)
+    assert_linear(lambda nodes: calls_of_one_body(nodes // 2, nodes // 2), rewritten, NODES)
 
 
 def test_what_is_found_in_small_graphs_is_found_in_large_ones() -> None:
@@ -131,7 +131,7 @@ def test_before_ddp_cuts(kind) -> None:
         make_masks_where_they_are_read(gm.graph)
         places_to_cut(specialize.copied(gm).graph, 64)
 
-    assert_linear(lambda nodes: recorded(KINDS[kind], nodes), seen_whole, 2_000)
+    assert_linear(lambda nodes: recorded(KINDS[kind], nodes), seen_whole, NODES)
 
 
 # Terms -------------------------------------------------------------------------------------------------------
@@ -139,7 +139,7 @@ def test_before_ddp_cuts(kind) -> None:
 
 @pytest.mark.parametrize("kind", ["sums", "sums_of_itself", "residual_tanh", "transposed_views", "matmuls"])
 def test_a_term_as_deep_as_the_graph_can_be_looked_at(kind) -> None:
-    gm, _ = recorded(KINDS[kind], 3_000)
+    gm, _ = recorded(KINDS[kind], 1_500)
     terms = Terms(gm.graph, Mutations(gm.graph))
     (output,) = gm.graph.output_node().args[0]
     term = terms.of[output]
@@ -256,11 +256,11 @@ def fused(which, op, least):
 
 
 def test_norms_of_backward() -> None:
-    run = fused(RMS_NORM, _ours.pre_norm_backward_fused.default, 50)
-    assert_linear(norms_of_layers, run, 2_400)
-    run_passes(backward_passes.Backward(*sums_of_a_stream(3_000)), [RMS_NORM], strict=True)
+    run = fused(RMS_NORM, _ours.pre_norm_backward_fused.default, 25)
+    assert_linear(norms_of_layers, run, NODES)
+    run_passes(backward_passes.Backward(*sums_of_a_stream(1_500)), [RMS_NORM], strict=True)
 
 
 def test_products_of_backward() -> None:
-    run = fused(QKV_MATMUL, _ours.rotary_backward_packed.default, 40)
-    assert_linear(rotations_of_layers, run, 2_400)
+    run = fused(QKV_MATMUL, _ours.rotary_backward_packed.default, 20)
+    assert_linear(rotations_of_layers, run, NODES)
