@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import liger_compile
-from tests.models.families import BY_NAME, VOCAB, of_one_layer
 from tests.models import harness
+from tests.models.families import BY_NAME, VOCAB, of_one_layer
 from tests.models.harness import ALWAYS, assert_within, errors, step
 
 transformers = pytest.importorskip("transformers")
@@ -27,7 +27,8 @@ TINY = {
 TINY_GPT2 = {"vocab_size": VOCAB, "n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 64}
 NO_DROPOUT = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
 ROWS = {"liger.rows": "auto"}
-AOT = "aot_eager"  # where several graphs share a model, or all is proven; elsewhere the graph is what is tested
+# Where several graphs share a model, or all is proven; elsewhere it is the graph that is tested.
+AOT = "aot_eager"
 
 
 def bert(p: float = 0.0) -> nn.Module:
