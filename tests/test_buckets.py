@@ -183,7 +183,6 @@ def test_attention_is_found_in_every_part(process_group, backend):
     ("inner", "num_parts", "first"),
     [
         ("aot_eager", 3, specialize.WITHOUT),
-        ("aot_eager", 3, specialize.GENERIC),
         ("aot_eager", 1, specialize.WITHOUT),
         ("inductor", 3, specialize.GENERIC),
     ],
