@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import liger_compile
+from tests.helpers.pairwise import parametrize
 
 torch.manual_seed(0)
 
@@ -254,9 +255,9 @@ def arguments(function, dtype=torch.float32):
     return (X.to(dtype), W.to(dtype), TOKENS, TEACHER_X.to(dtype), TEACHER_W.to(dtype)), (3, 4)
 
 
-@pytest.mark.parametrize("function", (*QUESTIONS, *DIVERGENCES), ids=lambda f: f.__name__)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("by", ["loss", "questions"])
+@parametrize(
+    function=[*QUESTIONS, *DIVERGENCES], dtype=[torch.float32, torch.bfloat16], by=["loss", "questions"]
+)
 def test_forms_are_one_site_with_the_numbers(liger_is_as_right_as_eager, function, dtype, by):
     """The loss is computed inside of the op; and the same without that pattern. By default."""
     inputs, frozen = arguments(function, dtype)
