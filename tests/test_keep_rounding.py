@@ -58,21 +58,31 @@ PROGRAMS = (
 )
 
 
-CASES = [(function, torch.float16) for function in PROGRAMS]
-CASES += [
-    (function, torch.bfloat16) for function in (rounds_to_whole_numbers, rounds_before_a_head, in_operators)
-]
+IN_BFLOAT16 = (rounds_to_whole_numbers, rounds_before_a_head, in_operators)
 
 
-@pytest.mark.parametrize(("function", "dtype"), CASES)
-def test_values_and_gradients_are_those_of_eager_mode(function, dtype):
-    leaves = [(torch.arange(-40, 40) * 0.37).to(dtype).requires_grad_() for _ in range(2)]
-    compiled = torch.compile(function, backend="liger", options={"liger.strict": True})
-    found, expected = compiled(leaves[0]), function(leaves[1])
-    assert torch.equal(found, expected)
-    for result in (found, expected):
-        result.backward((torch.arange(80.0) * 0.11).to(dtype).view_as(result))
-    assert torch.equal(leaves[0].grad, leaves[1].grad)
+@pytest.mark.parametrize(
+    ("programs", "dtype"),
+    [(PROGRAMS, torch.float16), (IN_BFLOAT16, torch.bfloat16)],
+    ids=["float16", "bfloat16"],
+)
+def test_values_and_gradients_are_those_of_eager_mode(programs, dtype):
+    """Every program has an input of its own; they are compiled together, as a compilation by Inductor takes long."""
+
+    def all_of(*leaves):
+        return [function(leaf) for function, leaf in zip(programs, leaves, strict=True)]
+
+    def leaves():
+        return [(torch.arange(-40, 40) * 0.37).to(dtype).requires_grad_() for _ in programs]
+
+    ours, eagers = leaves(), leaves()
+    compiled = torch.compile(all_of, backend="liger", options={"liger.strict": True})
+    for results in zip(programs, compiled(*ours), all_of(*eagers), ours, eagers, strict=True):
+        function, found, expected, leaf, eager = results
+        assert torch.equal(found, expected), function
+        for result in (found, expected):
+            result.backward((torch.arange(80.0) * 0.11).to(dtype).view_as(result), retain_graph=True)
+        assert torch.equal(leaf.grad, eager.grad), function
 
 
 def notes_of(function, *arguments, **options):
