@@ -33,7 +33,7 @@ def without_figures(printed: str) -> list[str]:
 
 
 PAGES = [path for path in ALL_PAGES if any(block[0] == "python" for block in blocks_of(path))]
-PAGES.remove(ROOT / "README.md")  # test_readme.py runs it, with Inductor, in a process of its own
+PAGES.remove(ROOT / "README.md")  # test_readme.py runs it, with Inductor
 
 
 @pytest.fixture

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import os
+import contextlib
+import io
 import re
-import subprocess
-import sys
+import runpy
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 import liger_compile
+from liger_compile import registry
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -28,15 +30,17 @@ def without_figures(report: str) -> list[str]:
     return [line.rstrip() for line in report.strip().splitlines()]
 
 
-@pytest.fixture(scope="module")
-def printed() -> str:
-    """What the README's Python prints, all blocks in one process, as a reader would try them."""
-    code = "\n".join(blocks("python"))
-    done = subprocess.run(
-        [sys.executable, "-c", code], text=True, capture_output=True, timeout=600, env=os.environ
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+@pytest.fixture
+def printed(tmp_path: Path) -> Iterator[str]:
+    """What the README's Python prints, all blocks in one namespace, as a reader would try them."""
+    source = tmp_path / "read_me.py"  # Dynamo reads it
+    source.write_text("\n".join(blocks("python")))
+    before = dict(registry.REGISTERED)
+    with contextlib.redirect_stdout(io.StringIO()) as stream:
+        runpy.run_path(str(source))
+    yield stream.getvalue()
+    registry.REGISTERED.clear()
+    registry.REGISTERED.update(before)
 
 
 def test_the_report_is_what_the_example_prints(printed: str):
