@@ -45,11 +45,16 @@ def cases(is_usual: Callable[[Family], bool]) -> list[Any]:
     ]
 
 
+# Those that differ most in what AOTAutograd sees; of the whole zoo, that is the slow test in test_lengths.py.
+THROUGH_AOT = ("gemma2", "mixtral", "nanogpt_written_out", "packed", "t5")
+
+
 @pytest.mark.parametrize("family", cases(lambda family: family.name not in sum(ALIKE.values(), ())))
 def test_float32(family: Family) -> None:
     model, inputs = family.build(), batch(family)
+    inner = "aot_eager" if family.name in THROUGH_AOT else "eager"
     expected = step(family.loss, model, *inputs)
-    assert_within(step(compiled(family.loss, options=ALWAYS), model, *inputs), expected, EXACT)
+    assert_within(step(compiled(family.loss, inner, options=ALWAYS), model, *inputs), expected, EXACT)
     assert_replaced(family.counts)
     assert not near_misses()
 

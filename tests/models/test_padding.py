@@ -20,6 +20,7 @@ EXACT = 1e-5
 LENGTHS = (24, 40, 17)
 LLAMA = of_one_layer(BY_NAME["llama"])  # test_decoders: more layers read one mask
 REPLACED = by_default(LLAMA.counts)
+GRAPH = "eager"  # the graph alone: test_decoders and what is about backward have AOTAutograd too
 
 
 def masks(ids: Tensor) -> dict[str, Tensor]:
@@ -51,9 +52,10 @@ def check(
     function: Callable[..., Tensor] = loss,
     order: tuple[str, ...] = ("none", "right", "left", "whole row", "none"),
     fast: Callable[..., Tensor] | None = None,
+    inner: str = "aot_eager",
 ) -> None:
     """Loss and gradients are those of eager with every mask; all sites in the one graph, in the other no attention."""
-    fast = fast or compiled(function)
+    fast = fast or compiled(function, inner)
     ids, labels = inputs
     for name in order:
         args = (ids, labels, masks(ids)[name])
@@ -141,7 +143,7 @@ def test_backward_of_one_graph_after_forward_of_the_other() -> None:
 @pytest.mark.parametrize("no_gradients", [torch.no_grad, torch.inference_mode])
 def test_evaluation(no_gradients: Any) -> None:
     model, (ids, labels) = LLAMA.build().eval(), batch(LLAMA)
-    fast = compiled(loss)
+    fast = compiled(loss, GRAPH)
     with no_gradients():
         for name in ("right", "none", "left"):
             args = (ids, labels, masks(ids)[name])
@@ -154,7 +156,7 @@ def test_evaluation(no_gradients: Any) -> None:
 )
 def test_autocast(order: tuple[str, ...]) -> None:
     model, (ids, labels) = LLAMA.build(), batch(LLAMA)
-    fast = compiled(loss)
+    fast = compiled(loss, GRAPH)
     for name in order:
         mask = masks(ids)[name]
         truth = step(loss, model, ids, labels, mask)
@@ -179,10 +181,11 @@ def test_encoders(kind: str) -> None:
     torch.manual_seed(0)
     config = getattr(transformers, f"{kind}Config")(vocab_size=VOCAB, **_BERT, **_NO_DROPOUT)
     model = getattr(transformers, f"{kind}ForMaskedLM")(config).train()
-    check(model, batch(LLAMA), {"attention.unmasked": LAYERS, "linear_cross_entropy": 1}, encoder_loss)
+    counts = {"attention.unmasked": LAYERS, "linear_cross_entropy": 1}
+    check(model, batch(LLAMA), counts, encoder_loss, inner=GRAPH)
 
 
 def test_encoder_and_decoder() -> None:
     """T5's own attention has a learned bias; the decoder's attention to the encoder has nothing but its padding."""
     family = BY_NAME["t5"]
-    check(family.build(), batch(family), by_default(family.counts))
+    check(family.build(), batch(family), by_default(family.counts), inner=GRAPH)
