@@ -138,7 +138,7 @@ def test_policy_gradients_through_checkpoints(model: str, layers: str, guards_of
 )
 def test_numbers_that_are_known_at_run_time_only(name: str, model: str, guards_of_ours) -> None:
     """Under dynamic=True what is a float in the model is a number of the graph's, by which tables are scaled."""
-    family = hf(name, model)
+    family = hf(name, model, num_hidden_layers=1)
     trained = family.build()
     options = {"liger.inner": "aot_eager", "liger.strict": True}
     function = torch.compile(family.loss, backend="liger", options=options, dynamic=True)
@@ -146,5 +146,5 @@ def test_numbers_that_are_known_at_run_time_only(name: str, model: str, guards_o
         inputs = batch(family, length=length)
         assert_within(step(function, trained, *inputs), step(family.loss, trained, *inputs), CLOSE)
     (report,) = liger_compile.reports()
-    assert replaced({}, [report])["rotary.half_pair"] == 2
+    assert replaced({}, [report])["rotary.half_pair"] == 1
     assert not report.near_misses

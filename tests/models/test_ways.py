@@ -126,10 +126,10 @@ WAYS = {
 
 # Every way, and every model in the ways that differ most from model to model; the other combinations are slow tests.
 OFTEN = {
-    "llama": ("dynamic", "layer_by_layer", "checkpointed", "autocast_around"),
+    "llama": ("layer_by_layer", "checkpointed", "autocast_around"),
     "qwen3": ("autocast_inside",),
     "gemma2": ("float16",),
-    "packed": ("automatic_dynamic", "broken_between_layers", "broken_within_layers"),
+    "packed": ("dynamic", "automatic_dynamic", "broken_between_layers", "broken_within_layers"),
 }
 CASES = [
     pytest.param(name, way, marks=() if way in OFTEN[name] else pytest.mark.slow)
