@@ -6,6 +6,7 @@ docs/coverage.md.
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -75,7 +76,8 @@ IN_BFLOAT16 = ("gemma3n", "olmo_hybrid")
 @pytest.mark.parametrize("name", cases(SPELLINGS, SLOW + IN_BFLOAT16))
 def test_float32(name: str) -> None:
     skip_if_missing(BY_NAME[name].family)
-    row = zoo.examine(BY_NAME[name], ["float32"])
+    # The slow test in test_lengths.py takes the zoo through AOTAutograd.
+    row = zoo.examine(dataclasses.replace(BY_NAME[name], inner="eager"), ["float32"])
     assert not row.problems, "\n".join(row.problems)
 
 
