@@ -40,19 +40,28 @@ DEVICES = [
 
 
 @pytest.fixture(scope="module", params=DEVICES)
-def rows(request):
+def rows(request, tmp_path_factory):
     """What parallel.py found, by way."""
-    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*run, str(PROGRAM), request.param, *FOUND],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=500,
-    )
-    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    assert done.returncode == 0, done.stderr[-3000:]
+    store = f"file://{tmp_path_factory.mktemp('parallel') / 'store'}"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "STORE": store}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(PROGRAM), request.param, *FOUND],
+            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.DEVNULL if rank else subprocess.PIPE,
+            stderr=subprocess.DEVNULL if rank else subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        printed, errors = processes[0].communicate(timeout=500)
+        assert [process.wait(timeout=60) for process in processes] == [0, 0], errors[-3000:]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    found = [json.loads(line) for line in printed.splitlines() if line.startswith("{")]
     return {row["way"]: row for row in found}
 
 
