@@ -237,11 +237,11 @@ def assert_measured(rows):
 
 
 def test_a_family_is_measured(tmp_path):
-    rows = families_rows(tmp_path, "--cases", "llama-padded", "--variants", "inductor,liger-compile")
-    assert len(rows) == 2
-    assert_measured(rows)
-    ours = rows["llama-padded", "liger-compile"]
-    assert int(ours["replaced"]) > 0 and float(ours["of_inductor"]) > 0 and ours["tokens"] == "2x32"
+    """In a process of its own; the slow test compares it with others, and `played` ones run beside it."""
+    rows = families_rows(tmp_path, "--cases", "llama-padded", "--variants", "liger-compile")
+    (ours,) = rows.values()
+    assert not ours["error"] and float(ours["median_ms"]) > 0, ours
+    assert int(ours["replaced"]) > 0 and ours["tokens"] == "2x32"
     assert float(ours["loss"]) == pytest.approx(float(ours["eager_loss"]), rel=1e-2)
 
 
@@ -259,7 +259,15 @@ def test_a_variant_may_have_options():
 
 @pytest.mark.slow
 def test_families_of_every_kind_are_measured(tmp_path):
-    names = ("llama-fp16-scaler", "llama-evaluation-logits", "llama-checkpointed", "bert", "t5", "qwen3-moe")
+    names = (
+        "llama-padded",
+        "llama-fp16-scaler",
+        "llama-evaluation-logits",
+        "llama-checkpointed",
+        "bert",
+        "t5",
+        "qwen3-moe",
+    )
     rows = families_rows(tmp_path, "--cases", ",".join(names), "--variants", "inductor,liger-compile")
     assert len(rows) == 2 * len(names)
     assert_measured(rows)
