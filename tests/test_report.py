@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -492,20 +493,23 @@ compiled(torch.ones(4, 8, requires_grad=True), torch.ones(8))
 """
 
 
-def test_torch_logs_has_the_summary_and_the_structured_trace_everything(tmp_path: Path):
-    first = "import liger_compile"  # where the next test has torch
-    log = run_python(first + COMPILE, TORCH_LOGS="liger_compile", TORCH_TRACE=str(tmp_path)).stderr
-    assert "liger_compile  graph 0/0" in log and "Replaced" not in log
+# With TORCH_LOGS naming it, torch imports this package while it is itself being imported.
+@pytest.mark.parametrize("first", ["", pytest.param("import liger_compile", marks=pytest.mark.slow)])
+def test_torch_logs_with_a_plus_has_the_report_and_the_structured_trace_everything(
+    first: str, tmp_path: Path
+):
+    log = run_python(first + COMPILE, TORCH_LOGS="+liger_compile", TORCH_TRACE=str(tmp_path)).stderr
+    assert "liger_compile  graph 0/0" in log and "marked as cheap" in log and "rms_norm" in log
     (trace,) = tmp_path.iterdir()
     _, found, payload = trace.read_text().partition('"name": "liger_compile_report", "encoding": "json"')
     assert found and '"counts"' in payload
 
 
-# With TORCH_LOGS naming it, torch imports this package while it is itself being imported.
-@pytest.mark.parametrize("first", ["", pytest.param("import liger_compile", marks=pytest.mark.slow)])
-def test_torch_logs_with_a_plus_has_the_report(first: str):
-    log = run_python(first + COMPILE, TORCH_LOGS="+liger_compile").stderr
-    assert "liger_compile  graph 0/0" in log and "marked as cheap" in log and "rms_norm" in log
+def test_without_a_plus_the_log_has_the_summary(caplog: pytest.LogCaptureFixture):
+    with caplog.at_level(logging.INFO, "liger_compile"):
+        exec(COMPILE, {})
+    text = "\n".join(record.getMessage() for record in caplog.records if record.levelno >= logging.INFO)
+    assert "liger_compile  graph 0/0" in text and "Replaced" not in text
 
 
 # explain()
