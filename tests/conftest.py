@@ -84,12 +84,16 @@ def pytest_collection_finish():
     atexit.register(gc.unfreeze)
 
 
+# Where there is no GPU, torch.manual_seed keeps a stack trace of the call for each kind of device that there may be.
+_seed = torch.manual_seed if torch.cuda.is_available() else torch.default_generator.manual_seed
+
+
 @pytest.fixture(autouse=True)
 def _clean():
     """No test sees what another compiled."""
     torch._dynamo.reset()
     liger_compile.clear_reports()
-    torch.manual_seed(0)
+    _seed(0)
 
 
 @pytest.fixture
