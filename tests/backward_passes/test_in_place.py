@@ -11,7 +11,6 @@ import torch._dynamo
 import torch.nn.functional as F
 from torch._dynamo.utils import counters
 from torch._functorch import config as functorch_config
-from torch._inductor import config as inductor_config
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
 from liger_compile.backward_passes import DEFAULT_PASSES, Backward, run_passes
@@ -101,6 +100,7 @@ def inputs():
     torch._dynamo.reset()
 
 
+@pytest.mark.usefixtures("uncached")
 @pytest.mark.parametrize(
     ("head", "donates"),
     [(head_made_in_forward, True), (head_made_in_forward, False), (head_of_products, True)],
@@ -108,7 +108,7 @@ def inputs():
 def test_what_nobody_else_reads_is_written(head, donates, inputs):
     indices, table = inputs
     function, seen = partial(loss_of, head), []
-    with functorch_config.patch(donated_buffer=donates), inductor_config.patch(force_disable_caches=True):
+    with functorch_config.patch(donated_buffer=donates):
         compiled = compiled_with_pass(function, seen)
         (expected,) = torch.autograd.grad(function(indices, table), table)
         for _ in range(2):
@@ -121,10 +121,11 @@ def test_what_nobody_else_reads_is_written(head, donates, inputs):
     assert "embedding_backward" not in backward and not writing & {*forward}
 
 
+@pytest.mark.usefixtures("uncached")
 def test_a_graph_that_is_kept_gives_the_same_twice(inputs):
     indices, table = inputs
     function = partial(loss_of, head_made_in_forward)
-    with functorch_config.patch(donated_buffer=False), inductor_config.patch(force_disable_caches=True):
+    with functorch_config.patch(donated_buffer=False):
         loss = compiled_with_pass(function, [])(indices, table)
         first, second = (torch.autograd.grad(loss, table, retain_graph=True)[0] for _ in range(2))
     assert torch.equal(first, second)

@@ -116,7 +116,7 @@ def test_a_cpu_gets_none_of_it_by_default():
 def test_fuel_goes_on_into_backward():
     _, report = everything()
     forward, backward = report.count("replace") + report.count("annotate"), applied(report)
-    for left in (0, 1, len(backward) - 1):
+    for left in (0, 1):
         gradients, report = stepped(fuel=forward + left)
         assert applied(report) == backward[:left]
     for one, other in zip(gradients, eager(), strict=True):
