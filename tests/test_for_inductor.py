@@ -456,7 +456,7 @@ def test_the_package_may_be_imported_before_torch(tmp_path):
     assert done.returncode == 0 and done.stdout.strip() == "LIGER_COMPILE_FOR_INDUCTOR=1", done.stderr
 
 
-@pytest.mark.parametrize("value", ["", "0"])
+@pytest.mark.parametrize("value", [pytest.param("", marks=pytest.mark.slow), "0"])
 def test_without_the_variable_torch_imports_nothing_of_this_package(tmp_path, value):
     program = PROGRAM.partition("function =")[0]
     done = run(tmp_path, "-c", program, "not imported", LIGER_COMPILE_FOR_INDUCTOR=value)
