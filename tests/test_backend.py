@@ -43,6 +43,7 @@ def replaced(reports):
     return sorted(site.pattern for report in reports for site in report.sites if site.kind == "replace")
 
 
+@pytest.mark.slow  # test_packaging.py has the name alone, of an installed wheel
 def test_the_name_is_enough():
     code = (
         "import torch\n"
