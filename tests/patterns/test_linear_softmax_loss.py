@@ -512,21 +512,24 @@ for clip in map(float, sys.argv[1:]):
 """
 
 
-def test_the_program_is_part_of_the_key_of_the_cache(tmp_path):
-    """A second process finds the compiled loss, and does not find one for another clip."""
+def test_the_program_is_part_of_the_key_of_the_cache(tmp_path, monkeypatch, capsys):
+    """Another process finds the loss that this one compiles, and does not find one for another clip."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
 
     def run(*clips):
-        environment = {
-            **os.environ,
-            "TORCHINDUCTOR_CACHE_DIR": str(tmp_path),
-            "PYTHONPATH": str(Path(tests.__file__).parents[1]),
-        }
+        environment = {**os.environ, "PYTHONPATH": str(Path(tests.__file__).parents[1])}
         child = subprocess.run(
             [sys.executable, "-c", CHILD, *map(str, clips)], env=environment, capture_output=True, text=True
         )
         assert not child.returncode, child.stderr
-        return [json.loads(line) for line in child.stdout.splitlines() if line.startswith("{")]
+        return found_in(child.stdout)
 
-    (first,), (again, other) = run(0.1), run(0.1, 0.3)
+    def found_in(printed):
+        return [json.loads(line) for line in printed.splitlines() if line.startswith("{")]
+
+    monkeypatch.setattr(sys, "argv", ["-c", "0.1"])
+    exec(CHILD, {})
+    (first,) = found_in(capsys.readouterr().out)
+    again, other = run(0.1, 0.3)
     assert (first["hit"], again["hit"], other["hit"]) == (0, 1, 0)
     assert first["loss"] == again["loss"] != other["loss"]
