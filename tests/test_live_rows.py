@@ -101,11 +101,11 @@ def is_of_live_rows(variant: str) -> bool:
     ("name", "lengths"),
     [
         ("llama of two layers", (48,)),
-        ("gemma2", (48,)),
         ("bert", (48,)),
         *(
             pytest.param(name, lengths, marks=pytest.mark.slow)
             for name, lengths in (
+                ("gemma2", (48,)),  # of which all is proven below
                 ("llama", (64, 33, 50)),
                 ("qwen3", (48,)),
                 ("gpt2", (40,)),
@@ -170,7 +170,7 @@ def test_the_same_as_each_row_alone_and_as_packed() -> None:
     assert variants() == ["80 of 96 rows"]
 
 
-@pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
+@pytest.mark.parametrize("dtype", [pytest.param(torch.bool, marks=pytest.mark.slow), torch.float32])
 def test_masks_of_any_dtype(dtype: torch.dtype) -> None:
     model, fast = made("llama"), compiled(loss, options=ROWS)
     ids, labels = batch()
@@ -180,7 +180,13 @@ def test_masks_of_any_dtype(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "kind"), [("llama", "right"), ("llama", "left"), ("gemma2", "left"), ("llama", "holes")]
+    ("name", "kind"),
+    [
+        ("llama", "right"),
+        ("gemma2", "left"),
+        pytest.param("llama", "left", marks=pytest.mark.slow),
+        pytest.param("llama", "holes", marks=pytest.mark.slow),
+    ],
 )
 def test_padding_with_labels_is_computed(name: str, kind: str) -> None:
     model, fast = made(name), compiled(labeled, options=ROWS)
