@@ -326,6 +326,8 @@ def _flex(q, k, v, scale, softcap=None, window=None, inner=None):
 
 def _fits_flex(match: Match) -> str | None:
     q, v = match["q"], match["v"]
+    if any(isinstance(size, int) and not size for size in q.shape):  # torch specializes graphs for sizes of 0
+        return "flex_attention takes no sequence without tokens"
     if isinstance(match["scale"], torch.SymFloat):
         return "its scale is known at run time only, as under dynamic=True"
     if (unusual := _unusual_scale(match)) is not None:

@@ -165,3 +165,13 @@ def test_by_default_the_mask_stays():
     (report,) = liger_compile.reports()
     assert not report.count("replace")
     assert "attention keeps its mask 1x: it is causal except for the padding in l_p_" in report.notes
+
+
+def test_a_sequence_without_tokens_is_left():
+    """flex_attention of torch 2.11 raises an error for it."""
+    attend = ATTENTION["padded"]
+    inputs = [torch.randn(2, 4, 0, 8, requires_grad=True) for _ in range(3)]
+    found = torch.compile(attend, backend="liger", options=ALWAYS)(*inputs, PADDING[:, :0])
+    torch.testing.assert_close(found, attend(*inputs, PADDING[:, :0]))
+    (report,) = liger_compile.reports()
+    assert not report.count("replace")

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from liger_compile import Pattern
 from liger_compile.testing.programs.differential import Outcome, check, differences, run
-from liger_compile.testing.programs.grammar import TEMPLATES
+from liger_compile.testing.programs.grammar import BY_KERNEL, TEMPLATES
 from liger_compile.testing.programs.program import Call, Program, Statement
 from liger_compile.testing.programs.strategies import programs
 
@@ -55,6 +55,12 @@ def test_the_text_of_a_program_gives_the_program():
     namespace = {"torch": torch, "F": torch.nn.functional}
     exec(text, namespace)
     assert callable(namespace["program"])
+
+
+def test_written_out_attention_has_a_kernel_with_its_value():
+    program = Program((Statement("written_out"),), outputs=(0,))
+    plain, other = (run(program, program.function(others)) for others in ("", BY_KERNEL))
+    assert not plain.error and not differences(plain, other)
 
 
 @pytest.mark.parametrize("policy", ["auto", "always", "never"])

@@ -19,7 +19,7 @@ one launch, quadratic in the number of tokens.
 """
 
 # A type checker does not see the type that Triton's decorator gives a kernel.
-# pyright: reportGeneralTypeIssues=false, reportArgumentType=false, reportCallIssue=false
+# pyright: reportGeneralTypeIssues=false, reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false
 
 from __future__ import annotations
 
@@ -110,7 +110,8 @@ def _add_first_kernel(
         for start in range(first, num_tokens, INDICES):
             tokens = start + tl.arange(0, INDICES)
             same = tl.load(indices_ptr + tokens, tokens < num_tokens, other=-1) == row
-            if tl.sum(same.to(tl.int32)) > 0:
+            num_same = tl.sum(same.to(tl.int32))
+            if num_same > 0:
                 for part in range(start, tl.minimum(start + INDICES, num_tokens), ROWS):
                     of_part = part + tl.arange(0, ROWS)
                     is_row = tl.load(indices_ptr + of_part, of_part < num_tokens, other=-1) == row

@@ -24,7 +24,7 @@ from torch.fx import GraphModule
 from liger_compile.backend import liger
 from liger_compile.forward_passes.specialize import copied
 from liger_compile.report import clear_reports, reports
-from liger_compile.testing.programs.grammar import CLASSES, PARAMETERS, WIDTH
+from liger_compile.testing.programs.grammar import BY_KERNEL, CLASSES, PARAMETERS, WIDTH
 from liger_compile.testing.programs.program import Call, Program
 from liger_compile.torch_internals.dynamo import lookup_backend
 from liger_compile.torch_internals.modes import restored_if_raised
@@ -410,6 +410,8 @@ def check(
     ):  # AOTAutograd's backward is no valid program in eager mode
         return Verdict("stock", replaced=replaced)
     nudged = [run(program, function, device, nudge=seed) for seed in (1, 2, 3, 4)]
+    if "written_out(" in program.source:
+        nudged.append(run(program, program.function(BY_KERNEL), device))
     scaled = {scale: run(program, function, device, scale=scale) for scale in SCALES}
     scaled[1.0] = run(program, function, device, dtype="float64")
     in_half = [f"call {i}" for i, call in enumerate(program.calls) if call.mode == "autocast"]

@@ -127,6 +127,14 @@ def gathered(logits, labels):
 """,
 }
 
+# written_out by another kernel: its gradients depend on how scores are rounded, if softmax is saturated
+BY_KERNEL = """
+def written_out(x, q, k, v):
+    q, k, v = heads_of(F.linear(x, q)), heads_of(F.linear(x, k)), heads_of(F.linear(x, v))
+    out = F.scaled_dot_product_attention(rotate(q), rotate(k), v, is_causal=True, scale=0.5)
+    return out.transpose(1, 2).reshape(x.shape)
+"""
+
 _QKV = "{w:q}, {w:k}, {w:v}"
 _MLP = "{w:gate}, {w:up}, {w:down}"
 

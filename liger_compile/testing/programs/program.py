@@ -89,12 +89,17 @@ class Program:
         body = "\n".join(_lines(self))
         return f"{_helpers(body)}\ndef program(p, ids, x, labels, mask):\n{body}\n"
 
-    def function(self) -> Callable[..., Any]:
-        """Returns the function compiled from `source`, so that tracebacks and torch.compile can show the source."""
+    def function(self, others: str = "") -> Callable[..., Any]:
+        """Returns the function compiled from `source`, so that tracebacks and torch.compile can show the source.
+
+        Args:
+            others: definitions in place of those of `source`.
+        """
         name = f"<program {next(_serial)}>"
         linecache.cache[name] = (len(self.source), None, self.source.splitlines(keepends=True), name)
         namespace: dict[str, Any] = {"torch": torch, "F": F, "checkpoint": checkpoint}
         exec(compile(self.source, name, "exec"), namespace)
+        exec(others, namespace)
         return namespace["program"]
 
     def __str__(self) -> str:
