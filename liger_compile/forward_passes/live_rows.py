@@ -16,7 +16,7 @@ In: a captured Dynamo graph of static sizes. Out: a plan, or a sentence why not;
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +26,8 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
 from liger_compile.forward_passes import specialize
+from liger_compile.forward_passes.late_rows import Found, Returned, ancestors, returned_rows
+from liger_compile.forward_passes.logits import Logits
 from liger_compile.forward_passes.row_rules import (
     BY_BATCH,
     ELEMENTWISE,
@@ -54,12 +56,8 @@ SIZES = 8  # an eighth of the rows is the unit of sizes: at most seven graphs, a
 MULTIPLE = 8  # of a unit
 IGNORED = -100
 _PACK, _UNPACK, _LABELS = map(overload_of, (ops.pack_rows, ops.unpack_rows, ops.pack_labels))
-REPEATABLE = (
-    "pad",
-    "roll",
-    "full_like",
-    "ones_like",
-)  # operations on labels without terms, which draw no numbers
+# Operations without terms that draw no numbers.
+REPEATABLE = ("embedding", "full_like", "ones_like", "pad", "roll", "tensor")
 
 
 class _RefusedError(Exception):
@@ -93,7 +91,7 @@ class Plan:
         from_flags: computes (B, T) or (1, T) flags of keys from the first output of `flags`.
         ignored: the label that each loss ignores.
         hides_strays: whether a row that is padding, has a label, and sees no key, is zero as in eager code.
-        left_out: the positions of the outputs that have rows, and that nobody gets.
+        returned: the outputs that have rows, and how they are filled.
     """
 
     gm: GraphModule
@@ -103,7 +101,7 @@ class Plan:
     from_flags: Callable[[Tensor], Tensor]
     ignored: tuple[int, ...]
     hides_strays: bool
-    left_out: frozenset[int]
+    returned: Found
 
     @property
     def rows(self) -> int:
@@ -120,7 +118,7 @@ class Plan:
 
     def live(self, args: Sequence[Any]) -> Live | None:
         """Returns the live rows of a call; None if the call needs another graph."""
-        if any(isinstance(arg, FakeTensor) for arg in args):
+        if self.returned.budget.is_spent or any(isinstance(arg, FakeTensor) for arg in args):
             return None
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             return None
@@ -158,19 +156,33 @@ def variant(plan: Plan, size: int) -> specialize.Variant:
 # The proof
 
 
-def plan(gm: GraphModule, drops_logits: Callable[[Terms], set[Node]], *, strict: bool) -> Plan | str | None:
+def plan(
+    gm: GraphModule,
+    example_inputs: Sequence[Any],
+    logits_of: Callable[[Terms], Sequence[Logits]],
+    returned: Returned,
+    *,
+    strict: bool,
+) -> Plan | str | None:
     """Returns the plan of a graph, or why its padded rows are computed, in a sentence; None if it has no padding mask.
 
     Args:
-        drops_logits: returns the outputs of the graph that are logits, and that nobody gets.
+        logits_of: returns the outputs of the graph that are logits.
+        returned: how outputs that have rows are returned.
     """
     try:
-        return _plan(gm, drops_logits, strict)
+        return _plan(gm, example_inputs, logits_of, returned, strict)
     except (_RefusedError, MixesRowsError) as why:
         return str(why)
 
 
-def _plan(gm: GraphModule, drops_logits: Callable[[Terms], set[Node]], strict: bool) -> Plan | None:
+def _plan(
+    gm: GraphModule,
+    example_inputs: Sequence[Any],
+    logits_of: Callable[[Terms], Sequence[Logits]],
+    returned: Returned,
+    strict: bool,
+) -> Plan | None:
     graph, mutations, regions = gm.graph, Mutations(gm.graph), Regions(gm.graph)
     _check_graph(gm, regions)
     terms = Terms(graph, mutations, (), regions, strict=strict)
@@ -180,11 +192,13 @@ def _plan(gm: GraphModule, drops_logits: Callable[[Terms], set[Node]], strict: b
     masks, size = found
     keys = masks[0].args[0]
     batch = Batch(size, {}, terms.of, keys)
-    _lay_out(graph, batch, mutations, regions)
+    aside = _lay_out(graph, batch, mutations, regions)
     losses = [node for node in graph.nodes if _is_loss(node, batch.of)]
-    _check_outputs(graph, batch, drops_logits(terms))
+    if not batch.of:
+        raise _RefusedError("its token ids are not embedded in this graph")
     if not losses:
         raise _RefusedError("the graph has no loss with a label for each row")
+    outputs = _returned(gm, example_inputs, batch, aside, logits_of(terms), terms, returned)
     flags, steps = _derived(keys, terms)
     targets = [argument(loss, 1, "target") for loss in losses]
     return Plan(
@@ -195,13 +209,8 @@ def _plan(gm: GraphModule, drops_logits: Callable[[Terms], set[Node]], strict: b
         steps,
         tuple(argument(loss, 4, "ignore_index", IGNORED) for loss in losses),
         all(mask.op == PADDED[ZEROS] and mask.consts[0] in ("causal", "window") for mask in masks),
-        frozenset(at for at, node in enumerate(_outputs(graph)) if node in batch.of),
+        outputs,
     )
-
-
-def _outputs(graph: Graph) -> tuple[Any, ...]:
-    (outputs,) = graph.output_node().args
-    return outputs if isinstance(outputs, tuple) else (outputs,)
 
 
 def _check_graph(gm: GraphModule, regions: Regions) -> None:
@@ -245,26 +254,68 @@ def _is_attention(term: Any) -> bool:
     return isinstance(term, Term) and term.op == "attention"
 
 
-def _lay_out(graph: Graph, batch: Batch, mutations: Mutations, regions: Regions) -> None:
-    """Finds the layout of every node that depends on the rows of an embedding."""
+def _lay_out(graph: Graph, batch: Batch, mutations: Mutations, regions: Regions) -> dict[Node, str]:
+    """Finds the layout of every node that depends on the rows of an embedding.
+
+    Returns:
+        The nodes that no loss depends on and that may mix rows, each with a sentence why.
+    """
+    needed = ancestors([node for node in graph.nodes if name_of(node) == "cross_entropy"])
+    aside: dict[Node, str] = {}
     for node in graph.nodes:
         if node.op not in ("call_function", "call_method"):
             continue
-        has_rows = any(arg in batch.of for arg in node.all_input_nodes)
+        has_rows = any(arg in batch.of or arg in aside for arg in node.all_input_nodes)
         if not has_rows and not _is_embedding(node, batch):
             continue
         if not mutations.is_clean(node):
             raise _RefusedError(f"{node.name} is written in place")
         if is_traceable_wrapper_subclass(node.meta["example_value"]):
             raise _RefusedError(f"{node.name} is a tensor subclass")
-        found = layout_of(node, batch) if has_rows else Layout(BY_BATCH)
-        if found is not None:
-            batch.of[node] = found
+        try:
+            _lay_out_node(node, batch, aside, has_rows)
+        except MixesRowsError as why:
+            if node in needed:
+                raise
+            aside[node] = str(why)
     # A value is gathered in the modes in which it was computed.
     found_in = (regions.of[node] for node in batch.of)
     modes = {(region.grad_mode, region.inference_mode, region.transforms) for region in found_in}
     if len(modes) > 1:
         raise _RefusedError("some rows are computed without gradients, or under a transform")
+    return aside
+
+
+def _lay_out_node(node: Node, batch: Batch, aside: Mapping[Node, str], has_rows: bool) -> None:
+    for arg in node.all_input_nodes:
+        if arg in aside:
+            raise MixesRowsError(aside[arg])
+    found = layout_of(node, batch) if has_rows else Layout(BY_BATCH)
+    if found is not None:
+        batch.of[node] = found
+
+
+def _returned(
+    gm: GraphModule,
+    example_inputs: Sequence[Any],
+    batch: Batch,
+    aside: Mapping[Node, str],
+    logits: Sequence[Logits],
+    terms: Terms,
+    returned: Returned,
+) -> Found:
+    """Returns how the outputs are filled that depend on rows."""
+    num_rows = math.prod(batch.size)
+    outputs = [node for node in gm.graph.output_node().all_input_nodes if node in batch.of or node in aside]
+    for node in outputs:
+        if node in aside and math.prod(shape_of(node)) < num_rows:  # such as a loss of all rows, which is read
+            raise _RefusedError(aside[node])
+    found = returned_rows(gm, example_inputs, outputs, logits, terms, returned, num_rows)
+    if isinstance(found, str):
+        raise _RefusedError(found)
+    for node in ancestors(found.nodes if found.late else ()) - batch.of.keys():
+        _check_repeatable(node, terms)
+    return found
 
 
 def _is_embedding(node: Node, batch: Batch) -> bool:
@@ -279,17 +330,6 @@ def _is_embedding(node: Node, batch: Batch) -> bool:
 
 def _is_loss(node: Node, layouts: Mapping[Node, Any]) -> bool:
     return name_of(node) == "cross_entropy" and argument(node, 0, "input") in layouts
-
-
-def _check_outputs(graph: Graph, batch: Batch, dropped: set[Node]) -> None:
-    if not batch.of:
-        raise _RefusedError("its token ids are not embedded in this graph")
-    for node in graph.output_node().all_input_nodes:
-        if node in batch.of and node not in dropped:
-            raise _RefusedError(
-                f"the graph returns every row of {node.name}; liger.logits='none' leaves logits out, "
-                "and use_cache=False the cache"
-            )
 
 
 def _derived(keys: Term, terms: Terms) -> tuple[Node, Callable[[Tensor], Tensor]]:
@@ -310,7 +350,7 @@ def _computing(nodes: Sequence[Node], terms: Terms) -> GraphModule:
     """Returns a module that computes these nodes from the inputs of the graph."""
     graph, copies = Graph(), {}
     source = nodes[0].graph
-    needed = _ancestors(nodes)
+    needed = ancestors(nodes)
     for node in source.nodes:
         if node.op == "placeholder" or node in needed:
             _check_repeatable(node, terms)
@@ -320,15 +360,6 @@ def _computing(nodes: Sequence[Node], terms: Terms) -> GraphModule:
     return GraphModule(source.owning_module or torch.nn.Module(), graph)
 
 
-def _ancestors(nodes: Iterable[Node]) -> set[Node]:
-    found, waiting = set(nodes), list(nodes)
-    while waiting:
-        new = [arg for arg in waiting.pop().all_input_nodes if arg not in found]
-        found.update(new)
-        waiting.extend(new)
-    return found
-
-
 def _check_repeatable(node: Node, terms: Terms) -> None:
     """Raises unless a node gives the same values when it runs again before the graph."""
     term = terms.of[node]
@@ -336,7 +367,7 @@ def _check_repeatable(node: Node, terms: Terms) -> None:
     is_opaque = is_opaque and name_of(node) not in (*ELEMENTWISE, *REPEATABLE)
     if not terms.mutations.is_clean(node) or (node.op != "placeholder" and is_opaque):
         raise _RefusedError(
-            f"its padding or its labels are computed by {name_of(node)}, which is not known to repeat"
+            f"its padding, its labels or an output depend on {name_of(node)}, which is not known to repeat"
         )
 
 
@@ -348,10 +379,22 @@ def packed(plan: Plan, size: int) -> GraphModule:
     module = specialize.copied(plan.gm)
     copies = dict(zip(plan.gm.graph.nodes, module.graph.nodes, strict=True))
     layouts = {copies[node]: layout for node, layout in plan.layouts.items()}
+    _leave_out(module.graph, {copies[node] for node in plan.returned.nodes})
     _Packer(module.graph, layouts, plan, size).run()
     module.graph.lint()
     module.recompile()
     return module
+
+
+def _leave_out(graph: Graph, nodes: Collection[Node]) -> None:
+    """Returns None in place of these nodes, and erases what only they depend on; a proof says that it writes nothing."""
+    output = graph.output_node()
+    (values,) = output.args
+    assert isinstance(values, tuple)
+    output.args = (tuple(None if value in nodes else value for value in values),)
+    for node in sorted(ancestors(nodes), reverse=True):
+        if not node.users and node.op in ("call_function", "call_method"):
+            graph.erase_node(node)
 
 
 class _Packer:
@@ -377,7 +420,7 @@ class _Packer:
 
     def _inputs(self) -> tuple[Node, Node]:
         last = self.graph.find_nodes(op="placeholder")[-1]
-        example = next(node.meta["example_value"] for node in self.layouts)
+        example = next(node.meta["example_value"] for node in self.graph.nodes if node in self.layouts)
         made = []
         for name, size in (("live_index", self.size), ("live_slots", math.prod(self.batch))):
             with self.graph.inserting_after(last):
@@ -558,6 +601,9 @@ def dispatch(
 
     def call(*args: Any) -> Any:
         live = plan.live(args)
-        return other(*args) if live is None else callables[live.size](*args, live.index, live.slots)
+        if live is None:
+            return other(*args)
+        plan.returned.budget.called()
+        return callables[live.size](*args, live.index, live.slots)
 
     return call

@@ -351,11 +351,13 @@ def _parts(node: Node, batch: Batch) -> tuple[Layout, ...]:
 
 
 def _joined(node: Node, batch: Batch) -> Layout:
-    tensors = node.args[0]
-    found = {batch.layout(tensor) for tensor in tensors}  # pyright: ignore[reportGeneralTypeIssues, reportOptionalIterable]
+    # A cache of keys begins as an empty tensor of one dimension, which adds nothing.
+    tensors = [tensor for tensor in node.args[0] if shape_of(tensor) != (0,)]  # pyright: ignore[reportGeneralTypeIssues, reportOptionalIterable]
+    found = {batch.layout(tensor) for tensor in tensors}
     if len(found) != 1 or (layout := found.pop()) is None or layout.keys is not None:
         raise MixesRowsError("cat joins rows with other values")
-    _kept_apart(node, layout, argument(node, 1, "dim", 0), len(shape_of(node)))
+    if len(tensors) > 1:
+        _kept_apart(node, layout, argument(node, 1, "dim", 0), len(shape_of(node)))
     return layout
 
 
