@@ -180,7 +180,10 @@ def live_rows_of(
         memory=options.loss_memory,
     )
     logits_of = partial(logits_in, gm.graph, needs_loss=options.logits != "lazy")
-    found = live_rows.plan(gm, example_inputs, logits_of, returned, strict=options.strict)
+    counts = not uses_cudagraphs(options.mode, inductor_options)
+    found = live_rows.plan(
+        gm, example_inputs, logits_of, returned, counts_labels=counts, strict=options.strict
+    )
     if isinstance(found, str):
         return None, (f"padded rows are computed like others: {found}",) if generic.padding else ()
     return found, ()
@@ -196,10 +199,10 @@ def rewritten_rows(
     """Returns the graph that computes `size` rows."""
     packed, late = live_rows.packed(plan, size), plan.returned.late
     done = run_steps(packed, patterns, options, inductor_options, padding_unread=True)
-    report = done.report.with_late_notes(plan.returned.budget.said)
-    if late is None:
-        return replace(done, report=report)
-    return replace(done, report=report.with_notes((str(late),)), late_outputs=[*done.late_outputs, late])
+    said = (live_rows.compute_labeled_rows(done.gm.graph), late and str(late))
+    done.gm.recompile()
+    report = done.report.with_notes(filter(None, said)).with_late_notes(plan.returned.budget.said)
+    return replace(done, report=report, late_outputs=[*done.late_outputs, *([late] if late else [])])
 
 
 def _computed_inputs(gm: GraphModule, example_inputs: Sequence[Any]) -> frozenset[str]:

@@ -8,7 +8,8 @@ before it, and its result is gathered after it. The rows that are left out are p
 them, and attention gives their keys the weight zero. `row_rules.py` has the proof for each operation.
 
 A call counts its live rows by one read on the host. The number is rounded up to one of few sizes, so that an epoch
-compiles few graphs. The slots behind the live rows repeat a live row, have no label, and give no gradient.
+compiles few graphs. The slots behind the live rows repeat a live row, have no label, and give no gradient. Rows with a
+label come first: head and loss run on as many rows as have labels, which the same read counts.
 
 In: a captured Dynamo graph of static sizes. Out: a plan, or a sentence why not; for a size, the graph of packed rows.
 """
@@ -44,6 +45,7 @@ from liger_compile.forward_passes.row_rules import (
 from liger_compile.graphs.aliasing import SUBGRAPH_OPS, Mutations
 from liger_compile.graphs.regions import Regions
 from liger_compile.ops import live_rows as ops
+from liger_compile.ops.linear_cross_entropy import linear_cross_entropy
 from liger_compile.terms.attention import MEAN, OTHER, PADDED, PADDED_AND_MORE, ZEROS
 from liger_compile.terms.build import Terms
 from liger_compile.terms.term import MADE_HERE, Term
@@ -55,7 +57,9 @@ from liger_compile.torch_internals.operators import overload_of
 SIZES = 8  # an eighth of the rows is the unit of sizes: at most seven graphs, and on average a sixteenth too many rows
 MULTIPLE = 8  # of a unit
 IGNORED = -100
+INDEX, SLOTS, LABELED = "live_index", "live_slots", "live_labeled"  # inputs of a graph of live rows
 _PACK, _UNPACK, _LABELS = map(overload_of, (ops.pack_rows, ops.unpack_rows, ops.pack_labels))
+_LOSS = overload_of(linear_cross_entropy)
 # Operations without terms that draw no numbers.
 REPEATABLE = ("embedding", "full_like", "ones_like", "pad", "roll", "tensor")
 
@@ -72,11 +76,18 @@ class Live:
         size: R, the number of slots.
         index: (R,) the row in each slot.
         slots: (B * T,) the slot of each row; -1 for a row that is left out.
+        labeled: () on the CPU: the number of first slots that may have labels; None if that is not counted.
     """
 
     size: int
     index: Tensor
     slots: Tensor
+    labeled: Tensor | None = None
+
+    @property
+    def inputs(self) -> tuple[Tensor, ...]:
+        """The further inputs of the graph."""
+        return (self.index, self.slots, *(() if self.labeled is None else (self.labeled,)))
 
 
 @dataclass(frozen=True)
@@ -92,6 +103,7 @@ class Plan:
         ignored: the label that each loss ignores.
         hides_strays: whether a row that is padding, has a label, and sees no key, is zero as in eager code.
         returned: the outputs that have rows, and how they are filled.
+        counts_labels: head and loss run on the rows with labels only. Needs one loss.
     """
 
     gm: GraphModule
@@ -102,6 +114,7 @@ class Plan:
     ignored: tuple[int, ...]
     hides_strays: bool
     returned: Found
+    counts_labels: bool
 
     @property
     def rows(self) -> int:
@@ -133,14 +146,19 @@ class Plan:
         live, stray = present | labeled, labeled & ~present
         if self.hides_strays:  # before the first key of its row, such a row sees no key
             stray = stray & (present.view(self.size).cumsum(1) > 0).reshape(-1)
-        count, has_stray = torch.stack((live.sum(), stray.sum())).tolist()
+        counts = torch.stack((live.sum(), stray.sum(), labeled.sum())).tolist()
+        count, has_stray, num_labeled = counts
         size = max(math.ceil(count / self.unit), 1) * self.unit
         if has_stray or size not in self.sizes:
             return None
-        order = torch.argsort(live.logical_not().to(torch.int8), stable=True)
-        index = torch.where(torch.arange(size, device=order.device) < count, order[:size], order[:1])
-        slots = torch.where(live, live.cumsum(0) - 1, -1)
-        return Live(size, index, slots)
+        later = live.logical_not().to(torch.int8) * 2
+        if self.counts_labels:
+            later += labeled.logical_not()
+        order = torch.argsort(later, stable=True)
+        numbers = torch.arange(self.rows, device=order.device)
+        index = torch.where(numbers[:size] < count, order[:size], order[:1])
+        slots = torch.where(live, torch.empty_like(order).scatter_(0, order, numbers), -1)
+        return Live(size, index, slots, torch.tensor(num_labeled) if self.counts_labels else None)
 
 
 def variant(plan: Plan, size: int) -> specialize.Variant:
@@ -162,6 +180,7 @@ def plan(
     logits_of: Callable[[Terms], Sequence[Logits]],
     returned: Returned,
     *,
+    counts_labels: bool,
     strict: bool,
 ) -> Plan | str | None:
     """Returns the plan of a graph, or why its padded rows are computed, in a sentence; None if it has no padding mask.
@@ -169,9 +188,10 @@ def plan(
     Args:
         logits_of: returns the outputs of the graph that are logits.
         returned: how outputs that have rows are returned.
+        counts_labels: the graph may have an input on the CPU, the number of labels.
     """
     try:
-        return _plan(gm, example_inputs, logits_of, returned, strict)
+        return _plan(gm, example_inputs, logits_of, returned, counts_labels, strict)
     except (_RefusedError, MixesRowsError) as why:
         return str(why)
 
@@ -181,6 +201,7 @@ def _plan(
     example_inputs: Sequence[Any],
     logits_of: Callable[[Terms], Sequence[Logits]],
     returned: Returned,
+    counts_labels: bool,
     strict: bool,
 ) -> Plan | None:
     graph, mutations, regions = gm.graph, Mutations(gm.graph), Regions(gm.graph)
@@ -210,6 +231,7 @@ def _plan(
         tuple(argument(loss, 4, "ignore_index", IGNORED) for loss in losses),
         all(mask.op == PADDED[ZEROS] and mask.consts[0] in ("causal", "window") for mask in masks),
         outputs,
+        counts_labels and len(losses) == 1,
     )
 
 
@@ -375,7 +397,7 @@ def _check_repeatable(node: Node, terms: Terms) -> None:
 
 
 def packed(plan: Plan, size: int) -> GraphModule:
-    """Returns a copy of the graph that computes `size` rows, with two more inputs: `Live.index` and `Live.slots`."""
+    """Returns a copy of the graph that computes `size` rows, with more inputs: `Live.inputs`."""
     module = specialize.copied(plan.gm)
     copies = dict(zip(plan.gm.graph.nodes, module.graph.nodes, strict=True))
     layouts = {copies[node]: layout for node, layout in plan.layouts.items()}
@@ -405,7 +427,7 @@ class _Packer:
     ) -> None:
         self.graph, self.layouts, self.batch, self.size = graph, layouts, plan.size, size
         self.regions = Regions(graph)
-        self.ignored = iter(plan.ignored)
+        self.ignored, self.counts_labels = iter(plan.ignored), plan.counts_labels
         self.packed: dict[Node, Node] = {}  # the nodes with packed rows, by node of the graph
         self.whole: dict[Node, Node] = {}  # the nodes with all rows
 
@@ -422,12 +444,14 @@ class _Packer:
         last = self.graph.find_nodes(op="placeholder")[-1]
         example = next(node.meta["example_value"] for node in self.graph.nodes if node in self.layouts)
         made = []
-        for name, size in (("live_index", self.size), ("live_slots", math.prod(self.batch))):
+        num_rows = math.prod(self.batch)
+        for name, shape in ((INDEX, (self.size,)), (SLOTS, (num_rows,)), *(((LABELED, ()),) * self.counts_labels)):
             with self.graph.inserting_after(last):
                 last = self.graph.placeholder(name)
             without_source(last)
+            device = torch.device("cpu") if name == LABELED else example.device
             with example.fake_mode:
-                last.meta["example_value"] = torch.empty(size, dtype=torch.int64, device=example.device)
+                last.meta["example_value"] = torch.empty(shape, dtype=torch.int64, device=device)
             made.append(last)
         return made[0], made[1]
 
@@ -520,7 +544,7 @@ class _Packer:
 
     def _later(self, node: Node) -> Node:
         """Returns the node after which a use of `node` may be inserted: inputs come first."""
-        return self.slots if node.op == "placeholder" else node
+        return self.graph.find_nodes(op="placeholder")[-1] if node.op == "placeholder" else node
 
     def _rewrite_loss(self, node: Node) -> None:
         logits, labels = argument(node, 0, "input"), argument(node, 1, "target")
@@ -556,6 +580,28 @@ class _Packer:
             if node.op == "call_method":
                 return getattr(args[0], str(node.target))(*args[1:], **kwargs)
             return node.target(*args, **kwargs)  # pyright: ignore[reportCallIssue]
+
+
+def compute_labeled_rows(graph: Graph) -> str | None:
+    """Makes head and loss compute the logits of rows with labels only, after head and loss were fused.
+
+    Returns:
+        A note for the report; None if nothing changed.
+    """
+    (labeled,) = [node for node in graph.find_nodes(op="placeholder") if node.name == LABELED] or (None,)
+    losses = [node for node in graph.nodes if node.target is _LOSS and _reads_labels(node.args[2])]
+    if labeled is None or not losses:
+        return None
+    for loss in losses:
+        loss.kwargs = {**loss.kwargs, "labeled": labeled}
+    return "head and loss compute the rows with labels only (counted on every call, in the same device sync)"
+
+
+def _reads_labels(node: Any) -> bool:
+    """Returns whether a value is the labels of packed rows, in any shape."""
+    while isinstance(node, Node) and name_of(node) in (*VIEWS, "to"):
+        (node, *_) = node.all_input_nodes
+    return isinstance(node, Node) and node.target is _LABELS
 
 
 def _is_broadcast(node: Node) -> bool:
@@ -597,13 +643,13 @@ def dispatch(
         other = otherwise(example_inputs)
     else:
         other = later(otherwise)
-        callables[first.size] = sizes[first.size]((*example_inputs, first.index, first.slots))
+        callables[first.size] = sizes[first.size]((*example_inputs, *first.inputs))
 
     def call(*args: Any) -> Any:
         live = plan.live(args)
         if live is None:
             return other(*args)
         plan.returned.budget.called()
-        return callables[live.size](*args, live.index, live.slots)
+        return callables[live.size](*args, *live.inputs)
 
     return call
