@@ -179,7 +179,7 @@ def live_rows_of(
         is_read=options.logits != "lazy",
         memory=options.loss_memory,
     )
-    logits_of = partial(logits_in, gm.graph, needs_loss=options.logits != "lazy")
+    logits_of = partial(logits_in, needs_loss=options.logits != "lazy")
     counts = not uses_cudagraphs(options.mode, inductor_options)
     found = live_rows.plan(
         gm, example_inputs, logits_of, returned, counts_labels=counts, strict=options.strict

@@ -133,9 +133,9 @@ class Returned:
 
 @dataclass(frozen=True)
 class Found:
-    """The outputs that have rows, and how they are filled; `late` is None if all of them are None."""
+    """The positions of outputs that have rows, and how they are filled; `late` is None if all of them are None."""
 
-    nodes: frozenset[Node]
+    positions: frozenset[int]
     late: LateRows | None
     budget: Budget
 
@@ -161,13 +161,16 @@ def returned_rows(
     of_hidden = {one.output for one in late_logits}
     whole = [node for node in outputs if node not in of_hidden]
     late = outputs if not returned.is_dropped else whole
+    positions = frozenset(
+        at for at, node in enumerate(gm.graph.output_node().args[0]) if node in outputs  # pyright: ignore[reportArgumentType]
+    )
     if not late:
-        return Found(frozenset(outputs), None, budget)
+        return Found(positions, None, budget)
     if why := _why_not_late(late, example_inputs, terms, returned):
         return f"the graph returns every row of {late[0].name}, and {why}"
     kept = [] if returned.is_dropped else late_logits
     made = _late_rows(gm, example_inputs, whole, kept, terms, budget, returned.memory, num_rows)
-    return Found(frozenset(outputs), made, budget)
+    return Found(positions, made, budget)
 
 
 def _why_not_late(

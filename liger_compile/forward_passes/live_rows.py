@@ -27,6 +27,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
 from liger_compile.forward_passes import specialize
+from liger_compile.forward_passes.flatten import checkpoints, flattened, paired
 from liger_compile.forward_passes.late_rows import Found, Returned, ancestors, returned_rows
 from liger_compile.forward_passes.logits import Logits
 from liger_compile.forward_passes.row_rules import (
@@ -42,8 +43,8 @@ from liger_compile.forward_passes.row_rules import (
     name_of,
     shape_of,
 )
-from liger_compile.graphs.aliasing import SUBGRAPH_OPS, Mutations
-from liger_compile.graphs.regions import Regions
+from liger_compile.graphs.aliasing import SUBGRAPH_OPS, Mutations, handed_to
+from liger_compile.graphs.regions import Region, Regions
 from liger_compile.ops import live_rows as ops
 from liger_compile.ops.linear_cross_entropy import linear_cross_entropy
 from liger_compile.terms.attention import MEAN, OTHER, PADDED, PADDED_AND_MORE, ZEROS
@@ -96,7 +97,7 @@ class Plan:
 
     Args:
         gm: the captured graph.
-        layouts: the layouts of its nodes that have rows.
+        layouts: the layouts of the nodes that have rows, of the graph and of its checkpointed layers.
         size: B and T.
         flags: computes the flags of keys, and the labels of each loss, from the inputs of the graph.
         from_flags: computes (B, T) or (1, T) flags of keys from the first output of `flags`.
@@ -177,7 +178,7 @@ def variant(plan: Plan, size: int) -> specialize.Variant:
 def plan(
     gm: GraphModule,
     example_inputs: Sequence[Any],
-    logits_of: Callable[[Terms], Sequence[Logits]],
+    logits_of: Callable[[Graph, Terms], Sequence[Logits]],
     returned: Returned,
     *,
     counts_labels: bool,
@@ -186,7 +187,7 @@ def plan(
     """Returns the plan of a graph, or why its padded rows are computed, in a sentence; None if it has no padding mask.
 
     Args:
-        logits_of: returns the outputs of the graph that are logits.
+        logits_of: returns the outputs of a graph that are logits.
         returned: how outputs that have rows are returned.
         counts_labels: the graph may have an input on the CPU, the number of labels.
     """
@@ -199,13 +200,14 @@ def plan(
 def _plan(
     gm: GraphModule,
     example_inputs: Sequence[Any],
-    logits_of: Callable[[Terms], Sequence[Logits]],
+    logits_of: Callable[[Graph, Terms], Sequence[Logits]],
     returned: Returned,
     counts_labels: bool,
     strict: bool,
 ) -> Plan | None:
-    graph, mutations, regions = gm.graph, Mutations(gm.graph), Regions(gm.graph)
-    _check_graph(gm, regions)
+    flat, origin = _flattened(gm)
+    graph, mutations, regions = flat.graph, Mutations(flat.graph), Regions(flat.graph)
+    _check_graph(flat, regions)
     terms = Terms(graph, mutations, (), regions, strict=strict)
     found = _masks(terms)
     if found is None:
@@ -219,12 +221,14 @@ def _plan(
         raise _RefusedError("its token ids are not embedded in this graph")
     if not losses:
         raise _RefusedError("the graph has no loss with a label for each row")
-    outputs = _returned(gm, example_inputs, batch, aside, logits_of(terms), terms, returned)
+    if any(node in origin and origin[node].graph is not gm.graph for node in aside):
+        raise _RefusedError(next(iter(aside.values())))
+    outputs = _returned(flat, example_inputs, batch, aside, logits_of(graph, terms), terms, returned)
     flags, steps = _derived(keys, terms)
     targets = [argument(loss, 1, "target") for loss in losses]
     return Plan(
         gm,
-        batch.of,
+        {origin[node]: layout for node, layout in batch.of.items()},
         size,
         _computing((flags, *targets), terms),
         steps,
@@ -235,11 +239,21 @@ def _plan(
     )
 
 
+def _flattened(gm: GraphModule) -> tuple[GraphModule, Mapping[Node, Node]]:
+    """Returns the graph without checkpointed layers, and the node of `gm` or of a layer that each node copies."""
+    if not any(checkpoints(gm)):
+        return gm, {node: node for node in gm.graph.nodes}
+    try:
+        return flattened(gm)
+    except ValueError as why:
+        raise _RefusedError(str(why)) from why
+
+
 def _check_graph(gm: GraphModule, regions: Regions) -> None:
     if specialize.is_symbolic(gm):
         raise _RefusedError("its sizes are symbolic")
     if any(name_of(node) in SUBGRAPH_OPS for node in gm.graph.nodes):
-        raise _RefusedError("the graph calls subgraphs, such as checkpointed layers")
+        raise _RefusedError("the graph calls subgraphs")
     if regions.why_uncertain:
         raise _RefusedError(regions.why_uncertain)
 
@@ -335,7 +349,7 @@ def _returned(
     found = returned_rows(gm, example_inputs, outputs, logits, terms, returned, num_rows)
     if isinstance(found, str):
         raise _RefusedError(found)
-    for node in ancestors(found.nodes if found.late else ()) - batch.of.keys():
+    for node in ancestors(outputs if found.late else ()) - batch.of.keys():
         _check_repeatable(node, terms)
     return found
 
@@ -399,21 +413,20 @@ def _check_repeatable(node: Node, terms: Terms) -> None:
 def packed(plan: Plan, size: int) -> GraphModule:
     """Returns a copy of the graph that computes `size` rows, with more inputs: `Live.inputs`."""
     module = specialize.copied(plan.gm)
-    copies = dict(zip(plan.gm.graph.nodes, module.graph.nodes, strict=True))
+    copies = dict(paired(plan.gm, module))
     layouts = {copies[node]: layout for node, layout in plan.layouts.items()}
-    _leave_out(module.graph, {copies[node] for node in plan.returned.nodes})
-    _Packer(module.graph, layouts, plan, size).run()
-    module.graph.lint()
-    module.recompile()
+    _leave_out(module.graph, plan.returned.positions)
+    _Packer(module, layouts, plan, size).run()
     return module
 
 
-def _leave_out(graph: Graph, nodes: Collection[Node]) -> None:
-    """Returns None in place of these nodes, and erases what only they depend on; a proof says that it writes nothing."""
+def _leave_out(graph: Graph, positions: Collection[int]) -> None:
+    """Returns None at these positions, and erases what only these outputs depend on: by the proof, it writes nothing."""
     output = graph.output_node()
     (values,) = output.args
     assert isinstance(values, tuple)
-    output.args = (tuple(None if value in nodes else value for value in values),)
+    nodes = [values[at] for at in positions]
+    output.args = (tuple(None if at in positions else value for at, value in enumerate(values)),)
     for node in sorted(ancestors(nodes), reverse=True):
         if not node.users and node.op in ("call_function", "call_method"):
             graph.erase_node(node)
@@ -423,29 +436,43 @@ class _Packer:
     """Rewrites a graph in place. Each node with rows computes packed rows if its rows come first, else all rows."""
 
     def __init__(
-        self, graph: Graph, layouts: dict[Node, Layout | tuple[Layout, ...]], plan: Plan, size: int
+        self,
+        module: GraphModule,
+        layouts: dict[Node, Layout | tuple[Layout, ...]],
+        plan: Plan,
+        size: int,
+        calls: Sequence[Region] = (),
     ) -> None:
-        self.graph, self.layouts, self.batch, self.size = graph, layouts, plan.size, size
-        self.regions = Regions(graph)
-        self.ignored, self.counts_labels = iter(plan.ignored), plan.counts_labels
+        """Takes the layouts of all graphs. `calls`: for a checkpointed layer, the region of its call."""
+        self.module, self.graph, self.layouts, self.plan = module, module.graph, layouts, plan
+        self.batch, self.size = plan.size, size
+        self.regions = Regions(module.graph, calls)
+        self.ignored, self.is_layer = iter(plan.ignored), bool(calls)
         self.packed: dict[Node, Node] = {}  # the nodes with packed rows, by node of the graph
         self.whole: dict[Node, Node] = {}  # the nodes with all rows
 
     def run(self) -> None:
         nodes = list(self.graph.nodes)
+        bodies = dict(checkpoints(self.module))
         self.index, self.slots = self._inputs()
         for node in nodes:
-            if node in self.layouts:
+            if node in bodies:
+                self._rewrite_checkpoint(node, bodies[node])
+            elif node in self.packed or node in self.whole:
+                continue
+            elif node in self.layouts:
                 self._rewrite(node)
             elif _is_loss(node, self.layouts):
                 self._rewrite_loss(node)
+        self.graph.lint()
+        self.module.recompile()
 
     def _inputs(self) -> tuple[Node, Node]:
         last = self.graph.find_nodes(op="placeholder")[-1]
         example = next(node.meta["example_value"] for node in self.graph.nodes if node in self.layouts)
         made = []
-        num_rows = math.prod(self.batch)
-        for name, shape in ((INDEX, (self.size,)), (SLOTS, (num_rows,)), *(((LABELED, ()),) * self.counts_labels)):
+        num_rows, has_labeled = math.prod(self.batch), self.plan.counts_labels and not self.is_layer
+        for name, shape in ((INDEX, (self.size,)), (SLOTS, (num_rows,)), *(((LABELED, ()),) * has_labeled)):
             with self.graph.inserting_after(last):
                 last = self.graph.placeholder(name)
             without_source(last)
@@ -455,6 +482,46 @@ class _Packer:
             made.append(last)
         return made[0], made[1]
 
+    def _rewrite_checkpoint(self, call: Node, body: GraphModule) -> None:
+        """Makes a checkpointed layer take and return packed rows where they come first."""
+        layer = _Packer(body, self.layouts, self.plan, self.size, [self.regions.of[call]])
+        placeholders = body.graph.find_nodes(op="placeholder")
+        operands = list(handed_to(call, len(placeholders)) or ())
+        for at, (placeholder, operand) in enumerate(zip(placeholders, operands, strict=True)):
+            if operand in self.layouts:
+                operands[at] = layer.take(placeholder, self, operand)
+        given = call.args[: len(call.args) - len(operands)]
+        layer.run()
+        results = layer.give()
+        call.args = (*given, *operands, self.index, self.slots)
+        call.meta["example_value"] = tuple(result.meta["example_value"] for result, _ in results)
+        for user in call.users:
+            result, layout = results[user.args[1]]  # pyright: ignore[reportArgumentType, reportCallIssue]
+            user.meta["example_value"] = result.meta["example_value"]
+            if layout is not None:
+                self.layouts[user] = layout
+                (self.packed if layout.is_packable else self.whole)[user] = user
+
+    def take(self, placeholder: Node, caller: _Packer, operand: Node) -> Node:
+        """Declares the rows of a placeholder, and returns the operand that the caller passes to it."""
+        layout = self.layouts[placeholder] = caller.layouts[operand]
+        packed = caller.packed_rows(operand)
+        given = caller.all_rows(operand) if packed is None else packed
+        (self.whole if packed is None else self.packed)[placeholder] = placeholder
+        placeholder.meta["example_value"] = given.meta["example_value"]
+        assert isinstance(layout, Layout), "an operand of a subgraph is one tensor"
+        return given
+
+    def give(self) -> list[tuple[Node, Layout | None]]:
+        """Returns packed rows where they come first, and returns all results with their layouts."""
+        output = self.graph.output_node()
+        results: Any = output.args[0]
+        found = [(self.packed_rows(node) or self.all_rows(node)) if node in self.layouts else node for node in results]
+        output.args = (tuple(found),)
+        self.module.recompile()
+        layouts = [self.layouts.get(node) for node in results]
+        return list(zip(found, layouts, strict=True))
+
     def _rewrite(self, node: Node) -> None:
         layout = self.layouts[node]
         is_packable = all(one.is_packable for one in (layout if isinstance(layout, tuple) else (layout,)))
@@ -462,20 +529,20 @@ class _Packer:
         if is_packable and all(self._is_packed(arg) for arg in rows):
             self._pack_operation(node, layout)
             return
-        node.args, node.kwargs = map_arg((node.args, node.kwargs), self._all_rows)
+        node.args, node.kwargs = map_arg((node.args, node.kwargs), self.all_rows)
         self.whole[node] = node
 
     def _is_packed(self, node: Node) -> bool:
-        return self._packed_rows(node) is not None
+        return self.packed_rows(node) is not None
 
-    def _packed_rows(self, node: Node) -> Node | None:
+    def packed_rows(self, node: Node) -> Node | None:
         """Returns the node with the packed rows of a node; None if its rows do not come first."""
         layout = self.layouts[node]
         if node not in self.packed and isinstance(layout, Layout) and layout.is_packable:
             self.packed[node] = self._gathered(node, layout)
         return self.packed.get(node)
 
-    def _all_rows(self, node: Node) -> Node:
+    def all_rows(self, node: Node) -> Node:
         """Returns the node with all rows of a node, whether it has rows or not."""
         if node not in self.layouts or node in self.whole:
             return self.whole.get(node, node)
@@ -503,7 +570,7 @@ class _Packer:
 
         def operand(arg: Node) -> Node:
             return (
-                self._packed_rows(arg) or arg
+                self.packed_rows(arg) or arg
                 if arg in self.layouts
                 else self._aligned(arg, node, rank, first)
             )
@@ -549,7 +616,7 @@ class _Packer:
     def _rewrite_loss(self, node: Node) -> None:
         logits, labels = argument(node, 0, "input"), argument(node, 1, "target")
         small = self._call(_LABELS, labels, self.index, self.slots, next(self.ignored), after=labels)
-        rows = self._packed_rows(logits)
+        rows = self.packed_rows(logits)
         node.args, node.kwargs = map_arg(
             (node.args, node.kwargs), lambda arg: rows if arg is logits else small if arg is labels else arg
         )
