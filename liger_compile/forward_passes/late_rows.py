@@ -29,6 +29,7 @@ from liger_compile.runtime.fingerprint import has_fingerprint
 from liger_compile.runtime.lazy import LazyTensor, lazies
 from liger_compile.runtime.promise import Recipe
 from liger_compile.terms.build import Terms
+from liger_compile.torch_internals.autograd import saved_tensors_have_hooks
 from liger_compile.torch_internals.modes import SET_GRAD_ENABLED
 
 _ADVICE = (
@@ -138,6 +139,14 @@ class Found:
     positions: frozenset[int]
     late: LateRows | None
     budget: Budget
+
+    def is_unwanted(self) -> bool:
+        """Returns whether a call is to compute all rows, whatever its inputs are.
+
+        Late outputs save all weights for backward, which hooks would get: a checkpoint in eager code counts them, and
+        save_on_cpu copies them.
+        """
+        return self.late is not None and (self.budget.is_spent or saved_tensors_have_hooks())
 
 
 def returned_rows(

@@ -132,7 +132,7 @@ class Plan:
 
     def live(self, args: Sequence[Any]) -> Live | None:
         """Returns the live rows of a call; None if the call needs another graph."""
-        if self.returned.budget.is_spent or any(isinstance(arg, FakeTensor) for arg in args):
+        if self.returned.is_unwanted() or any(isinstance(arg, FakeTensor) for arg in args):
             return None
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             return None
@@ -159,7 +159,7 @@ class Plan:
         numbers = torch.arange(self.rows, device=order.device)
         index = torch.where(numbers[:size] < count, order[:size], order[:1])
         slots = torch.where(live, torch.empty_like(order).scatter_(0, order, numbers), -1)
-        return Live(size, index, slots, torch.tensor(num_labeled) if self.counts_labels else None)
+        return Live(size, index, slots, torch.tensor(num_labeled, device="cpu") if self.counts_labels else None)
 
 
 def variant(plan: Plan, size: int) -> specialize.Variant:
