@@ -20,7 +20,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from liger_compile.backward_passes import CHOICES, DEFAULT_PASSES, Applied, Pass
 from liger_compile.compile import BackwardPlan, uses_cudagraphs, uses_freezing
-from liger_compile.forward_passes import live_rows, specialize
+from liger_compile.forward_passes import live_rows, pack_live_rows, specialize
 from liger_compile.forward_passes.documents import hand_in_documents, inputs_of
 from liger_compile.forward_passes.inline_subgraphs import describe_operands
 from liger_compile.forward_passes.keep_copies import keep_copies
@@ -197,9 +197,9 @@ def rewritten_rows(
     inductor_options: Mapping[str, Any],
 ) -> Rewritten:
     """Returns the graph that computes `size` rows."""
-    packed, late = live_rows.packed(plan, size), plan.returned.late
+    packed, late = pack_live_rows.packed(plan, size), plan.returned.late
     done = run_steps(packed, patterns, options, inductor_options, padding_unread=True)
-    said = (live_rows.compute_labeled_rows(done.gm.graph), late and str(late))
+    said = (pack_live_rows.compute_labeled_rows(done.gm.graph), late and str(late))
     done.gm.recompile()
     report = done.report.with_notes(filter(None, said)).with_late_notes(plan.returned.budget.said)
     return replace(done, report=report, late_outputs=[*done.late_outputs, *([late] if late else [])])

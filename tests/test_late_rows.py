@@ -1,4 +1,4 @@
-"""Outputs that have all rows, beside a graph of live rows: computed on the first read, with the values of eager code."""
+"""Outputs that have all rows, beside a graph of live rows: the first read computes the values of eager code."""
 
 from __future__ import annotations
 
@@ -117,7 +117,9 @@ READS_OF_HIDDEN: dict[str, Read] = {
     "embedding": lambda out, *_: out.embedded,
     "some of the rows": lambda out, *_: out.some,
     "hidden state after a step": after(foreach, value="hidden"),
-    "logits after a write into the hidden state": lambda out, *_: (out.hidden.detach().zero_(), out.logits)[1],
+    "logits after a write into the hidden state": lambda out, *_: (out.hidden.detach().zero_(), out.logits)[
+        1
+    ],
     "gradient": gradients(
         lambda out: out.loss + out.hidden.square().mean() + out.logits.square().mean() + out.some.mean()
     ),
@@ -168,9 +170,9 @@ def test_a_changed_weight_is_an_error(many_reads) -> None:
         model, (ids, labels) = made("llama"), batch()
         out = fast(model, ids, labels, masks(ids)["right"])
         write(model)
-        with pytest.raises(RuntimeError, match="cannot be computed any more.*liger.rows"):
+        with pytest.raises(RuntimeError, match=r"cannot be computed any more.*liger\.rows"):
             out.logits.tolist()
-        with pytest.raises(RuntimeError, match="cannot be computed any more.*liger.rows"):
+        with pytest.raises(RuntimeError, match=r"cannot be computed any more.*liger\.rows"):
             out.past_key_values.layers[0].keys.sum()
 
 
@@ -178,7 +180,7 @@ def test_calls_whose_outputs_are_read_compute_all_rows() -> None:
     model, fast = made("llama"), compiled(default_call, options=ROWS)
     ids, labels = batch()
     mask = masks(ids)["right"]
-    for call in range(3):
+    for _ in range(3):
         logits = fast(model, ids, labels, mask).logits
         torch.testing.assert_close(
             logits.detach(), default_call(model, ids, labels, mask).logits.detach(), **BOUNDS

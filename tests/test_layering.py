@@ -92,9 +92,13 @@ ALLOWED = {
         "forward_passes.row_rules",
         "forward_passes.specialize",
         "graphs",
+        "terms",
+    ),
+    "forward_passes.pack_live_rows": (
+        "forward_passes",
+        "graphs",
         "ops.linear_cross_entropy",
         "ops.live_rows",
-        "terms",
     ),
     "forward_passes.outline": (
         "forward_passes.inline_subgraphs",

@@ -22,7 +22,12 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 from torch.nn import Parameter
 
-from liger_compile.forward_passes.logits import LateOutput, Logits, late_outputs_of
+from liger_compile.forward_passes.logits import (
+    LateOutput,
+    Logits,
+    late_outputs_of,
+    positions_of_outputs,
+)
 from liger_compile.graphs.aliasing import storages_of
 from liger_compile.graphs.regions import around, is_switch
 from liger_compile.runtime.fingerprint import has_fingerprint
@@ -38,7 +43,7 @@ _ADVICE = (
 )
 # A late computation takes about as long as two thirds of a step. A call saves at least an eighth of a step.
 CALLS_PER_READ = 16
-COPIED_BYTES = 64  # by row: larger inputs are not copied, so a change of them is an error when the outputs are read
+COPIED_BYTES = 64  # by row: a change of larger inputs is an error when the outputs are read
 
 
 class Budget:
@@ -170,9 +175,7 @@ def returned_rows(
     of_hidden = {one.output for one in late_logits}
     whole = [node for node in outputs if node not in of_hidden]
     late = outputs if not returned.is_dropped else whole
-    positions = frozenset(
-        at for at, node in enumerate(gm.graph.output_node().args[0]) if node in outputs  # pyright: ignore[reportArgumentType]
-    )
+    positions = frozenset(at for node in outputs for at in positions_of_outputs(gm.graph)[node])
     if not late:
         return Found(positions, None, budget)
     if why := _why_not_late(late, example_inputs, terms, returned):
@@ -217,13 +220,13 @@ def _late_rows(
     inputs, runs = _graph_of(gm, nodes, len(logits))
     (*_, first) = nodes
     device = first.meta["example_value"].device.type
-    positions = {}
-    for at, value in enumerate(gm.graph.output_node().args[0]):  # pyright: ignore[reportArgumentType]
-        positions.setdefault(value, []).append(at)
+    positions = positions_of_outputs(gm.graph)
     outputs = [*whole, *(one.output for one in logits)]
     late = tuple(late_outputs_of(logits, terms, memory=memory, said=budget.said))
     return LateRows(
-        Recipe(_counted(runs, budget), "logits" if logits else "outputs", _ADVICE, around().autocast_on(device)),
+        Recipe(
+            _counted(runs, budget), "logits" if logits else "outputs", _ADVICE, around().autocast_on(device)
+        ),
         inputs,
         frozenset(at for at in inputs if _is_small(example_inputs[at], num_rows)),
         tuple(_like(node.meta["example_value"]) for node in nodes),

@@ -155,7 +155,7 @@ def take_out(found: Sequence[Logits], terms: Terms) -> list[Deferred]:
     if not found:
         return []
     graph = found[0].output.graph
-    positions = _positions(graph)
+    positions = positions_of_outputs(graph)
     deferred = [_deferred(logits, positions[logits.output], terms) for logits in found]
     _return(graph, {at: logits.hidden for logits in found for at in positions[logits.output]})
     for logits in found:
@@ -166,7 +166,7 @@ def take_out(found: Sequence[Logits], terms: Terms) -> list[Deferred]:
     return deferred
 
 
-def _positions(graph: Graph) -> dict[Any, list[int]]:
+def positions_of_outputs(graph: Graph) -> dict[Any, list[int]]:
     """Returns where each value is among the outputs of a graph."""
     positions: dict[Any, list[int]] = {}
     for position, node in enumerate(graph.output_node().args[0]):  # pyright: ignore[reportArgumentType]
@@ -259,7 +259,7 @@ def late_outputs_of(
         return []
     graph = found[0].output.graph
     placeholders = {node: at for at, node in enumerate(graph.find_nodes(op="placeholder"))}
-    positions = _positions(graph)
+    positions = positions_of_outputs(graph)
     return [
         _late_output(_deferred(one, positions[one.output], terms), placeholders, False, memory, said)
         for one in found

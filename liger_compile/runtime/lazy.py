@@ -95,7 +95,12 @@ def lazies(recipe: Recipe, likes: Sequence[Tensor], *inputs: Any, num_bytes: int
 
 
 def _lazies(
-    recipe: Recipe, likes: Sequence[Tensor], inputs: Sequence[Any], num_bytes: int, *, may_differ: bool = False
+    recipe: Recipe,
+    likes: Sequence[Tensor],
+    inputs: Sequence[Any],
+    num_bytes: int,
+    *,
+    may_differ: bool = False,
 ) -> tuple[tuple[Tensor, ...], Promise | None]:
     """Return the tensors, and their promise if they are late."""
     tensors = [value for value in inputs if may_change(value)]
@@ -132,7 +137,9 @@ class _Deferred(torch.autograd.Function):
         ctx.inputs = [None if isinstance(value, Tensor) else value for value in inputs]
         ctx.set_materialize_grads(False)
         made = tuple(LazyTensor(like, device, promised(promise, at)) for at, like in enumerate(likes))
-        ctx.mark_non_differentiable(*(one for one, is_without in zip(made, without, strict=True) if is_without))
+        ctx.mark_non_differentiable(
+            *(one for one, is_without in zip(made, without, strict=True) if is_without)
+        )
         return made
 
     @staticmethod
