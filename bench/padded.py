@@ -50,7 +50,16 @@ def arguments_of(line: Line, way: str, chosen: argparse.Namespace) -> list[str]:
     peers = (INDUCTOR, *((LIGER_KERNEL,) if line.has_liger_kernel else ())) if way == "rows" else ()
     mask = "ones" if line.padding == "none" else line.padding
     options = json.dumps(WAYS[way])
-    command = ["--model", line.model, "--tokens", line.tokens, "--attention-mask", mask, "--returns", chosen.returns]
+    command = [
+        "--model",
+        line.model,
+        "--tokens",
+        line.tokens,
+        "--attention-mask",
+        mask,
+        "--returns",
+        chosen.returns,
+    ]
     command += ["--variants", ",".join((*peers, OURS)), "--options", options, "--device", chosen.device]
     return [*command, "--rounds", "1" if chosen.quick else "6", "--out", str(chosen.out)]
 

@@ -84,6 +84,29 @@ class Live:
 
 
 @dataclass(frozen=True)
+class Labels:
+    """Where the labels of a loss are.
+
+    Args:
+        ignored: the label that the loss ignores.
+        cut: the tokens without a label at the front and at the back of each sequence.
+        size: B and T.
+    """
+
+    ignored: int
+    cut: tuple[int, int]
+    size: tuple[int, int]
+
+    def of_rows(self, labels: Any) -> Any:
+        """Returns the labels (B * T) of all rows; the loss ignores those of tokens that were cut."""
+        if not any(self.cut):
+            return labels.reshape(-1)
+        batch, length = self.size
+        by_batch = labels.reshape(batch, length - sum(self.cut))
+        return torch.nn.functional.pad(by_batch, self.cut, value=self.ignored).reshape(-1)
+
+
+@dataclass(frozen=True)
 class Plan:
     """A graph whose padded rows need not be computed.
 
@@ -93,7 +116,7 @@ class Plan:
         size: B and T.
         flags: computes the flags of keys, and the labels of each loss, from the inputs of the graph.
         from_flags: computes (B, T) or (1, T) flags of keys from the first output of `flags`.
-        ignored: the label that each loss ignores.
+        losses: where the labels of each loss are.
         hides_strays: whether a row that is padding, has a label, and sees no key, is zero as in eager code.
         returned: the outputs that have rows, and how they are filled.
         counts_labels: head and loss run on the rows with labels only. Needs one loss.
@@ -104,7 +127,7 @@ class Plan:
     size: tuple[int, int]
     flags: GraphModule
     from_flags: Callable[[Tensor], Tensor]
-    ignored: tuple[int, ...]
+    losses: tuple[Labels, ...]
     hides_strays: bool
     returned: Found
     counts_labels: bool
@@ -134,8 +157,8 @@ class Plan:
     def _live(self, flags: Tensor, *labels: Tensor) -> Live | None:
         present = self.from_flags(flags).expand(self.size).reshape(-1)
         labeled = torch.zeros_like(present)
-        for label, ignored in zip(labels, self.ignored, strict=True):
-            labeled = labeled | (label.reshape(-1) != ignored)
+        for label, loss in zip(labels, self.losses, strict=True):
+            labeled = labeled | (loss.of_rows(label) != loss.ignored)
         live, stray = present | labeled, labeled & ~present
         if self.hides_strays:  # before the first key of its row, such a row sees no key
             stray = stray & (present.view(self.size).cumsum(1) > 0).reshape(-1)
@@ -226,7 +249,7 @@ def _plan(
         size,
         _computing((flags, *targets), terms),
         steps,
-        tuple(argument(loss, 4, "ignore_index", IGNORED) for loss in losses),
+        tuple(_labels(loss, batch) for loss in losses),
         all(mask.op == PADDED[ZEROS] and mask.consts[0] in ("causal", "window") for mask in masks),
         outputs,
         counts_labels and len(losses) == 1,
@@ -363,6 +386,12 @@ def _is_embedding(node: Node, batch: Batch) -> bool:
 def is_loss(node: Node, layouts: Mapping[Node, Any]) -> bool:
     """Returns whether a node is a cross-entropy of rows."""
     return name_of(node) == "cross_entropy" and argument(node, 0, "input") in layouts
+
+
+def _labels(loss: Node, batch: Batch) -> Labels:
+    layout = batch.layout(argument(loss, 0, "input"))
+    assert layout is not None, "a loss reads rows"
+    return Labels(argument(loss, 4, "ignore_index", IGNORED), layout.cut, batch.size)
 
 
 def _derived(keys: Term, terms: Terms) -> tuple[Node, Callable[[Tensor], Tensor]]:

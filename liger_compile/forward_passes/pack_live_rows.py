@@ -21,7 +21,7 @@ from torch.fx.node import map_arg
 from liger_compile.forward_passes import specialize
 from liger_compile.forward_passes.flatten import checkpoints, paired
 from liger_compile.forward_passes.late_rows import ancestors
-from liger_compile.forward_passes.live_rows import Plan, is_loss
+from liger_compile.forward_passes.live_rows import Labels, Plan, is_loss
 from liger_compile.forward_passes.row_rules import BY_BATCH, VIEWS, Layout, argument, name_of, shape_of
 from liger_compile.graphs.aliasing import handed_to
 from liger_compile.graphs.regions import Region, Regions
@@ -70,7 +70,7 @@ class _Packer:
         self.module, self.graph, self.layouts, self.plan = module, module.graph, layouts, plan
         self.batch, self.size = plan.size, size
         self.regions = Regions(module.graph, calls)
-        self.ignored, self.is_layer = iter(plan.ignored), bool(calls)
+        self.losses, self.is_layer = iter(plan.losses), bool(calls)
         self.packed: dict[Node, Node] = {}  # the nodes with packed rows, by node of the graph
         self.whole: dict[Node, Node] = {}  # the nodes with all rows
 
@@ -87,6 +87,9 @@ class _Packer:
                 self._rewrite(node)
             elif is_loss(node, self.layouts):
                 self._rewrite_loss(node)
+        for node in reversed(nodes):
+            if node in self.layouts and not node.users and self.packed.get(node, node) is not node:
+                self.graph.erase_node(node)  # a slice that packed rows need not take
         self.graph.lint()
         self.module.recompile()
 
@@ -158,6 +161,12 @@ class _Packer:
 
     def _rewrite(self, node: Node) -> None:
         layout = self.layouts[node]
+        if self._is_cut_here(node):  # in packed rows, the labels of the tokens that were cut are ignored
+            (source,) = node.all_input_nodes
+            rows = self.packed_rows(source)
+            assert rows is not None, "rows that are cut come first"
+            self.packed[node] = rows
+            return
         is_packable = all(one.is_packable for one in (layout if isinstance(layout, tuple) else (layout,)))
         rows = [arg for arg in node.all_input_nodes if arg in self.layouts]
         if is_packable and all(self._is_packed(arg) for arg in rows):
@@ -165,6 +174,12 @@ class _Packer:
             return
         node.args, node.kwargs = map_arg((node.args, node.kwargs), self.all_rows)
         self.whole[node] = node
+
+    def _is_cut_here(self, node: Node) -> bool:
+        layout = self.layouts[node]
+        sources = [self.layouts[arg] for arg in node.all_input_nodes if arg in self.layouts]
+        is_cut = [isinstance(one, Layout) and any(one.cut) for one in (layout, *sources)]
+        return is_cut[0] and not any(is_cut[1:])
 
     def _is_packed(self, node: Node) -> bool:
         return self.packed_rows(node) is not None
@@ -246,13 +261,23 @@ class _Packer:
         return self.graph.find_nodes(op="placeholder")[-1] if node.op == "placeholder" else node
 
     def _rewrite_loss(self, node: Node) -> None:
-        logits, labels = argument(node, 0, "input"), argument(node, 1, "target")
-        small = self._call(_LABELS, labels, self.index, self.slots, next(self.ignored), after=labels)
+        logits, labels, loss = argument(node, 0, "input"), argument(node, 1, "target"), next(self.losses)
+        whole = self._labels_of_rows(labels, loss) if any(loss.cut) else labels
+        small = self._call(_LABELS, whole, self.index, self.slots, loss.ignored, after=whole)
         rows = self.packed_rows(logits)
         node.args, node.kwargs = map_arg(
             (node.args, node.kwargs), lambda arg: rows if arg is logits else small if arg is labels else arg
         )
         node.meta["example_value"] = self._run(node)
+
+    def _labels_of_rows(self, labels: Node, loss: Labels) -> Node:
+        """Computes `Labels.of_rows` in the graph."""
+        batch, length = self.batch
+        by_batch = self._call(torch.reshape, labels, (batch, length - sum(loss.cut)), after=labels)
+        padded = self._call(
+            torch.nn.functional.pad, by_batch, loss.cut, "constant", loss.ignored, after=by_batch
+        )
+        return self._call(torch.flatten, padded, after=padded)
 
     def _small(self, shape: tuple[int, ...], layout: Layout) -> tuple[int, ...]:
         """Returns the shape of packed rows in place of all rows."""
