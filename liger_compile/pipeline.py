@@ -199,7 +199,7 @@ def rewritten_rows(
     """Returns the graph that computes `size` rows."""
     packed, late = pack_live_rows.packed(plan, size), plan.returned.late
     done = run_steps(packed, patterns, options, inductor_options, padding_unread=True)
-    said = (pack_live_rows.compute_labeled_rows(done.gm.graph), late and str(late))
+    said = (pack_live_rows.compute_labeled_rows(done.gm.graph), *plan.returned.notes())
     done.gm.recompile()
     report = done.report.with_notes(filter(None, said)).with_late_notes(plan.returned.budget.said)
     return replace(done, report=report, late_outputs=[*done.late_outputs, *([late] if late else [])])

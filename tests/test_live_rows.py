@@ -327,7 +327,9 @@ def test_logits_that_nobody_gets() -> None:
     assert fast(model, ids, labels, mask)[1] is None
     got = step(lambda *args: fast(*args)[0], model, ids, labels, mask)
     assert_within(got, step(only_loss, model, ids, labels, mask), EXACT)
-    assert variants() == ["80 of 96 rows"]
+    (report,) = liger_compile.reports()
+    assert report.variant == "80 of 96 rows"
+    assert "the logits (graph output 1) are None: liger.logits is 'none'" in report.notes
 
 
 def test_dropout_computes_all_rows() -> None:

@@ -13,7 +13,7 @@ of a weight is an error when the outputs are read. Small inputs that are no para
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -144,6 +144,14 @@ class Found:
     positions: frozenset[int]
     late: LateRows | None
     budget: Budget
+
+    def notes(self) -> Iterator[str]:
+        """Yields sentences for the report on how the outputs are filled."""
+        filled = set().union(*self.late.positions) if self.late else set()
+        if dropped := ", ".join(map(str, sorted(self.positions - filled))):
+            yield f"the logits (graph output {dropped}) are None: liger.logits is 'none'"
+        if self.late:
+            yield str(self.late)
 
     def is_unwanted(self) -> bool:
         """Returns whether a call is to compute all rows, whatever its inputs are.
