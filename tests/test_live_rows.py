@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import liger_compile
-from tests.models import harness
 from liger_compile.ops import linear_cross_entropy
+from tests.models import harness
 from tests.models.families import BY_NAME, VOCAB, of_one_layer
 from tests.models.harness import ALWAYS, assert_within, errors, step
 
