@@ -4,7 +4,8 @@
     python -m bench.padded --quick            few rounds
     python -m bench.padded --device cpu       a tiny shape: shows that it runs, measures nothing
 
-Padding is at the end of rows, of different lengths, and its labels are ignored. The function returns the loss alone.
+Padding is at the end of rows, of different lengths, and its labels are ignored. The function returns what the model
+returns, logits included; with --returns loss, the loss alone.
 Live rows need liger.rows="auto", and attention without a mask in memory needs liger.policy="always". Once these are
 measured to be no slower, the default of `rows` in options.py and `_not_measured` in patterns/attention.py change.
 """
@@ -49,7 +50,16 @@ def arguments_of(line: Line, way: str, chosen: argparse.Namespace) -> list[str]:
     peers = (INDUCTOR, *((LIGER_KERNEL,) if line.has_liger_kernel else ())) if way == "rows" else ()
     mask = "ones" if line.padding == "none" else line.padding
     options = json.dumps(WAYS[way])
-    command = ["--model", line.model, "--tokens", line.tokens, "--attention-mask", mask, "--returns", "loss"]
+    command = [
+        "--model",
+        line.model,
+        "--tokens",
+        line.tokens,
+        "--attention-mask",
+        mask,
+        "--returns",
+        chosen.returns,
+    ]
     command += ["--variants", ",".join((*peers, OURS)), "--options", options, "--device", chosen.device]
     return [*command, "--rounds", "1" if chosen.quick else "6", "--out", str(chosen.out)]
 
@@ -58,6 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser("python -m bench.padded", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--ways", default="rows,default", help=f"of {', '.join(WAYS)}, with commas between")
+    parser.add_argument("--returns", choices=("model", "loss"), default="model")
     parser.add_argument("--quick", action="store_true", help="one round")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the CSV")
     chosen = parser.parse_args(arguments)

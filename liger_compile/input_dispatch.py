@@ -88,8 +88,9 @@ def of_live_rows(
         )
         if rows is not None:
             return compiled(rows, live_rows.variant(plan, size), inputs)
-        of_all = all_rows(inputs[:-2])  # the last two are the live rows
-        return lambda *args: of_all(*args[:-2])
+        given = slice(len(example_inputs))  # without the live rows
+        of_all = all_rows(inputs[given])
+        return lambda *args: of_all(*args[given])
 
     sizes = {size: partial(of_size, size) for size in plan.sizes}
     return live_rows.dispatch(plan, sizes, all_rows, example_inputs, later=compiling.when_called)

@@ -126,7 +126,8 @@ class Options:
         "all",
         _one_of("auto", "all"),
         "The rows of a padded batch that are computed: 'auto' leaves out padding without a label where all operations "
-        "are proven row-wise, and compiles a graph for each of few numbers of live rows; 'all' computes every row. "
+        "are proven row-wise, and compiles a graph for each of few numbers of live rows; outputs with all rows are "
+        "computed on the first read. 'all' computes every row. "
         "The default is 'all' until step time and memory are measured on GPUs.",
     )
     backward_passes: str = _option(

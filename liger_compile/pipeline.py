@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -20,11 +20,12 @@ from torch.fx import Graph, GraphModule, Node
 
 from liger_compile.backward_passes import CHOICES, DEFAULT_PASSES, Applied, Pass
 from liger_compile.compile import BackwardPlan, uses_cudagraphs, uses_freezing
-from liger_compile.forward_passes import live_rows, specialize
+from liger_compile.forward_passes import live_rows, pack_live_rows, specialize
 from liger_compile.forward_passes.documents import hand_in_documents, inputs_of
 from liger_compile.forward_passes.inline_subgraphs import describe_operands
 from liger_compile.forward_passes.keep_copies import keep_copies
 from liger_compile.forward_passes.keep_rounding import keep_rounding
+from liger_compile.forward_passes.late_rows import LateRows, Returned
 from liger_compile.forward_passes.logits import Deferred, LateOutput, logits_in, restore, take_out
 from liger_compile.forward_passes.outline import drop_unread, num_nodes_inlined, outlined, outlined_of
 from liger_compile.forward_passes.round_numbers import round_numbers
@@ -63,7 +64,7 @@ class Rewritten:
 
     gm: GraphModule
     report: GraphReport
-    late_outputs: Sequence[LateOutput] = ()
+    late_outputs: Sequence[LateOutput | LateRows] = ()
     padding: frozenset[str] = frozenset()
     masks: frozenset[str] = frozenset()
     backward: BackwardPlan | None = None
@@ -172,12 +173,17 @@ def live_rows_of(
     wanted = options.rows == "auto" and options.policy != "never" and options.padding == "auto"
     if not (wanted and is_readable) or specialize.of_part(gm):
         return None, ()
-    keeps_logits = options.logits != "none" or reason_to_keep_logits(options, inductor_options)
-
-    def dropped(terms: Terms) -> set[Node]:
-        return set() if keeps_logits else {found.output for found in logits_in(gm.graph, terms)}
-
-    found = live_rows.plan(gm, dropped, strict=options.strict)
+    returned = Returned(
+        reason_to_keep_logits(options, inductor_options),
+        is_dropped=options.logits == "none",
+        is_read=options.logits != "lazy",
+        memory=options.loss_memory,
+    )
+    logits_of = partial(logits_in, needs_loss=options.logits != "lazy")
+    counts = not uses_cudagraphs(options.mode, inductor_options)
+    found = live_rows.plan(
+        gm, example_inputs, logits_of, returned, counts_labels=counts, strict=options.strict
+    )
     if isinstance(found, str):
         return None, (f"padded rows are computed like others: {found}",) if generic.padding else ()
     return found, ()
@@ -189,14 +195,14 @@ def rewritten_rows(
     patterns: Sequence[Pattern],
     options: Options,
     inductor_options: Mapping[str, Any],
-) -> Rewritten | None:
-    """Returns the graph that computes `size` rows; None if an output that was to be left out could not be."""
-    packed = live_rows.packed(plan, size)
+) -> Rewritten:
+    """Returns the graph that computes `size` rows."""
+    packed, late = pack_live_rows.packed(plan, size), plan.returned.late
     done = run_steps(packed, patterns, options, inductor_options, padding_unread=True)
-    late = {
-        position for output in done.late_outputs if output.recipe is None for position in output.positions
-    }
-    return done if late.issuperset(plan.left_out) else None
+    said = (pack_live_rows.compute_labeled_rows(done.gm.graph), *plan.returned.notes())
+    done.gm.recompile()
+    report = done.report.with_notes(filter(None, said)).with_late_notes(plan.returned.budget.said)
+    return replace(done, report=report, late_outputs=[*done.late_outputs, *([late] if late else [])])
 
 
 def _computed_inputs(gm: GraphModule, example_inputs: Sequence[Any]) -> frozenset[str]:

@@ -83,12 +83,22 @@ ALLOWED = {
     "forward_passes.specialize": ("graphs",),
     "forward_passes.segments": ("graphs",),
     "forward_passes.row_rules": ("terms",),
+    "forward_passes.flatten": ("forward_passes.inline_subgraphs", "forward_passes.specialize", "graphs"),
+    "forward_passes.late_rows": ("forward_passes.logits", "graphs", "runtime", "terms"),
     "forward_passes.live_rows": (
+        "forward_passes.flatten",
+        "forward_passes.late_rows",
+        "forward_passes.logits",
         "forward_passes.row_rules",
         "forward_passes.specialize",
         "graphs",
-        "ops.live_rows",
         "terms",
+    ),
+    "forward_passes.pack_live_rows": (
+        "forward_passes",
+        "graphs",
+        "ops.linear_cross_entropy",
+        "ops.live_rows",
     ),
     "forward_passes.outline": (
         "forward_passes.inline_subgraphs",

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import liger_compile
+from liger_compile.ops import linear_cross_entropy
 from tests.models import harness
 from tests.models.families import BY_NAME, VOCAB, of_one_layer
 from tests.models.harness import ALWAYS, assert_within, errors, step
@@ -244,27 +245,59 @@ def with_logits(model: nn.Module, ids: Tensor, labels: Tensor, mask: Tensor) -> 
     return out.loss, out.logits
 
 
-def hidden_state(model: nn.Module, ids: Tensor, labels: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    out = model(ids, attention_mask=mask, labels=labels, use_cache=False, output_hidden_states=True)
-    return out.loss, out.hidden_states[1]
-
-
 def mean_of_all(model: nn.Module, ids: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
     hidden = model.model(ids, attention_mask=mask, use_cache=False).last_hidden_state
     return loss(model, ids, labels, mask) + hidden.mean()
 
 
+def every_other(model: nn.Module, ids: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
+    logits = model(ids, attention_mask=mask, use_cache=False).logits
+    labels = labels.masked_fill(mask == 0, -100)
+    return F.cross_entropy(logits[:, ::2].reshape(-1, VOCAB), labels[:, ::2].reshape(-1))
+
+
 def shifted_logits(model: nn.Module, ids: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
     logits = model(ids, attention_mask=mask, use_cache=False).logits
     labels = labels.masked_fill(mask == 0, -100)
-    return F.cross_entropy(logits[:, :-1].reshape(-1, VOCAB), labels[:, 1:].reshape(-1))
+    shifted = logits[..., :-1, :].contiguous()
+    return F.cross_entropy(shifted.view(-1, VOCAB), labels[..., 1:].contiguous().view(-1))
+
+
+def cut_on_both_sides(model: nn.Module, ids: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
+    logits = model(ids, attention_mask=mask, use_cache=False).logits
+    labels = labels.masked_fill(mask == 0, -7)[:, 3:-1]
+    return F.cross_entropy(logits[:, 2:-2].float().flatten(0, 1), labels.flatten(), ignore_index=-7)
+
+
+@pytest.mark.parametrize(
+    "function", [shifted_logits, cut_on_both_sides], ids=lambda function: function.__name__
+)
+def test_slices_of_logits(function) -> None:
+    model, fast = made("llama"), compiled(function, options=ROWS)
+    ids, labels = batch()
+    labels = labels.clamp(min=0)
+    for kind in ("right", "left"):
+        mask = masks(ids)[kind]
+        assert_within(step(fast, model, ids, labels, mask), step(function, model, ids, labels, mask), EXACT)
+    assert variants() == ["80 of 96 rows"]
+
+
+def without_gradients(model: nn.Module, *args: Tensor) -> Tensor | None:
+    with torch.no_grad():
+        return with_logits(model, *args)[1]
+
+
+def views_of_logits(model: nn.Module, *args: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    value, logits = with_logits(model, *args)
+    assert logits is not None
+    return value, logits.transpose(0, 1), logits
 
 
 REFUSED = {
-    with_logits: "the graph returns every row of logits",
-    hidden_state: "the graph returns every row of",
+    without_gradients: "the graph returns every row of logits, and gradients are off",
+    views_of_logits: "another output shares its memory",
     mean_of_all: "mean works across rows",
-    shifted_logits: "an index chooses some of the rows",
+    every_other: "an index chooses some of the rows",
 }
 
 
@@ -280,9 +313,8 @@ def test_rows_that_are_read_elsewhere_are_computed(function) -> None:
 
     torch.testing.assert_close(results(fast), results(function), rtol=1e-4, atol=1e-5)
     notes = [note for report in liger_compile.reports() for note in report.notes]
-    assert any(
-        note.startswith(f"padded rows are computed like others: {REFUSED[function]}") for note in notes
-    ), notes
+    refusals = [note for note in notes if note.startswith("padded rows are computed like others: ")]
+    assert any(REFUSED[function] in note for note in refusals), notes
 
 
 def test_logits_that_nobody_gets() -> None:
@@ -295,7 +327,9 @@ def test_logits_that_nobody_gets() -> None:
     assert fast(model, ids, labels, mask)[1] is None
     got = step(lambda *args: fast(*args)[0], model, ids, labels, mask)
     assert_within(got, step(only_loss, model, ids, labels, mask), EXACT)
-    assert variants() == ["80 of 96 rows"]
+    (report,) = liger_compile.reports()
+    assert report.variant == "80 of 96 rows"
+    assert "the logits (graph output 1) are None: liger.logits is 'none'" in report.notes
 
 
 def test_dropout_computes_all_rows() -> None:
@@ -310,13 +344,62 @@ def test_dropout_computes_all_rows() -> None:
     assert any("dropout draws numbers for every row" in note for note in report.notes)
 
 
-def test_checkpointed_layers_compute_all_rows() -> None:
+@pytest.mark.parametrize("name", ["llama of two layers", pytest.param("bert", marks=pytest.mark.slow)])
+def test_checkpointed_layers(name: str) -> None:
+    model, fast = made(name), compiled(loss, options=ROWS)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    ids, labels = batch()
+    for kind in ("right", "left"):
+        mask = masks(ids)[kind]
+        assert_within(step(fast, model, ids, labels, mask), step(loss, model, ids, labels, mask), EXACT)
+    (report,) = liger_compile.reports()
+    assert report.variant == "80 of 96 rows"
+    assert sum("checkpoint" in site.reason for site in report.sites) >= 2
+
+
+def test_a_layer_of_a_checkpoint_that_mixes_rows_computes_all_rows() -> None:
     model, fast = made("llama"), compiled(loss, options=ROWS)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.model.layers[0].mlp = AcrossRows(model.model.layers[0].mlp)
     ids, labels = batch()
     mask = masks(ids)["right"]
     assert_within(step(fast, model, ids, labels, mask), step(loss, model, ids, labels, mask), EXACT)
-    assert any("the graph calls subgraphs" in note for note in liger_compile.reports()[0].notes)
+    assert any("mean works across rows" in note for note in liger_compile.reports()[0].notes)
+
+
+class AcrossRows(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x) + x.mean(1, keepdim=True)
+
+
+def test_logits_of_labels_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    computed: list[int] = []
+    with_labels: list[int] = []
+    original = linear_cross_entropy.losses_and_gradients
+
+    def counted(head, x, *args):
+        computed.append(len(x))
+        return original(head, x, *args)
+
+    monkeypatch.setattr(linear_cross_entropy, "losses_and_gradients", counted)
+    model, fast = made("llama"), compiled(loss, options=ROWS)
+    ids, labels = batch()
+    mask = masks(ids)["right"]
+    for prompt in (0, 20, LENGTH):
+        labels[:, :prompt] = -100
+        with_labels.append(int((labels.masked_fill(mask == 0, -100)[:, 1:] != -100).sum()))
+        got, expected = step(fast, model, ids, labels, mask), step(loss, model, ids, labels, mask)
+        if prompt < LENGTH:
+            assert_within(got, expected, EXACT)
+        else:
+            assert math.isnan(got.loss) and math.isnan(expected.loss)
+    assert computed == with_labels
+    (report,) = liger_compile.reports()
+    assert any("compute the rows with labels only" in note for note in report.notes)
 
 
 def test_autocast() -> None:

@@ -104,7 +104,16 @@ def _stack_of(call: Node) -> Stack:
     return next(filter(None, stacks), {})
 
 
-def _inline(call: Node, body: GraphModule, first: Stack, stack: Stack) -> None:
+def inline_call(call: Node, body: GraphModule) -> dict[Node, Node]:
+    """Inlines a subgraph at its only call, and returns the copy of each of its nodes.
+
+    Raises:
+        ValueError: for a call in a form that Dynamo does not produce.
+    """
+    return _inline(call, body, {}, {})
+
+
+def _inline(call: Node, body: GraphModule, first: Stack, stack: Stack) -> dict[Node, Node]:
     placeholders = body.graph.find_nodes(op="placeholder")
     copies: dict[Node, Any] = dict(zip(placeholders, _operands(call, body), strict=True))
     results = body.graph.output_node().args[0]
@@ -122,6 +131,7 @@ def _inline(call: Node, body: GraphModule, first: Stack, stack: Stack) -> None:
     call.graph.erase_node(call)
     if isinstance(name, Node) and not name.users:
         call.graph.erase_node(name)
+    return {node: copies[node] for node in body.graph.nodes if node.op not in ("placeholder", "output")}
 
 
 def _results_of(call: Node, results: Any) -> Iterator[tuple[Node, Any]]:

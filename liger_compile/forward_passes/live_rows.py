@@ -1,6 +1,7 @@
 """Computes the live rows of a padded batch only: rows that are no padding, and rows with a label.
 
     graph of (B, T) rows -> plan: proof that its operations are row-wise -> for each size R: a graph of R rows
+                                                                            (pack_live_rows.py)
 
 Between the embedding and the loss, operations on tensors whose first dimensions are the batch and the token run on
 gathered rows, (1, R, ...) in place of (B, T, ...). Attention runs on all rows, so queries, keys and values are put back
@@ -8,29 +9,31 @@ before it, and its result is gathered after it. The rows that are left out are p
 them, and attention gives their keys the weight zero. `row_rules.py` has the proof for each operation.
 
 A call counts its live rows by one read on the host. The number is rounded up to one of few sizes, so that an epoch
-compiles few graphs. The slots behind the live rows repeat a live row, have no label, and give no gradient.
+compiles few graphs. The slots behind the live rows repeat a live row, have no label, and give no gradient. Rows with a
+label come first: head and loss run on as many rows as have labels, which the same read counts.
 
-In: a captured Dynamo graph of static sizes. Out: a plan, or a sentence why not; for a size, the graph of packed rows.
+In: a captured Dynamo graph of static sizes. Out: a plan, or a sentence why not; the callable that dispatches on inputs.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
-from torch.fx.node import map_arg
 
 from liger_compile.forward_passes import specialize
+from liger_compile.forward_passes.flatten import checkpoints, flattened
+from liger_compile.forward_passes.late_rows import Found, Returned, ancestors, returned_rows
+from liger_compile.forward_passes.logits import Logits
 from liger_compile.forward_passes.row_rules import (
     BY_BATCH,
     ELEMENTWISE,
     HIDING,
-    VIEWS,
     Batch,
     Layout,
     MixesRowsError,
@@ -41,25 +44,17 @@ from liger_compile.forward_passes.row_rules import (
 )
 from liger_compile.graphs.aliasing import SUBGRAPH_OPS, Mutations
 from liger_compile.graphs.regions import Regions
-from liger_compile.ops import live_rows as ops
 from liger_compile.terms.attention import MEAN, OTHER, PADDED, PADDED_AND_MORE, ZEROS
 from liger_compile.terms.build import Terms
 from liger_compile.terms.term import MADE_HERE, Term
 from liger_compile.torch_internals.dispatch import is_traceable_wrapper_subclass
 from liger_compile.torch_internals.fake_tensors import FakeTensor
-from liger_compile.torch_internals.fx import without_source
-from liger_compile.torch_internals.operators import overload_of
 
 SIZES = 8  # an eighth of the rows is the unit of sizes: at most seven graphs, and on average a sixteenth too many rows
 MULTIPLE = 8  # of a unit
 IGNORED = -100
-_PACK, _UNPACK, _LABELS = map(overload_of, (ops.pack_rows, ops.unpack_rows, ops.pack_labels))
-REPEATABLE = (
-    "pad",
-    "roll",
-    "full_like",
-    "ones_like",
-)  # operations on labels without terms, which draw no numbers
+# Operations without terms that draw no numbers.
+REPEATABLE = ("embedding", "full_like", "ones_like", "pad", "roll", "tensor")
 
 
 class _RefusedError(Exception):
@@ -74,11 +69,41 @@ class Live:
         size: R, the number of slots.
         index: (R,) the row in each slot.
         slots: (B * T,) the slot of each row; -1 for a row that is left out.
+        labeled: () on the CPU: the number of first slots that may have labels; None if that is not counted.
     """
 
     size: int
     index: Tensor
     slots: Tensor
+    labeled: Tensor | None = None
+
+    @property
+    def inputs(self) -> tuple[Tensor, ...]:
+        """The further inputs of the graph."""
+        return (self.index, self.slots, *(() if self.labeled is None else (self.labeled,)))
+
+
+@dataclass(frozen=True)
+class Labels:
+    """Where the labels of a loss are.
+
+    Args:
+        ignored: the label that the loss ignores.
+        cut: the tokens without a label at the front and at the back of each sequence.
+        size: B and T.
+    """
+
+    ignored: int
+    cut: tuple[int, int]
+    size: tuple[int, int]
+
+    def of_rows(self, labels: Any) -> Any:
+        """Returns the labels (B * T) of all rows; the loss ignores those of tokens that were cut."""
+        if not any(self.cut):
+            return labels.reshape(-1)
+        batch, length = self.size
+        by_batch = labels.reshape(batch, length - sum(self.cut))
+        return torch.nn.functional.pad(by_batch, self.cut, value=self.ignored).reshape(-1)
 
 
 @dataclass(frozen=True)
@@ -87,13 +112,14 @@ class Plan:
 
     Args:
         gm: the captured graph.
-        layouts: the layouts of its nodes that have rows.
+        layouts: the layouts of the nodes that have rows, of the graph and of its checkpointed layers.
         size: B and T.
         flags: computes the flags of keys, and the labels of each loss, from the inputs of the graph.
         from_flags: computes (B, T) or (1, T) flags of keys from the first output of `flags`.
-        ignored: the label that each loss ignores.
+        losses: where the labels of each loss are.
         hides_strays: whether a row that is padding, has a label, and sees no key, is zero as in eager code.
-        left_out: the positions of the outputs that have rows, and that nobody gets.
+        returned: the outputs that have rows, and how they are filled.
+        counts_labels: head and loss run on the rows with labels only. Needs one loss.
     """
 
     gm: GraphModule
@@ -101,9 +127,10 @@ class Plan:
     size: tuple[int, int]
     flags: GraphModule
     from_flags: Callable[[Tensor], Tensor]
-    ignored: tuple[int, ...]
+    losses: tuple[Labels, ...]
     hides_strays: bool
-    left_out: frozenset[int]
+    returned: Found
+    counts_labels: bool
 
     @property
     def rows(self) -> int:
@@ -120,7 +147,7 @@ class Plan:
 
     def live(self, args: Sequence[Any]) -> Live | None:
         """Returns the live rows of a call; None if the call needs another graph."""
-        if any(isinstance(arg, FakeTensor) for arg in args):
+        if self.returned.is_unwanted() or any(isinstance(arg, FakeTensor) for arg in args):
             return None
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             return None
@@ -130,19 +157,26 @@ class Plan:
     def _live(self, flags: Tensor, *labels: Tensor) -> Live | None:
         present = self.from_flags(flags).expand(self.size).reshape(-1)
         labeled = torch.zeros_like(present)
-        for label, ignored in zip(labels, self.ignored, strict=True):
-            labeled = labeled | (label.reshape(-1) != ignored)
+        for label, loss in zip(labels, self.losses, strict=True):
+            labeled = labeled | (loss.of_rows(label) != loss.ignored)
         live, stray = present | labeled, labeled & ~present
         if self.hides_strays:  # before the first key of its row, such a row sees no key
             stray = stray & (present.view(self.size).cumsum(1) > 0).reshape(-1)
-        count, has_stray = torch.stack((live.sum(), stray.sum())).tolist()
+        counts = torch.stack((live.sum(), stray.sum(), labeled.sum())).tolist()
+        count, has_stray, num_labeled = counts
         size = max(math.ceil(count / self.unit), 1) * self.unit
         if has_stray or size not in self.sizes:
             return None
-        order = torch.argsort(live.logical_not().to(torch.int8), stable=True)
-        index = torch.where(torch.arange(size, device=order.device) < count, order[:size], order[:1])
-        slots = torch.where(live, live.cumsum(0) - 1, -1)
-        return Live(size, index, slots)
+        later = live.logical_not().to(torch.int8) * 2
+        if self.counts_labels:
+            later += labeled.logical_not()
+        order = torch.argsort(later, stable=True)
+        numbers = torch.arange(self.rows, device=order.device)
+        index = torch.where(numbers[:size] < count, order[:size], order[:1])
+        slots = torch.where(live, torch.empty_like(order).scatter_(0, order, numbers), -1)
+        return Live(
+            size, index, slots, torch.tensor(num_labeled, device="cpu") if self.counts_labels else None
+        )
 
 
 def variant(plan: Plan, size: int) -> specialize.Variant:
@@ -158,21 +192,39 @@ def variant(plan: Plan, size: int) -> specialize.Variant:
 # The proof
 
 
-def plan(gm: GraphModule, drops_logits: Callable[[Terms], set[Node]], *, strict: bool) -> Plan | str | None:
+def plan(
+    gm: GraphModule,
+    example_inputs: Sequence[Any],
+    logits_of: Callable[[Graph, Terms], Sequence[Logits]],
+    returned: Returned,
+    *,
+    counts_labels: bool,
+    strict: bool,
+) -> Plan | str | None:
     """Returns the plan of a graph, or why its padded rows are computed, in a sentence; None if it has no padding mask.
 
     Args:
-        drops_logits: returns the outputs of the graph that are logits, and that nobody gets.
+        logits_of: returns the outputs of a graph that are logits.
+        returned: how outputs that have rows are returned.
+        counts_labels: the graph may have an input on the CPU, the number of labels.
     """
     try:
-        return _plan(gm, drops_logits, strict)
+        return _plan(gm, example_inputs, logits_of, returned, counts_labels, strict)
     except (_RefusedError, MixesRowsError) as why:
         return str(why)
 
 
-def _plan(gm: GraphModule, drops_logits: Callable[[Terms], set[Node]], strict: bool) -> Plan | None:
-    graph, mutations, regions = gm.graph, Mutations(gm.graph), Regions(gm.graph)
-    _check_graph(gm, regions)
+def _plan(
+    gm: GraphModule,
+    example_inputs: Sequence[Any],
+    logits_of: Callable[[Graph, Terms], Sequence[Logits]],
+    returned: Returned,
+    counts_labels: bool,
+    strict: bool,
+) -> Plan | None:
+    flat, origin = _flattened(gm)
+    graph, mutations, regions = flat.graph, Mutations(flat.graph), Regions(flat.graph)
+    _check_graph(flat, regions)
     terms = Terms(graph, mutations, (), regions, strict=strict)
     found = _masks(terms)
     if found is None:
@@ -180,35 +232,45 @@ def _plan(gm: GraphModule, drops_logits: Callable[[Terms], set[Node]], strict: b
     masks, size = found
     keys = masks[0].args[0]
     batch = Batch(size, {}, terms.of, keys)
-    _lay_out(graph, batch, mutations, regions)
-    losses = [node for node in graph.nodes if _is_loss(node, batch.of)]
-    _check_outputs(graph, batch, drops_logits(terms))
+    aside = _lay_out(graph, batch, mutations, regions)
+    losses = [node for node in graph.nodes if is_loss(node, batch.of)]
+    if not batch.of:
+        raise _RefusedError("its token ids are not embedded in this graph")
     if not losses:
         raise _RefusedError("the graph has no loss with a label for each row")
+    if any(node in origin and origin[node].graph is not gm.graph for node in aside):
+        raise _RefusedError(next(iter(aside.values())))
+    outputs = _returned(flat, example_inputs, batch, aside, logits_of(graph, terms), terms, returned)
     flags, steps = _derived(keys, terms)
     targets = [argument(loss, 1, "target") for loss in losses]
     return Plan(
         gm,
-        batch.of,
+        {origin[node]: layout for node, layout in batch.of.items()},
         size,
         _computing((flags, *targets), terms),
         steps,
-        tuple(argument(loss, 4, "ignore_index", IGNORED) for loss in losses),
+        tuple(_labels(loss, batch) for loss in losses),
         all(mask.op == PADDED[ZEROS] and mask.consts[0] in ("causal", "window") for mask in masks),
-        frozenset(at for at, node in enumerate(_outputs(graph)) if node in batch.of),
+        outputs,
+        counts_labels and len(losses) == 1,
     )
 
 
-def _outputs(graph: Graph) -> tuple[Any, ...]:
-    (outputs,) = graph.output_node().args
-    return outputs if isinstance(outputs, tuple) else (outputs,)
+def _flattened(gm: GraphModule) -> tuple[GraphModule, Mapping[Node, Node]]:
+    """Returns the graph without checkpointed layers, and the node of `gm` or of a layer that each node copies."""
+    if not any(checkpoints(gm)):
+        return gm, {node: node for node in gm.graph.nodes}
+    try:
+        return flattened(gm)
+    except ValueError as why:
+        raise _RefusedError(str(why)) from why
 
 
 def _check_graph(gm: GraphModule, regions: Regions) -> None:
     if specialize.is_symbolic(gm):
         raise _RefusedError("its sizes are symbolic")
     if any(name_of(node) in SUBGRAPH_OPS for node in gm.graph.nodes):
-        raise _RefusedError("the graph calls subgraphs, such as checkpointed layers")
+        raise _RefusedError("the graph calls subgraphs")
     if regions.why_uncertain:
         raise _RefusedError(regions.why_uncertain)
 
@@ -245,26 +307,70 @@ def _is_attention(term: Any) -> bool:
     return isinstance(term, Term) and term.op == "attention"
 
 
-def _lay_out(graph: Graph, batch: Batch, mutations: Mutations, regions: Regions) -> None:
-    """Finds the layout of every node that depends on the rows of an embedding."""
+def _lay_out(graph: Graph, batch: Batch, mutations: Mutations, regions: Regions) -> dict[Node, str]:
+    """Finds the layout of every node that depends on the rows of an embedding.
+
+    Returns:
+        The nodes that no loss depends on and that may mix rows, each with a sentence why.
+    """
+    needed = ancestors([node for node in graph.nodes if name_of(node) == "cross_entropy"])
+    aside: dict[Node, str] = {}
     for node in graph.nodes:
         if node.op not in ("call_function", "call_method"):
             continue
-        has_rows = any(arg in batch.of for arg in node.all_input_nodes)
+        has_rows = any(arg in batch.of or arg in aside for arg in node.all_input_nodes)
         if not has_rows and not _is_embedding(node, batch):
             continue
         if not mutations.is_clean(node):
             raise _RefusedError(f"{node.name} is written in place")
         if is_traceable_wrapper_subclass(node.meta["example_value"]):
             raise _RefusedError(f"{node.name} is a tensor subclass")
-        found = layout_of(node, batch) if has_rows else Layout(BY_BATCH)
-        if found is not None:
-            batch.of[node] = found
+        try:
+            _lay_out_node(node, batch, aside, has_rows)
+        except MixesRowsError as why:
+            if node in needed:
+                raise
+            aside[node] = str(why)
     # A value is gathered in the modes in which it was computed.
     found_in = (regions.of[node] for node in batch.of)
     modes = {(region.grad_mode, region.inference_mode, region.transforms) for region in found_in}
     if len(modes) > 1:
         raise _RefusedError("some rows are computed without gradients, or under a transform")
+    return aside
+
+
+def _lay_out_node(node: Node, batch: Batch, aside: Mapping[Node, str], has_rows: bool) -> None:
+    for arg in node.all_input_nodes:
+        if arg in aside:
+            raise MixesRowsError(aside[arg])
+    found = layout_of(node, batch) if has_rows else Layout(BY_BATCH)
+    if found is not None:
+        batch.of[node] = found
+
+
+def _returned(
+    gm: GraphModule,
+    example_inputs: Sequence[Any],
+    batch: Batch,
+    aside: Mapping[Node, str],
+    logits: Sequence[Logits],
+    terms: Terms,
+    returned: Returned,
+) -> Found:
+    """Returns how the outputs are filled that depend on rows."""
+    num_rows = math.prod(batch.size)
+    outputs = [node for node in gm.graph.output_node().all_input_nodes if node in batch.of or node in aside]
+    for node in outputs:
+        if (
+            node in aside and math.prod(shape_of(node)) < num_rows
+        ):  # such as a loss of all rows, which is read
+            raise _RefusedError(aside[node])
+    found = returned_rows(gm, example_inputs, outputs, logits, terms, returned, num_rows)
+    if isinstance(found, str):
+        raise _RefusedError(found)
+    for node in ancestors(outputs if found.late else ()) - batch.of.keys():
+        _check_repeatable(node, terms)
+    return found
 
 
 def _is_embedding(node: Node, batch: Batch) -> bool:
@@ -277,19 +383,15 @@ def _is_embedding(node: Node, batch: Batch) -> bool:
     return shape_of(ids) == batch.size and not ids.meta["example_value"].dtype.is_floating_point
 
 
-def _is_loss(node: Node, layouts: Mapping[Node, Any]) -> bool:
+def is_loss(node: Node, layouts: Mapping[Node, Any]) -> bool:
+    """Returns whether a node is a cross-entropy of rows."""
     return name_of(node) == "cross_entropy" and argument(node, 0, "input") in layouts
 
 
-def _check_outputs(graph: Graph, batch: Batch, dropped: set[Node]) -> None:
-    if not batch.of:
-        raise _RefusedError("its token ids are not embedded in this graph")
-    for node in graph.output_node().all_input_nodes:
-        if node in batch.of and node not in dropped:
-            raise _RefusedError(
-                f"the graph returns every row of {node.name}; liger.logits='none' leaves logits out, "
-                "and use_cache=False the cache"
-            )
+def _labels(loss: Node, batch: Batch) -> Labels:
+    layout = batch.layout(argument(loss, 0, "input"))
+    assert layout is not None, "a loss reads rows"
+    return Labels(argument(loss, 4, "ignore_index", IGNORED), layout.cut, batch.size)
 
 
 def _derived(keys: Term, terms: Terms) -> tuple[Node, Callable[[Tensor], Tensor]]:
@@ -310,7 +412,7 @@ def _computing(nodes: Sequence[Node], terms: Terms) -> GraphModule:
     """Returns a module that computes these nodes from the inputs of the graph."""
     graph, copies = Graph(), {}
     source = nodes[0].graph
-    needed = _ancestors(nodes)
+    needed = ancestors(nodes)
     for node in source.nodes:
         if node.op == "placeholder" or node in needed:
             _check_repeatable(node, terms)
@@ -320,15 +422,6 @@ def _computing(nodes: Sequence[Node], terms: Terms) -> GraphModule:
     return GraphModule(source.owning_module or torch.nn.Module(), graph)
 
 
-def _ancestors(nodes: Iterable[Node]) -> set[Node]:
-    found, waiting = set(nodes), list(nodes)
-    while waiting:
-        new = [arg for arg in waiting.pop().all_input_nodes if arg not in found]
-        found.update(new)
-        waiting.extend(new)
-    return found
-
-
 def _check_repeatable(node: Node, terms: Terms) -> None:
     """Raises unless a node gives the same values when it runs again before the graph."""
     term = terms.of[node]
@@ -336,197 +429,8 @@ def _check_repeatable(node: Node, terms: Terms) -> None:
     is_opaque = is_opaque and name_of(node) not in (*ELEMENTWISE, *REPEATABLE)
     if not terms.mutations.is_clean(node) or (node.op != "placeholder" and is_opaque):
         raise _RefusedError(
-            f"its padding or its labels are computed by {name_of(node)}, which is not known to repeat"
+            f"its padding, its labels or an output depend on {name_of(node)}, which is not known to repeat"
         )
-
-
-# The graph of packed rows
-
-
-def packed(plan: Plan, size: int) -> GraphModule:
-    """Returns a copy of the graph that computes `size` rows, with two more inputs: `Live.index` and `Live.slots`."""
-    module = specialize.copied(plan.gm)
-    copies = dict(zip(plan.gm.graph.nodes, module.graph.nodes, strict=True))
-    layouts = {copies[node]: layout for node, layout in plan.layouts.items()}
-    _Packer(module.graph, layouts, plan, size).run()
-    module.graph.lint()
-    module.recompile()
-    return module
-
-
-class _Packer:
-    """Rewrites a graph in place. Each node with rows computes packed rows if its rows come first, else all rows."""
-
-    def __init__(
-        self, graph: Graph, layouts: dict[Node, Layout | tuple[Layout, ...]], plan: Plan, size: int
-    ) -> None:
-        self.graph, self.layouts, self.batch, self.size = graph, layouts, plan.size, size
-        self.regions = Regions(graph)
-        self.ignored = iter(plan.ignored)
-        self.packed: dict[Node, Node] = {}  # the nodes with packed rows, by node of the graph
-        self.whole: dict[Node, Node] = {}  # the nodes with all rows
-
-    def run(self) -> None:
-        nodes = list(self.graph.nodes)
-        self.index, self.slots = self._inputs()
-        for node in nodes:
-            if node in self.layouts:
-                self._rewrite(node)
-            elif _is_loss(node, self.layouts):
-                self._rewrite_loss(node)
-
-    def _inputs(self) -> tuple[Node, Node]:
-        last = self.graph.find_nodes(op="placeholder")[-1]
-        example = next(node.meta["example_value"] for node in self.layouts)
-        made = []
-        for name, size in (("live_index", self.size), ("live_slots", math.prod(self.batch))):
-            with self.graph.inserting_after(last):
-                last = self.graph.placeholder(name)
-            without_source(last)
-            with example.fake_mode:
-                last.meta["example_value"] = torch.empty(size, dtype=torch.int64, device=example.device)
-            made.append(last)
-        return made[0], made[1]
-
-    def _rewrite(self, node: Node) -> None:
-        layout = self.layouts[node]
-        is_packable = all(one.is_packable for one in (layout if isinstance(layout, tuple) else (layout,)))
-        rows = [arg for arg in node.all_input_nodes if arg in self.layouts]
-        if is_packable and all(self._is_packed(arg) for arg in rows):
-            self._pack_operation(node, layout)
-            return
-        node.args, node.kwargs = map_arg((node.args, node.kwargs), self._all_rows)
-        self.whole[node] = node
-
-    def _is_packed(self, node: Node) -> bool:
-        return self._packed_rows(node) is not None
-
-    def _packed_rows(self, node: Node) -> Node | None:
-        """Returns the node with the packed rows of a node; None if its rows do not come first."""
-        layout = self.layouts[node]
-        if node not in self.packed and isinstance(layout, Layout) and layout.is_packable:
-            self.packed[node] = self._gathered(node, layout)
-        return self.packed.get(node)
-
-    def _all_rows(self, node: Node) -> Node:
-        """Returns the node with all rows of a node, whether it has rows or not."""
-        if node not in self.layouts or node in self.whole:
-            return self.whole.get(node, node)
-        packed, by_batch = self.packed[node], self.layouts[node] == Layout(BY_BATCH)
-        rows = self._call(torch.flatten, packed, 0, 1, after=packed) if by_batch else packed
-        rows = self._call(_UNPACK, rows, self.index, self.slots, after=rows)
-        if by_batch:
-            shape = (*self.batch, *shape_of(rows)[1:])
-            rows = self._call(torch.reshape, rows, shape, after=rows)
-        self.whole[node] = rows
-        return rows
-
-    def _gathered(self, node: Node, layout: Layout) -> Node:
-        """Returns the packed rows of a node that has all rows."""
-        by_batch = layout == Layout(BY_BATCH)
-        rows = self._call(torch.flatten, node, 0, 1, after=node) if by_batch else node
-        rows = self._call(_PACK, rows, self.index, self.slots, after=rows)
-        return self._call(torch.unsqueeze, rows, 0, after=rows) if by_batch else rows
-
-    def _pack_operation(self, node: Node, layout: Layout | tuple[Layout, ...]) -> None:
-        """Makes a node compute packed rows from packed rows."""
-        first = layout[0] if isinstance(layout, tuple) else layout
-        expected = [self._small(shape, first) for shape in _shapes_of(node)]
-        rank = len(expected[0])
-
-        def operand(arg: Node) -> Node:
-            return (
-                self._packed_rows(arg) or arg
-                if arg in self.layouts
-                else self._aligned(arg, node, rank, first)
-            )
-
-        source = node.args[0] if node.args else None
-        if name_of(node) in (*VIEWS, "expand") and isinstance(source, Node):
-            node.op, node.kwargs = "call_method", {}
-            node.target = "expand" if name_of(node) == "expand" else "reshape"
-            node.args = (operand(source), *expected[0])
-        else:
-            node.args, node.kwargs = map_arg((node.args, node.kwargs), operand)
-        was = node.meta["example_value"]
-        node.meta["example_value"] = self._run(node)
-        if _shapes_of(node) != expected or _dtypes(node.meta["example_value"]) != _dtypes(was):
-            raise AssertionError(f"{node.name}: expected rows of {expected}, got {_shapes_of(node)}")
-        self.packed[node] = node
-
-    def _aligned(self, arg: Node, reader: Node, rank: int, layout: Layout) -> Node:
-        """Returns a value without rows as an operand of packed rows: where it differs by row, it is gathered too."""
-        if name_of(reader) == "embedding":
-            return self._gathered_once(arg) if arg is argument(reader, 0, "input") else arg
-        shape = shape_of(arg)
-        offset = rank - len(shape)
-        own = [dim - offset for dim in layout.dims]
-        varies = any(dim >= 0 and shape[dim] != 1 for dim in own)
-        if not varies or offset < 0 or not _is_broadcast(reader):
-            return arg
-        if layout == Layout(BY_BATCH):
-            whole = (*self.batch, *shape[max(own[1] + 1, 0) :])
-            return self._gathered_once(self._call("expand", arg, whole, after=arg))
-        return self._gathered_once(arg)
-
-    def _gathered_once(self, node: Node) -> Node:
-        if node not in self.packed:
-            layout = Layout(BY_BATCH) if shape_of(node)[:2] == self.batch else Layout((0,))
-            self.packed[node] = self._gathered(node, layout)
-        return self.packed[node]
-
-    def _later(self, node: Node) -> Node:
-        """Returns the node after which a use of `node` may be inserted: inputs come first."""
-        return self.slots if node.op == "placeholder" else node
-
-    def _rewrite_loss(self, node: Node) -> None:
-        logits, labels = argument(node, 0, "input"), argument(node, 1, "target")
-        small = self._call(_LABELS, labels, self.index, self.slots, next(self.ignored), after=labels)
-        rows = self._packed_rows(logits)
-        node.args, node.kwargs = map_arg(
-            (node.args, node.kwargs), lambda arg: rows if arg is logits else small if arg is labels else arg
-        )
-        node.meta["example_value"] = self._run(node)
-
-    def _small(self, shape: tuple[int, ...], layout: Layout) -> tuple[int, ...]:
-        """Returns the shape of packed rows in place of all rows."""
-        sizes = (1, self.size) if len(layout.dims) == 2 else (self.size,)
-        found = list(shape)
-        for dim, size in zip(layout.dims, sizes, strict=True):
-            found[dim] = size
-        return tuple(found)
-
-    def _call(self, target: Callable[..., Any] | str, *args: Any, after: Node) -> Node:
-        """Inserts a call of a function or method after its operand, in the modes of that."""
-        with self.graph.inserting_after(self._later(after)):
-            kind = "call_method" if isinstance(target, str) else "call_function"
-            node = self.graph.create_node(kind, target, args)
-        self.regions.of[node] = self.regions.of[after]
-        node.meta["example_value"] = self._run(node)
-        return node
-
-    def _run(self, node: Node) -> Any:
-        """Runs a node on fake tensors, in its modes."""
-        args, kwargs = map_arg((node.args, node.kwargs), lambda arg: arg.meta["example_value"])
-        mode = self.index.meta["example_value"].fake_mode
-        with self.regions.of[node].entered(), mode:
-            if node.op == "call_method":
-                return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-            return node.target(*args, **kwargs)  # pyright: ignore[reportCallIssue]
-
-
-def _is_broadcast(node: Node) -> bool:
-    """Returns whether operands of a node are broadcast to its result."""
-    return name_of(node) not in ("linear", "matmul", "addmm", "layer_norm", "rms_norm", "type_as", "to")
-
-
-def _shapes_of(node: Node) -> list[tuple[int, ...]]:
-    value = node.meta["example_value"]
-    return [tuple(v.shape) for v in (value if isinstance(value, (tuple, list)) else (value,))]
-
-
-def _dtypes(value: Any) -> list[torch.dtype]:
-    return [v.dtype for v in (value if isinstance(value, (tuple, list)) else (value,))]
 
 
 # The dispatch
@@ -554,10 +458,13 @@ def dispatch(
         other = otherwise(example_inputs)
     else:
         other = later(otherwise)
-        callables[first.size] = sizes[first.size]((*example_inputs, first.index, first.slots))
+        callables[first.size] = sizes[first.size]((*example_inputs, *first.inputs))
 
     def call(*args: Any) -> Any:
         live = plan.live(args)
-        return other(*args) if live is None else callables[live.size](*args, live.index, live.slots)
+        if live is None:
+            return other(*args)
+        plan.returned.budget.called()
+        return callables[live.size](*args, *live.inputs)
 
     return call

@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -155,9 +155,7 @@ def take_out(found: Sequence[Logits], terms: Terms) -> list[Deferred]:
     if not found:
         return []
     graph = found[0].output.graph
-    positions: dict[Any, list[int]] = {}
-    for position, node in enumerate(graph.output_node().args[0]):  # pyright: ignore[reportArgumentType]
-        positions.setdefault(node, []).append(position)
+    positions = positions_of_outputs(graph)
     deferred = [_deferred(logits, positions[logits.output], terms) for logits in found]
     _return(graph, {at: logits.hidden for logits in found for at in positions[logits.output]})
     for logits in found:
@@ -166,6 +164,14 @@ def take_out(found: Sequence[Logits], terms: Terms) -> list[Deferred]:
                 terms.forget(node)
                 graph.erase_node(node)
     return deferred
+
+
+def positions_of_outputs(graph: Graph) -> dict[Any, list[int]]:
+    """Returns where each value is among the outputs of a graph."""
+    positions: dict[Any, list[int]] = {}
+    for position, node in enumerate(graph.output_node().args[0]):  # pyright: ignore[reportArgumentType]
+        positions.setdefault(node, []).append(position)
+    return positions
 
 
 def _deferred(logits: Logits, positions: Sequence[int], terms: Terms) -> Deferred:
@@ -217,18 +223,47 @@ def restore(
             hidden = _hidden_of_its_own(graph, removed, late)
             is_copied = hidden is not graph.output_node().args[0][removed.positions[0]]  # pyright: ignore[reportIndexIssue, reportOptionalSubscript, reportArgumentType]
             returned.update(dict.fromkeys(removed.positions, hidden))
-        for node in removed.recipe.nodes:
-            node.meta.clear()  # fake tensors
-        function = GraphModule(torch.nn.Module(), removed.recipe)
-        recipe = None if is_dropped else Recipe(function, "logits", _ADVICE, removed.autocast)
-        inputs = tuple(map(placeholders.__getitem__, removed.inputs))
-        read = reading(removed.recipe, removed.autocast, memory or 0, said)
-        found.append(
-            LateOutput(removed.positions, inputs, recipe, is_copied, removed.has_gradients, reading=read)
-        )
+        found.append(_late_output(removed, placeholders, is_dropped, memory, said, is_copied=is_copied))
     if returned:
         _return(graph, returned)
     return found
+
+
+def _late_output(
+    deferred: Deferred,
+    placeholders: Mapping[Node, int],
+    is_dropped: bool,
+    memory: int | None,
+    said: list[str],
+    *,
+    is_copied: bool = False,
+) -> LateOutput:
+    for node in deferred.recipe.nodes:
+        node.meta.clear()  # fake tensors
+    function = GraphModule(torch.nn.Module(), deferred.recipe)
+    recipe = None if is_dropped else Recipe(function, "logits", _ADVICE, deferred.autocast)
+    inputs = tuple(map(placeholders.__getitem__, deferred.inputs))
+    read = reading(deferred.recipe, deferred.autocast, memory or 0, said)
+    return LateOutput(deferred.positions, inputs, recipe, is_copied, deferred.has_gradients, reading=read)
+
+
+def late_outputs_of(
+    found: Sequence[Logits], terms: Terms, *, memory: int | None, said: list[str]
+) -> list[LateOutput]:
+    """Returns the fillers of outputs that are logits, from the hidden state; the graph stays as it is.
+
+    Args:
+        memory, said: as in restore().
+    """
+    if not found:
+        return []
+    graph = found[0].output.graph
+    placeholders = {node: at for at, node in enumerate(graph.find_nodes(op="placeholder"))}
+    positions = positions_of_outputs(graph)
+    return [
+        _late_output(_deferred(one, positions[one.output], terms), placeholders, False, memory, said)
+        for one in found
+    ]
 
 
 def _hidden_of_its_own(graph: Graph, deferred: Deferred, late: Set[int]) -> Node:
@@ -320,7 +355,7 @@ def _layout(argument: Any) -> Any:
 
 def _like(recipe: Recipe, arguments: Sequence[Any]) -> Tensor:
     with FakeTensorMode(allow_non_fake_inputs=False), torch.no_grad():
-        result = recipe(
+        (result,) = recipe(
             *(
                 torch.empty_strided(a.shape, a.stride(), dtype=a.dtype, device=a.device)
                 if isinstance(a, Tensor)
@@ -331,7 +366,13 @@ def _like(recipe: Recipe, arguments: Sequence[Any]) -> Tensor:
     return torch.empty_strided(result.shape, result.stride(), dtype=result.dtype, device="meta")
 
 
-def materializing(compiled: Callable[..., Any], filled: Sequence[LateOutput]) -> Callable[..., Any]:
+class Filler(Protocol):
+    """Fills outputs in each call."""
+
+    def fill(self, outputs: list[Any], inputs: Sequence[Any]) -> None: ...
+
+
+def materializing(compiled: Callable[..., Any], filled: Sequence[Filler]) -> Callable[..., Any]:
     """Returns `compiled` with its outputs filled."""
     if not filled:
         return compiled

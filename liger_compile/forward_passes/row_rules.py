@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -33,14 +33,21 @@ class Layout:
     Args:
         dims: the dimensions of the batch and of the token, or the one dimension that both were flattened to.
         keys: for scores of attention, the dimension of the keys.
+        cut: the numbers of tokens that a slice has left out at the front and at the back of each sequence.
     """
 
     dims: tuple[int, ...]
     keys: int | None = None
+    cut: tuple[int, int] = (0, 0)
 
     def shifted(self, by: int) -> Layout:
         keys = None if self.keys is None else self.keys + by
-        return Layout(tuple(dim + by for dim in self.dims), keys)
+        return replace(self, dims=tuple(dim + by for dim in self.dims), keys=keys)
+
+    def sizes(self, size: tuple[int, int]) -> tuple[int, ...]:
+        """Returns the sizes of `dims` in a batch of (B, T)."""
+        batch, length = size[0], size[1] - sum(self.cut)
+        return (batch, length) if len(self.dims) == 2 else (batch * length,)
 
     @property
     def is_packable(self) -> bool:
@@ -95,10 +102,25 @@ def layout_of(node: Node, batch: Batch) -> Layout | tuple[Layout, ...] | None:
     rule = _RULES.get(name) or (_elementwise if name in ELEMENTWISE else None)
     if rule is None or (node.kwargs.get("out") is not None):
         raise MixesRowsError(f"{name} may read several rows at once")
-    found = rule(node, batch)
+    found = _with_cut(node, rule(node, batch), batch)
     for layout, shape in zip(_as_tuple(found), _shapes(node), strict=False):
         _check_sizes(layout, shape, batch, name)
     return found
+
+
+def _with_cut(node: Node, found: Any, batch: Batch) -> Any:
+    """Returns the layout of a node, whose operand may be cut: such rows go to a loss, with few steps between."""
+    cut = next(
+        (layout.cut for arg in node.all_input_nodes if (layout := batch.layout(arg)) and any(layout.cut)),
+        None,
+    )
+    if cut is None or found is None:
+        return found
+    if name_of(node) in _OF_CUT and isinstance(found, Layout) and len(node.all_input_nodes) == 1:
+        found = replace(found, cut=cut)
+        if found.is_packable:
+            return found
+    raise MixesRowsError("an index chooses some of the rows")
 
 
 def _as_tuple(found: Any) -> tuple[Layout, ...]:
@@ -115,8 +137,7 @@ def _shapes(node: Node) -> list[tuple[int, ...]]:
 
 
 def _check_sizes(layout: Layout, shape: tuple[int, ...], batch: Batch, name: str) -> None:
-    sizes = batch.size if len(layout.dims) == 2 else (math.prod(batch.size),)
-    if tuple(shape[dim] for dim in layout.dims if dim < len(shape)) != sizes:
+    if tuple(shape[dim] for dim in layout.dims if dim < len(shape)) != layout.sizes(batch.size):
         raise MixesRowsError(f"{name} changes the number of rows")
 
 
@@ -245,10 +266,10 @@ def _view(node: Node, batch: Batch) -> Layout:
     for at in range(len(after)):
         if math.prod(after[:at]) != rows:
             continue
-        if after[at : at + 2] == batch.size:
-            return Layout((at, at + 1))
-        if after[at] == math.prod(batch.size) and after[at] != 1:
-            return Layout((at,))
+        for found in (replace(layout, dims=(at, at + 1)), replace(layout, dims=(at,))):
+            sizes = found.sizes(batch.size)
+            if after[at : at + len(sizes)] == sizes and (len(sizes) == 2 or sizes != (1,)):
+                return found
     raise MixesRowsError(f"{name_of(node)} does not keep rows apart")
 
 
@@ -309,7 +330,22 @@ def _item(node: Node, batch: Batch) -> Layout:
         at = parts.index(Ellipsis)
         given = sum(part is not None and part is not Ellipsis for part in parts)
         parts[at : at + 1] = [slice(None)] * (rank - given)
+    if (cut := _cut(parts, found, batch)) is not None:
+        return replace(found, cut=cut)
     return _indexed(parts + [slice(None)] * rank, found, rank)
+
+
+def _cut(parts: list[Any], layout: Layout, batch: Batch) -> tuple[int, int] | None:
+    """Returns how many tokens an index leaves out at the front and at the back; None if it does anything else."""
+    if layout != Layout(BY_BATCH) or len(parts) < 2 or not all(isinstance(part, slice) for part in parts):
+        return None
+    token, others = parts[1], [parts[0], *parts[2:]]
+    is_whole = all(other.start in (None, 0) and (other.stop, other.step) in _WHOLE for other in others)
+    bounds = (token.start, token.stop, token.step)
+    if not is_whole or not all(bound is None or isinstance(bound, int) for bound in bounds):
+        return None
+    start, stop, step = token.indices(batch.size[1])
+    return (start, batch.size[1] - stop) if step == 1 and start < stop else None
 
 
 def _indexed(parts: list[Any], layout: Layout, rank: int) -> Layout:
@@ -351,11 +387,13 @@ def _parts(node: Node, batch: Batch) -> tuple[Layout, ...]:
 
 
 def _joined(node: Node, batch: Batch) -> Layout:
-    tensors = node.args[0]
-    found = {batch.layout(tensor) for tensor in tensors}  # pyright: ignore[reportGeneralTypeIssues, reportOptionalIterable]
+    # A cache of keys begins as an empty tensor of one dimension, which adds nothing.
+    tensors = [tensor for tensor in node.args[0] if shape_of(tensor) != (0,)]  # pyright: ignore[reportGeneralTypeIssues, reportOptionalIterable]
+    found = {batch.layout(tensor) for tensor in tensors}
     if len(found) != 1 or (layout := found.pop()) is None or layout.keys is not None:
         raise MixesRowsError("cat joins rows with other values")
-    _kept_apart(node, layout, argument(node, 1, "dim", 0), len(shape_of(node)))
+    if len(tensors) > 1:
+        _kept_apart(node, layout, argument(node, 1, "dim", 0), len(shape_of(node)))
     return layout
 
 
@@ -374,9 +412,13 @@ def _repeated(node: Node, batch: Batch) -> Layout:
 
 def _loss(node: Node, batch: Batch) -> None:
     logits, target = argument(node, 0, "input"), argument(node, 1, "target")
-    is_flat = batch.layout(logits) == Layout(FLAT) and len(shape_of(logits)) == 2
+    layout = batch.layout(logits)
+    is_flat = layout is not None and layout.dims == FLAT and len(shape_of(logits)) == 2
     is_plain = (
-        isinstance(target, Node) and target not in batch.of and shape_of(target) == (math.prod(batch.size),)
+        layout is not None
+        and isinstance(target, Node)
+        and target not in batch.of
+        and shape_of(target) == layout.sizes(batch.size)
     )
     if not (is_flat and is_plain) or argument(node, 6, "reduction", "mean") not in ("mean", "sum"):
         raise MixesRowsError("a loss has no label for each row, or no sum or mean")
@@ -449,6 +491,9 @@ ELEMENTWISE = frozenset(
     ]
 )
 VIEWS = ("view", "reshape", "flatten", "unflatten")
+_OF_CUT = frozenset(
+    (*VIEWS, "bfloat16", "clone", "contiguous", "double", "float", "half", "to", "cross_entropy")
+)
 _RULES: Mapping[str, Callable[[Node, Batch], Any]] = {
     "dropout": _dropout,
     **dict.fromkeys(("mean", "sum", "var", "amax", "softmax", "log_softmax"), _reduction),

@@ -361,8 +361,15 @@ def linear_cross_entropy(
     needs_dweight: bool,
     needs_dbias: bool,
     memory: int = 0,
+    labeled: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return (loss, dx, dweight, dbias, token_scales, class_scales)."""
+    """Return (loss, dx, dweight, dbias, token_scales, class_scales).
+
+    Args:
+        labeled: int64 () on the CPU: only so many first rows may have a label, so no logits of the others are computed.
+    """
+    num_rows, first = x.shape[0], slice(None) if labeled is None else slice(int(labeled))
+    x, target = x[first], target[first]
     loss = SoftmaxLoss(class_weight, ignore_index, label_smoothing, logit_scale, softcap, z_loss)
     head = Head(weight, bias, loss)
     loss.check(target, weight.shape[0], head.has_kernel(x))
@@ -374,7 +381,18 @@ def linear_cross_entropy(
     losses, made = losses_and_gradients(head, x, target, upstream.expand(x.shape[:1]), scale, needs, memory)
     _undo(made, counted, rest)
     dx, dweight, dbias, token_scales, class_scales = made
+    if len(x) < num_rows:
+        dx = _lengthened(dx, num_rows) if needs_dx else dx
+        token_scales = _lengthened(token_scales, num_rows) if any(needs) else token_scales
+        losses = _lengthened(losses, num_rows)
     return loss.reduce(losses, token_weight, reduction), dx, dweight, dbias, token_scales, class_scales
+
+
+def _lengthened(of_rows: Tensor, num_rows: int) -> Tensor:
+    """Return a tensor with rows of 0 at its end."""
+    made = of_rows.new_zeros((num_rows, *of_rows.shape[1:]))
+    made[: len(of_rows)] = of_rows
+    return made
 
 
 @linear_cross_entropy.register_fake
@@ -394,6 +412,7 @@ def _(
     needs_dweight: bool,
     needs_dbias: bool,
     memory: int = 0,
+    labeled: Any = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     loss = x.new_empty(x.shape[:1] if reduction == "none" else (), dtype=accumulation_dtype(x.dtype))
     dx, dweight, dbias, *scales = empty_gradients(x, weight, (needs_dx, needs_dweight, needs_dbias))
@@ -448,9 +467,8 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, weight, target, bias, class_weight, ignore_index, reduction, *numbers, dx, dweight, dbias, memory = (
-        inputs
-    )
+    x, weight, target, bias, class_weight, ignore_index, reduction, *numbers = inputs[:-5]
+    dx, dweight, dbias, memory, _ = inputs[-5:]
     _, *gradients = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*gradients)

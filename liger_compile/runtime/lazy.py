@@ -27,7 +27,7 @@ from torch.multiprocessing.reductions import reduce_tensor
 from liger_compile.runtime.fingerprint import has_fingerprint
 from liger_compile.runtime.memory import Late, Memory, late_result, promised
 from liger_compile.runtime.optimizer_steps import keep_before_steps
-from liger_compile.runtime.promise import Promise, Recipe, changed
+from liger_compile.runtime.promise import Promise, Recipe, changed, may_change
 from liger_compile.runtime.sharding import keep_before_sharding
 from liger_compile.torch_internals.dynamo import is_tracing
 from liger_compile.torch_internals.operators import COPY, schema_of
@@ -74,18 +74,45 @@ def lazy(
     The tensor is computed at once where changes of the inputs would not be detected: while a CUDA graph is captured,
     whose replays write into the inputs, and for tensor subclasses.
     """
-    tensors = [value for value in inputs if isinstance(value, Tensor)]
-    if _is_recorded(tensors) or not all(map(has_fingerprint, tensors)):
-        return recipe(*inputs)
-    promise = Promise(recipe, like.numel() * like.element_size(), inputs)
-    result: Tensor = _Deferred.apply(promise, like, tensors[0].device, *inputs)  # pyright: ignore[reportAssignmentType]
-    keep_before_sharding(promise, tensors)
-    keep_before_steps(promise)
-    if meaning is not None and isinstance(result, LazyTensor):
+    num_bytes = like.numel() * like.element_size()
+    (result,), promise = _lazies(recipe, (like,), inputs, num_bytes)
+    if promise is not None and meaning is not None and isinstance(result, LazyTensor):
         result.meaning = found = meaning(promise)
         if found is not None:
             result.gradients, result.report = found.gradients, found.report
     return result
+
+
+def lazies(recipe: Recipe, likes: Sequence[Tensor], *inputs: Any, num_bytes: int) -> tuple[Tensor, ...]:
+    """Return tensors whose values and gradients are those of recipe(*inputs): the first read computes all of them.
+
+    Args:
+        recipe: returns a tuple, of new tensors that share no memory.
+        likes: one for each tensor, as in lazy(); a tensor has gradients if its `like` has `requires_grad`.
+        num_bytes: the memory that copies of changing inputs may take. Beyond that, the tensors are computed instead.
+    """
+    return _lazies(recipe, likes, inputs, num_bytes, may_differ=True)[0]
+
+
+def _lazies(
+    recipe: Recipe,
+    likes: Sequence[Tensor],
+    inputs: Sequence[Any],
+    num_bytes: int,
+    *,
+    may_differ: bool = False,
+) -> tuple[tuple[Tensor, ...], Promise | None]:
+    """Return the tensors, and their promise if they are late."""
+    tensors = [value for value in inputs if may_change(value)]
+    if _is_recorded(tensors) or not all(map(has_fingerprint, tensors)):
+        return recipe(*inputs), None
+    promise = Promise(recipe, num_bytes, inputs)
+    without = [may_differ and not like.requires_grad for like in likes]
+    device = next(value for value in inputs if isinstance(value, Tensor)).device
+    results: Any = _Deferred.apply(promise, likes, without, device, *inputs)
+    keep_before_sharding(promise, tensors)
+    keep_before_steps(promise)
+    return results, promise
 
 
 def _is_recorded(tensors: Sequence[Tensor]) -> bool:
@@ -93,37 +120,55 @@ def _is_recorded(tensors: Sequence[Tensor]) -> bool:
 
 
 class _Deferred(torch.autograd.Function):
-    """Connects a LazyTensor to its inputs in autograd."""
+    """Connects LazyTensors to the inputs of their promise in autograd."""
 
     @staticmethod
-    def forward(ctx: Any, promise: Promise, like: Tensor, device: torch.device, *inputs: Any) -> LazyTensor:
+    def forward(
+        ctx: Any,
+        promise: Promise,
+        likes: Sequence[Tensor],
+        without: Sequence[bool],
+        device: torch.device,
+        *inputs: Any,
+    ) -> tuple[LazyTensor, ...]:
         ctx.recipe, ctx.fingerprints = promise.recipe, promise.fingerprints()
         ctx.positions = [i for i, value in enumerate(inputs) if isinstance(value, Tensor)]
         ctx.save_for_backward(*(inputs[i] for i in ctx.positions))
         ctx.inputs = [None if isinstance(value, Tensor) else value for value in inputs]
         ctx.set_materialize_grads(False)
-        return LazyTensor(like, device, promised(promise))
+        made = tuple(LazyTensor(like, device, promised(promise, at)) for at, like in enumerate(likes))
+        ctx.mark_non_differentiable(
+            *(one for one, is_without in zip(made, without, strict=True) if is_without)
+        )
+        return made
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor | None) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Return the gradients of the inputs; with create_graph=True, they are differentiable."""
-        if gradient is None:  # all questions were answered without the values
-            return (None,) * (3 + len(ctx.inputs))
+        if all(gradient is None for gradient in gradients):  # all questions were answered without the values
+            return (None,) * (_BEFORE_INPUTS + len(ctx.inputs))
         inputs, wanted = list(ctx.inputs), []
         again = torch.is_grad_enabled()
         for i, saved in zip(ctx.positions, ctx.saved_tensors, strict=True):
             if happened := changed(saved, ctx.fingerprints[i]):
                 raise ctx.recipe.refusal("gradients", saved.shape, happened)
-            needs_gradient = ctx.needs_input_grad[3 + i]
+            needs_gradient = ctx.needs_input_grad[_BEFORE_INPUTS + i]
             inputs[i] = saved if again else saved.detach().requires_grad_(needs_gradient)
             wanted += [i] if needs_gradient else []
         with torch.enable_grad():
-            result = ctx.recipe(*inputs)
-        found = torch.autograd.grad(result, [inputs[i] for i in wanted], gradient, create_graph=again)
-        gradients: list[Any] = [None] * len(inputs)
+            results = ctx.recipe(*inputs)
+        pairs = [pair for pair in zip(results, gradients, strict=True) if pair[1] is not None]
+        results, given = zip(*pairs, strict=True)
+        found = torch.autograd.grad(
+            results, [inputs[i] for i in wanted], given, create_graph=again, allow_unused=True
+        )
+        of_inputs: list[Any] = [None] * len(inputs)
         for i, gradient in zip(wanted, found, strict=True):
-            gradients[i] = gradient
-        return (None, None, None, *gradients)
+            of_inputs[i] = gradient
+        return (*(None,) * _BEFORE_INPUTS, *of_inputs)
+
+
+_BEFORE_INPUTS = 4  # arguments of _Deferred before the inputs
 
 
 class _Absent:
@@ -142,12 +187,14 @@ class LazyTensor(Tensor):
     _writes: int  # in its memory, for which the meaning holds
     gradients: tuple[Gradient, ...]  # also after the values are in memory
     report: Callable[[Any], None] | None
+    is_private: bool  # no other code has it, so that nobody writes into it
 
     @staticmethod
     def __new__(cls, like: Tensor, device: torch.device, late: Late) -> LazyTensor:
         made = without_memory(cls, like, device)
         made._late, made._dense_alias = late, None
         made._meaning, made._writes, made.gradients, made.report = None, 0, (), None
+        made.is_private = False
         return made
 
     @property

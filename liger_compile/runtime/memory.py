@@ -172,9 +172,9 @@ class _Place:
         self.at = at
 
 
-def promised(promise: Promise) -> Late:
-    """Return the values of a promise, as new memory."""
-    return Late(Memory(lambda: promise().detach()))
+def promised(promise: Promise, at: int = 0) -> Late:
+    """Return one of the values of a promise, as new memory."""
+    return Late(Memory(lambda: promise(at).detach()))
 
 
 @contextlib.contextmanager

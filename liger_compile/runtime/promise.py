@@ -2,7 +2,7 @@
 
 The result is these values or an error, whatever happens to the inputs in between.
 
-    Recipe   computes a tensor from other values
+    Recipe   computes tensors from other values
     Promise  recipe(*inputs), for inputs that others may write into before the computation
 
 Detectable writers (`optimizer_steps.py`, `sharding.py`) call keep() before they change an input. Other changes are
@@ -26,29 +26,30 @@ from liger_compile.torch_internals.tensors import storage_of, version_of
 
 @dataclass(frozen=True)
 class Recipe:
-    """A computation of a tensor from other values.
+    """A computation of tensors from other values.
 
     Args:
-        function: takes plain tensors and numbers; returns one tensor.
-        name: the user's name for the tensor, for messages: "logits".
-        advice: the remedy if the tensor can no longer be computed, a sentence.
+        function: takes plain tensors and numbers; returns one tensor, or a tuple of tensors.
+        name: the user's name for the tensors, for messages: "logits".
+        advice: the remedy if the tensors can no longer be computed, a sentence.
         autocast: (device type, dtype) of the autocast to run under; None for none.
     """
 
-    function: Callable[..., Tensor]
+    function: Callable[..., Tensor | tuple[Tensor, ...]]
     name: str
     advice: str
     autocast: tuple[str, torch.dtype] | None = None
 
-    def __call__(self, *inputs: Any) -> Tensor:
-        """Return the tensor."""
+    def __call__(self, *inputs: Any) -> tuple[Tensor, ...]:
+        """Return the tensors."""
         with contextlib.ExitStack() as stack:
             if self.autocast:
                 stack.enter_context(torch.autocast(self.autocast[0], dtype=self.autocast[1]))
             else:
                 for device in {value.device.type for value in inputs if isinstance(value, Tensor)}:
                     stack.enter_context(torch.autocast(device, enabled=False))
-            return self.function(*inputs)
+            made = self.function(*inputs)
+        return made if isinstance(made, tuple) else (made,)
 
     def refusal(self, wanted: str, shape: Sequence[int], happened: str) -> RuntimeError:
         """Return the error for a changed input of this shape; `wanted` is "values" or "gradients"."""
@@ -79,6 +80,11 @@ def changed(tensor: Tensor, before: Fingerprint | None) -> str | None:
     if is_freed(tensor):
         return FREED
     return None if before is None or before.is_same(fingerprint(tensor)) else CHANGED_UNSEEN
+
+
+def may_change(value: Any) -> bool:
+    """Return whether others may write into an input."""
+    return isinstance(value, Tensor) and not getattr(value, "is_private", False)
 
 
 class _Input:
@@ -120,21 +126,22 @@ class Promise:
 
     Args:
         recipe: the computation.
-        num_bytes: size of the values.
-        inputs: tensors that have fingerprints, and other values.
+        num_bytes: the memory that the values may take, in place of copies of inputs that are about to change.
+        inputs: tensors that have fingerprints, and other values. A tensor that has `is_private` is no input that others
+            may write into.
     """
 
     def __init__(self, recipe: Recipe, num_bytes: int, inputs: Sequence[Any]) -> None:
         self.lock = threading.RLock()
         self.recipe, self._num_bytes = recipe, num_bytes
-        self._inputs = [_Input(value) if isinstance(value, Tensor) else value for value in inputs]
+        self._inputs = [_Input(value) if may_change(value) else value for value in inputs]
         self._stream = _stream(self._tensors())
-        self._values: Tensor | None = None
+        self._values: tuple[Tensor, ...] | None = None
         # The shape of each input, and whether its values were unchanged when the result was computed, as bool [].
         self._doubts: list[tuple[torch.Size, Tensor]] = []
 
-    def __call__(self) -> Tensor:
-        """Return the values without a gradient; the same tensor on each call.
+    def __call__(self, at: int = 0) -> Tensor:
+        """Return one of the values without a gradient; the same tensor on each call.
 
         Raises:
             RuntimeError: an input had changed.
@@ -149,7 +156,7 @@ class Promise:
                 if not is_same:
                     raise self.recipe.refusal("values", shape, CHANGED_UNSEEN)
             self._doubts = []
-            return values
+            return values[at]
 
     def keep(self, storages: Container[int | None], copies: dict[Any, Tensor]) -> None:
         """Make the values independent of the inputs in these storages, which are about to change.
@@ -194,7 +201,7 @@ class Promise:
     def _tensors(self) -> list[_Input]:
         return [source for source in self._inputs if isinstance(source, _Input)]
 
-    def _computed(self) -> Tensor:
+    def _computed(self) -> tuple[Tensor, ...]:
         if self._values is None:
             with torch.inference_mode(False), torch.no_grad():
                 self._values = self.recipe(

@@ -5,6 +5,7 @@ torch._C._autograd._get_current_graph_task_keep_graph   2.11 to 2.13    no publi
 torch._C._current_graph_task_id                         2.11 to 2.13    no public name
 Node._forward_cls (of an autograd.Function)             2.11 to 2.13    no public name
 Node._input_metadata                                    2.11 to 2.13    no public name
+torch._C._autograd._top_saved_tensors_default_hooks     2.11 to 2.13    no public name
 """
 
 from __future__ import annotations
@@ -36,3 +37,8 @@ def expected_gradients(node: Any) -> Sequence[Any] | None:
     The node may also be the context of an autograd.Function, in its backward.
     """
     return getattr(node, "_input_metadata", None)
+
+
+def saved_tensors_have_hooks() -> bool:
+    """Returns whether hooks get each tensor that is saved for backward, as in a checkpoint in eager code."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None  # pyright: ignore[reportAttributeAccessIssue]

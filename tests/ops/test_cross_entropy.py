@@ -269,6 +269,29 @@ def test_a_gradient_that_was_not_made_is_an_error():
         loss.backward()
 
 
+@parametrize(
+    dtype=(torch.float32, torch.float16, torch.bfloat16),
+    reduction=("mean", "sum", "none"),
+    count=(0, 4, 9),
+    needs=((True, True, True), (True, False, False), (False, True, False), (False, False, False)),
+)
+def test_rows_with_labels_come_first(dtype, reduction, count, needs):
+    """With the number of these rows, the op gives what it gives without, and computes no logits of the others."""
+    x, weight, bias = (torch.randn(shape, dtype=dtype) for shape in ((9, H), (V, H), (V,)))
+    target = torch.randint(0, V, (9,)).masked_fill(torch.arange(9) >= count, -100)
+    arguments = (x, weight, target, bias, None, -100, reduction, 0.1, 1.0, None, 0.0, *needs, 0)
+    function = torch.ops.liger_compile.linear_cross_entropy.default
+    expected, got = function(*arguments), function(*arguments, torch.tensor(count))
+    assert [a.shape for a in got] == [a.shape for a in expected]
+    bound = torch.finfo(dtype).eps
+    if not count:  # the sums of no rows are 0, with factors of their own
+        got, expected = (
+            (made[0], *op.scaled(torch.ones(()), op.Gradients(*made[1:]), dtype)) for made in (got, expected)
+        )
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=8 * bound, atol=8 * bound, equal_nan=True)
+
+
 MEASURE = """
 import re, torch, torch.nn.functional as F
 from liger_compile import functional as L
