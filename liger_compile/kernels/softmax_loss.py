@@ -149,6 +149,7 @@ def _softmax_loss_kernel(  # noqa: C901 - constexpr branches: a compiled kernel 
     HAS_Z_LOSS: tl.constexpr,
     LANES: tl.constexpr,
     VECTOR: tl.constexpr,
+    IS_SHARD: tl.constexpr,  # a target that is no column is a class of another shard; only without losses_ptr
 ):
     IS_HALF: tl.constexpr = logits_ptr.dtype.element_ty != tl.float32
     lanes = tl.arange(0, LANES)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
@@ -169,8 +170,8 @@ def _softmax_loss_kernel(  # noqa: C901 - constexpr branches: a compiled kernel 
                     tl.store(dlogits_ptr + row * dlogits_stride + columns, zeros, mask=columns < readable)
         else:
             is_class = (target >= 0) & (target < classes)
-            label = tl.where(is_class, target, 0).to(tl.int32)
-            weight = tl.where(is_class, 1.0, float("nan"))
+            label = tl.where(is_class, target, -1 if IS_SHARD else 0).to(tl.int32)
+            weight = tl.where(is_class, 1.0, 1.0 if IS_SHARD else float("nan"))
             if class_weight_ptr is not None:
                 weight = weight * tl.load(class_weight_ptr + label).to(tl.float32)
 
@@ -319,6 +320,17 @@ def gradient(
     return dlogits
 
 
+def gradient_of_shard_(
+    logits: Tensor, target: Tensor, terms: Terms, upstream: Tensor, row_max: Tensor, log_sum: Tensor
+) -> None:
+    """Write the gradient over the logits (N, V) of a part of the classes, from the statistics of all classes.
+
+    A target that is neither a column nor ignored is a class of another part. The space between rows is padding.
+    """
+    readable = logits.stride(0)
+    _launch(logits, target, terms, upstream, logits, None, row_max, log_sum, readable, is_shard=True)
+
+
 def _with_dense_rows(logits: Tensor) -> Tensor:
     return logits if logits.stride(1) == 1 else logits.contiguous()
 
@@ -333,6 +345,8 @@ def _launch(
     row_max: Tensor | None,
     log_sum: Tensor | None,
     readable: int,
+    *,
+    is_shard: bool = False,
 ) -> None:
     class_weight, ignore_index, label_smoothing, logit_scale, softcap, z_loss = terms
     rows, classes = logits.shape
@@ -376,5 +390,6 @@ def _launch(
         HAS_Z_LOSS=z_loss != 0,
         LANES=lanes,
         VECTOR=vector,
+        IS_SHARD=is_shard,
         num_warps=num_warps,
     )
