@@ -15,9 +15,11 @@ import torch
 import torch.nn.functional as F
 
 from liger_compile import functional
+from liger_compile.ops.validation import why_not_sharded
 from liger_compile.pattern import Match, Pattern
 from liger_compile.patterns.cross_entropy import labels_of_rows
 from liger_compile.patterns.profit import few_logits, needs_kernel
+from liger_compile.torch_internals import dtensor
 
 
 def _as_computed(logits):
@@ -30,6 +32,24 @@ _ROUNDINGS = {
     "_upcast_logits": (torch.Tensor.float, _as_computed),
     "_upcast_loss": (_as_computed, torch.Tensor.float),
 }
+
+
+def check(match: Match) -> str | None:
+    """Reject DTensors, except a head that is divided by classes, and a loss that each rank has."""
+    captured = [match[name] for name in match.captures]
+    if not any(map(dtensor.is_dtensor, captured)):
+        return None
+    x, weight, target = match["x"], match["weight"], match["target"]
+    if not dtensor.is_dtensor(weight):
+        return "the weight of the head is no DTensor, and its input or labels are"
+    if reason := why_not_sharded(
+        x, weight, *(match[n] for n in ("bias", "class_weight", "reduction", "label_smoothing"))
+    ):
+        return reason
+    others = [value for value in (target, match.result) if dtensor.is_dtensor(value)]
+    if not all(map(dtensor.is_replicated, others)):
+        return "its labels or its loss are divided over the ranks"
+    return None
 
 
 def profit(match: Match) -> str | None:
@@ -112,13 +132,24 @@ def _search(rounding: str, has_softcap: bool, is_negative: bool) -> Callable[...
 
 
 def _pattern(rounding: str, has_softcap: bool, is_negative: bool = False) -> Pattern:
-    def replace(x, weight, bias, target, scale, softcap=None, loss_memory=None, **loss_arguments):
+    def replace(
+        x,
+        weight,
+        bias,
+        target,
+        scale,
+        softcap=None,
+        loss_memory=None,
+        returns_dtensor=False,
+        **loss_arguments,
+    ):
         target = labels_of_rows(target, x)
         loss = functional.linear_cross_entropy(
             x, weight, target, bias, logit_scale=scale, softcap=softcap, memory=loss_memory, **loss_arguments
         )
         loss = loss.to(x.dtype) if not rounding else loss
-        return -loss if is_negative else loss
+        loss = -loss if is_negative else loss
+        return dtensor.replicated(loss, x) if returns_dtensor else loss
 
     name = "softcap" if has_softcap else "log_probability" if is_negative else "plain"
     examples = {
@@ -137,10 +168,12 @@ def _pattern(rounding: str, has_softcap: bool, is_negative: bool = False) -> Pat
         name=f"linear_cross_entropy.{name}{rounding}",
         search=_search(rounding, has_softcap, is_negative),
         replace=replace,
+        check=check,
         profit=profit,
         saves=saved_bytes,
         examples=examples,
         is_loss=True,
+        takes_dtensors=True,
     )
 
 

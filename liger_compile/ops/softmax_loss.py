@@ -26,7 +26,6 @@ from torch import Tensor
 
 from .precision import accumulation_dtype
 
-
 ELSEWHERE = -1
 
 

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from liger_compile.torch_internals import dtensor
+
 from .rotary import LAYOUTS
 
 
@@ -221,3 +223,46 @@ def _kind(x: Tensor | None) -> str:
 
 def _dtypes(*tensors: Tensor | None) -> str:
     return " and ".join(str(t.dtype) for t in tensors if t is not None)
+
+
+def check_sharded_loss(
+    name: str,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    class_weight: Tensor | None,
+    reduction: str,
+    label_smoothing: float,
+    z_loss: float,
+) -> None:
+    if reason := why_not_sharded(x, weight, bias, class_weight, reduction, label_smoothing, z_loss):
+        raise ValueError(f"{name}: {reason}")
+
+
+def why_not_sharded(
+    x: Any,
+    weight: Any,
+    bias: Any,
+    class_weight: Any,
+    reduction: str,
+    label_smoothing: float,
+    z_loss: float = 0.0,
+) -> str | None:
+    """Returns why the loss of a head that is a DTensor is not computed by shards, in a sentence."""
+    if dtensor.sharded_dim(weight) != 0:
+        return (
+            f"expected a weight that a one-dimensional mesh divides by classes, Shard(0), got {weight.placements}; "
+            "parallelize the head by ColwiseParallel"
+        )
+    if bias is not None and not (dtensor.is_dtensor(bias) and dtensor.sharded_dim(bias) == 0):
+        return (
+            "expected a bias with the placement of weight, Shard(0); parallelize the head by ColwiseParallel"
+        )
+    if not (dtensor.is_dtensor(x) and dtensor.is_replicated(x)):
+        given = x.placements if dtensor.is_dtensor(x) else "a plain tensor"
+        return f"expected the input of the head as a replicated DTensor, got {given}; redistribute it to Replicate()"
+    if reduction == "none":
+        return 'expected reduction "mean" or "sum" over a divided vocabulary, got "none"'
+    if class_weight is not None or not all(statically_known_true(v == 0) for v in (label_smoothing, z_loss)):
+        return "class weights, label smoothing and z-loss are not supported over a divided vocabulary"
+    return None

@@ -3,9 +3,9 @@
 Rank r of R has the classes r * ceil(V / R) to (r + 1) * ceil(V / R) - 1 of V, as the placement Shard(0) of a DTensor
 divides the rows of a weight. The last ranks may have fewer classes, or none.
 
-The softmax of a row needs its largest logit, the sum of its exponentials, and the logit of its class. Each rank computes
-them for its classes. One all_gather brings the three numbers of all ranks to every rank. Every rank combines them in the
-same order, so that all ranks have the same bits.
+The softmax of a row needs its largest logit, the sum of its exponentials, and the logit of its class. Each rank
+computes the three numbers for its classes. One all_gather brings those of all ranks to every rank. Every rank combines
+them in the same order, so that all ranks have the same bits.
 """
 
 from __future__ import annotations
@@ -14,10 +14,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from liger_compile.torch_internals.distributed import process_group
+from liger_compile.torch_internals.distributed import all_gather_into, process_group
 
 from .softmax_loss import ELSEWHERE
 
@@ -79,5 +78,5 @@ class VocabularyShard:
     def _gathered(self, values: Tensor) -> Tensor:
         """Return the values (...) of all ranks (R, ...)."""
         of_all = values.new_empty((self.group.size(), *values.shape))
-        dist.all_gather_into_tensor(of_all.flatten(0, 1), values, group=self.group)
+        all_gather_into(of_all.flatten(0, 1), values, self.group)
         return of_all

@@ -29,6 +29,7 @@ from liger_compile.steps.moving import moved_nodes
 from liger_compile.steps.recording import Recorder, faults_of
 from liger_compile.steps.saved import saved_by, saved_tensors_into
 from liger_compile.terms.term import size_of, sizes_of
+from liger_compile.torch_internals.dtensor import is_dtensor
 from liger_compile.torch_internals.fx import is_erased
 
 
@@ -245,7 +246,8 @@ def _wanted(settings: Mapping[str, Any], match: Match) -> dict[str, Any]:
         known = inspect.signature(match.pattern.replace).parameters  # pyright: ignore[reportArgumentType]
     except ValueError:  # a function in C, which has none of our parameters
         return {}
-    return {name: value for name, value in settings.items() if name in known and name not in match.captures}
+    given = {**settings, "returns_dtensor": is_dtensor(match.result)}
+    return {name: value for name, value in given.items() if name in known and name not in match.captures}
 
 
 def _why_not(originals: Sequence[torch.Tensor], results: Sequence[Any], recorder: Recorder) -> str | None:
