@@ -320,8 +320,9 @@ def linear_cross_entropy(
     validation.check_loss(name, reduction, label_smoothing, softcap)
     validation.check_class_weight(name, class_weight, weight.shape[0])
     validation.check_memory(name, memory)
-    if dtensor.is_dtensor(weight):
-        validation.check_sharded_loss(name, x, weight, bias, class_weight, reduction, label_smoothing, z_loss)
+    if any(map(dtensor.is_dtensor, (x, weight, target, bias))):
+        has_others = class_weight is not None or label_smoothing != 0 or z_loss != 0
+        validation.check_sharded_loss(name, x, weight, target, bias, reduction, has_others)
         return _sharded_loss(
             x, weight, target, bias, ignore_index, reduction, logit_scale, softcap, memory or 0
         )

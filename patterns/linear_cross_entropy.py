@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 
 from liger_compile import functional
-from liger_compile.ops.validation import why_not_sharded
 from liger_compile.pattern import Match, Pattern
 from liger_compile.patterns.cross_entropy import labels_of_rows
 from liger_compile.patterns.profit import few_logits, needs_kernel
@@ -35,20 +34,9 @@ _ROUNDINGS = {
 
 
 def check(match: Match) -> str | None:
-    """Reject DTensors, except a head that is divided by classes, and a loss that each rank has."""
-    captured = [match[name] for name in match.captures]
-    if not any(map(dtensor.is_dtensor, captured)):
-        return None
-    x, weight, target = match["x"], match["weight"], match["target"]
-    if not dtensor.is_dtensor(weight):
-        return "the weight of the head is no DTensor, and its input or labels are"
-    if reason := why_not_sharded(
-        x, weight, *(match[n] for n in ("bias", "class_weight", "reduction", "label_smoothing"))
-    ):
-        return reason
-    others = [value for value in (target, match.result) if dtensor.is_dtensor(value)]
-    if not all(map(dtensor.is_replicated, others)):
-        return "its labels or its loss are divided over the ranks"
+    """Reject a loss that is divided over the ranks; functional.linear_cross_entropy rejects other placements."""
+    if dtensor.is_dtensor(match.result) and not dtensor.is_replicated(match.result):
+        return "its loss is divided over the ranks"
     return None
 
 

@@ -133,12 +133,11 @@ _PURE_IN_TORCH = frozenset(
             "typename",
         ),
         *("_parse_to", "sym_sqrt", "sym_fresh_size"),
-        # DTensor
-        *("prim_to_local", "prim_redistribute"),
+        *(f"prim_{name}" for name in dtensor.CONVERSIONS),
     )
 )
 _PURE_METHODS = frozenset(
-    ("to_local", "redistribute", "new", "new_tensor", "as_subclass", "unsafe_chunk", "unsafe_split")
+    ("new", "new_tensor", "as_subclass", "unsafe_chunk", "unsafe_split", *dtensor.CONVERSIONS)
 )
 # Methods that write although torch lists them as overridable; names with a trailing underscore are not repeated.
 _IMPURE_METHODS = frozenset(("__setstate__", "backward", "module_load"))

@@ -19,8 +19,8 @@ and from what is equal on all ranks. Every rank therefore runs the same collecti
 The caller adds dx over the ranks, once, in the dtype of x. That is the reduction of the replaced code: the gradient of
 a column-parallel linear layer's input.
 
-Supported: the reductions "mean" and "sum", ignored targets, bias, logit_scale and softcap. Class weights, label smoothing
-and z-loss are not.
+Supported: the reductions "mean" and "sum", ignored targets, bias, logit_scale, softcap. Not supported: class weights,
+label smoothing, z-loss.
 
 Rows, x, target, dtypes and options must be equal on all ranks: a rank with another number of rows would wait for a
 collective that the others do not run.

@@ -229,40 +229,46 @@ def check_sharded_loss(
     name: str,
     x: Tensor,
     weight: Tensor,
+    target: Tensor,
     bias: Tensor | None,
-    class_weight: Tensor | None,
     reduction: str,
-    label_smoothing: float,
-    z_loss: float,
+    has_others: bool,
 ) -> None:
-    if reason := why_not_sharded(x, weight, bias, class_weight, reduction, label_smoothing, z_loss):
+    """Reject DTensors, except a head that is divided by classes, with its input and labels on all ranks.
+
+    Args:
+        has_others: class weights, label smoothing or z-loss are given.
+    """
+    if reason := _why_not_sharded(x, weight, target, bias, reduction, has_others):
         raise ValueError(f"{name}: {reason}")
 
 
-def why_not_sharded(
-    x: Any,
-    weight: Any,
-    bias: Any,
-    class_weight: Any,
-    reduction: str,
-    label_smoothing: float,
-    z_loss: float = 0.0,
+def _why_not_sharded(
+    x: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, reduction: str, has_others: bool
 ) -> str | None:
-    """Returns why the loss of a head that is a DTensor is not computed by shards, in a sentence."""
-    if dtensor.sharded_dim(weight) != 0:
+    if not _is_divided_by_classes(weight):
         return (
-            f"expected a weight that a one-dimensional mesh divides by classes, Shard(0), got {weight.placements}; "
-            "parallelize the head by ColwiseParallel"
+            "expected a weight that a one-dimensional mesh divides by classes, Shard(0), got "
+            f"{_placed(weight)}; parallelize the head by ColwiseParallel"
         )
-    if bias is not None and not (dtensor.is_dtensor(bias) and dtensor.sharded_dim(bias) == 0):
-        return (
-            "expected a bias with the placement of weight, Shard(0); parallelize the head by ColwiseParallel"
-        )
+    if bias is not None and not _is_divided_by_classes(bias):
+        return f"expected a bias with the placement of weight, Shard(0), got {_placed(bias)}; divide both"
     if not (dtensor.is_dtensor(x) and dtensor.is_replicated(x)):
-        given = x.placements if dtensor.is_dtensor(x) else "a plain tensor"
-        return f"expected the input of the head as a replicated DTensor, got {given}; redistribute it to Replicate()"
+        return f"expected x as a DTensor that each rank has, got {_placed(x)}; redistribute it to Replicate()"
+    if dtensor.is_dtensor(target) and not dtensor.is_replicated(target):
+        return f"expected a target that each rank has, got {_placed(target)}; redistribute it to Replicate()"
     if reduction == "none":
-        return 'expected reduction "mean" or "sum" over a divided vocabulary, got "none"'
-    if class_weight is not None or not all(statically_known_true(v == 0) for v in (label_smoothing, z_loss)):
-        return "class weights, label smoothing and z-loss are not supported over a divided vocabulary"
+        return 'expected reduction "mean" or "sum" for a divided vocabulary, got "none"; reduce the losses'
+    if has_others:
+        return (
+            "expected no class weights, label smoothing or z-loss for a divided vocabulary; gather the logits"
+        )
     return None
+
+
+def _is_divided_by_classes(tensor: Tensor) -> bool:
+    return dtensor.is_dtensor(tensor) and dtensor.sharded_dim(tensor) == 0
+
+
+def _placed(tensor: Any) -> str:
+    return str(tensor.placements) if dtensor.is_dtensor(tensor) else "a plain tensor"

@@ -14,9 +14,7 @@ from torch import Tensor
 
 def process_group(name: str) -> Any:
     """Returns the process group of this name."""
-    from torch.distributed.distributed_c10d import _resolve_process_group
-
-    return _resolve_process_group(name)  # pyright: ignore[reportArgumentType]
+    return dist.distributed_c10d._resolve_process_group(name)  # pyright: ignore[reportPrivateImportUsage, reportArgumentType]
 
 
 def all_gather_into(gathered: Tensor, values: Tensor, group: Any) -> None:

@@ -1,8 +1,8 @@
 """DTensor: tensors that are divided over the ranks of a mesh, and the calls that Dynamo records for them.
 
-part                                                        torch           can go
-prim_to_local, prim_redistribute of Dynamo's variables      2.11            2.13 records the methods
-args_as_value, kwargs_as_value of their closures            2.11            2.13 records the methods
+torch 2.13 records the methods `to_local` and `redistribute`. torch 2.11 records functions prim_to_local and
+prim_redistribute of the module of Dynamo's variables, whose closures hold the arguments as args_as_value and
+kwargs_as_value.
 """
 
 from __future__ import annotations
