@@ -67,8 +67,13 @@ def profit(match: Match) -> str | None:
 
 
 def saved_bytes(match: Match) -> int | None:
-    """Return the bytes of the logits in the dtype of the head, which backward would need."""
+    """Return the bytes of the logits in the dtype of the head, which backward would need.
+
+    If the ranks divide them, and they are not gathered, a rank needs its part.
+    """
     x, vocab = match["x"], match["weight"].shape[0]
+    if dtensor.is_dtensor(match.result):
+        vocab = -(-vocab // dtensor.group_of(match["weight"])[1])
     bytes_ = x.numel() // x.shape[-1] * vocab * x.dtype.itemsize
     return bytes_ if isinstance(bytes_, int) else None
 

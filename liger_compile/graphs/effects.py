@@ -269,8 +269,8 @@ def _of_torch(target: Any, name: str) -> Writes:
         return _of_overloads(overloads)
     if name in _PURE_IN_TORCH:
         return NOTHING
-    if name == "from_local":  # DTensor's; it broadcasts into its argument if it checks
-        return _into(0, "local_tensor", when=(3, "run_check"))
+    if name.endswith("from_local"):  # DTensor's; it broadcasts into its argument if it checks
+        return NOTHING if dtensor.never_checks(target) else _into(0, "local_tensor", when=(3, "run_check"))
     if not _is_listed(target) and getattr(F, name, None) is not target:
         return EVERYTHING
     if is_in_place(name):

@@ -1,8 +1,8 @@
 """DTensor: tensors that are divided over the ranks of a mesh, and the calls that Dynamo records for them.
 
-torch 2.13 records the methods `to_local` and `redistribute`. torch 2.11 records functions prim_to_local and
-prim_redistribute of the module of Dynamo's variables, whose closures hold the arguments as args_as_value and
-kwargs_as_value.
+torch 2.13 records the methods `to_local` and `redistribute`, and the function `from_local`. torch 2.11 records functions
+prim_to_local, prim_redistribute and "prim from_local" of the modules of Dynamo's variables, whose closures hold all
+arguments but the tensor as args_as_value and kwargs_as_value.
 """
 
 from __future__ import annotations
@@ -71,6 +71,13 @@ def conversion_at(node: Node) -> Conversion | None:
     return Conversion(kind, source, {name: value for name, value in given.items() if value is not None})
 
 
+def never_checks(from_local: Any) -> bool:
+    """Returns whether no call of this function, which makes a DTensor, sets run_check."""
+    positional, keywords = _closure(from_local)
+    given = {**dict(zip(("device_mesh", "placements", "run_check"), positional, strict=False)), **keywords}
+    return "placements" in given and not given.get("run_check")
+
+
 def _closure(function: Any) -> tuple[Any, dict[str, Any]]:
     values = inspect.getclosurevars(function).nonlocals if inspect.isfunction(function) else {}
     return values.get("args_as_value", ()), dict(values.get("kwargs_as_value", {}))
@@ -115,3 +122,4 @@ def replicated(value: Tensor, like: Any) -> Tensor:
 
 
 CALLS: frozenset[Any] = frozenset((local_part, local_copy, replicated))  # none writes into an argument
+CALLED_NAMES = frozenset(f"{function.__module__}.{function.__name__}" for function in CALLS)
