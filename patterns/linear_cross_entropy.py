@@ -34,9 +34,16 @@ _ROUNDINGS = {
 
 
 def check(match: Match) -> str | None:
-    """Reject a loss that is divided over the ranks; functional.linear_cross_entropy rejects other placements."""
-    if dtensor.is_dtensor(match.result) and not dtensor.is_replicated(match.result):
+    """Reject a DTensor as the loss where the ranks do not have it, or where its gradients have other placements.
+
+    functional.linear_cross_entropy rejects the placements of the inputs that it does not take.
+    """
+    if not dtensor.is_dtensor(match.result):
+        return None
+    if not dtensor.is_replicated(match.result):
         return "its loss is divided over the ranks"
+    if not dtensor.in_loss_parallel():
+        return "outside of loss_parallel() each rank computes the gradient of the whole weight, and keeps it"
     return None
 
 

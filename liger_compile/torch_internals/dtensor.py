@@ -1,8 +1,12 @@
 """DTensor: tensors that are divided over the ranks of a mesh, and the calls that Dynamo records for them.
 
-torch 2.13 records the methods `to_local` and `redistribute`, and the function `from_local`. torch 2.11 records functions
-prim_to_local, prim_redistribute and "prim from_local" of the modules of Dynamo's variables, whose closures hold all
-arguments but the tensor as args_as_value and kwargs_as_value.
+torch 2.13 records the methods `to_local` and `redistribute`, and the function `from_local`. torch 2.11 records
+functions prim_to_local, prim_redistribute and "prim from_local" of the modules of Dynamo's variables, whose closures
+hold all arguments but the tensor as args_as_value and kwargs_as_value.
+
+part                                        torch           can go
+DTensor._op_dispatcher                      2.11 to 2.13    no public name for the state of loss_parallel()
+OpDispatcher._custom_op_handlers            2.11 to 2.13    no public name for the state of loss_parallel()
 """
 
 from __future__ import annotations
@@ -12,6 +16,7 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 from torch.fx import Node
 from torch.overrides import handle_torch_function, has_torch_function
@@ -50,6 +55,13 @@ def sharded_dim(tensor: Any) -> int | None:
 def group_of(tensor: Any) -> tuple[str, int]:
     """Returns the name of the process group of a DTensor on a one-dimensional mesh, and its number of ranks."""
     return tensor.device_mesh.get_group().group_name, tensor.device_mesh.size()
+
+
+def in_loss_parallel() -> bool:
+    """Returns whether F.cross_entropy leaves logits divided by classes, as in the context of loss_parallel()."""
+    from torch.distributed.tensor import DTensor
+
+    return torch.ops.aten.nll_loss_forward.default in DTensor._op_dispatcher._custom_op_handlers
 
 
 def conversion_at(node: Node) -> Conversion | None:

@@ -125,7 +125,8 @@ def uses_freezing(patches: Patches) -> bool:
 def with_cache_key(patches: Patches, names: Iterable[str], digest: str) -> Patches:
     """Returns patches that put a digest into the keys of AOTAutograd's and Inductor's caches, beside those of users.
 
-    Graphs that call functions of these names (module.name) are cached. Changing a value of this entry is the documented way to change the keys.
+    Changing a value of this entry is the documented way to change the keys. Graphs that call functions of these names
+    (module.function) are cached.
     """
     from torch._inductor import config
 
