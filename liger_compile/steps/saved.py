@@ -18,6 +18,7 @@ from torch.fx.node import map_arg
 from liger_compile.graphs.aliasing import graph_of
 from liger_compile.graphs.guards import no_guards
 from liger_compile.graphs.regions import Region
+from liger_compile.torch_internals.dispatch import with_inner_tensors
 from liger_compile.torch_internals.fake_tensors import mode_of
 from liger_compile.torch_internals.tensors import storage_of
 
@@ -29,7 +30,7 @@ def saved_tensors_into(storages: set[int | None]) -> torch.autograd.graph.saved_
     """
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storages.add(storage_of(tensor))
+        storages.update(map(storage_of, with_inner_tensors(tensor)))
         return tensor
 
     return torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)

@@ -45,9 +45,9 @@ def errors_not_logged() -> Iterator[None]:
         _log.disabled = disabled
 
 
-def mode_of(tensor: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
+def mode_of(value: Any) -> contextlib.AbstractContextManager[Any]:
     """Returns the mode of a fake tensor, or of a tensor that wraps fake tensors; otherwise a context without effect."""
-    parts = with_inner_tensors(tensor)
+    parts = with_inner_tensors(value) if isinstance(value, torch.Tensor) else ()
     modes = (part.fake_mode for part in parts if isinstance(part, FakeTensor))
     return next(modes, contextlib.nullcontext())
 
