@@ -45,7 +45,7 @@ from .linear_cross_entropy import (
 )
 from .precision import accumulation_dtype
 from .registration import opaque_op, padded
-from .softmax_loss import ELSEWHERE, SoftmaxLoss
+from .softmax_loss import SoftmaxLoss
 from .vocabulary_shard import IGNORED, VocabularyShard
 
 
@@ -93,9 +93,7 @@ def _on_rows(
     loss = replace(loss, ignore_index=IGNORED, is_shard=True)
     logits = device_logits(x, weight, bias) if has_kernel else F.linear(x, weight, bias)
     statistics = _kernel_statistics if has_kernel and shard.own else _statistics
-    row_max, log_sum, z_label = shard.combined(
-        *statistics(loss, logits, labels), _label_scores(loss, logits, labels)
-    )
+    row_max, log_sum, z_label = shard.combined(*statistics(loss, logits, labels))
     losses = (log_sum - (z_label - row_max)).masked_fill(labels == IGNORED, 0)
     if needs_gradient and shard.own:
         gradient_ = _kernel_gradient_ if has_kernel else _gradient_
@@ -104,34 +102,30 @@ def _on_rows(
     return logits, losses
 
 
-def _label_scores(loss: SoftmaxLoss, logits: Tensor, labels: Tensor) -> Tensor:
-    """Return the scores of the labels (C), 0 where they are not among the columns of logits."""
-    if not logits.shape[1]:
-        return labels.new_zeros(labels.shape, dtype=accumulation_dtype(logits.dtype))
-    z = loss.scores(logits.gather(-1, loss.index(labels)).squeeze(-1))
-    return z.masked_fill(labels < 0, 0)
+def _statistics(loss: SoftmaxLoss, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return row_max, log_sum and z of the label (C).
 
-
-def _statistics(loss: SoftmaxLoss, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Return row_max and log_sum (C); -inf for a row without a finite logit, which has no part in a sum."""
-    row_max, log_sum = (
-        logits.new_full(labels.shape, -torch.inf, dtype=accumulation_dtype(logits.dtype)) for _ in range(2)
+    row_max and log_sum are -inf in a row without a finite logit, which then has no part in a sum. z is 0 for a label
+    that is no column.
+    """
+    row_max, log_sum, z_label = (
+        logits.new_full(labels.shape, value, dtype=accumulation_dtype(logits.dtype))
+        for value in (-torch.inf, -torch.inf, 0.0)
     )
     for rows in row_blocks(*logits.shape) if logits.shape[1] else ():
         z = loss.scores(logits[rows])
+        z_label[rows] = z.gather(-1, loss.index(labels[rows])).squeeze(-1).masked_fill(labels[rows] < 0, 0)
         row_max[rows] = high = z.amax(-1)
         origin = high.masked_fill(high == -torch.inf, 0).unsqueeze(-1)
         log_sum[rows] = (z - origin).exp_().sum(-1).log_()
-    return row_max, log_sum
+    return row_max, log_sum, z_label
 
 
-def _kernel_statistics(loss: SoftmaxLoss, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def _kernel_statistics(loss: SoftmaxLoss, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Do the same as the reference, except for ignored rows, whose statistics are 0."""
     from ..kernels import softmax_loss as kernels
 
-    columns = labels.masked_fill(labels == ELSEWHERE, 0)
-    _, row_max, log_sum = kernels.losses_and_statistics(logits, columns, loss.terms)
-    return row_max, log_sum
+    return kernels.statistics_of_shard(logits, labels, loss.terms)
 
 
 def _gradient_(
