@@ -31,7 +31,6 @@ from torch.distributed.tensor.parallel import loss_parallel
 from bench.common import RESULTS, Row, file_name, machine, merge_csv, print_row
 from bench.timing import Contender, interleave, peak_bytes, spread
 from liger_compile import functional
-from liger_compile.torch_internals.distributed import all_gather_into
 
 # tokens x hidden x vocabulary: Llama-3.2-1B, Llama-3-8B, Qwen3-0.6B, and a short batch
 SHAPES = ((8192, 2048, 128256), (8192, 4096, 128256), (8192, 1024, 151936), (2048, 4096, 128256))
@@ -94,10 +93,13 @@ class Head:
         logits, dx, dweight = x.new_empty(len(x), len(weight)), torch.empty_like(x), torch.empty_like(weight)
         numbers = x.new_zeros(3, len(x), dtype=torch.float32)
         of_all = numbers.new_empty(3 * self.mesh.size(), len(x))
+        all_gather = (
+            getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+        )  # torch 2.13, 2.11
 
         def run() -> None:
             torch.mm(x, weight.t(), out=logits)
-            all_gather_into(of_all, numbers, self.mesh.get_group())
+            all_gather(of_all, numbers, group=self.mesh.get_group())
             torch.mm(logits, weight, out=dx)
             torch.mm(logits.t(), x, out=dweight)
             dist.all_reduce(dx, group=self.mesh.get_group())
