@@ -100,11 +100,7 @@ def chunk_rows(
     budget = _budget(x, memory)
     if x.dtype == torch.float16:
         budget -= budget // PRODUCT_SHARE
-    elif (
-        not memory
-        and x.device.type != "cpu"
-        and len(x) * columns * x.element_size() <= ONE_CHUNK_BYTES
-    ):
+    elif not memory and x.device.type != "cpu" and len(x) * columns * x.element_size() <= ONE_CHUNK_BYTES:
         return max(len(x), 1)
     rows = max(budget // (x.element_size() * columns), LEAST_ROWS)
     if x.device.type != "cpu":

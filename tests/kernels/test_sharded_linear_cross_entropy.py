@@ -13,6 +13,7 @@ import torch.nn.functional as F
 
 from liger_compile.ops import sharded_linear_cross_entropy as op
 from liger_compile.ops import vocabulary_shard
+from liger_compile.ops.linear_cross_entropy import chunks_of
 from liger_compile.ops.softmax_loss import SoftmaxLoss
 from liger_compile.testing import precision
 from tests.helpers.pairwise import parametrize
@@ -124,6 +125,17 @@ def test_all_ranks_have_the_chunks_of_the_largest_shard(device, on_ranks):
     ours = sharded(on_ranks, 2, x, weight, bias, target, "mean", 1.0, None, memory=memory)
     for found, wanted in zip(ours, eager(x, weight, bias, target, "mean", 1.0, None), strict=True):
         torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.parametrize("device_type", ["cpu", "meta"])  # meta: as on a GPU
+@pytest.mark.parametrize("memory", [0, 2**20])
+@pytest.mark.parametrize("tokens", [100, 2048, 40000])
+def test_the_length_of_chunks_does_not_depend_on_the_rank(device_type, memory, tokens):
+    x = torch.empty(tokens, 64, dtype=torch.bfloat16, device=device_type)
+    weights = [
+        torch.empty(classes, 64, dtype=torch.bfloat16, device=device_type) for classes in (50000, 7, 0)
+    ]
+    assert len({str(chunks_of(x, weight, True, memory, 50000)) for weight in weights}) == 1
 
 
 @pytest.mark.parametrize("statistics", [op._statistics, op._kernel_statistics])
