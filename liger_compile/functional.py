@@ -347,6 +347,7 @@ def linear_cross_entropy(
     return loss.reshape(target.shape) if reduction == "none" else loss
 
 
+# Many parameters because they are those of linear_cross_entropy that a divided vocabulary supports.
 def _sharded_loss(
     x: Tensor,
     weight: Tensor,

@@ -135,7 +135,6 @@ def _pattern(rounding: str, has_softcap: bool, is_negative: bool = False) -> Pat
     def replace(
         x,
         weight,
-        bias,
         target,
         scale,
         softcap=None,
@@ -145,7 +144,7 @@ def _pattern(rounding: str, has_softcap: bool, is_negative: bool = False) -> Pat
     ):
         target = labels_of_rows(target, x)
         loss = functional.linear_cross_entropy(
-            x, weight, target, bias, logit_scale=scale, softcap=softcap, memory=loss_memory, **loss_arguments
+            x, weight, target, logit_scale=scale, softcap=softcap, memory=loss_memory, **loss_arguments
         )
         loss = loss.to(x.dtype) if not rounding else loss
         loss = -loss if is_negative else loss
