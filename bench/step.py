@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import time
@@ -13,6 +14,13 @@ import torch
 import torch._functorch.config as functorch_config
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch.distributed.tensor import Replicate
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    loss_parallel,
+    parallelize_module,
+)
 
 from bench.common import Row
 from bench.models import MODELS
@@ -24,6 +32,8 @@ OURS, LIGER_KERNEL, INDUCTOR, FLOOR = "liger-compile", "liger-kernel", "inductor
 PATTERN_OPS = tuple(dict.fromkeys(pattern.name.partition(".")[0] for pattern in DEFAULT_PATTERNS))
 BUDGET = 0.8  # of what would be kept for backward; 0.5 was slower and larger (Llama-3.2-1B, 4x2048, H100, 2026-11-22)
 NONE, DDP, FSDP = "none", "ddp", "fsdp"
+TP, LOSS_PARALLEL = "tp", "loss-parallel"  # tensor parallel; the logits are gathered, or remain divided
+PARALLELS = (DDP, FSDP, TP, LOSS_PARALLEL)
 COPIED_ELEMENTS = 2**28  # of the floor at once
 LONGEST, MOST_SEQUENCES = 2**18, 2**10  # that are tried
 
@@ -69,7 +79,7 @@ class Case:
     attention_mask: str = "none"
     device: str = "cuda"
     options: str = "{}"  # more of torch.compile's for backend="liger", in JSON
-    parallel: str = NONE  # or DDP or FSDP, FSDP2's
+    parallel: str = NONE  # or one of PARALLELS; FSDP is FSDP2's
     processes: int = 1  # with a GPU each; all are given the same tokens
 
     @property
@@ -180,12 +190,13 @@ class Step(Turns):
     def run_marked(self, mark: Callable[[], Any]) -> Any:
         self.model.zero_grad(set_to_none=True)
         mark()
-        outputs = self._loss(**self._inputs)
-        loss = outputs if isinstance(outputs, torch.Tensor) else outputs.loss
+        with loss_parallel() if self._case.parallel == LOSS_PARALLEL else contextlib.nullcontext():
+            outputs = self._loss(**self._inputs)
+            loss = outputs if isinstance(outputs, torch.Tensor) else outputs.loss
+            mark()
+            loss.backward()
         mark()
-        loss.backward()
-        mark()
-        return loss.detach()
+        return loss.detach().full_tensor() if isinstance(loss, dist.tensor.DTensor) else loss.detach()
 
     def fits(self, batch: int, length: int) -> bool:
         """Whether a step of that many tokens fits on the GPU."""
@@ -230,7 +241,27 @@ def _parallel(model: Any, case: Case) -> Any:
         mesh = dist.device_mesh.init_device_mesh(case.device, (case.processes,))
         for layer in (*model.model.layers, model):
             dist.fsdp.fully_shard(layer, mesh=mesh)
+    if case.parallel in (TP, LOSS_PARALLEL):
+        mesh = dist.device_mesh.init_device_mesh(case.device, (case.processes,))
+        parallelize_module(model, mesh, _plan(is_gathered=case.parallel == TP))
     return model
+
+
+def _plan(*, is_gathered: bool) -> dict[str, Any]:
+    """The tensor-parallel plan of transformers' Llama: attention, MLP and head. A head of its own, if it was tied."""
+    columns = [f"model.layers.*.self_attn.{name}_proj" for name in "qkv"]
+    columns += [f"model.layers.*.mlp.{name}_proj" for name in ("gate", "up")]
+    rows = ["model.layers.*.self_attn.o_proj", "model.layers.*.mlp.down_proj"]
+    head = (
+        ColwiseParallel(output_layouts=Replicate())
+        if is_gathered
+        else ColwiseParallel(use_local_output=False)
+    )
+    return {
+        **{name: ColwiseParallel() for name in columns},
+        **{name: RowwiseParallel() for name in rows},
+        "lm_head": head,
+    }
 
 
 class Floor(Step):

@@ -29,14 +29,13 @@ from bench.common import RESULTS, Row, file_name, machine, merge_csv, print_row
 from bench.models import MODELS
 from bench.process import Process, failing_into, rotated
 from bench.step import (
-    DDP,
     FLOOR,
-    FSDP,
     INDUCTOR,
     LIGER_KERNEL,
     NONE,
     OURS,
     PADDED,
+    PARALLELS,
     VARIANTS,
     Case,
     Floor,
@@ -141,7 +140,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--options", default="{}", help='more options for backend="liger", in JSON')
     parser.add_argument(
-        "--parallel", choices=(NONE, DDP, FSDP), default=NONE, help="several processes, with a GPU each"
+        "--parallel", choices=(NONE, *PARALLELS), default=NONE, help="several processes, with a GPU each"
     )
     parser.add_argument("--processes", type=int, help="that share the work, 2 if there are any")
     parser.add_argument("--rounds", type=int, default=6)

@@ -38,7 +38,7 @@ from liger_compile.backward_passes import (
 from liger_compile.ops.embedding import PAYS_FROM
 from liger_compile.ops.registration import LATE_OPS, inlining_late
 from liger_compile.pattern import Pattern
-from liger_compile.torch_internals import inductor
+from liger_compile.torch_internals import dtensor, inductor
 from liger_compile.torch_internals.dynamo import (
     as_dynamo_compiles,
     leave_out_of_traces,
@@ -124,7 +124,7 @@ def _compiled(
         return _on_their_device(lookup_backend(inner)(gm, list(example_inputs)), example_inputs)
     # Second way: Inductor's config is in the keys of both caches. It must be a patch of this compilation, not a context
     # around the call, because the backward is compiled later.
-    patches = inductor.with_cache_key(patches, "liger_compile", digest)
+    patches = inductor.with_cache_key(patches, ("liger_compile", *dtensor.CALLED_NAMES), digest)
     decompositions, traced = None, contextlib.nullcontext()
     if backward and (backward.everywhere or _is_on_gpu(example_inputs)):
         if "backward.early_free" in backward.choices and "allow_buffer_reuse" not in patches:

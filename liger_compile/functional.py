@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .ops import linear_softmax, validation  # also imports the ops, which register themselves
 from .ops.precision import accumulation_dtype
+from .torch_internals import dtensor
 
 __all__ = [
     "cross_entropy",
@@ -283,6 +284,11 @@ def linear_cross_entropy(
 
     With reduction "mean" or "sum", forward computes the gradients of the inputs that require one.
 
+    A vocabulary that is divided over ranks: weight, and bias if any, are DTensors with the placement Shard(0) on a
+    one-dimensional mesh, x is a replicated DTensor, and target is equal on all ranks. Reductions "mean" and "sum"; no
+    class weights, label smoothing or z-loss. All ranks have to call the function, with as many rows. Each rank has at
+    most a chunk of its own columns of the logits. The gradient of x is reduced once.
+
     Args:
         x: (..., H).
         weight: (V, H), in the dtype of x.
@@ -295,12 +301,14 @@ def linear_cross_entropy(
             eighth of it is for float32 matmuls.
 
     Returns:
-        The loss, as in `cross_entropy`. Logits are rounded to the dtype of x, as `F.linear` rounds them.
+        The loss, as in `cross_entropy`. Logits are rounded to the dtype of x, as `F.linear` rounds them. For DTensors,
+        a plain tensor, equal on all ranks.
 
     Raises:
         IndexError: a target is not a valid class, on a CPU. A GPU stops with a device-side assertion, as in
             `F.cross_entropy`: the error is raised at the next synchronization.
         RuntimeError: in a backward with create_graph=True.
+        ValueError: DTensors of other placements, or with arguments that a divided vocabulary does not support.
 
     Source: Hsu et al. 2024, arXiv 2410.10989.
     """
@@ -312,6 +320,12 @@ def linear_cross_entropy(
     validation.check_loss(name, reduction, label_smoothing, softcap)
     validation.check_class_weight(name, class_weight, weight.shape[0])
     validation.check_memory(name, memory)
+    if any(map(dtensor.is_dtensor, (x, weight, target, bias))):
+        has_others = class_weight is not None or label_smoothing != 0 or z_loss != 0
+        validation.check_sharded_loss(name, x, weight, target, bias, reduction, has_others)
+        return _sharded_loss(
+            x, weight, target, bias, ignore_index, reduction, logit_scale, softcap, memory or 0
+        )
     in_forward = torch.is_grad_enabled() and reduction != "none"
     loss, *_ = torch.ops.liger_compile.linear_cross_entropy.default(
         x.reshape(-1, x.shape[-1]),
@@ -331,6 +345,40 @@ def linear_cross_entropy(
         memory or 0,
     )
     return loss.reshape(target.shape) if reduction == "none" else loss
+
+
+# Many parameters because they are those of linear_cross_entropy that a divided vocabulary supports.
+def _sharded_loss(
+    x: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    ignore_index: int,
+    reduction: str,
+    logit_scale: float,
+    softcap: float | None,
+    memory: int,
+) -> Tensor:
+    """Returns linear_cross_entropy of a replicated x and a weight that is divided over the ranks by classes."""
+    with_gradients = torch.is_grad_enabled()
+    group_name, _ = dtensor.group_of(weight)
+    loss, *_ = torch.ops.liger_compile.sharded_linear_cross_entropy.default(
+        dtensor.local_copy(x).reshape(-1, x.shape[-1]),
+        dtensor.local_part(weight),
+        (dtensor.local_part(target) if dtensor.is_dtensor(target) else target).reshape(-1),
+        None if bias is None else dtensor.local_part(bias),
+        ignore_index,
+        reduction,
+        logit_scale,
+        softcap,
+        group_name,
+        weight.shape[0],
+        with_gradients and x.requires_grad,
+        with_gradients and weight.requires_grad,
+        with_gradients and bias is not None and bias.requires_grad,
+        memory,
+    )
+    return loss
 
 
 # Many parameters because users pass them by name, as to F.cross_entropy.

@@ -41,10 +41,10 @@ class Pattern:
         search: the computation. Its parameters are captures: a bare parameter binds a tensor;
             `eps: float`, `n: int` and `reduction: str` bind constants; `bias: torch.Tensor | None`
             binds a tensor or its absence. It returns one tensor or a tuple of tensors.
-        replace: called with the captures by name, and with the options `loss_memory` and `inner` if it has parameters
-            of these names with a default; returns as many tensors as search, of the same shapes and dtypes.
-            None leaves the computation to Inductor and marks its values as cheap: backward recomputes them
-            instead of keeping them.
+        replace: called with the captures by name, and with the options `loss_memory` and `inner` and the flag
+            `returns_dtensor` (the first result is a DTensor) if it has parameters of these names with a default;
+            returns as many tensors as search, of the same shapes and dtypes. None leaves the computation to Inductor
+            and marks its values as cheap: backward recomputes them instead of keeping them.
         examples: one value per parameter of search, to trace it with: a small tensor (its sizes represent
             sizes in general, equal numbers for equal sizes; torch.float32 represents any floating
             dtype) or a number or string of the annotated type.
@@ -61,6 +61,8 @@ class Pattern:
             is called with the pattern, the graph and its terms, and returns matches and near misses.
         detaches: the replacement may run with gradients where some of the matched nodes run without: it detaches their
             results.
+        takes_dtensors: captures and results may be DTensors; `check` has to refuse the placements that the replacement
+            does not take.
         has_near_misses: whether the report names places that resemble the computation and differ from it. None: if
             there is a replacement.
     """
@@ -78,6 +80,7 @@ class Pattern:
     has_near_misses: bool | None = None
     finds: Callable[[Pattern, Any, Any], tuple[list[Match], list[NearMiss]]] | None = None
     detaches: bool = False
+    takes_dtensors: bool = False
 
     @property
     def parameters(self) -> Mapping[str, inspect.Parameter]:

@@ -26,7 +26,7 @@ from liger_compile.forward_passes.inline_subgraphs import describe_operands
 from liger_compile.forward_passes.keep_copies import keep_copies
 from liger_compile.forward_passes.keep_rounding import keep_rounding
 from liger_compile.forward_passes.late_rows import LateRows, Returned
-from liger_compile.forward_passes.logits import Deferred, LateOutput, logits_in, restore, take_out
+from liger_compile.forward_passes.logits import Deferred, LateOutput, Logits, logits_in, restore, take_out
 from liger_compile.forward_passes.outline import drop_unread, num_nodes_inlined, outlined, outlined_of
 from liger_compile.forward_passes.round_numbers import round_numbers
 from liger_compile.graphs.aliasing import SUBGRAPH_OPS, Mutations
@@ -418,7 +418,7 @@ def _without_logits(
     if options.logits != "lazy":
         found.notes.extend(notes_on_logits(graph, terms))
     staying = {
-        output: why_logits_stay or _why_read(terms.regions.of[output.head], options)
+        output: why_logits_stay or _why_stays(output, terms.regions.of[output.head], options)
         for output in logits_in(
             graph, terms, needs_loss=options.logits != "lazy" or options.policy == "never"
         )
@@ -428,8 +428,13 @@ def _without_logits(
     return take_out([output for output, why in staying.items() if not why], terms)
 
 
-def _why_read(region: Region, options: Options) -> str | None:
-    """Returns why logits that are computed in these modes are likely to be read, in a sentence."""
+def _why_stays(output: Logits, region: Region, options: Options) -> str | None:
+    """Returns why logits are computed in the graph, in a sentence; `region`: the modes of their head."""
+    if options.logits != "none" and output.is_divided:
+        return (
+            "the ranks divide them, and a rank that read them later, alone, would wait for the others; the option "
+            "liger.logits='none' leaves them out, and head and loss are fused"
+        )
     if options.logits == "auto" and not region.has_gradients:
         return "gradients are off, as in an evaluation, which is likely to read them"
     return None

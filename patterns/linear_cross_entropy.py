@@ -18,6 +18,7 @@ from liger_compile import functional
 from liger_compile.pattern import Match, Pattern
 from liger_compile.patterns.cross_entropy import labels_of_rows
 from liger_compile.patterns.profit import few_logits, needs_kernel
+from liger_compile.torch_internals import dtensor
 
 
 def _as_computed(logits):
@@ -30,6 +31,20 @@ _ROUNDINGS = {
     "_upcast_logits": (torch.Tensor.float, _as_computed),
     "_upcast_loss": (_as_computed, torch.Tensor.float),
 }
+
+
+def check(match: Match) -> str | None:
+    """Reject a DTensor as the loss where the ranks do not have it, or where its gradients have other placements.
+
+    functional.linear_cross_entropy rejects the placements of the inputs that it does not take.
+    """
+    if not dtensor.is_dtensor(match.result):
+        return None
+    if not dtensor.is_replicated(match.result):
+        return "its loss is divided over the ranks"
+    if not dtensor.in_loss_parallel():
+        return "outside of loss_parallel() each rank computes the gradient of the whole weight, and keeps it"
+    return None
 
 
 def profit(match: Match) -> str | None:
@@ -59,8 +74,13 @@ def profit(match: Match) -> str | None:
 
 
 def saved_bytes(match: Match) -> int | None:
-    """Return the bytes of the logits in the dtype of the head, which backward would need."""
+    """Return the bytes of the logits in the dtype of the head, which backward would need.
+
+    If the ranks divide them, and they are not gathered, a rank needs its part.
+    """
     x, vocab = match["x"], match["weight"].shape[0]
+    if dtensor.is_dtensor(match.result):
+        vocab = -(-vocab // dtensor.group_of(match["weight"])[1])
     bytes_ = x.numel() // x.shape[-1] * vocab * x.dtype.itemsize
     return bytes_ if isinstance(bytes_, int) else None
 
@@ -112,13 +132,23 @@ def _search(rounding: str, has_softcap: bool, is_negative: bool) -> Callable[...
 
 
 def _pattern(rounding: str, has_softcap: bool, is_negative: bool = False) -> Pattern:
-    def replace(x, weight, bias, target, scale, softcap=None, loss_memory=None, **loss_arguments):
+    def replace(
+        x,
+        weight,
+        target,
+        scale,
+        softcap=None,
+        loss_memory=None,
+        returns_dtensor=False,
+        **loss_arguments,
+    ):
         target = labels_of_rows(target, x)
         loss = functional.linear_cross_entropy(
-            x, weight, target, bias, logit_scale=scale, softcap=softcap, memory=loss_memory, **loss_arguments
+            x, weight, target, logit_scale=scale, softcap=softcap, memory=loss_memory, **loss_arguments
         )
         loss = loss.to(x.dtype) if not rounding else loss
-        return -loss if is_negative else loss
+        loss = -loss if is_negative else loss
+        return dtensor.replicated(loss, x) if returns_dtensor else loss
 
     name = "softcap" if has_softcap else "log_probability" if is_negative else "plain"
     examples = {
@@ -137,10 +167,12 @@ def _pattern(rounding: str, has_softcap: bool, is_negative: bool = False) -> Pat
         name=f"linear_cross_entropy.{name}{rounding}",
         search=_search(rounding, has_softcap, is_negative),
         replace=replace,
+        check=check,
         profit=profit,
         saves=saved_bytes,
         examples=examples,
         is_loss=True,
+        takes_dtensors=True,
     )
 
 

@@ -159,7 +159,7 @@ def test_processes_at_once_take_turns(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp", "tp", "loss-parallel"])
 def test_processes_that_share_the_work_have_the_numbers_of_one(tmp_path, parallel):
     arguments = [
         "--model",
@@ -175,14 +175,16 @@ def test_processes_that_share_the_work_have_the_numbers_of_one(tmp_path, paralle
     ]
     train_step.main([*arguments, "--variants", "eager"])
     options = ["--variants", "floor,eager,liger-compile", "--options", '{"liger.inner": "aot_eager"}']
+    options += ["--returns", "loss"] if parallel in ("tp", "loss-parallel") else []
     train_step.main([*arguments, *options, "--parallel", parallel])
     (alone,) = rows_of(tmp_path, "train_step_cpu.csv")
     rows = rows_of(tmp_path, "parallel_cpu.csv")
     assert [(row["parallel"], row["processes"]) for row in rows] == [(parallel, "2")] * 2
     assert int(rows[1]["replaced"]) > 0
     for row in rows:
-        for column in ("loss", "grad_norm"):
-            assert float(row[column]) == pytest.approx(float(alone[column]), rel=1e-4)
+        assert float(row["loss"]) == pytest.approx(float(alone["loss"]), rel=1e-4)
+        norms = rows[0] if parallel in ("tp", "loss-parallel") else alone  # there, the head is not tied
+        assert float(row["grad_norm"]) == pytest.approx(float(norms["grad_norm"]), rel=1e-4)
 
 
 def test_what_fits_is_not_looked_for_in_several_processes(capsys):

@@ -28,6 +28,7 @@ from liger_compile.runtime.promise import Recipe
 from liger_compile.terms.build import Terms
 from liger_compile.terms.heads import looks_like_head, vocabularies
 from liger_compile.terms.term import Term
+from liger_compile.torch_internals.dtensor import is_dtensor
 from liger_compile.torch_internals.fake_tensors import FakeTensorMode
 from liger_compile.torch_internals.fx import is_erased
 
@@ -52,6 +53,11 @@ class Logits:
     hidden: Node  # the operand of the head
     head: Node  # the linear layer
     nodes: tuple[Node, ...]  # from the head to the output, in graph order
+
+    @property
+    def is_divided(self) -> bool:
+        """Whether the ranks of a mesh divide the result of the head."""
+        return is_dtensor(self.head.meta["example_value"])
 
 
 @dataclass(frozen=True)

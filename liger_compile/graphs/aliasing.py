@@ -15,6 +15,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from liger_compile.graphs.effects import calls_bodies, effect_of, written_arguments
+from liger_compile.torch_internals.dispatch import with_inner_tensors
 from liger_compile.torch_internals.pytree import tree_leaves
 from liger_compile.torch_internals.tensors import storage_of, version_of
 
@@ -23,9 +24,10 @@ SUBGRAPH_OPS = ("tag_activation_checkpoint", "invoke_subgraph")
 
 
 def tensors_of(node: Node) -> list[torch.Tensor]:
-    """Returns the fake tensors in the value of a node."""
+    """Returns the fake tensors in the value of a node, and the tensors that they wrap."""
     leaves = tree_leaves(node.meta.get("example_value"))
-    return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+    tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+    return [part for tensor in tensors for part in with_inner_tensors(tensor)]
 
 
 def storages_of(node: Node) -> set[int | None]:

@@ -22,6 +22,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 from torch.overrides import get_testing_overrides
 
+from liger_compile.torch_internals import dtensor
 from liger_compile.torch_internals.operators import (
     HigherOrderOperator,
     OpOverload,
@@ -132,9 +133,12 @@ _PURE_IN_TORCH = frozenset(
             "typename",
         ),
         *("_parse_to", "sym_sqrt", "sym_fresh_size"),
+        *(f"prim_{name}" for name in dtensor.CONVERSIONS),
     )
 )
-_PURE_METHODS = frozenset(("new", "new_tensor", "as_subclass", "unsafe_chunk", "unsafe_split"))
+_PURE_METHODS = frozenset(
+    ("new", "new_tensor", "as_subclass", "unsafe_chunk", "unsafe_split", *dtensor.CONVERSIONS)
+)
 # Methods that write although torch lists them as overridable; names with a trailing underscore are not repeated.
 _IMPURE_METHODS = frozenset(("__setstate__", "backward", "module_load"))
 _PURE_MODULES = ("_operator", "builtins", "einops", "math")
@@ -220,6 +224,8 @@ def _nodes(value: Any) -> list[Node]:
 @functools.cache
 def _of_function(target: Any) -> Writes:
     name = getattr(target, "__name__", None) or ""
+    if target in dtensor.CALLS:
+        return NOTHING
     if isinstance(target, OpOverload):
         return _of_overloads((target,))
     if isinstance(target, OpOverloadPacket):
@@ -263,6 +269,8 @@ def _of_torch(target: Any, name: str) -> Writes:
         return _of_overloads(overloads)
     if name in _PURE_IN_TORCH:
         return NOTHING
+    if name.endswith("from_local"):  # DTensor's; it broadcasts into its argument if it checks
+        return NOTHING if dtensor.never_checks(target) else _into(0, "local_tensor", when=(3, "run_check"))
     if not _is_listed(target) and getattr(F, name, None) is not target:
         return EVERYTHING
     if is_in_place(name):

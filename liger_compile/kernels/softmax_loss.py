@@ -149,6 +149,7 @@ def _softmax_loss_kernel(  # noqa: C901 - constexpr branches: a compiled kernel 
     HAS_Z_LOSS: tl.constexpr,
     LANES: tl.constexpr,
     VECTOR: tl.constexpr,
+    IS_SHARD: tl.constexpr,  # a target that is no column is a class of another shard; z of the label in place of a loss
 ):
     IS_HALF: tl.constexpr = logits_ptr.dtype.element_ty != tl.float32
     lanes = tl.arange(0, LANES)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
@@ -169,8 +170,8 @@ def _softmax_loss_kernel(  # noqa: C901 - constexpr branches: a compiled kernel 
                     tl.store(dlogits_ptr + row * dlogits_stride + columns, zeros, mask=columns < readable)
         else:
             is_class = (target >= 0) & (target < classes)
-            label = tl.where(is_class, target, 0).to(tl.int32)
-            weight = tl.where(is_class, 1.0, float("nan"))
+            label = tl.where(is_class, target, -1 if IS_SHARD else 0).to(tl.int32)
+            weight = tl.where(is_class, 1.0, 1.0 if IS_SHARD else float("nan"))
             if class_weight_ptr is not None:
                 weight = weight * tl.load(class_weight_ptr + label).to(tl.float32)
 
@@ -180,7 +181,12 @@ def _softmax_loss_kernel(  # noqa: C901 - constexpr branches: a compiled kernel 
                 inverse_sum = exp(-log_sum, IS_HALF)
             else:
                 z_label = scores_of(
-                    tl.load(logits_row + label), inner_scale, softcap, HAS_SCALE, HAS_SOFTCAP, IS_HALF
+                    tl.load(logits_row + tl.maximum(label, 0)),
+                    inner_scale,
+                    softcap,
+                    HAS_SCALE,
+                    HAS_SOFTCAP,
+                    IS_HALF,
                 )[0]
                 # Smoothing sums z relative to a nearby origin, because z may be large compared with its differences.
                 origin = tl.where(tl.abs(z_label) < float("inf"), z_label, 0.0)
@@ -227,6 +233,8 @@ def _softmax_loss_kernel(  # noqa: C901 - constexpr branches: a compiled kernel 
                     if class_weight_ptr is not None:
                         spread_loss = share * tl.load(mass_ptr) * away
                     loss += spread_loss - share * tl.sum(tl.sum(tilts, 1), 0)
+                if IS_SHARD:
+                    loss = tl.where(is_class, z_label, 0.0)
                 tl.store(losses_ptr + row, loss)
                 if row_max_ptr is not None:
                     tl.store(row_max_ptr + row, row_max)
@@ -309,6 +317,17 @@ def losses_and_statistics(logits: Tensor, target: Tensor, terms: Terms) -> tuple
     return losses, row_max, log_sum
 
 
+def statistics_of_shard(logits: Tensor, target: Tensor, terms: Terms) -> tuple[Tensor, Tensor, Tensor]:
+    """Return row_max, log_sum and z of the label (N), for logits (N, V) of a part of the classes.
+
+    z is 0 for a target that is no column. All are 0 where the target is ignored.
+    """
+    z_label, row_max, log_sum = (logits.new_empty(logits.shape[:1], dtype=torch.float32) for _ in range(3))
+    readable = logits.stride(0)
+    _launch(logits, target, terms, None, None, z_label, row_max, log_sum, readable, is_shard=True)
+    return row_max, log_sum, z_label
+
+
 def gradient(
     logits: Tensor, target: Tensor, terms: Terms, upstream: Tensor, row_max: Tensor, log_sum: Tensor
 ) -> Tensor:
@@ -317,6 +336,18 @@ def gradient(
     dlogits = torch.empty_like(logits, memory_format=torch.contiguous_format)
     _launch(logits, target, terms, upstream, dlogits, None, row_max, log_sum, logits.shape[1])
     return dlogits
+
+
+def gradient_of_shard_(
+    logits: Tensor, target: Tensor, terms: Terms, upstream: Tensor, row_max: Tensor, log_sum: Tensor
+) -> None:
+    """Write the gradient over the logits (N, V) of a part of the classes, from the statistics of all classes.
+
+    A target that is neither a column nor ignored is a class of another part. The space between rows is padding, here
+    and in statistics_of_shard.
+    """
+    readable = logits.stride(0)
+    _launch(logits, target, terms, upstream, logits, None, row_max, log_sum, readable, is_shard=True)
 
 
 def _with_dense_rows(logits: Tensor) -> Tensor:
@@ -333,6 +364,8 @@ def _launch(
     row_max: Tensor | None,
     log_sum: Tensor | None,
     readable: int,
+    *,
+    is_shard: bool = False,
 ) -> None:
     class_weight, ignore_index, label_smoothing, logit_scale, softcap, z_loss = terms
     rows, classes = logits.shape
@@ -376,5 +409,6 @@ def _launch(
         HAS_Z_LOSS=z_loss != 0,
         LANES=lanes,
         VECTOR=vector,
+        IS_SHARD=is_shard,
         num_warps=num_warps,
     )

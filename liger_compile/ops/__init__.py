@@ -27,6 +27,7 @@ from . import (
     rotary,
     rounded,
     scale,
+    sharded_linear_cross_entropy,
     varlen,
 )
 
@@ -43,5 +44,6 @@ __all__ = [
     "rotary",
     "rounded",
     "scale",
+    "sharded_linear_cross_entropy",
     "varlen",
 ]

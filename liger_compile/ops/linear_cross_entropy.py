@@ -60,6 +60,7 @@ from .registration import opaque_op, padded, second_derivative_error
 from .scale import by_rows, scale_into
 from .scaled_rows import power_of_two
 from .softmax_loss import SoftmaxLoss
+from .vocabulary_shard import VocabularyShard
 
 # A chunk of logits is small relative to any model, and long enough that its matmuls run at full speed, on a CPU and on
 # a GPU. 2048 rows of 128256 or 151936 logits are long enough on a GPU. With 1664 rows, the matmuls took 1.09 times as
@@ -83,23 +84,25 @@ LARGEST_HALF = 2.0**15  # to which gradients of logits are scaled in float16: ha
 PRODUCT_SHARE = 8  # a chunk's memory divided by this is for matmul results in float32, if any
 
 
-def chunks_of(x: Tensor, weight: Tensor, needs_dweight: bool, memory: int) -> list[slice]:
-    rows = chunk_rows(x, weight, needs_dweight, memory)
+def chunks_of(
+    x: Tensor, weight: Tensor, needs_dweight: bool, memory: int, columns: int | None = None
+) -> list[slice]:
+    rows = chunk_rows(x, weight, needs_dweight, memory, columns)
     tile = 1 if x.device.type == "cpu" else ROW_TILE
     return split_rows(x.shape[0], -(-rows // tile) * tile, tile)
 
 
-def chunk_rows(x: Tensor, weight: Tensor, needs_dweight: bool, memory: int = 0) -> int:
+def chunk_rows(
+    x: Tensor, weight: Tensor, needs_dweight: bool, memory: int = 0, columns: int | None = None
+) -> int:
+    """Return the rows of a chunk. `columns`: those of its logits, None for the rows of weight."""
+    columns = weight.shape[0] if columns is None else columns
     budget = _budget(x, memory)
     if x.dtype == torch.float16:
         budget -= budget // PRODUCT_SHARE
-    elif (
-        not memory
-        and x.device.type != "cpu"
-        and len(x) * weight.shape[0] * x.element_size() <= ONE_CHUNK_BYTES
-    ):
+    elif not memory and x.device.type != "cpu" and len(x) * columns * x.element_size() <= ONE_CHUNK_BYTES:
         return max(len(x), 1)
-    rows = max(budget // (x.element_size() * weight.shape[0]), LEAST_ROWS)
+    rows = max(budget // (x.element_size() * columns), LEAST_ROWS)
     if x.device.type != "cpu":
         rows -= rows % ROW_TILE
     elif needs_dweight and not memory:
@@ -157,11 +160,24 @@ def _sums(
 
 
 class Head(NamedTuple):
-    """A linear layer to logits, weight (V, H) and bias (V) or None, and the loss of its logits."""
+    """A linear layer to logits, weight (V, H) and bias (V) or None, and the loss of its logits.
+
+    With a shard, weight and bias are a part of the classes, and the loss is that of all.
+    """
 
     weight: Tensor
     bias: Tensor | None
     loss: SoftmaxLoss
+    shard: VocabularyShard | None = None
+
+    @property
+    def classes(self) -> int:
+        return self.weight.shape[0] if self.shard is None else self.shard.classes
+
+    @property
+    def most_columns(self) -> int:
+        """The columns of the logits on the rank that has the most."""
+        return self.weight.shape[0] if self.shard is None else self.shard.most
 
     def has_kernel(self, x: Tensor) -> bool:
         return has_kernel(x, self.weight, self.bias, self.loss.class_weight)
@@ -177,7 +193,7 @@ def _made_for(head: Head, x: Tensor, divisor: Tensor, counted: Tensor) -> tuple[
     """
     if x.dtype == torch.float16:
         largest_logit = _largest_logit(x, head.weight, head.bias) if head.loss.z_loss else None
-        largest = head.loss.largest_gradient(divisor, head.weight.shape[0], largest_logit)
+        largest = head.loss.largest_gradient(divisor, head.classes, largest_logit)
         upstream = power_of_two(LARGEST_HALF / largest)
         return upstream, 1.0, torch.where(counted.any(), 1 / upstream / divisor, 0.0)
     by_kernel = x.device.type != "cpu" or head.has_kernel(x)
@@ -212,9 +228,13 @@ def losses_and_gradients(
     scale: float,
     needs: tuple[bool, bool, bool],
     memory: int,
+    on_rows: OnRows | None = None,
 ) -> tuple[Tensor, Gradients]:
-    """Return the losses of the tokens, and scale times the gradients of (losses * upstream).sum()."""
-    on_rows = _kernel_on_chunk if head.has_kernel(x) else _reference_on_chunk
+    """Return the losses of the tokens, and scale times the gradients of (losses * upstream).sum().
+
+    `on_rows` computes a chunk; None for the kernel or the reference of a head without a shard.
+    """
+    on_rows = on_rows or (_kernel_on_chunk if head.has_kernel(x) else _reference_on_chunk)
     losses = x.new_empty(x.shape[:1], dtype=accumulation_dtype(x.dtype))
 
     def on_chunk(chunk: slice, rows: Tensor, weight: Tensor, dbias_sum: Tensor) -> Tensor:
@@ -224,25 +244,37 @@ def losses_and_gradients(
         )
         return logits
 
-    return losses, gradients_by_chunk(x, head.weight, scale, needs, memory, on_chunk)
+    return losses, gradients_by_chunk(x, head.weight, scale, needs, memory, on_chunk, head.most_columns)
 
 
+# Called with a head, the rows of x of a chunk, their target and upstream, the scale, whether a gradient is needed, and
+# the sum of dbias, to which it adds. Returns the gradient of the logits, or anything, and the losses.
+OnRows = Callable[[Head, Tensor, Tensor, Tensor, float, bool, Tensor], tuple[Tensor, Tensor]]
 # Called with a chunk, its rows of x, weight, and the sum of dbias, to which it adds. Returns the gradient of the logits
 # of the chunk, which nothing else reads; anything where no gradient is needed.
 OnChunk = Callable[[slice, Tensor, Tensor, Tensor], Tensor]
 
 
 def gradients_by_chunk(
-    x: Tensor, weight: Tensor, scale: float, needs: tuple[bool, bool, bool], memory: int, on_chunk: OnChunk
+    x: Tensor,
+    weight: Tensor,
+    scale: float,
+    needs: tuple[bool, bool, bool],
+    memory: int,
+    on_chunk: OnChunk,
+    columns: int | None = None,
 ) -> Gradients:
-    """Call on_chunk for one chunk of rows after the other, and return scale times the sums of their gradients."""
-    if columns := missing_columns(x):
-        wide = with_columns(x, columns), with_columns(weight, columns)
-        made = gradients_by_chunk(*wide, scale, needs, memory, on_chunk)
+    """Call on_chunk for one chunk of rows after the other, and return scale times the sums of their gradients.
+
+    `columns`: those of the logits that determine the length of the chunks, None for the rows of weight.
+    """
+    if missing := missing_columns(x):
+        wide = with_columns(x, missing), with_columns(weight, missing)
+        made = gradients_by_chunk(*wide, scale, needs, memory, on_chunk, columns)
         dx, dweight = (gradient[..., : x.shape[1]].contiguous() for gradient in made[:2])
         return made._replace(dx=dx, dweight=dweight)
     needs_dx, needs_dweight, _ = needs
-    chunks = chunks_of(x, weight, needs_dweight, memory)
+    chunks = chunks_of(x, weight, needs_dweight, memory, columns)
     made = empty_gradients(x, weight, needs)
     made.token_scales.fill_(1)
     dx_sum, dweight_sum = _sums(x, made, len(chunks), scale, memory)
@@ -285,7 +317,7 @@ def _reference_on_chunk(
     dbias_sum: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Return the logits, overwritten by their gradient if needed, and the losses. Add to dbias_sum, if any."""
-    weight, bias, loss = head
+    weight, bias, loss, _ = head
     logits = F.linear(x, weight, bias)
     losses = upstream.new_empty(x.shape[:1])
     blocks = row_blocks(*logits.shape)
@@ -319,7 +351,7 @@ def _kernel_on_chunk(
     """
     from ..kernels import softmax_loss as kernels
 
-    weight, bias, loss = head
+    weight, bias, loss, _ = head
     logits = device_logits(x, weight, bias)
     losses = kernels.losses(logits, target, loss.terms, upstream if needs_gradient else None)
     if dbias_sum.numel():
@@ -371,21 +403,44 @@ def linear_cross_entropy(
     num_rows, first = x.shape[0], slice(None) if labeled is None else slice(int(labeled))
     x, target = x[first], target[first]
     loss = SoftmaxLoss(class_weight, ignore_index, label_smoothing, logit_scale, softcap, z_loss)
-    head = Head(weight, bias, loss)
-    loss.check(target, weight.shape[0], head.has_kernel(x))
+    needs = needs_dx, needs_dweight, needs_dbias
+    made = reduced_and_gradients(Head(weight, bias, loss), x, target, reduction, needs, memory)
+    return made if len(x) == num_rows else _of_all_rows(made, num_rows, reduction, needs)
+
+
+def reduced_and_gradients(
+    head: Head,
+    x: Tensor,
+    target: Tensor,
+    reduction: str,
+    needs: tuple[bool, bool, bool],
+    memory: int,
+    on_rows: OnRows | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return the results of the op; `on_rows` as in losses_and_gradients."""
+    loss = head.loss
+    loss.check(target, head.classes, head.has_kernel(x))
     token_weight = loss.token_weight(target, accumulation_dtype(x.dtype))
     counted = loss.counted(target)
     divisor = token_weight.sum() if reduction == "mean" else token_weight.new_ones(())
     upstream, scale, rest = _made_for(head, x, divisor, counted)
-    needs = needs_dx, needs_dweight, needs_dbias
-    losses, made = losses_and_gradients(head, x, target, upstream.expand(x.shape[:1]), scale, needs, memory)
+    losses, made = losses_and_gradients(
+        head, x, target, upstream.expand(x.shape[:1]), scale, needs, memory, on_rows
+    )
     _undo(made, counted, rest)
     dx, dweight, dbias, token_scales, class_scales = made
-    if len(x) < num_rows:
-        dx = _lengthened(dx, num_rows) if needs_dx else dx
-        token_scales = _lengthened(token_scales, num_rows) if any(needs) else token_scales
-        losses = _lengthened(losses, num_rows)
     return loss.reduce(losses, token_weight, reduction), dx, dweight, dbias, token_scales, class_scales
+
+
+def _of_all_rows(
+    made: tuple[Tensor, ...], num_rows: int, reduction: str, needs: tuple[bool, bool, bool]
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return the results of the op for its first rows as those of all rows, the others of which have no label."""
+    loss, dx, dweight, dbias, token_scales, class_scales = made
+    loss = _lengthened(loss, num_rows) if reduction == "none" else loss
+    dx = _lengthened(dx, num_rows) if needs[0] else dx
+    token_scales = _lengthened(token_scales, num_rows) if any(needs) else token_scales
+    return loss, dx, dweight, dbias, token_scales, class_scales
 
 
 def _lengthened(of_rows: Tensor, num_rows: int) -> Tensor:
@@ -485,15 +540,27 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def _backward(ctx: Any, dloss: Tensor | None, *others: None) -> tuple[Tensor | None, ...]:
     if dloss is None:
         return padded(ctx)
+    if ctx.reduction != "none":
+        return scaled_backward("linear_cross_entropy", ctx, dloss)
     needs_dx, needs_dweight, _, needs_dbias, *_ = ctx.needs_input_grad
     needs = needs_dx, needs_dweight, needs_dbias
-    if ctx.reduction == "none":
-        gradients = torch.ops.liger_compile.linear_cross_entropy_backward.default(
-            dloss, *ctx.saved_tensors, *ctx.terms, *needs, ctx.memory
-        )
-    else:
-        check_made("linear_cross_entropy", ctx.made, needs)
-        gradients = scaled(dloss, Gradients(*ctx.saved_tensors), ctx.dtype)
+    gradients = torch.ops.liger_compile.linear_cross_entropy_backward.default(
+        dloss, *ctx.saved_tensors, *ctx.terms, *needs, ctx.memory
+    )
+    return _of_inputs(ctx, gradients, needs)
+
+
+def scaled_backward(op: str, ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
+    """Return the gradients from forward, which ctx saves, times dloss; for an op with arguments x, weight, _, bias."""
+    needs_dx, needs_dweight, _, needs_dbias, *_ = ctx.needs_input_grad
+    needs = needs_dx, needs_dweight, needs_dbias
+    check_made(op, ctx.made, needs)
+    return _of_inputs(ctx, scaled(dloss, Gradients(*ctx.saved_tensors), ctx.dtype), needs)
+
+
+def _of_inputs(
+    ctx: Any, gradients: tuple[Tensor, Tensor, Tensor], needs: tuple[bool, ...]
+) -> tuple[Tensor | None, ...]:
     dx, dweight, dbias = (grad if needed else None for grad, needed in zip(gradients, needs, strict=True))
     return padded(ctx, dx, dweight, None, dbias)
 

@@ -6,6 +6,9 @@
 
     logits (C, V), t target (C), w class weights (V) or 1, e label_smoothing, lse = row_max + log_sum
 
+With `is_shard`, the V columns are a part of all classes, and a target that is ELSEWHERE is a class of another part: its
+token counts, and no column is its class.
+
 A token whose target is ignore_index has loss 0 and gradient 0. All computation is in float32 (float64 for float64
 logits), from the rounded logits. A block has few enough rows that a wide copy of it is cheap.
 
@@ -23,6 +26,8 @@ from torch import Tensor
 
 from .precision import accumulation_dtype
 
+ELSEWHERE = -1
+
 
 @dataclass(frozen=True, eq=False)
 class SoftmaxLoss:
@@ -32,6 +37,7 @@ class SoftmaxLoss:
     logit_scale: float
     softcap: float | None
     z_loss: float
+    is_shard: bool = False
 
     @property
     def terms(self) -> tuple[Tensor | None, int, float, float, float | None, float]:
@@ -79,8 +85,9 @@ class SoftmaxLoss:
         return target != self.ignore_index
 
     def index(self, target: Tensor) -> Tensor:
-        """Return the targets (C, 1), with a valid class for ignored targets."""
-        return target.masked_fill(target == self.ignore_index, 0).unsqueeze(-1)
+        """Return the targets (C, 1), with a valid class for targets that are ignored or elsewhere."""
+        is_none = target < 0 if self.is_shard else target == self.ignore_index
+        return target.masked_fill(is_none, 0).unsqueeze(-1)
 
     def token_weight(self, target: Tensor, dtype: torch.dtype) -> Tensor:
         """Return w[t] (C), 0 where the target is ignored. reduction="mean" divides by its sum.
@@ -149,6 +156,8 @@ class SoftmaxLoss:
             grad.sub_(spread.unsqueeze(-1))
         elif self.label_smoothing and self.class_weight is not None:
             grad.addcmul_(spread.unsqueeze(-1), self.class_weight.to(logp.dtype), value=-1)
+        if self.is_shard:
+            onehot = onehot.masked_fill(target == ELSEWHERE, 0)
         grad.scatter_add_(-1, self.index(target), -onehot.unsqueeze(-1))
         slope = self.slope(logits)
         return grad if isinstance(slope, float) and slope == 1.0 else grad.mul_(slope)

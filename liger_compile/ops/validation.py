@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from liger_compile.torch_internals import dtensor
+
 from .rotary import LAYOUTS
 
 
@@ -221,3 +223,52 @@ def _kind(x: Tensor | None) -> str:
 
 def _dtypes(*tensors: Tensor | None) -> str:
     return " and ".join(str(t.dtype) for t in tensors if t is not None)
+
+
+def check_sharded_loss(
+    name: str,
+    x: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    reduction: str,
+    has_others: bool,
+) -> None:
+    """Reject DTensors, except a head that is divided by classes, with its input and labels on all ranks.
+
+    Args:
+        has_others: class weights, label smoothing or z-loss are given.
+    """
+    if reason := _why_not_sharded(x, weight, target, bias, reduction, has_others):
+        raise ValueError(f"{name}: {reason}")
+
+
+def _why_not_sharded(
+    x: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, reduction: str, has_others: bool
+) -> str | None:
+    if not _is_divided_by_classes(weight):
+        return (
+            "expected a weight that a one-dimensional mesh divides by classes, Shard(0), got "
+            f"{_placed(weight)}; parallelize the head by ColwiseParallel"
+        )
+    if bias is not None and not _is_divided_by_classes(bias):
+        return f"expected a bias with the placement of weight, Shard(0), got {_placed(bias)}; divide both"
+    if not (dtensor.is_dtensor(x) and dtensor.is_replicated(x)):
+        return f"expected x as a DTensor that each rank has, got {_placed(x)}; redistribute it to Replicate()"
+    if dtensor.is_dtensor(target) and not dtensor.is_replicated(target):
+        return f"expected a target that each rank has, got {_placed(target)}; redistribute it to Replicate()"
+    if reduction == "none":
+        return 'expected reduction "mean" or "sum" for a divided vocabulary, got "none"; reduce the losses'
+    if has_others:
+        return (
+            "expected no class weights, label smoothing or z-loss for a divided vocabulary; gather the logits"
+        )
+    return None
+
+
+def _is_divided_by_classes(tensor: Tensor) -> bool:
+    return dtensor.is_dtensor(tensor) and dtensor.sharded_dim(tensor) == 0
+
+
+def _placed(tensor: Any) -> str:
+    return str(tensor.placements) if dtensor.is_dtensor(tensor) else "a plain tensor"

@@ -19,6 +19,7 @@ from liger_compile.pattern import Annotate, Capture, Decision, Match
 from liger_compile.steps import callbacks
 from liger_compile.steps.moving import moved_nodes
 from liger_compile.torch_internals.dispatch import is_traceable_wrapper_subclass
+from liger_compile.torch_internals.dtensor import is_dtensor
 
 
 @dataclass(frozen=True)
@@ -248,6 +249,8 @@ def _refuse_wrapped_tensors(match: Match, context: _Context) -> str | None:
     """Refuses DTensor, Float8 and other wrappers, whose operators have other semantics."""
     for node in (*match.operands, *match.nodes):
         value = node.meta.get("example_value")
+        if match.pattern.takes_dtensors and is_dtensor(value):
+            continue
         if isinstance(value, torch.Tensor) and is_traceable_wrapper_subclass(value):
             return f"{node.name} is a {type(value).__name__}, and only plain tensors are replaced"
     return None

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -29,6 +28,8 @@ from liger_compile.steps.moving import moved_nodes
 from liger_compile.steps.recording import Recorder, faults_of
 from liger_compile.steps.saved import saved_by, saved_tensors_into
 from liger_compile.terms.term import size_of, sizes_of
+from liger_compile.torch_internals.dtensor import is_dtensor
+from liger_compile.torch_internals.fake_tensors import mode_of
 from liger_compile.torch_internals.fx import is_erased
 
 
@@ -183,13 +184,14 @@ def _results(
 ) -> tuple[Any, ...]:
     """Runs the replacement on the captures of a match, records it, and returns its results."""
     arguments: dict[str, Any] = {}
-    for name, bound in match.captures.items():
-        if isinstance(bound, (Capture, Node)):
-            node = bound.node if isinstance(bound, Capture) else bound
-            arguments[name] = recorder.knows(name, node.meta["example_value"], node)
-    fake_mode = getattr(match.result, "fake_mode", None) or nullcontext()
+    fake_mode = mode_of(match.result)
+    with fake_mode:
+        for name, bound in match.captures.items():
+            if isinstance(bound, (Capture, Node)):
+                node = bound.node if isinstance(bound, Capture) else bound
+                arguments[name] = recorder.knows(name, node.meta["example_value"], node)
     originals = [output.meta["example_value"] for output in match.outputs]
-    hooks, guards = saved_tensors_into(recorder.saved), no_guards(match.result)
+    hooks, guards = saved_tensors_into(recorder.saved), no_guards(fake_mode)
     with fake_mode, guards, hooks, region.entered(), recorder.watching(), recorder:
         for name, bound in match.captures.items():
             if name in copies.operands:
@@ -245,7 +247,8 @@ def _wanted(settings: Mapping[str, Any], match: Match) -> dict[str, Any]:
         known = inspect.signature(match.pattern.replace).parameters  # pyright: ignore[reportArgumentType]
     except ValueError:  # a function in C, which has none of our parameters
         return {}
-    return {name: value for name, value in settings.items() if name in known and name not in match.captures}
+    given = {**settings, "returns_dtensor": is_dtensor(match.result)}
+    return {name: value for name, value in given.items() if name in known and name not in match.captures}
 
 
 def _why_not(originals: Sequence[torch.Tensor], results: Sequence[Any], recorder: Recorder) -> str | None:

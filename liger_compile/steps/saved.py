@@ -9,7 +9,6 @@ raises is raised too.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -19,6 +18,8 @@ from torch.fx.node import map_arg
 from liger_compile.graphs.aliasing import graph_of
 from liger_compile.graphs.guards import no_guards
 from liger_compile.graphs.regions import Region
+from liger_compile.torch_internals.dispatch import with_inner_tensors
+from liger_compile.torch_internals.fake_tensors import mode_of
 from liger_compile.torch_internals.tensors import storage_of
 
 
@@ -29,7 +30,7 @@ def saved_tensors_into(storages: set[int | None]) -> torch.autograd.graph.saved_
     """
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storages.add(storage_of(tensor))
+        storages.update(map(storage_of, with_inner_tensors(tensor)))
         return tensor
 
     return torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
@@ -44,8 +45,8 @@ def saved_by(nodes: Sequence[Node], region: Region) -> set[int | None]:
     storages: set[int | None] = set()
     values: dict[Node, Any] = {}
     result = nodes[-1].meta.get("example_value")
-    fake_mode = getattr(result, "fake_mode", None) or nullcontext()
-    with fake_mode, no_guards(result), region.entered(), saved_tensors_into(storages):
+    fake_mode = mode_of(result)
+    with fake_mode, no_guards(fake_mode), region.entered(), saved_tensors_into(storages):
         try:
             for node in nodes:
                 values[node] = run_node(node, values)

@@ -19,12 +19,14 @@ from torch.overrides import TorchFunctionMode
 
 from liger_compile.graphs.aliasing import Mutations, handed_to
 from liger_compile.graphs.regions import Regions
+from liger_compile.graphs.sharding import passes_on
 from liger_compile.terms import identities, normalize
 from liger_compile.terms.call import IntVar, NumberVar, StrVar, Value, opaque
 from liger_compile.terms.indices import OPERATIONS
 from liger_compile.terms.operators import call, is_in_place_operation
 from liger_compile.terms.scalars import is_integer
 from liger_compile.terms.term import ConstVar, Scalar, Space, Term, sizes_of
+from liger_compile.torch_internals.dispatch import is_traceable_wrapper_subclass
 from liger_compile.torch_internals.pytree import tree_map
 
 Step = Callable[[Any], Any]
@@ -75,7 +77,9 @@ class Terms:
     def _visit(self, node: Node) -> None:
         example = node.meta.get("example_value")
         is_call = node.op in ("call_function", "call_method")
-        if is_call and not _moves_device(node):
+        if (passed_on := self._passed_on(node)) is not None:
+            value = passed_on
+        elif is_call and not _moves_device(node):
             args, kwargs = map_arg((node.args, node.kwargs), lambda arg: self._seen(arg, node))
             value = call(self.space, node.target, args, kwargs, example, node.name)
         else:
@@ -85,6 +89,12 @@ class Terms:
             if value in self.nodes and self._comes_from(node, value):
                 self.passes_through.add(node)
             self.nodes.setdefault(value, []).append(node)
+
+    def _passed_on(self, node: Node) -> Term | None:
+        """Returns the value of a column-parallel linear layer that a node gathers, or None."""
+        source = passes_on(node)
+        value = None if source is None else self._seen(source, node)
+        return value if isinstance(value, Term) and value.uncast.op == "linear" else None
 
     def failures(self) -> Iterator[str]:
         """Yields a sentence about each rule of ours that failed."""
@@ -227,6 +237,9 @@ class Terms:
         if term not in self._recordables:
             nodes = self.nodes.get(term, ())
             recordable = [node for node in nodes if not self.regions.of[node].inference_mode]
+            recordable.sort(
+                key=_is_wrapped
+            )  # logits that are gathered are a DTensor, and then a plain tensor
             kept = filter(self.mutations.is_as_made, recordable)
             first = next(iter(recordable or nodes), self.written.get(term))
             self._recordables[term] = next(kept, first)
@@ -343,6 +356,11 @@ def _detached(tensor: torch.Tensor) -> torch.Tensor:
 
 def _as_it_is(value: Any) -> Any:
     return value
+
+
+def _is_wrapped(node: Node) -> bool:
+    value = node.meta.get("example_value")
+    return isinstance(value, torch.Tensor) and is_traceable_wrapper_subclass(value)
 
 
 def _moves_device(node: Node) -> bool:

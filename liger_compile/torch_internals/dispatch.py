@@ -11,6 +11,8 @@ torch.autograd.forward_ad._current_level        2.11 to 2.13    no public name
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch._dispatch.python import enable_python_dispatcher
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
@@ -22,11 +24,23 @@ __all__ = [
     "enable_python_dispatcher",
     "is_traceable_wrapper_subclass",
     "is_transformed",
+    "with_inner_tensors",
     "without_dispatch_modes",
 ]
 
 # A context in which operators run below autograd, which then knows their results as no views.
 below_autograd = torch._C._AutoDispatchBelowADInplaceOrView
+
+
+def with_inner_tensors(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Yields a tensor and, if it is a wrapper (DTensor), the tensors that it wraps."""
+    yield tensor
+    if is_traceable_wrapper_subclass(tensor):
+        names, _ = tensor.__tensor_flatten__()
+        inner = (getattr(tensor, name) for name in names)  # a DTensor has its mesh among them
+        for value in inner:
+            if isinstance(value, torch.Tensor):
+                yield from with_inner_tensors(value)
 
 
 def is_transformed() -> bool:

@@ -17,7 +17,17 @@ from torch._guards import detect_fake_mode
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
-__all__ = ["NEEDS_VALUES", "FakeTensor", "FakeTensorMode", "detect_fake_mode", "errors_not_logged", "like"]
+from liger_compile.torch_internals.dispatch import with_inner_tensors
+
+__all__ = [
+    "NEEDS_VALUES",
+    "FakeTensor",
+    "FakeTensorMode",
+    "detect_fake_mode",
+    "errors_not_logged",
+    "like",
+    "mode_of",
+]
 
 # Raised where a function reads a value, or makes a shape that depends on one.
 NEEDS_VALUES = (DataDependentOutputException, DynamicOutputShapeException)
@@ -33,6 +43,13 @@ def errors_not_logged() -> Iterator[None]:
         yield
     finally:
         _log.disabled = disabled
+
+
+def mode_of(value: Any) -> contextlib.AbstractContextManager[Any]:
+    """Returns the mode of a fake tensor, or of a tensor that wraps fake tensors; otherwise a context without effect."""
+    parts = with_inner_tensors(value) if isinstance(value, torch.Tensor) else ()
+    modes = (part.fake_mode for part in parts if isinstance(part, FakeTensor))
+    return next(modes, contextlib.nullcontext())
 
 
 def like(value: Any) -> Any:

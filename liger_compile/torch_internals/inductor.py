@@ -16,7 +16,7 @@ torch._inductor.cudagraph_trees                         2.11 to 2.13    no publi
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -122,15 +122,16 @@ def uses_freezing(patches: Patches) -> bool:
     return patches.get("freezing", config.freezing)
 
 
-def with_cache_key(patches: Patches, name: str, digest: str) -> Patches:
+def with_cache_key(patches: Patches, names: Iterable[str], digest: str) -> Patches:
     """Returns patches that put a digest into the keys of AOTAutograd's and Inductor's caches, beside those of users.
 
-    Changing a value of this entry is the documented way to change the keys.
+    Changing a value of this entry is the documented way to change the keys. Graphs that call functions of these names
+    (module.function) are cached.
     """
     from torch._inductor import config
 
     entry = "unsafe_marked_cacheable_functions"
-    return {**patches, entry: {**patches.get(entry, getattr(config, entry)), name: digest}}
+    return {**patches, entry: {**patches.get(entry, getattr(config, entry)), **dict.fromkeys(names, digest)}}
 
 
 def in_effect(patches: Patches) -> contextlib.AbstractContextManager[Any]:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from liger_compile import functional as L
-from liger_compile.ops.softmax_loss import SoftmaxLoss
+from liger_compile.ops.softmax_loss import ELSEWHERE, SoftmaxLoss
 from liger_compile.testing import precision
 from tests.helpers.pairwise import parametrize
 
@@ -156,6 +156,31 @@ def test_a_target_that_is_no_class_makes_its_row_nan_and_no_other(device, ours, 
     target[2] = wrong
     losses[2] = dlogits[2] = torch.nan
     torch.testing.assert_close(ours(head, logits, target, upstream), (losses, dlogits), equal_nan=True)
+
+
+@parametrize(
+    name=["plain", "softcap", "scale"],
+    dtype=DTYPES,
+    parts=[(64, 37), (100, 1)],
+    blocks=["default", "small"],
+    indirect=["blocks"],
+)
+def test_the_gradient_of_a_shard_is_its_columns_of_the_gradient_of_all(device, blocks, name, dtype, parts):
+    """Given the statistics of all classes; the label of most rows is in another shard."""
+    head = head_of(OPTIONS[name], sum(parts), device)
+    logits, target, upstream = rows_of(dtype, 8, sum(parts), device)
+    _, row_max, log_sum = kernels.losses_and_statistics(logits, target, head.terms)
+    whole = kernels.gradient(logits, target, head.terms, upstream, row_max, log_sum)
+    found, first = [], 0
+    for columns in parts:
+        labels = torch.where(target < 0, target, target - first)
+        labels = labels.masked_fill((target >= 0) & ((labels < 0) | (labels >= columns)), ELSEWHERE)
+        buffer = torch.zeros(len(logits), 128, dtype=dtype, device=device)
+        part = buffer[:, :columns].copy_(logits[:, first : first + columns])
+        kernels.gradient_of_shard_(part, labels, head.terms, upstream, row_max, log_sum)
+        found.append(part)
+        first += columns
+    assert_alike(torch.cat(found, 1), whole)
 
 
 def test_targets_that_are_classes_or_ignored_pass(device):
