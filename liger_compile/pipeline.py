@@ -34,6 +34,7 @@ from liger_compile.options import Options
 from liger_compile.pattern import Capture, Decision, NearMiss, Pattern
 from liger_compile.report import HERE, GraphReport, Paths, site_of_pass
 from liger_compile.report.kept import kept_by_module
+from liger_compile.steps.adapters import join_adapters
 from liger_compile.steps.callbacks import warn_of_failures
 from liger_compile.steps.decide import Rules, decide
 from liger_compile.steps.match import find_matches
@@ -354,6 +355,7 @@ def _rewrite_one(
         fuel=_left(options.fuel, found.decisions),
         recompute=options.recompute == "auto",
         takes_marks=options.reported_inner != "eager",
+        unmeasured=options.unmeasured,
         runs_once=runs_once,
         strict=options.strict,
     )
@@ -366,6 +368,8 @@ def _rewrite_one(
         decide_again=lambda refused: decided(refused=refused),
         strict=options.strict,
     )
+    if note := join_adapters(graph, found.called_in.get(module, ())):
+        found.notes.append(note)
     late = restore(graph, deferred, options.logits == "none", options.loss_memory, found.late_notes)
     found.late_outputs.extend(late)
     if runs_once and options.recompute == "auto":  # a checkpoint already fixes what is recomputed
