@@ -39,7 +39,7 @@ from liger_compile.steps.callbacks import warn_of_failures
 from liger_compile.steps.decide import Rules, decide
 from liger_compile.steps.match import find_matches
 from liger_compile.steps.questions import notes_on_answers
-from liger_compile.steps.recompute import keep_what_written_inputs_give, mark_for_recompute
+from liger_compile.steps.recompute import keep_what_written_inputs_give, mark_for_recompute, mark_upcasts
 from liger_compile.steps.rewrite import rewrite
 from liger_compile.terms.attention import Note, notes_in, sentences
 from liger_compile.terms.build import Terms
@@ -290,6 +290,15 @@ def _notes_on_copies(decisions: Iterable[Decision]) -> Iterator[str]:
         yield f"{operands}: the op saves it for backward, and the graph writes into it later"
 
 
+def _note_on_upcasts(count: int) -> str:
+    what = (
+        "1 upcast of an operand of a matmul is"
+        if count == 1
+        else f"{count} upcasts of operands of matmuls are"
+    )
+    return f"{what} computed again in backward instead of kept"
+
+
 def _counted(count: int, what: str) -> str | None:
     if count == 1:
         return f"1 {what} of a fused op is copied"
@@ -374,6 +383,8 @@ def _rewrite_one(
     found.late_outputs.extend(late)
     if runs_once and options.recompute == "auto":  # a checkpoint already fixes what is recomputed
         mark_for_recompute(decisions)
+        if options.policy != "never" and (count := mark_upcasts(graph)):
+            found.notes.append(_note_on_upcasts(count))
     if is_top and options.policy != "never" and (marked := keep_what_written_inputs_give(graph, mutations)):
         values = "1 value is" if marked == 1 else f"{marked} values are"
         found.notes.append(f"{values} saved for backward, because the graph writes into their inputs later")
