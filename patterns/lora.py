@@ -9,8 +9,12 @@ Two ops replace it: `adapter_down` reads x as it is, and `adapter_up` adds to th
 joins the `adapter_down`s of one x, such as those of q, k and v, to one.
 """
 
+from collections.abc import Callable, Mapping
+from typing import Any
+
 import torch
 import torch.nn.functional as F
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from liger_compile import ops  # noqa: F401 - registers what torch.ops.liger_compile has
 from liger_compile.pattern import Match, Pattern
@@ -32,13 +36,33 @@ def replace(base, x, a, b, scaling=1.0):
     return _ours.adapter_up.default(base, _ours.adapter_down.default(x, a), b, float(scaling))
 
 
+# Estimates for one layer, in bytes a row, not measured. Where the adapter is float32 beside half precision, a channel
+# of the result is written and read in float32 in forward and in backward, and a channel of x is too; where all dtypes
+# are alike, the product is a matrix of its own, and so is its gradient times the scaling.
+TRAFFIC = {"float32": (10, 16), "alike": (4, 10)}  # by channel of x, by channel of the result
+# What the additional launches are worth: about seven small kernels, 20 us, at 3.5 TB/s, times two to be safe.
+LEAST = 128 * 2**20
+
+
+def profit(match: Match) -> str | None:
+    """Require a GPU, and enough rows that the memory traffic outweighs small kernels."""
+    base, a, b = match["base"], match["a"], match["b"]
+    if base.device.type == "cpu":
+        return "on a CPU, Inductor's matmuls of the adapter are as fast"
+    of_x, of_result = TRAFFIC["alike" if a.dtype == base.dtype else "float32"]
+    traffic = base[..., 0].numel() * (of_x * a.shape[1] + of_result * b.shape[0])
+    if not statically_known_true(traffic >= LEAST):
+        return "few rows: the small kernels of the op would take longer than the memory traffic that it saves"
+    return None
+
+
 def check(match: Match) -> str | None:
     """Require a layer and an adapter of the same result, and a small rank."""
     base, a, b = match["base"], match["a"], match["b"]
     if base.shape != match.result.shape:
         return f"base is {tuple(base.shape)} and the sum {tuple(match.result.shape)}; expected one shape"
-    if a.dtype != b.dtype:
-        return f"the matrices of the adapter are {a.dtype} and {b.dtype}; expected one dtype"
+    if a.dtype != b.dtype or a.dtype not in (base.dtype, torch.float32):
+        return f"the adapter is {a.dtype} and {b.dtype} beside {base.dtype}; expected one dtype, or float32 adapters"
     if a.shape[0] > LARGEST_SHARE * min(a.shape[1], b.shape[0]):
         return f"rank {a.shape[0]} is not small beside a layer from {a.shape[1]} to {b.shape[0]} channels"
     return None
@@ -51,7 +75,14 @@ _EXAMPLES = {
     "b": torch.empty(24, 2),
 }
 
+
+def _pattern(name: str, search: Callable, examples: Mapping[str, Any]) -> Pattern:
+    # Any sum with two linear layers resembles these, so there are no near misses.
+    fields = {"check": check, "profit": profit, "has_near_misses": False}
+    return Pattern(f"lora.{name}", search, replace, examples, **fields)
+
+
 PATTERNS = (
-    Pattern("lora.scaled", scaled, replace, {**_EXAMPLES, "scaling": 0.7}, check=check),
-    Pattern("lora.unscaled", unscaled, replace, _EXAMPLES, check=check, has_near_misses=False),
+    _pattern("scaled", scaled, {**_EXAMPLES, "scaling": 0.7}),
+    _pattern("unscaled", unscaled, _EXAMPLES),
 )

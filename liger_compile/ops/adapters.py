@@ -47,11 +47,22 @@ def paired_parts(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat((a1, a1, a2, a1, a2, a3), 1), torch.cat((b1, b2, b1, b3, b2, b1), 0)
 
 
+@opaque_op
+def half_matmul(a: Tensor, b: Tensor) -> Tensor:
+    """Return a @ b in float32, for matrices of half precision; other devices than CUDA have no operator for it."""
+    return a.float() @ b.float()
+
+
+@half_matmul.register_fake
+def _(a: Tensor, b: Tensor) -> Tensor:
+    return a.new_empty((a.shape[0], b.shape[1]), dtype=torch.float32)
+
+
 def _matmul_of_halves(a: Tensor, b: Tensor) -> Tensor:
     """Return a @ b, accumulated and returned in float32."""
-    if a.is_cuda:
+    if a.is_cuda and torch.version.hip is None:
         return torch.mm(a, b, out_dtype=torch.float32)
-    return a.float() @ b.float()
+    return torch.ops.liger_compile.half_matmul.default(a, b)
 
 
 def wide_matmul(a: Tensor, b: Tensor) -> Tensor:
@@ -125,7 +136,8 @@ def _added(base: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
     """Return base + scale * (a @ b), in place of a second matrix for the product where all dtypes are alike."""
     if base.is_cuda and base.dtype == a.dtype == b.dtype:
         return torch.addmm(base, a, b, alpha=scale)
-    return (base + scale * wide_matmul(a, b)).to(base.dtype)
+    wide = accumulation_dtype(base.dtype)
+    return (base + scale * (a.to(wide) @ b.to(wide))).to(base.dtype)
 
 
 @opaque_op
