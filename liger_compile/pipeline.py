@@ -381,13 +381,7 @@ def _rewrite_one(
         found.notes.append(note)
     late = restore(graph, deferred, options.logits == "none", options.loss_memory, found.late_notes)
     found.late_outputs.extend(late)
-    if runs_once and options.recompute == "auto":  # a checkpoint already fixes what is recomputed
-        mark_for_recompute(decisions)
-        if options.policy != "never" and (count := mark_upcasts(graph)):
-            found.notes.append(_note_on_upcasts(count))
-    if is_top and options.policy != "never" and (marked := keep_what_written_inputs_give(graph, mutations)):
-        values = "1 value is" if marked == 1 else f"{marked} values are"
-        found.notes.append(f"{values} saved for backward, because the graph writes into their inputs later")
+    found.notes.extend(_marked(graph, decisions, mutations, options, is_top=is_top, runs_once=runs_once))
     if options.reported_inner == "inductor":
         found.notes.extend(_keep_for_inductor(graph, terms, is_top))
     found.replaced.update(_replaced(decisions, terms))
@@ -400,6 +394,25 @@ def _keep_for_inductor(graph: Graph, terms: Terms, is_top: bool) -> tuple[str, .
     """Keeps roundings and copies that Inductor would remove; returns notes for the report."""
     round_numbers(graph)
     return (*keep_rounding(graph, terms), *(keep_copies(graph, terms) if is_top else ()))
+
+
+def _marked(
+    graph: Graph,
+    decisions: Sequence[Decision],
+    mutations: Mutations,
+    options: Options,
+    *,
+    is_top: bool,
+    runs_once: bool,
+) -> Iterator[str]:
+    """Marks the values to recompute and the values to save. Yields notes for the report."""
+    if runs_once and options.recompute == "auto":  # a checkpoint already fixes what is recomputed
+        mark_for_recompute(decisions)
+        if options.policy != "never" and (count := mark_upcasts(graph)):
+            yield _note_on_upcasts(count)
+    if is_top and options.policy != "never" and (marked := keep_what_written_inputs_give(graph, mutations)):
+        values = "1 value is" if marked == 1 else f"{marked} values are"
+        yield f"{values} saved for backward, because the graph writes into their inputs later"
 
 
 def _settings(options: Options, found: _Found) -> dict[str, Any]:

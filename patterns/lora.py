@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from liger_compile import ops  # noqa: F401 - registers what torch.ops.liger_compile has
+from liger_compile import functional  # noqa: F401 - registers what torch.ops.liger_compile has
 from liger_compile.pattern import Match, Pattern
 
 LARGEST_SHARE = 1 / 8  # of the rank in the narrower side of the layer
@@ -32,8 +32,22 @@ def unscaled(base, x, a, b):
     return (base + F.linear(F.linear(x.to(a.dtype), a), b)).to(base.dtype)
 
 
+# Many parameters because a search function has one for each capture.
+def two(base, x, a, b, scaling: float, z, c, d, scaling_2: float):
+    """Two active adapters; z is x, or x with other elements dropped."""
+    first = F.linear(F.linear(x.to(a.dtype), a), b) * scaling
+    return (base + first + F.linear(F.linear(z.to(c.dtype), c), d) * scaling_2).to(base.dtype)
+
+
 def replace(base, x, a, b, scaling=1.0):
     return _ours.adapter_up.default(base, _ours.adapter_down.default(x, a), b, float(scaling))
+
+
+# Many parameters because a replacement gets each capture.
+def replace_two(base, x, a, b, scaling, z, c, d, scaling_2):
+    first, second = _ours.adapter_down.default(x, a), _ours.adapter_down.default(z, c)
+    narrow = torch.cat((first * scaling, second * scaling_2), -1)
+    return _ours.adapter_up.default(base, narrow, torch.cat((b, d), 1), 1.0)
 
 
 # Estimates for one layer, in bytes a row, not measured. Where the adapter is float32 beside half precision, a channel
@@ -68,21 +82,31 @@ def check(match: Match) -> str | None:
     return None
 
 
+def check_two(match: Match) -> str | None:
+    """Require float32 adapters: their scaling rounds nothing that matters. Else each sum is rounded, one by one."""
+    if match["c"].dtype != torch.float32 or match["base"].dtype == torch.float32:
+        return "each adapter is added and rounded by itself"
+    return check(match)
+
+
 _EXAMPLES = {
     "base": torch.empty(3, 5, 24),
     "x": torch.empty(3, 5, 16),
     "a": torch.empty(2, 16),
     "b": torch.empty(24, 2),
 }
+_SECOND = {"z": _EXAMPLES["x"], "c": torch.empty(2, 16), "d": torch.empty(24, 2), "scaling_2": 0.6}
+_TWO = {**_EXAMPLES, "scaling": 0.7, **_SECOND}
 
 
-def _pattern(name: str, search: Callable, examples: Mapping[str, Any]) -> Pattern:
+def _pattern(name: str, search: Callable, examples: Mapping[str, Any], **options: Any) -> Pattern:
     # Any sum with two linear layers resembles these, so there are no near misses.
-    fields = {"check": check, "profit": profit, "has_near_misses": False}
-    return Pattern(f"lora.{name}", search, replace, examples, **fields)
+    fields = {"replace": replace, "check": check, "profit": profit, "has_near_misses": False, **options}
+    return Pattern(f"lora.{name}", search, examples=examples, **fields)
 
 
 PATTERNS = (
     _pattern("scaled", scaled, {**_EXAMPLES, "scaling": 0.7}),
     _pattern("unscaled", unscaled, _EXAMPLES),
+    _pattern("two", two, _TWO, replace=replace_two, check=check_two),
 )

@@ -9,7 +9,7 @@ Dtypes: all alike, or float32 adapters beside bfloat16 or float16 (PEFT's defaul
 Products of bfloat16 and float32. A float32 number is the sum of three bfloat16 numbers, so that such a product is a sum
 of products of bfloat16 numbers, which GPUs accumulate in float32. The small operand, a weight or a result of
 `adapter_down`, is split; the large one is read as it is, and not as a float32 copy of twice its size. The product is as
-exact as a float32 matmul. If an element of the large operand is infinite, the result may be NaN instead of infinite.
+exact as a float32 matmul. If an element of an operand is infinite, the result may be NaN instead of infinite.
 
 Source: Hu et al., LoRA, 2021 (arXiv 2106.09685). Splitting: Henry, Tang, Heinecke, 2019 (arXiv 1904.06376).
 """
@@ -25,16 +25,17 @@ from .precision import accumulation_dtype
 from .registration import mutating_op, opaque_op, padded, traceable_op
 
 _HALF = (torch.bfloat16, torch.float16)
-_LARGEST = torch.finfo(torch.bfloat16).max
+_BITS_OF_BFLOAT16 = -0x10000  # of float32: sign, exponent, and the first seven bits of the fraction
 
 
 def parts_of(x: Tensor) -> list[Tensor]:
     """Return three bfloat16 tensors whose sum is the float32 tensor x."""
     found = []
     for _ in range(2):
-        part = x.clamp(-_LARGEST, _LARGEST).bfloat16()  # a larger number would be rounded to infinity
-        found.append(part)
-        x = x - part.float()
+        # Cut off by bits, and not by a cast: Inductor would remove a cast to bfloat16 and back, and leave no rest.
+        part = (x.view(torch.int32) & _BITS_OF_BFLOAT16).view(torch.float32)
+        found.append(part.bfloat16())
+        x = x - part
     return [*found, x.bfloat16()]
 
 

@@ -32,7 +32,8 @@ def join_adapters(graph: Graph, calls: Sequence[Region] = ()) -> str | None:
     downs = graph.find_nodes(op="call_function", target=_ours.adapter_down.default)
     by_input: dict[Any, list[Node]] = {}
     for down in downs:
-        by_input.setdefault((down.args[0], _value(down).dtype), []).append(down)
+        chain = _before_casts(down.args[0])  # autocast casts x anew for each layer
+        by_input.setdefault((chain[-1], *map(_kind, (*chain, down.args[1]))), []).append(down)
     if len(by_input) == len(downs):
         return None
     mutations, regions = Mutations(graph), Regions(graph, calls)
@@ -62,31 +63,34 @@ def _may_move(down: Node, first: Node, mutations: Mutations, regions: Regions) -
     """Returns whether a node computes the same at the place of `first`: in the same modes, from the same values."""
     if regions.of[down] != regions.of[first]:
         return False
-    start, end = mutations.position[first], mutations.position[down]
-    chain = _computed_after(down.args[1], start, mutations)
-    if chain is None:
+    position = mutations.position
+    x, weight = (_before_casts(operand) for operand in down.args)
+    moved = [node for node in weight if position[node] > position[first]]
+    if weight[-1] in moved or any(regions.of[node] != regions.of[first] for node in moved):
         return False
-    read = (*down.all_input_nodes, *(operand for node in chain for operand in node.all_input_nodes))
-    return all(mutations.write_between(node, start - 1, end) is None for node in read)
+    start = min(position[node] for node in (first, *_before_casts(first.args[0])[:-1]))
+    return all(mutations.write_between(node, start - 1, position[down]) is None for node in (*x, *weight))
 
 
-def _computed_after(weight: Any, start: int, mutations: Mutations) -> list[Node] | None:
-    """Returns the casts of a weight that come after a position, in order; None if other nodes compute it."""
-    chain: list[Node] = []
-    while mutations.position[weight] > start:
-        if weight.op != "call_method" or weight.target != "to" or len(weight.all_input_nodes) != 1:
-            return None
-        chain.insert(0, weight)
-        (weight,) = weight.all_input_nodes
+def _kind(node: Node) -> tuple[Any, ...]:
+    value = _value(node)
+    return value.dtype, value.device, value.requires_grad
+
+
+def _before_casts(operand: Any) -> list[Node]:
+    """Returns the operand, the node that it is a cast of, and so on."""
+    chain: list[Node] = [operand]
+    while chain[-1].op == "call_method" and chain[-1].target == "to" and len(chain[-1].all_input_nodes) == 1:
+        chain.extend(chain[-1].all_input_nodes)
     return chain
 
 
 def _join(graph: Graph, group: Sequence[Node], region: Region) -> None:
     first, x = group[0], group[0].args[0]
-    mutations = Mutations(graph)
     for down in group[1:]:
-        for node in _computed_after(down.args[1], mutations.position[first], mutations) or ():
-            first.prepend(node)
+        for cast in reversed(_before_casts(down.args[1])[:-1]):
+            if cast > first:
+                first.prepend(cast)
     weights: list[Any] = [down.args[1] for down in group]
     sizes = [_value(weight).shape[0] for weight in weights]
     recorder = Recorder(graph, first, first)
@@ -97,7 +101,10 @@ def _join(graph: Graph, group: Sequence[Node], region: Region) -> None:
         parts = torch.split(packed, sizes, -1)
     for down, part in zip(group, parts, strict=True):
         down.replace_all_uses_with(recorder.node_of[id(part)])
-        graph.erase_node(down)
+        casts = _before_casts(down.args[0])[:-1]
+        for node in (down, *casts):
+            if not node.users:
+                graph.erase_node(node)
 
 
 def _value(node: Any) -> torch.Tensor:

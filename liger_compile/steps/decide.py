@@ -169,7 +169,8 @@ def _needs_gradient(match: Match) -> bool:
 def _without_covered(decisions: list[Decision], consumed: set[Node]) -> list[Decision]:
     """Keeps one decision per place, and every failure.
 
-    Drops a refusal if another pattern replaced the place, or if a larger pattern was refused there. Of patterns that
+    Drops a refusal if another pattern replaced the place, or if a larger pattern was refused there, or the same pattern
+    around it for the same reason: a sum in float32 matches with the cast of its result, and without. Of patterns that
     only mark, an MLP and the product in it are one place: a mark there, or else the larger refusal, is kept alone.
     """
     reported: set[Node] = set()
@@ -177,11 +178,19 @@ def _without_covered(decisions: list[Decision], consumed: set[Node]) -> list[Dec
         node for decision in decisions if decision.kind == "annotate" for node in decision.match.outputs
     }
     unmarked: set[Node] = set()
+    around = {
+        (decision.match.pattern, decision.reason, node)
+        for decision in decisions
+        if decision.kind == "leave"
+        for node in decision.match.nodes
+        if node not in decision.match.outputs
+    }
     kept = []
     for decision in decisions:
         match, root = decision.match, decision.match.outputs[0]
         has_place = decision.kind != "leave" or decision.covers
-        is_news = has_place or (root not in consumed and root not in reported)
+        is_inner = (match.pattern, decision.reason, root) in around
+        is_news = has_place or (root not in consumed and root not in reported and not is_inner)
         if not has_place and match.pattern.replace is None:
             is_news = is_news and root not in unmarked and marked.isdisjoint(match.nodes)
             unmarked.update(match.nodes)
