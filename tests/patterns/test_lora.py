@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import liger_compile
+from liger_compile.diagnose.sentences import input_name
 from liger_compile.options import Options
 from liger_compile.testing import precision
 from tests.helpers.adapters import Adapted, Form, inputs, layer
@@ -301,6 +302,39 @@ def test_a_checkpointed_layer():
 
     assert_near(flat(trained(compiled(step), model, x)), flat(trained(step, model, x)))
     assert found()["lora"] == 2 and joined()
+
+
+# Names -------------------------------------------------------------------------------------------------------
+
+
+class Headed(nn.Module):
+    """As PEFT's models, a class with a __getattr__, for which Dynamo writes self.__dict__['_modules'][...]."""
+
+    def __init__(self):
+        super().__init__()
+        self.base_model, self.lm_head = one(Form(layer=torch.float32)), nn.Linear(96, 11)
+
+    def __getattr__(self, name):
+        return super().__getattr__(name)
+
+    def forward(self, x):
+        return F.cross_entropy(
+            self.lm_head(self.base_model(x)).flatten(0, 1), x.new_zeros(16, dtype=torch.long)
+        )
+
+
+def test_modules_have_the_names_that_the_user_gave():
+    compiled(Headed(), **{"liger.inner": "report"})(inputs(Form(layer=torch.float32)))
+    (report,) = liger_compile.reports()
+    modules = {site.pattern.partition(".")[0]: site.place.module for site in report.sites}
+    assert modules["lora"] == "base_model"
+    assert "__dict__" not in str(report)
+    names = {
+        "l_self_dict_modules_model_dict_modules_lora_a_modules_x_parameters_weight_": "model.lora_a.x.weight",
+        "l_self_dict_modules_lm_head_parameters_weight_": "lm_head.weight",
+        "l_self_modules_word_dict_modules_table_parameters_weight_": "word_dict.table.weight",
+    }
+    assert {name: input_name(name) for name in names} == names
 
 
 # PEFT --------------------------------------------------------------------------------------------------------
