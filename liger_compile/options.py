@@ -144,7 +144,8 @@ class Options:
         "off",
         _one_of("auto", "off"),
         "'auto' replaces low-rank adapters (LoRA) beside linear layers by ops that keep no float32 copy of their input "
-        "and add into the result of the layer. The default is 'off' until step time and memory are measured on GPUs.",
+        "and add into the result of the layer, and recomputes upcasts that matmuls read instead of keeping them. The "
+        "default is 'off' until step time and memory are measured on GPUs.",
     )
     strict: bool = _option(
         False,
@@ -161,6 +162,11 @@ class Options:
     def reported_inner(self) -> str:
         """The compiler that the report describes."""
         return "inductor" if self.inner == "report" else self.inner
+
+    @property
+    def marks_upcasts(self) -> bool:
+        """Whether backward repeats the upcasts that matmuls read, which is measured with adapters."""
+        return self.policy == "always" or (self.policy == "auto" and self.lora == "auto")
 
     @property
     def unmeasured(self) -> Mapping[str, str]:

@@ -408,7 +408,7 @@ def _marked(
     """Marks the values to recompute and the values to save. Yields notes for the report."""
     if runs_once and options.recompute == "auto":  # a checkpoint already fixes what is recomputed
         mark_for_recompute(decisions)
-        if options.policy != "never" and (count := mark_upcasts(graph)):
+        if options.marks_upcasts and (count := mark_upcasts(graph)):
             yield _note_on_upcasts(count)
     if is_top and options.policy != "never" and (marked := keep_what_written_inputs_give(graph, mutations)):
         values = "1 value is" if marked == 1 else f"{marked} values are"

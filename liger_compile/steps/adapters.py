@@ -46,7 +46,11 @@ def join_adapters(graph: Graph, calls: Sequence[Region] = ()) -> str | None:
     for group in groups:
         _join(graph, group, regions.of[group[0]])
     count = sum(map(len, groups))
-    return f"{len(groups)} matmuls replace {count} of adapters that read the same input" if groups else None
+    return (
+        f"adapters that read the same input are joined: {len(groups)} of {count} matmuls remain"
+        if groups
+        else None
+    )
 
 
 def _joinable(downs: Sequence[Node], mutations: Mutations, regions: Regions) -> Iterator[list[Node]]:
@@ -86,7 +90,8 @@ def _before_casts(operand: Any) -> list[Node]:
 
 
 def _join(graph: Graph, group: Sequence[Node], region: Region) -> None:
-    first, x = group[0], group[0].args[0]
+    first: Any = group[0]
+    x: Any = first.args[0]
     for down in group[1:]:
         for cast in reversed(_before_casts(down.args[1])[:-1]):
             if cast > first:

@@ -51,8 +51,12 @@ def _kept_upcasts(graph: Graph) -> list[Node]:
 
 def _is_upcast(node: Node) -> bool:
     """Returns whether a cast loses no bit, and nothing else has marked it."""
-    before, after = node.args[0].meta.get("example_value"), node.meta.get("example_value")  # pyright: ignore
-    if "recompute" in node.meta or not all(isinstance(value, torch.Tensor) for value in (before, after)):
+    before, after = (value.meta.get("example_value") for value in (*node.all_input_nodes[:1], node))
+    if (
+        "recompute" in node.meta
+        or not isinstance(before, torch.Tensor)
+        or not isinstance(after, torch.Tensor)
+    ):
         return False
     are_floating = before.is_floating_point() and after.is_floating_point()
     return are_floating and before.dtype.itemsize < after.dtype.itemsize

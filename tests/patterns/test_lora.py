@@ -131,7 +131,7 @@ def test_autocast_computes_float32_adapters_in_bfloat16():
 
     assert_near(flat(trained(compiled(step), model, x)), flat(trained(step, model, x)))
     assert found()["lora"] == 2
-    assert joined() == ["1 matmuls replace 2 of adapters that read the same input"]
+    assert joined() == ["adapters that read the same input are joined: 1 of 2 matmuls remain"]
 
 
 @pytest.mark.parametrize("adapter", [torch.float32, torch.bfloat16], ids=str)
@@ -238,7 +238,9 @@ def kept(model, x, **options):
     return [*saved.values()]
 
 
-@pytest.mark.parametrize("options", [{}, {"liger.policy": "auto"}], ids=["replaced", "left"])
+@pytest.mark.parametrize(
+    "options", [{}, {"liger.policy": "auto", "liger.lora": "auto"}], ids=["replaced", "left"]
+)
 def test_no_float32_copy_of_an_input_is_kept(options):
     form = Form()
     model, x = layer(form), inputs(form)
@@ -250,11 +252,12 @@ def test_an_upcast_that_no_gradient_needs_is_not_marked():
     def trained_weight(x, weight):
         return F.linear(x.float(), weight)
 
-    x = torch.randn(4, 8, dtype=torch.bfloat16)
-    for needs_grad in (True, False):
-        compiled(trained_weight)(x, torch.randn(3, 8, requires_grad=needs_grad))
+    x, on = torch.randn(4, 8, dtype=torch.bfloat16), {"liger.lora": "auto"}
+    for options, needs_grad in ((on, True), (on, False), ({"liger.lora": "off"}, True)):
+        given = x, torch.randn(3, 8, requires_grad=needs_grad)
+        compiled(trained_weight, **{"liger.policy": "auto", **options})(*given)
         (report,) = liger_compile.reports()
-        assert any("upcast" in note for note in report.notes) == needs_grad
+        assert any("upcast" in note for note in report.notes) == (needs_grad and options is on)
 
 
 def test_adapters_are_left_by_default_and_the_report_gives_the_reason():
