@@ -28,6 +28,11 @@ def scaled(base, x, a, b, scaling: float):
     return (base + F.linear(F.linear(x.to(a.dtype), a), b) * scaling).to(base.dtype)
 
 
+def rounded(base, x, a, b, scaling: float):
+    """Beside a layer of 4 bits, PEFT rounds the product before the sum; the op rounds the sum alone."""
+    return base + (F.linear(F.linear(x.to(a.dtype), a), b) * scaling).to(base.dtype)
+
+
 def unscaled(base, x, a, b):
     return (base + F.linear(F.linear(x.to(a.dtype), a), b)).to(base.dtype)
 
@@ -107,6 +112,7 @@ def _pattern(name: str, search: Callable, examples: Mapping[str, Any], **options
 
 PATTERNS = (
     _pattern("scaled", scaled, {**_EXAMPLES, "scaling": 0.7}),
+    _pattern("rounded", rounded, {**_EXAMPLES, "scaling": 0.7}),
     _pattern("unscaled", unscaled, _EXAMPLES),
     _pattern("two", two, _TWO, replace=replace_two, check=check_two),
 )

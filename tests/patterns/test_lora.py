@@ -307,6 +307,44 @@ def test_a_checkpointed_layer():
     assert found()["lora"] == 2 and joined()
 
 
+# Layers that are one opaque op -------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("tests_lora::quantized_linear", mutates_args=())
+def quantized_linear(x: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
+    """As the matmul of a layer of 4 bits: the weight is made of codes, and is not kept."""
+    return x @ (codes.to(x.dtype) / 8).t()
+
+
+@quantized_linear.register_fake
+def _(x, codes):
+    return x.new_empty(*x.shape[:-1], codes.shape[0])
+
+
+quantized_linear.register_autograd(
+    lambda ctx, dy: (dy @ (ctx.saved_tensors[0].to(dy.dtype) / 8), None),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(inputs[1]),
+)
+
+
+class Quantized(Adapted):
+    """The statements of PEFT's layer of 4 bits: a copy of the result, and a rounded product."""
+
+    def forward(self, x):
+        result = quantized_linear(x, self.codes).clone()
+        down, up = self.lora_A["default"], self.lora_B["default"]
+        product = up(down(x.to(down.weight.dtype))) * self.scaling["default"]
+        return result + product.to(result.dtype)
+
+
+def test_an_adapter_beside_a_layer_of_4_bits():
+    torch.manual_seed(0)
+    model, x = Quantized(64, 96, Form()), inputs(Form())
+    model.register_buffer("codes", torch.randint(-8, 8, (96, 64), dtype=torch.int8))
+    assert_near(trained(compiled(model), model, x), trained(model, model, x))
+    assert found() == {"lora": 1}
+
+
 # Names -------------------------------------------------------------------------------------------------------
 
 
