@@ -60,7 +60,8 @@ def _joinable(downs: Sequence[Node], mutations: Mutations, regions: Regions) -> 
         first = waiting[0]
         group = [first, *(down for down in waiting[1:] if _may_move(down, first, mutations, regions))]
         yield group
-        waiting = [down for down in waiting if down not in group]
+        joined = set(group)
+        waiting = [down for down in waiting if down not in joined]
 
 
 def _may_move(down: Node, first: Node, mutations: Mutations, regions: Regions) -> bool:
