@@ -157,15 +157,22 @@ def checkpointed(model: Any) -> nn.Module:
     return model
 
 
-def with_lora(model: Any) -> nn.Module:
-    """Adapters of rank 16 beside the projections of q and v. Raises ImportError if peft is not installed."""
+def with_lora(model: Any, targets: Sequence[str] | str = ("q_proj", "v_proj")) -> nn.Module:
+    """Adapters of rank 16 beside the projections that `targets` names. Raises ImportError if peft is not installed."""
     import peft
 
     # Not the zeros that an adapter begins with, which would hide a mistake.
-    adapters = peft.LoraConfig(
-        r=16, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", init_lora_weights=False
-    )
+    adapters = peft.LoraConfig(r=16, target_modules=targets, task_type="CAUSAL_LM", init_lora_weights=False)
     return peft.get_peft_model(model, adapters)
+
+
+def with_lora_everywhere(model: Any) -> nn.Module:
+    """Adapters beside all projections of the layers."""
+    return with_lora(model, "all-linear")
+
+
+def with_lora_checkpointed(model: Any) -> nn.Module:
+    return with_lora_everywhere(checkpointed(model))
 
 
 # Sizes.
@@ -224,6 +231,7 @@ def _decoder(
 
 _LLAMA_1B = _decoder(2048, 8192, 4, 32, 8, 128256, head_dim=64, tie_word_embeddings=True)
 _LLAMA_3B = _decoder(3072, 8192, 4, 24, 8, 128256, head_dim=128, tie_word_embeddings=True)
+_LLAMA_8B = _decoder(4096, 14336, 6, 32, 8, 128256, head_dim=128)
 _LLAMA_32000 = _decoder(2048, 5632, 4, 32, 4, 32000, head_dim=64)
 _GPT2 = {"n_layer": 4}
 _BERT = {"num_hidden_layers": 4}
@@ -271,6 +279,12 @@ CASES: Sequence[Case] = (
     _llama("llama-evaluation-logits", "no_grad, the logits are read", "2x2048", is_trained=False, reads_logits=True),
     _llama("llama-reduce-overhead", 'mode="reduce-overhead": CUDA graphs', "2x2048", mode="reduce-overhead"),
     _llama("lora", "frozen Llama-3.2-3B with peft's adapters beside q and v", "2x2048", _LLAMA_3B, prepare=with_lora),
+    _llama("lora-everywhere", "frozen Llama-3.2-1B with peft's adapters beside all projections", "4x2048",
+        prepare=with_lora_everywhere),
+    _llama("lora-8b", "frozen Llama-3.1-8B with peft's adapters beside all projections", "2x4096", _LLAMA_8B,
+        prepare=with_lora_everywhere),
+    _llama("lora-8b-checkpointed", "the same, with gradient_checkpointing_enable()", "2x4096", _LLAMA_8B,
+        prepare=with_lora_checkpointed),
     Case("qwen3", "Qwen3-0.6B: norms of q and k", "Qwen3ForCausalLM", "8x1024",
         _decoder(1024, 3072, 4, 16, 8, 151936, head_dim=128, tie_word_embeddings=True), causal),
     Case("qwen2-vl", "text model of Qwen2-VL-2B: rotary of three axes", "Qwen2VLForConditionalGeneration", "2x2048",

@@ -202,6 +202,9 @@ def with_backward_passes(theirs: Any, backward: BackwardPlan) -> Any:
         if is_backward(graph):
             given = Backward(graph, inductor.donated_inputs() or ())
             backward.made(run_passes(given, backward.passes, fuel=backward.fuel, strict=backward.strict))
+        else:
+            passes = [one_pass for one_pass in backward.passes if one_pass.in_forward]
+            run_passes(Backward(graph), passes, fuel=backward.fuel, strict=backward.strict)
         inline_late_ops(graph, inductor.decompositions(), backward.strict)
 
     def key() -> Any:

@@ -35,11 +35,12 @@ from liger_compile.options import Options
 from liger_compile.pattern import Capture, Decision, NearMiss, Pattern
 from liger_compile.report import HERE, GraphReport, Paths, site_of_pass
 from liger_compile.report.kept import kept_by_module
+from liger_compile.steps.adapters import join_adapters
 from liger_compile.steps.callbacks import warn_of_failures
 from liger_compile.steps.decide import Rules, decide
 from liger_compile.steps.match import find_matches
 from liger_compile.steps.questions import notes_on_answers
-from liger_compile.steps.recompute import keep_what_written_inputs_give, mark_for_recompute
+from liger_compile.steps.recompute import keep_what_written_inputs_give, mark_for_recompute, mark_upcasts
 from liger_compile.steps.rewrite import rewrite
 from liger_compile.terms.attention import Note, notes_in, sentences
 from liger_compile.terms.build import Terms
@@ -295,6 +296,15 @@ def _notes_on_copies(decisions: Iterable[Decision]) -> Iterator[str]:
         yield f"{operands}: the op saves it for backward, and the graph writes into it later"
 
 
+def _note_on_upcasts(count: int) -> str:
+    what = (
+        "1 upcast of an operand of a matmul is"
+        if count == 1
+        else f"{count} upcasts of operands of matmuls are"
+    )
+    return f"{what} computed again in backward instead of kept"
+
+
 def _counted(count: int, what: str) -> str | None:
     if count == 1:
         return f"1 {what} of a fused op is copied"
@@ -360,6 +370,7 @@ def _rewrite_one(
         fuel=_left(options.fuel, found.decisions),
         recompute=options.recompute == "auto",
         takes_marks=options.reported_inner != "eager",
+        unmeasured=options.unmeasured,
         runs_once=runs_once,
         strict=options.strict,
     )
@@ -372,13 +383,11 @@ def _rewrite_one(
         decide_again=lambda refused: decided(refused=refused),
         strict=options.strict,
     )
+    if note := join_adapters(graph, found.called_in.get(module, ())):
+        found.notes.append(note)
     late = restore(graph, deferred, options.logits == "none", options.loss_memory, found.late_notes)
     found.late_outputs.extend(late)
-    if runs_once and options.recompute == "auto":  # a checkpoint already fixes what is recomputed
-        mark_for_recompute(decisions)
-    if is_top and options.policy != "never" and (marked := keep_what_written_inputs_give(graph, mutations)):
-        values = "1 value is" if marked == 1 else f"{marked} values are"
-        found.notes.append(f"{values} saved for backward, because the graph writes into their inputs later")
+    found.notes.extend(_marked(graph, decisions, mutations, options, is_top=is_top, runs_once=runs_once))
     if options.reported_inner == "inductor":
         found.notes.extend(_keep_for_inductor(graph, terms, is_top))
     found.replaced.update(_replaced(decisions, terms))
@@ -391,6 +400,25 @@ def _keep_for_inductor(graph: Graph, terms: Terms, is_top: bool) -> tuple[str, .
     """Keeps roundings and copies that Inductor would remove; returns notes for the report."""
     round_numbers(graph)
     return (*keep_rounding(graph, terms), *(keep_copies(graph, terms) if is_top else ()))
+
+
+def _marked(
+    graph: Graph,
+    decisions: Sequence[Decision],
+    mutations: Mutations,
+    options: Options,
+    *,
+    is_top: bool,
+    runs_once: bool,
+) -> Iterator[str]:
+    """Marks the values to recompute and the values to save. Yields notes for the report."""
+    if runs_once and options.recompute == "auto":  # a checkpoint already fixes what is recomputed
+        mark_for_recompute(decisions)
+        if options.marks_upcasts and (count := mark_upcasts(graph)):
+            yield _note_on_upcasts(count)
+    if is_top and options.policy != "never" and (marked := keep_what_written_inputs_give(graph, mutations)):
+        values = "1 value is" if marked == 1 else f"{marked} values are"
+        yield f"{values} saved for backward, because the graph writes into their inputs later"
 
 
 def _settings(options: Options, found: _Found) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from liger_compile.patterns import (
     layer_norm,
     linear_cross_entropy,
     linear_softmax,
+    lora,
     mlp,
     norm_rotary,
     rms_norm,
@@ -29,4 +30,5 @@ DEFAULT_PATTERNS: tuple[Pattern, ...] = (
     *linear_cross_entropy.PATTERNS,
     *cross_entropy.PATTERNS,
     *attention.PATTERNS,
+    *lora.PATTERNS,
 )

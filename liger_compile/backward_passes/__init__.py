@@ -8,7 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from liger_compile.backward_passes.in_place import add_embedding_rows_in_place, scale_in_place
+from liger_compile.backward_passes.in_place import (
+    add_embedding_rows_in_place,
+    add_products_in_place,
+    scale_in_place,
+)
 from liger_compile.backward_passes.inline_late import inline_late_ops
 from liger_compile.backward_passes.qkv_matmul import fuse_qkv_matmuls
 from liger_compile.backward_passes.rms_norm import fuse_rms_norms
@@ -19,6 +23,7 @@ DEFAULT_PASSES: tuple[Pass, ...] = (
     Pass("backward.rms_norm", fuse_rms_norms),
     Pass("backward.scale_in_place", scale_in_place),
     Pass("backward.embedding_in_place", add_embedding_rows_in_place),
+    Pass("backward.adapter_in_place", add_products_in_place, in_forward=True),
 )
 
 # Choices for backward that need no pass, by name, with the text for reports; {} is the number that `chose` receives.

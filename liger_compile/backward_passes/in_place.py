@@ -2,6 +2,7 @@
 
     scale(saved, factor)                       `saved` belongs to this backward alone ("donated"): scaled in place
     total + embedding_backward(dy, indices)    `total` has no other user: rows are added in place, no table is made
+    add_product(base, a, b, scale)             `base` is a matmul without another user: the product is added to it
 
 A functional graph cannot express this before the partitioner: AOTAutograd traces no in-place writes into the inputs of
 a backward. It adds the two gradients of a table that is both embedding and head only when both are computed.
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from liger_compile.backward_passes.aten_graph import bytes_of
+from liger_compile.backward_passes.aten_graph import RESHAPES, bytes_of, origin
 from liger_compile.backward_passes.runner import Applied, Backward
 from liger_compile.graphs.aliasing import storage_of
 
@@ -44,6 +45,25 @@ def add_embedding_rows_in_place(backward: Backward) -> Iterator[Applied]:
     for node in graph.find_nodes(op="call_function", target=_ours.embedding_backward.default):
         if (total := _added_to(graph, node, own)) is not None:
             yield Applied(node, "rows are added to the gradient of the head in place", memory=bytes_of(total))
+
+
+def add_products_in_place(backward: Backward) -> Iterator[Applied]:
+    """Adds an adapter's product to the result of a linear layer. The graph may be one of forward too."""
+    graph = backward.graph
+    for node in graph.find_nodes(op="call_function", target=_ours.add_product.default):
+        base, *others = node.args
+        if _is_fresh(base, node):
+            _write(graph, node, base, _ours.add_product_in_place.default, base, *others)
+            yield Applied(node, "an adapter's product is added in place", traffic=2 * bytes_of(base))
+
+
+def _is_fresh(base: Any, reader: Node) -> bool:
+    """Returns whether a matmul made `base`, and only `reader` reads the matmul or a view of it."""
+    chain = origin(base, RESHAPES)
+    readers = (reader, *chain)
+    return chain[-1].target in _MAKES_MEMORY and all(
+        [*node.users] == [user] for node, user in zip(chain, readers, strict=False)
+    )
 
 
 def _owned(backward: Backward) -> set[Node]:

@@ -259,12 +259,16 @@ FACTS: tuple[Callable[[Difference, Formula], str | None], ...] = (
 )
 
 
-# Dynamo's names of inputs: l_self_modules_head_parameters_weight_ for self.head.weight.
+# Dynamo's names of inputs: l_self_modules_head_parameters_weight_ for self.head.weight. Of a class that defines
+# __getattr__, as those of PEFT do: l_self_dict_modules_head_parameters_weight_.
 _NAMING = re.compile(
     r"^[lg]_(self_|kwargs_)?(modules_|parameters_|buffers_)?|(?P<inner>_(modules|parameters|buffers)_)|_+$"
 )
+_THROUGH_DICT = re.compile(r"(?<=_)dict_(?=(modules|parameters|buffers)_)")
 
 
 def input_name(name: str) -> str:
     """Returns the name of an input for people: head.weight for l_self_modules_head_parameters_weight_."""
+    if name.startswith("l_self_dict_"):
+        name = _THROUGH_DICT.sub("", name)
     return _NAMING.sub(lambda found: "." if found["inner"] else "", name)

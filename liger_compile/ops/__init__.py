@@ -15,6 +15,7 @@ This package does not import Triton.
 """
 
 from . import (
+    adapters,
     cross_entropy,
     embedding,
     linear_cross_entropy,
@@ -32,6 +33,7 @@ from . import (
 )
 
 __all__ = [
+    "adapters",
     "cross_entropy",
     "embedding",
     "linear_cross_entropy",

@@ -7,7 +7,7 @@ first refusal applies and is a sentence. This file does not edit the graph.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -31,6 +31,7 @@ class Rules:
         fuel: the largest number of matches that may be replaced; None means no limit.
         recompute: False marks nothing as cheap: matches that would only be marked are left.
         takes_marks: False if the compiler of the graph ignores marks.
+        unmeasured: why "auto" leaves the patterns of an op, by the name of the op.
         runs_once: False in the subgraph of a checkpoint, where no loss is replaced.
         strict: reraise the exceptions of a pattern's check, profit or saves.
     """
@@ -39,6 +40,7 @@ class Rules:
     fuel: int | None = None
     recompute: bool = True
     takes_marks: bool = True
+    unmeasured: Mapping[str, str] = field(default_factory=dict)
     runs_once: bool = True
     strict: bool = False
 
@@ -134,11 +136,18 @@ def _verdict(match: Match, context: _Context) -> str | Annotate | None:
         return "liger.policy is 'never'"
     is_only_marked = match.pattern.replace is None
     verdict = None
+    if context.rules.policy == "auto" and (why := context.rules.unmeasured.get(_op_of(match))):
+        return why
     if context.rules.policy == "auto" or is_only_marked:  # profit also returns the reason of a mark
         verdict = callbacks.profit(match)
     if verdict is None and is_only_marked:
         verdict = Annotate("")
     return verdict
+
+
+def _op_of(match: Match) -> str:
+    """Returns the op that a pattern is named after."""
+    return match.pattern.name.partition(".")[0]
 
 
 def _why_unmarked(match: Match, context: _Context) -> Iterator[tuple[str, bool]]:
@@ -161,7 +170,8 @@ def _needs_gradient(match: Match) -> bool:
 def _without_covered(decisions: list[Decision], consumed: set[Node]) -> list[Decision]:
     """Keeps one decision per place, and every failure.
 
-    Drops a refusal if another pattern replaced the place, or if a larger pattern was refused there. Of patterns that
+    Drops a refusal if another pattern replaced the place, or if a larger pattern was refused there, or the same pattern
+    around it for the same reason: a sum in float32 matches with the cast of its result, and without. Of patterns that
     only mark, an MLP and the product in it are one place: a mark there, or else the larger refusal, is kept alone.
     """
     reported: set[Node] = set()
@@ -169,11 +179,19 @@ def _without_covered(decisions: list[Decision], consumed: set[Node]) -> list[Dec
         node for decision in decisions if decision.kind == "annotate" for node in decision.match.outputs
     }
     unmarked: set[Node] = set()
+    around = {
+        (decision.match.pattern, decision.reason, node)
+        for decision in decisions
+        if decision.kind == "leave"
+        for node in decision.match.nodes
+        if node not in decision.match.outputs
+    }
     kept = []
     for decision in decisions:
         match, root = decision.match, decision.match.outputs[0]
         has_place = decision.kind != "leave" or decision.covers
-        is_news = has_place or (root not in consumed and root not in reported)
+        is_inner = (match.pattern, decision.reason, root) in around
+        is_news = has_place or (root not in consumed and root not in reported and not is_inner)
         if not has_place and match.pattern.replace is None:
             is_news = is_news and root not in unmarked and marked.isdisjoint(match.nodes)
             unmarked.update(match.nodes)

@@ -6,6 +6,9 @@ These are values that were left to Inductor with an `Annotate`, and results of o
 AOTAutograd copies the marks from Dynamo's nodes to the nodes that it traces from them, and its partitioner follows
 them. None of torch's cache keys includes the marks; compile.py adds them.
 
+mark_upcasts(): marks the upcasts that matmuls read, such as that of an input of a float32 adapter in a bfloat16 model.
+The partitioner saves an operand of a matmul as it is, in twice the bytes of the value that it is the upcast of.
+
 keep_what_written_inputs_give(): marks values that backward could not recompute. An input that the graph writes into has
 its later value by then, and the partitioner (torch 2.11 and 2.13) recomputes from it as if it had its earlier value.
 """
@@ -27,6 +30,43 @@ def mark_for_recompute(decisions: Iterable[Decision]) -> None:
     for decision in decisions:
         for node in _cheap_nodes(decision):
             _mark(node, CheckpointPolicy.MUST_RECOMPUTE)
+
+
+_CASTS = frozenset(("to", "float", "double", "type", "type_as"))
+_MATMULS = frozenset(("linear", "matmul", "mm", "bmm", "addmm", "baddbmm"))
+
+
+def mark_upcasts(graph: Graph) -> int:
+    """Marks lossless upcasts that matmuls keep for backward, unless another mark exists; returns their number."""
+    upcasts = _kept_upcasts(graph)
+    for node in upcasts:
+        _mark(node, CheckpointPolicy.MUST_RECOMPUTE)
+    return len(upcasts)
+
+
+def _kept_upcasts(graph: Graph) -> list[Node]:
+    casts = [node for node in graph.nodes if node.op == "call_method" and node.target in _CASTS]
+    return [node for node in casts if _is_upcast(node) and any(_keeps(user, node) for user in node.users)]
+
+
+def _is_upcast(node: Node) -> bool:
+    """Returns whether a cast loses no bit, and nothing else has marked it."""
+    before, after = (value.meta.get("example_value") for value in (*node.all_input_nodes[:1], node))
+    if (
+        "recompute" in node.meta
+        or not isinstance(before, torch.Tensor)
+        or not isinstance(after, torch.Tensor)
+    ):
+        return False
+    are_floating = before.is_floating_point() and after.is_floating_point()
+    return are_floating and before.dtype.itemsize < after.dtype.itemsize
+
+
+def _keeps(user: Node, operand: Node) -> bool:
+    """Returns whether a matmul saves this operand, for the gradient of another."""
+    name = user.target if isinstance(user.target, str) else getattr(user.target, "__name__", "")
+    factors = [node.meta.get("example_value") for node in user.all_input_nodes if node is not operand]
+    return name in _MATMULS and any(isinstance(f, torch.Tensor) and f.requires_grad for f in factors)
 
 
 def keep_what_written_inputs_give(graph: Graph, mutations: Mutations) -> int:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch._dynamo.utils import counters
 from torch._functorch import config as functorch_config
 from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from liger_compile.backward_passes import DEFAULT_PASSES, Backward, run_passes
 from liger_compile.compile import BackwardPlan, with_backward_passes
@@ -336,3 +337,58 @@ def test_a_tied_head_on_a_gpu_has_one_table_of_gradients(mode, factor):
         assert (found.float() - expected.float()).norm() <= 0.01 * expected.float().norm()
     if mode is None:  # forward has made it already
         assert taken < 0.1 * table.nbytes
+
+
+# Adapters ----------------------------------------------------------------------------------------------------
+
+
+def adapted(base, a, b):
+    return _ours.add_product.default(base, a, b, 0.5)
+
+
+def of_a_linear_layer(x, weight, a, b):
+    return adapted((x @ weight).view(-1, 6), a, b)
+
+
+def of_a_layer_that_is_read_elsewhere(x, weight, a, b):
+    base = x @ weight
+    return adapted(base, a, b), base.sum()
+
+
+def of_a_view_that_is_read_elsewhere(x, weight, a, b):
+    base = (x @ weight).view(2, 2, 6)
+    return adapted(base.view(-1, 6), a, b), base.sum()
+
+
+def of_an_input(x, weight, a, b):
+    return adapted(x @ weight + 0, a, b), adapted(weight, a, b)
+
+
+def of_one_layer_twice(x, weight, a, b):
+    base = x @ weight
+    return adapted(base, a, b), adapted(base, a, b * 2)
+
+
+@pytest.mark.parametrize(
+    ("function", "writes"),
+    [
+        (of_a_linear_layer, 1),
+        (of_a_layer_that_is_read_elsewhere, 0),
+        (of_a_view_that_is_read_elsewhere, 0),
+        (of_an_input, 0),
+        (of_one_layer_twice, 0),
+    ],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+def test_an_adapter_is_added_in_place_where_nothing_else_reads_the_layer(function, writes):
+    generator = torch.Generator().manual_seed(0)
+    given = [torch.randn(shape, generator=generator) for shape in ((4, 4), (4, 6), (4, 2), (2, 6))]
+    gm = make_fx(function)(*given)
+    for node in gm.graph.find_nodes(op="placeholder"):
+        node.meta.setdefault("val", None)
+    (one_pass,) = (one for one in DEFAULT_PASSES if one.in_forward)
+    assert len(run_passes(Backward(gm.graph), [one_pass], strict=True)) == writes
+    gm.recompile()
+    before = [tensor.clone() for tensor in given]
+    torch.testing.assert_close(gm(*given), function(*before))
+    torch.testing.assert_close(given, before)

@@ -272,7 +272,18 @@ def _wide(tensor: Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
-CASES = [*norms(), *rotaries(), *norm_rotaries(), *losses()]
+def adapters() -> Iterator[Case]:
+    def inputs(randn, batch, tokens):
+        return [randn(batch, tokens, 24), randn(batch, tokens, D), randn(2, D), randn(24, 2)]
+
+    def ours(base, x, a, b):
+        down = torch.ops.liger_compile.adapter_down.default(x, a)
+        return torch.ops.liger_compile.adapter_up.default(base, down, b, 0.7)
+
+    yield Case("adapter", ours, lambda base, x, a, b: base + F.linear(F.linear(x, a), b) * 0.7, inputs)
+
+
+CASES = [*norms(), *rotaries(), *norm_rotaries(), *losses(), *adapters()]
 ONE_OF_EACH_OP = [
     case
     for case in CASES
@@ -285,6 +296,7 @@ ONE_OF_EACH_OP = [
         "cross_entropy.all_weighted",
         "linear_cross_entropy.all_weighted",
         "linear_cross_entropy.smoothing_none",
+        "adapter",
     )
 ]
 
