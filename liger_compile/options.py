@@ -141,13 +141,6 @@ class Options:
         "'auto' compiles equal layers once and calls the result for each of them: a shorter first step. The default is "
         "'off' until step time and memory are measured on GPUs.",
     )
-    lora: str = _option(
-        "off",
-        _one_of("auto", "off"),
-        "'auto' replaces low-rank adapters (LoRA) beside linear layers by ops that keep no float32 copy of their input "
-        "and add into the result of the layer, and recomputes upcasts that matmuls read instead of keeping them. The "
-        "default is 'off' until step time and memory are measured on GPUs.",
-    )
     strict: bool = _option(
         False,
         _FLAG,
@@ -163,18 +156,6 @@ class Options:
     def reported_inner(self) -> str:
         """The compiler that the report describes."""
         return "inductor" if self.inner == "report" else self.inner
-
-    @property
-    def marks_upcasts(self) -> bool:
-        """Whether backward repeats the upcasts that matmuls read, which is measured with adapters."""
-        return self.policy == "always" or (self.policy == "auto" and self.lora == "auto")
-
-    @property
-    def unmeasured(self) -> Mapping[str, str]:
-        """Why the policy "auto" leaves patterns whose step time is not measured, by op."""
-        if self.lora == "auto":
-            return {}
-        return {"lora": "liger.lora is 'off', the default until step time is measured on GPUs"}
 
     def skips(self, name: str) -> bool:
         """Returns whether `skip` names this pattern or pass, or its op: "rms_norm" is the op of "rms_norm.llama"."""

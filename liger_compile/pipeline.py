@@ -370,7 +370,6 @@ def _rewrite_one(
         fuel=_left(options.fuel, found.decisions),
         recompute=options.recompute == "auto",
         takes_marks=options.reported_inner != "eager",
-        unmeasured=options.unmeasured,
         runs_once=runs_once,
         strict=options.strict,
     )
@@ -414,11 +413,16 @@ def _marked(
     """Marks the values to recompute and the values to save. Yields notes for the report."""
     if runs_once and options.recompute == "auto":  # a checkpoint already fixes what is recomputed
         mark_for_recompute(decisions)
-        if options.marks_upcasts and (count := mark_upcasts(graph)):
+        # Measured beside adapters. Elsewhere the trade is not known.
+        if (options.policy == "always" or _replaces_adapters(decisions)) and (count := mark_upcasts(graph)):
             yield _note_on_upcasts(count)
     if is_top and options.policy != "never" and (marked := keep_what_written_inputs_give(graph, mutations)):
         values = "1 value is" if marked == 1 else f"{marked} values are"
         yield f"{values} saved for backward, because the graph writes into their inputs later"
+
+
+def _replaces_adapters(decisions: Sequence[Decision]) -> bool:
+    return any(one.kind == "replace" and one.match.pattern.name.startswith("lora.") for one in decisions)
 
 
 def _settings(options: Options, found: _Found) -> dict[str, Any]:

@@ -55,21 +55,25 @@ def replace_two(base, x, a, b, scaling, z, c, d, scaling_2):
     return _ours.adapter_up.default(base, narrow, torch.cat((b, d), 1), 1.0)
 
 
-# Estimates for one layer, in bytes a row, not measured. Where the adapter is float32 beside half precision, a channel
-# of the result is written and read in float32 in forward and in backward, and a channel of x is too; where all dtypes
-# are alike, the product is a matrix of its own, and so is its gradient times the scaling.
-TRAFFIC = {"float32": (10, 16), "alike": (4, 10)}  # by channel of x, by channel of the result
+# Estimates for one layer, in bytes a row: a channel of x, and a channel of the result, are written and read in float32
+# in forward and in backward.
+TRAFFIC_OF_X, TRAFFIC_OF_RESULT = 10, 16
 # What the additional launches are worth: about seven small kernels, 20 us, at 3.5 TB/s, times two to be safe.
 LEAST = 128 * 2**20
 
 
 def profit(match: Match) -> str | None:
-    """Require a GPU, and enough rows that the memory traffic outweighs small kernels."""
+    """Replace what was measured: float32 adapters, and enough rows that memory traffic outweighs small kernels.
+
+    H200, torch 2.11.0, peft 0.21, bf16 layers, rank 16 beside all projections, 2026-11-30: a step takes 0.70 of the
+    time of stock torch.compile, and 0.85 with the adapters left to Inductor (families_nvidia_h200.csv).
+    """
     base, a, b = match["base"], match["a"], match["b"]
     if base.device.type == "cpu":
         return "on a CPU, Inductor's matmuls of the adapter are as fast"
-    of_x, of_result = TRAFFIC["alike" if a.dtype == base.dtype else "float32"]
-    traffic = base[..., 0].numel() * (of_x * a.shape[1] + of_result * b.shape[0])
+    if a.dtype == base.dtype:
+        return "adapters in the dtype of the layer are not measured; liger.policy='always' replaces them"
+    traffic = base[..., 0].numel() * (TRAFFIC_OF_X * a.shape[1] + TRAFFIC_OF_RESULT * b.shape[0])
     if not statically_known_true(traffic >= LEAST):
         return "few rows: the small kernels of the op would take longer than the memory traffic that it saves"
     return None

@@ -7,7 +7,7 @@ first refusal applies and is a sentence. This file does not edit the graph.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -31,7 +31,6 @@ class Rules:
         fuel: the largest number of matches that may be replaced; None means no limit.
         recompute: False marks nothing as cheap: matches that would only be marked are left.
         takes_marks: False if the compiler of the graph ignores marks.
-        unmeasured: why "auto" leaves the patterns of an op, by the name of the op.
         runs_once: False in the subgraph of a checkpoint, where no loss is replaced.
         strict: reraise the exceptions of a pattern's check, profit or saves.
     """
@@ -40,7 +39,6 @@ class Rules:
     fuel: int | None = None
     recompute: bool = True
     takes_marks: bool = True
-    unmeasured: Mapping[str, str] = field(default_factory=dict)
     runs_once: bool = True
     strict: bool = False
 
@@ -136,18 +134,11 @@ def _verdict(match: Match, context: _Context) -> str | Annotate | None:
         return "liger.policy is 'never'"
     is_only_marked = match.pattern.replace is None
     verdict = None
-    if context.rules.policy == "auto" and (why := context.rules.unmeasured.get(_op_of(match))):
-        return why
     if context.rules.policy == "auto" or is_only_marked:  # profit also returns the reason of a mark
         verdict = callbacks.profit(match)
     if verdict is None and is_only_marked:
         verdict = Annotate("")
     return verdict
-
-
-def _op_of(match: Match) -> str:
-    """Returns the op that a pattern is named after."""
-    return match.pattern.name.partition(".")[0]
 
 
 def _why_unmarked(match: Match, context: _Context) -> Iterator[tuple[str, bool]]:

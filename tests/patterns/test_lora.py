@@ -12,7 +12,7 @@ from torch import nn
 
 import liger_compile
 from liger_compile.diagnose.sentences import input_name
-from liger_compile.options import Options
+from liger_compile.patterns.lora import profit
 from liger_compile.testing import precision
 from tests.helpers.adapters import Adapted, Form, inputs, layer
 from tests.helpers.gradients import gradients_of
@@ -238,13 +238,10 @@ def kept(model, x, **options):
     return [*saved.values()]
 
 
-@pytest.mark.parametrize(
-    "options", [{}, {"liger.policy": "auto", "liger.lora": "auto"}], ids=["replaced", "left"]
-)
-def test_no_float32_copy_of_an_input_is_kept(options):
+def test_no_float32_copy_of_an_input_is_kept():
     form = Form()
     model, x = layer(form), inputs(form)
-    wide = [tensor for tensor in kept(model, x, **options) if tensor.dtype == torch.float32]
+    wide = [tensor for tensor in kept(model, x) if tensor.dtype == torch.float32]
     assert max(tensor.numel() for tensor in wide) < x.numel() // 2
 
 
@@ -252,23 +249,29 @@ def test_an_upcast_that_no_gradient_needs_is_not_marked():
     def trained_weight(x, weight):
         return F.linear(x.float(), weight)
 
-    x, on = torch.randn(4, 8, dtype=torch.bfloat16), {"liger.lora": "auto"}
-    for options, needs_grad in ((on, True), (on, False), ({"liger.lora": "off"}, True)):
+    x = torch.randn(4, 8, dtype=torch.bfloat16)
+    for policy, needs_grad in (("always", True), ("always", False), ("auto", True)):
         given = x, torch.randn(3, 8, requires_grad=needs_grad)
-        compiled(trained_weight, **{"liger.policy": "auto", **options})(*given)
+        compiled(trained_weight, **{"liger.policy": policy})(*given)
         (report,) = liger_compile.reports()
-        assert any("upcast" in note for note in report.notes) == (needs_grad and options is on)
+        assert any("upcast" in note for note in report.notes) == (needs_grad and policy == "always")
 
 
-def test_adapters_are_left_by_default_and_the_report_gives_the_reason():
-    model = Adapted(64, 96, Form())
-    compiled(model, **{"liger.policy": "auto"})(inputs(Form()))
-    (report,) = liger_compile.reports()
-    reason = next(site.reason for site in report.sites if site.pattern == "lora.scaled")
-    assert reason == Options().unmeasured["lora"]
-    compiled(model, **{"liger.policy": "auto", "liger.lora": "auto"})(inputs(Form()))
-    (report,) = liger_compile.reports()
-    assert "on a CPU" in next(site.reason for site in report.sites if site.pattern == "lora.scaled")
+def test_what_was_not_measured_is_left_by_default():
+    reasons = {}
+    for device, form in (("cpu", Form()), ("meta", Form()), ("meta", Form(layer=torch.float32))):
+        match = {
+            "base": torch.empty(8192, 2048, dtype=form.layer, device=device),
+            "a": torch.empty(16, 2048, dtype=form.adapter, device=device),
+            "b": torch.empty(2048, 16, dtype=form.adapter, device=device),
+        }
+        reasons[device, form.layer] = profit(match)
+    assert "on a CPU" in reasons["cpu", torch.bfloat16]
+    assert reasons["meta", torch.bfloat16] is None
+    assert "not measured" in reasons["meta", torch.float32]
+    few = {name: tensor[:64] if name == "base" else tensor for name, tensor in match.items()}
+    few["base"] = few["base"].bfloat16()
+    assert "few rows" in profit(few)
 
 
 @pytest.mark.parametrize(
