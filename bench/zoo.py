@@ -123,6 +123,7 @@ _NO_HALF = "Eager mode itself fails in bfloat16 unless some of its parameters or
 _EINSUM = Left("Under autocast einsum takes the sum of squares in bfloat16, as no op does.", autocast=5)
 _BIASED_LOGITS = _never(1, "A buffer is added to the logits between head and loss: no pattern has that.")
 _LEFT: Mapping[str, Mapping[str, Left]] = {
+    "hrm_text": {"mlps": _never(6, "Six run without gradients, where nothing is kept for backward.")},
     "inkling2_text": {
         "mlps": _never(
             2, "Gate and up are each capped by a tanh, but not the gate in its sigmoid: no pattern has that."
@@ -420,6 +421,7 @@ def _worth(pattern: str) -> dict[str, int]:
         "rotary": {"rotary": turned},
         "gated_mlp": {"mlps": 1},
         "linear_cross_entropy": {"loss": 1},  # fused with the head; cross_entropy alone does not count
+        "linear_softmax": {"loss": 1} if pattern == "linear_softmax.loss" else {},  # in the chunks of the head
     }.get(op, {})
 
 
