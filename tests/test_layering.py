@@ -45,7 +45,7 @@ ALLOWED = {
     "terms": ("graphs", "terms"),
     "ops": ("graphs.guards", "kernels", "ops"),
     "functional": ("ops",),
-    "lazy_logits": ("lazy_logits", "ops", "runtime"),
+    "lazy_logits": ("lazy_logits", "ops", "runtime", "terms.scalars", "terms.term"),
     "diagnose": ("diagnose", "terms"),
     "steps.callbacks": ("graphs.guards", "pattern"),
     "steps.recording": ("graphs", "terms.term"),

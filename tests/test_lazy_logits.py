@@ -277,6 +277,9 @@ READS = {
     "given divergence": lambda z, ids: F.kl_div(
         z.log_softmax(-1), torch.full((B, T, V), 1 / V), reduction="sum"
     ),
+    "detached probabilities": lambda z, ids: (z * z.softmax(-1).detach()).sum(),
+    "detached scores": lambda z, ids: (z.softmax(-1) * z.detach()).sum(),
+    "detached factor": lambda z, ids: (p := z.softmax(-1), (p.detach() * p).sum())[1],
     "matmul": lambda z, ids: (z @ torch.ones(V, 2)).sum(),
     "logarithm of softmax": lambda z, ids: z.softmax(-1).log().gather(-1, ids[..., None]).sum(),
     "vmap": lambda z, ids: torch.vmap(lambda row: row.logsumexp(-1))(z).sum(),
@@ -304,6 +307,16 @@ def test_what_is_no_question_is_computed_and_said_once(name):
     assert "test_lazy_logits.py:" in note and "needs their values" in note
 
 
+def test_a_detached_distribution_gets_no_gradient():
+    """The gradient of sum(p * log(p)) at fixed p is zero."""
+    model, (x, w, _) = Model(), inputs()
+    logp = model(x, w).log_softmax(-1)
+    p = logp.exp().detach()
+    got = torch.autograd.grad((logp * p).sum() + 2 * (p * logp).sum(), (x, w))
+    torch.testing.assert_close(got, (torch.zeros_like(x), torch.zeros_like(w)), rtol=0, atol=1e-4)
+    assert model.computed == 0
+
+
 @pytest.mark.parametrize("name", ["argmax", "topk", "max"])
 def test_without_gradients(name):
     reads = {
@@ -317,6 +330,29 @@ def test_without_gradients(name):
             got, expected = reads[name](model(x, w)), reads[name](F.linear(x, w))
         torch.testing.assert_close(got, expected)
         assert model.computed == (name == "max") and not any(each.requires_grad for each in got)
+
+
+@pytest.mark.parametrize(
+    "dtype, numbers",
+    [
+        (torch.float32, (1e38, 100, 1e-40)),
+        (torch.float32, (1e-30, 1e-30, 1e30, 1e30)),
+        (torch.float16, (1e5,)),
+        (torch.float16, (6e4, 1 / 6e4)),
+    ],
+    ids=str,
+)
+def test_numbers_that_overflow_or_underflow_on_the_way_do_not_merge(dtype, numbers):
+    def question(z):
+        for number in numbers:
+            z = z * number
+        logp = z.log_softmax(-1)
+        for number in numbers:
+            logp = logp * number
+        return z.logsumexp(-1), logp.sum(-1)
+
+    x, w, _ = inputs(dtype)
+    torch.testing.assert_close(question(Model()(x, w)), question(F.linear(x, w)), equal_nan=True)
 
 
 # Autograd ----------------------------------------------------------------------------------------------------

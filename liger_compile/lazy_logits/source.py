@@ -21,6 +21,8 @@ from torch import Tensor
 from liger_compile.lazy_logits.answers import Asked, Form, Head, Side, ask, divergence
 from liger_compile.ops.precision import accumulation_dtype
 from liger_compile.runtime.lazy import Gradient
+from liger_compile.terms.scalars import is_bindable, merged
+from liger_compile.terms.term import Scalar
 from liger_compile.torch_internals.dispatch import is_transformed
 
 # The kinds of products, by the kinds of the two factors.
@@ -29,6 +31,12 @@ PRODUCTS: Mapping[frozenset[str], str] = {
     frozenset(("softmax", "scores")): "softmax * scores",
     frozenset(("softmax",)): "softmax * softmax",
 }
+
+
+def one_number(a: float, b: float, dtype: torch.dtype) -> float | None:
+    """Return the number that replaces a and b in x * a * b, computed in `dtype`; None if both stay."""
+    found = merged(Scalar(a), Scalar(b), dtype)
+    return found.value if found is not None and is_bindable(found, dtype) else None
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,15 +101,19 @@ class Source:
             and (self.rows is other.rows or torch.equal(self.rows, other.rows))
         )
 
-    def times(self, number: float, dtype: torch.dtype) -> Source:
-        if self.kind == "scores":
-            is_exact = self.is_exact and (number == 1 or accumulation_dtype(dtype) is dtype)
-            if self.is_capped:  # the cap is positive, and tanh is odd
-                sign = math.copysign(1.0, number)
-                inner, outer = self.inner * sign, self.outer * abs(number)
-                return replace(self, inner=inner, outer=outer, is_exact=is_exact)
-            return replace(self, inner=self.inner * number, is_exact=is_exact)
-        return replace(self, factor=self.factor * number)
+    def times(self, number: float, dtype: torch.dtype) -> Source | None:
+        """Return the source of a multiple, computed in `dtype`; None if one number does not have its values."""
+        if self.kind != "scores":
+            factor = one_number(self.factor, number, dtype)
+            return None if factor is None else replace(self, factor=factor)
+        is_exact = self.is_exact and (number == 1 or accumulation_dtype(dtype) is dtype)
+        if self.is_capped:  # the cap is positive, and tanh is odd
+            inner, outer = self.inner * math.copysign(1.0, number), one_number(self.outer, abs(number), dtype)
+        else:
+            inner, outer = one_number(self.inner, number, dtype), self.outer
+        if inner is None or outer is None:
+            return None
+        return replace(self, inner=inner, outer=outer, is_exact=is_exact)
 
     def in_shape(self, lead: torch.Size) -> Source:
         """Return the source of the same rows in another leading shape."""

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from liger_compile.lazy_logits.source import PRODUCTS, Source
+from liger_compile.lazy_logits.source import PRODUCTS, Source, one_number
 from liger_compile.ops.precision import accumulation_dtype
 from liger_compile.runtime.lazy import LazyTensor, staying_lazy
 
@@ -199,14 +199,17 @@ def _product(function: Any, args: Sequence[Any]) -> Any:
     one, two = map(source_of, args)
     if function in _IN_PLACE or one is None or two is None:
         return NotImplemented
-    if not one.is_alike(two):
+    # The answers to questions about a product have the gradients of both factors.
+    if not one.is_alike(two) or args[0].requires_grad is not args[1].requires_grad:
         pair = args if one.kind == "log_softmax" else args[::-1]
         return _elements(function, args, {}, pair, ("log_softmax", "softmax"), "cross")
     kind = PRODUCTS.get(frozenset((one.kind, two.kind)))
     if kind is None or args[0].dtype is not args[1].dtype or (one.kind == two.kind != "softmax"):
         return NotImplemented
     # The scale of scores is in their form, which both share.
-    return _meant(_lazily(function, args, {}), replace(one, kind=kind, factor=one.factor * two.factor))
+    factor = one_number(one.factor, two.factor, args[0].dtype)
+    made = None if factor is None else replace(one, kind=kind, factor=factor)
+    return _meant(_lazily(function, args, {}), made)
 
 
 def divergence(function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
@@ -237,9 +240,10 @@ def _elements(
         return NotImplemented
     is_alike = student.classes == teacher.classes and pair[0].shape == pair[1].shape
     is_alike = is_alike and pair[0].device == pair[1].device and pair[0].dtype is pair[1].dtype
-    factor = student.factor * teacher.factor
+    factor = one_number(student.factor, teacher.factor, pair[0].dtype)
     if (
-        not is_alike
+        factor is None
+        or not is_alike
         or pair[1].requires_grad
         or (which != "cross" and (student.factor, teacher.factor) != (1, 1))
     ):
