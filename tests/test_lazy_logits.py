@@ -358,6 +358,85 @@ def test_numbers_that_overflow_or_underflow_on_the_way_do_not_merge(dtype, numbe
 # Autograd ----------------------------------------------------------------------------------------------------
 
 
+class Scaled(torch.autograd.Function):
+    """Multiplies the gradient by 3; the result of forward is a view, a multiple, part of its input, or its input."""
+
+    @staticmethod
+    def forward(ctx, z, made):
+        ctx.shape = z.shape
+        return made(z)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        missing = ctx.shape[1] - gradient.shape[1]
+        return F.pad(gradient * 3, (0, 0, 0, missing)), None
+
+
+MADE = {
+    "view": lambda z: z.view_as(z),
+    "multiple": lambda z: z * 2,
+    "part": lambda z: z[:, :-1],
+    "log_softmax": lambda z: z.log_softmax(-1),
+    "itself": lambda z: z,
+}
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_a_custom_function_has_its_own_backward(name):
+    outcomes = []
+    for make in (Model(), F.linear):
+        x, w, ids = inputs()
+        z = Scaled.apply(make(x, w), MADE[name])
+        outcomes.append(torch.autograd.grad(chosen(z, ids[:, : z.shape[1]]).sum() + z.sum(-1).mean(), (x, w)))
+    torch.testing.assert_close(*outcomes)
+
+
+def test_a_hook_of_a_module_gets_the_gradient_of_lazy_logits():
+    outcomes = []
+    for make in (Model(), F.linear):
+        x, w, ids = inputs()
+        module, seen = torch.nn.Identity(), []
+        module.register_full_backward_hook(lambda module, given, got, seen=seen: seen.append(got[0].clone()))
+        chosen(module(make(x, w)).log_softmax(-1), ids).sum().backward()
+        outcomes.append([*seen, x.grad, w.grad])
+    torch.testing.assert_close(*outcomes)
+
+
+def test_a_view_that_is_made_without_gradients_has_none():
+    for make in (Model(), F.linear):
+        x, w, _ = inputs()
+        logits = make(x, w)
+        with torch.no_grad():
+            part = logits[:, 1:]
+        total = (part * 2).logsumexp(-1).sum() + part.log_softmax(-1).sum()
+        assert torch.autograd.grad(total, (x, w), allow_unused=True) == (None, None)
+
+
+BATCHES = {
+    "scores": lambda z, ids: chosen(z / 2, ids),
+    "log_softmax": lambda z, ids: chosen(z.log_softmax(-1), ids),
+    "part of the rows": lambda z, ids: chosen(z[:, 1:].log_softmax(-1), ids[:, 1:]),
+    "row by row": lambda z, ids: by_rows(z, ids) + by_rows(z, ids.flip(1)),
+    "topk": lambda z, ids: z.topk(3).values[..., 1],
+    "divergence": lambda z, ids: -((z / 2).softmax(-1).detach() * z.log_softmax(-1)).sum(-1),
+}
+
+
+@pytest.mark.parametrize("name", BATCHES)
+def test_gradients_in_batches(name):
+    def gradients(make):
+        x, w, ids = inputs()
+        answers = BATCHES[name](make(x, w), ids).flatten()
+
+        def one(gradient, batched=False):
+            return torch.autograd.grad(answers, (x, w), gradient, retain_graph=True, is_grads_batched=batched)
+
+        basis = torch.eye(len(answers))
+        return *one(basis, batched=True), *torch.vmap(one)(basis), *one(basis.sum(0))
+
+    torch.testing.assert_close(gradients(Model()), gradients(F.linear))
+
+
 def _hook(logits, loss):
     seen = []
     logits.register_hook(lambda gradient: seen.append(gradient.clone()) or gradient * 2)

@@ -388,7 +388,7 @@ class _Group:
             self._memory,
         )
         if needs[0] and len(rows) < len(x):
-            dx = torch.zeros_like(x).index_copy_(0, rows.to(x.device), dx)
+            dx = torch.zeros_like(x).index_copy(0, rows.to(x.device), dx)
         return dx, *others
 
 
@@ -475,7 +475,10 @@ class _Through(torch.autograd.Function):
 
 
 def _merged(waiting: Waiting, count: int, classes: int) -> tuple[Tensor, Tensor, Coefficients, Tensor | None]:
-    """Return the rows (M) that have gradients, their statistics, coefficients, and columns (M, K)."""
+    """Return the rows (M) that have gradients, their statistics, coefficients, and columns (M, K).
+
+    No operation writes gradients in place, because vmap may batch some of them.
+    """
     used = torch.zeros(count, dtype=torch.bool)
     for asked, _ in waiting:
         used[asked.rows] = True
@@ -497,7 +500,8 @@ def _merged(waiting: Waiting, count: int, classes: int) -> tuple[Tensor, Tensor,
         made = coefficients(upstream, asked.statistics, classes)
         for name, value in zip(made._fields, made, strict=True):
             if value is not None and name != "columns":
-                totals.setdefault(name, first.new_zeros(len(rows))).index_add_(0, there, value)
+                total = totals.get(name, first.new_zeros(len(rows)))
+                totals[name] = total.index_add(0, there, value)
         for index, gradient in ((asked.index, made.columns), (asked.top_columns, of_top)):
             if index is not None and gradient is not None:
                 slots.add(at, index, gradient)
@@ -511,7 +515,7 @@ class _Slots:
 
     def __init__(self, count: int) -> None:
         self._count = count
-        self._slots: list[tuple[Tensor, Tensor, Tensor]] = []  # taken rows, index, gradient
+        self._slots: list[list[Tensor]] = []  # taken rows, index, gradient
 
     def add(self, rows: Tensor, index: Tensor, gradient: Tensor) -> None:
         """Add columns (n, K) of rows (n), which may repeat."""
@@ -533,10 +537,11 @@ class _Slots:
         if slot is None:
             taken = torch.zeros(self._count, dtype=torch.bool)
             indices, gradients = index.new_zeros(self._count, width), gradient.new_zeros(self._count, width)
-            self._slots.append(slot := (taken, indices, gradients))
+            self._slots.append(slot := [taken, indices, gradients])
         taken, indices, gradients = slot
         there = rows.to(index.device)
-        taken[rows], indices[there], gradients[there] = True, index, gradient
+        taken[rows], indices[there] = True, index
+        slot[2] = gradients.index_copy(0, there, gradient)
 
     def joined(self) -> tuple[Tensor | None, Tensor | None]:
         if not self._slots:

@@ -43,9 +43,13 @@ def _lazily(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> An
 
 
 def _meant(result: Any, source: Source | None) -> Any:
-    """Return the result of a call with its source."""
+    """Return the result of a call with its source.
+
+    A view that is made without gradients claims to require them, and is a leaf.
+    """
     if isinstance(result, LazyTensor):
-        result.meaning = source if source is None or result.requires_grad else source.without_gradients()
+        has_gradients = result.requires_grad and not result.is_leaf
+        result.meaning = source if source is None or has_gradients else source.without_gradients()
     return result
 
 
@@ -191,7 +195,7 @@ def scaled(function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> A
     # A write without gradients changes the values, and not the gradients.
     is_whole = function not in _IN_PLACE or torch.is_grad_enabled() or not lazy.requires_grad
     if is_whole and isinstance(result, LazyTensor) and result.is_waiting:
-        result.meaning = source.times(1 / float(other) if divides else float(other), lazy.dtype)
+        return _meant(result, source.times(1 / float(other) if divides else float(other), lazy.dtype))
     return result
 
 

@@ -185,6 +185,7 @@ class LazyTensor(Tensor):
     _dense_alias: Tensor | None  # after dense(): a plain tensor with the same metadata and memory
     _meaning: Meaning | None
     _writes: int  # in its memory, for which the meaning holds
+    _node: Any  # of autograd, for which the meaning holds: a custom function gives its result another one
     gradients: tuple[Gradient, ...]  # also after the values are in memory
     report: Callable[[Any], None] | None
     is_private: bool  # no other code has it, so that nobody writes into it
@@ -193,7 +194,8 @@ class LazyTensor(Tensor):
     def __new__(cls, like: Tensor, device: torch.device, late: Late) -> LazyTensor:
         made = without_memory(cls, like, device)
         made._late, made._dense_alias = late, None
-        made._meaning, made._writes, made.gradients, made.report = None, 0, (), None
+        made._meaning, made._writes, made._node = None, 0, None
+        made.gradients, made.report = (), None
         made.is_private = False
         return made
 
@@ -212,12 +214,17 @@ class LazyTensor(Tensor):
         """What the values are; None if that is not known, or if they are in memory."""
         late = self._late
         is_known = late is not None and late.memory.made is None and late.memory.writes == self._writes
-        return self._meaning if is_known else None
+        return self._meaning if is_known and self._node is self._current_node() else None
 
     @meaning.setter
     def meaning(self, value: Meaning | None) -> None:
         if (late := self._late) is not None:
             self._meaning, self._writes = value, late.memory.writes
+            self._node = None if value is None else self._current_node()
+
+    def _current_node(self) -> Any:
+        with without_torch_functions():  # no reader of the gradient
+            return self.grad_fn
 
     def dense(self) -> Tensor:
         """Return the values as a plain tensor without a gradient; the same tensor on each call.
@@ -239,7 +246,7 @@ class LazyTensor(Tensor):
         """Take over the memory and the metadata of a plain tensor. Autograd, hooks and the version are preserved."""
         with without_torch_functions(), torch.inference_mode(False):
             DATA.__set__(self, dense)
-        self._dense_alias, self._late, self._meaning = dense, None, None
+        self._dense_alias, self._late, self._meaning, self._node = dense, None, None, None
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
