@@ -421,7 +421,9 @@ def _worth(pattern: str) -> dict[str, int]:
         "rotary": {"rotary": turned},
         "gated_mlp": {"mlps": 1},
         "linear_cross_entropy": {"loss": 1},  # fused with the head; cross_entropy alone does not count
-        "linear_softmax": {"loss": 1} if pattern == "linear_softmax.loss" else {},  # in the chunks of the head
+        "linear_softmax": {"loss": 1}
+        if pattern == "linear_softmax.loss"
+        else {},  # in the chunks of the head
     }.get(op, {})
 
 

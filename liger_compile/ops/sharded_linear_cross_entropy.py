@@ -92,7 +92,7 @@ def _on_rows(
     labels = shard.labels(target, loss.ignore_index)
     loss = replace(loss, ignore_index=IGNORED, is_shard=True)
     logits = device_logits(x, weight, bias) if has_kernel else F.linear(x, weight, bias)
-    statistics = _kernel_statistics if has_kernel and shard.own else _statistics
+    statistics = statistics_by_kernel if has_kernel and shard.own else statistics_of
     row_max, log_sum, z_label = shard.combined(*statistics(loss, logits, labels))
     losses = (log_sum - (z_label - row_max)).masked_fill(labels == IGNORED, 0)
     if needs_gradient and shard.own:
@@ -102,7 +102,7 @@ def _on_rows(
     return logits, losses
 
 
-def _statistics(loss: SoftmaxLoss, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def statistics_of(loss: SoftmaxLoss, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return row_max, log_sum and z of the label (C).
 
     row_max and log_sum are -inf in a row without a finite logit, which then has no part in a sum. z is 0 for a label
@@ -121,7 +121,7 @@ def _statistics(loss: SoftmaxLoss, logits: Tensor, labels: Tensor) -> tuple[Tens
     return row_max, log_sum, z_label
 
 
-def _kernel_statistics(loss: SoftmaxLoss, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def statistics_by_kernel(loss: SoftmaxLoss, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Do the same as the reference, except for ignored rows, whose statistics are 0."""
     from ..kernels import softmax_loss as kernels
 

@@ -134,4 +134,5 @@ def replicated(value: Tensor, like: Any) -> Tensor:
 
 
 CALLS: frozenset[Any] = frozenset((local_part, local_copy, replicated))  # none writes into an argument
-CALLED_NAMES = frozenset(f"{function.__module__}.{function.__name__}" for function in CALLS)
+# In the order of every process, because they are part of the keys of caches.
+CALLED_NAMES = tuple(sorted(f"{function.__module__}.{function.__name__}" for function in CALLS))

@@ -138,7 +138,7 @@ def test_the_length_of_chunks_does_not_depend_on_the_rank(device_type, memory, t
     assert len({str(chunks_of(x, weight, True, memory, 50000)) for weight in weights}) == 1
 
 
-@pytest.mark.parametrize("statistics", [op._statistics, op._kernel_statistics])
+@pytest.mark.parametrize("statistics", [op.statistics_of, op.statistics_by_kernel])
 def test_logits_that_are_not_finite(device, on_ranks, statistics):
     """A shard of -inf alone has no part in the softmax; infinite logits and rows of -inf give NaN, as in eager code."""
     logits = torch.randn(4, 6)
