@@ -67,8 +67,8 @@ from .vocabulary_shard import VocabularyShard
 # long there (H100, torch 2.11.0, hidden size 1024, bfloat16, 2026-11-25): too few tiles for its multiprocessors.
 CHUNK_BYTES = 8 * 2**20
 DEVICE_CHUNK_BYTES = 600 * 2**20
-# A second chunk would save half of these bytes, and cost the CPU the launches of six matmuls: 0.5 ms of the 10 ms of a
-# step of GPT-2 with 4 layers, 8192 x 50257, which the CPU launches (H200, torch 2.11.0, 2026-11-30).
+# A second chunk would save half of these bytes, and cost the CPU the launches of six matmuls, of 0.06 ms each, beside
+# those of kernels (launch_nvidia_h200.csv). The CPU launches the steps of small models, such as GPT-2 with 8192 tokens.
 ONE_CHUNK_BYTES = 800 * 2**20
 LEAST_ROWS = 128
 # dweight is read and written for every chunk, which is slow in a CPU's memory. With 128, 256 and 512 rows of logits in
