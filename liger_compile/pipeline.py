@@ -397,8 +397,8 @@ def _rewrite_one(
 
 def _keep_for_inductor(graph: Graph, terms: Terms, is_top: bool) -> tuple[str, ...]:
     """Keeps roundings and copies that Inductor would remove; returns notes for the report."""
-    round_numbers(graph)
-    return (*keep_rounding(graph, terms), *(keep_copies(graph, terms) if is_top else ()))
+    rounded = (*round_numbers(graph), *keep_rounding(graph, terms))
+    return (*rounded, *(keep_copies(graph, terms) if is_top else ()))
 
 
 def _marked(

@@ -4,9 +4,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import liger_compile
+
 # 1 and 0.1 are what bfloat16 rounds 0.999 and 0.1 to; 2048 is what both dtypes round 2049 to.
 VALUES = [1.0, 0.999, 0.9961, 0.1, -0.1, 0.5, 2048.0, 2049.0, float("inf"), float("nan")]
 SCALAR = torch.tensor(0.999)
+
+
+def _filled(x, where):
+    x = x.clone()
+    x[where] = 0.1
+    return x
+
 
 PROGRAMS = {
     "orders": lambda x: (x > 0.999, x < 0.999, x.ge(0.999), torch.less_equal(x, 0.1), x >= 2049),
@@ -18,6 +27,8 @@ PROGRAMS = {
     "remainders": lambda x: (x % 0.1, torch.remainder(x, 0.1), torch.fmod(x, 0.1)),
     "fills": lambda x: (
         x.masked_fill(x > 0.5, 0.1) == 0.1, torch.full_like(x, 0.1) == x, x.new_full((2, 5), 0.1) == x.view(2, 5)),
+    "writes": lambda x: (_filled(x, x > 0.5) == 0.1, _filled(x, slice(3)) == 0.1, F.pad(x, (1, 1), value=0.1) == 0.1),
+    "no dimensions": lambda x: (x[1] > 0.999, x[3] == 0.1),
     "choices": lambda x: (torch.where(x > 0.5, 0.1, x) == 0.1,),
     "limits": lambda x: (x.clamp(-0.1, 0.999) < x, F.hardtanh(x, -0.1, 0.1) == x, x.clip(max=0.1) < x),
 }  # fmt: skip
@@ -37,6 +48,18 @@ def test_numbers_are_rounded_as_in_eager_mode(dtype, device):
     for name, values in expected.items():
         for index, (value, other) in enumerate(zip(values, found[name], strict=True)):
             assert torch.equal(value.nan_to_num(), other.nan_to_num()), (name, index)
+    (report,) = liger_compile.reports()
+    assert any("rounded to its dtype in" in note for note in report.notes)
+
+
+def test_exact_numbers_and_wider_tensors_are_left():
+    def function(x, wide):
+        return x > 0.5, x == 2048, x.clamp(min=0.0), wide > 0.1, x.masked_fill(x > 1, float("-inf"))
+
+    x = torch.tensor(VALUES, dtype=torch.bfloat16)
+    torch.compile(function, backend="liger")(x, x.float())
+    (report,) = liger_compile.reports()
+    assert not any("rounded" in note for note in report.notes)
 
 
 def test_a_scalar_gets_its_gradient():
