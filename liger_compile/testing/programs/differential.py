@@ -24,7 +24,7 @@ from torch.fx import GraphModule
 from liger_compile.backend import liger
 from liger_compile.forward_passes.specialize import copied
 from liger_compile.report import clear_reports, reports
-from liger_compile.testing.programs.grammar import BY_KERNEL, CLASSES, PARAMETERS, WIDTH
+from liger_compile.testing.programs.grammar import BY_FLAG, BY_KERNEL, CLASSES, PARAMETERS, WIDTH
 from liger_compile.testing.programs.program import Call, Program
 from liger_compile.torch_internals.dynamo import lookup_backend
 from liger_compile.torch_internals.modes import restored_if_raised
@@ -404,11 +404,14 @@ def check(
     if not suspicious:
         return Verdict("right", replaced=replaced)
     stock = _compiled(program, function, [inner], {}, device)[inner]
-    others = (stock, run(program, function, device, with_zeros=True))
+    others = [stock, run(program, function, device, with_zeros=True)]
     if all(
         KEPT in other.error for other in others
     ):  # AOTAutograd's backward is no valid program in eager mode
         return Verdict("stock", replaced=replaced)
+    attends = "attention(" in program.source or "written_out(" in program.source
+    if attends:
+        others.append(run(program, program.function(BY_FLAG), device))
     nudged = [run(program, function, device, nudge=seed) for seed in (1, 2, 3, 4)]
     if "written_out(" in program.source:
         nudged.append(run(program, program.function(BY_KERNEL), device))
@@ -428,7 +431,7 @@ def check(
             nudged=nudged,
             scaled=scaled,
             in_half=in_half,
-            attends="attention(" in program.source or "written_out(" in program.source,
+            attends=attends,
         )
         if names:
             wrong.append(Finding(variant, tuple(names)))

@@ -135,6 +135,19 @@ def written_out(x, q, k, v):
     return out.transpose(1, 2).reshape(x.shape)
 """
 
+# the same, and attention by the causal flag: on a CPU, rows whose scores are all NaN are then 0
+BY_FLAG = (
+    BY_KERNEL
+    + """
+def causal(x):
+    return None
+
+def padded(x, mask):
+    above = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).triu(1)
+    return None if mask.all() else ~above & mask.bool()[:, None, None, :]
+"""
+)
+
 _QKV = "{w:q}, {w:k}, {w:v}"
 _MLP = "{w:gate}, {w:up}, {w:down}"
 
