@@ -59,6 +59,8 @@ class Rewritten:
         late_outputs: outputs that are not computed in the graph.
         padding: names of inputs that are padding masks; more of attention would be known if they were all ones.
         masks: names of inputs that are attention masks and were built outside the graph.
+        scores: the scores of the attention that was replaced, over batch, heads, queries and keys; None if a size is
+            symbolic.
         backward: the changes to the graph of backward; None means no changes.
         backward_of: the same for each outlined body.
     """
@@ -68,6 +70,7 @@ class Rewritten:
     late_outputs: Sequence[LateOutput | LateRows] = ()
     padding: frozenset[str] = frozenset()
     masks: frozenset[str] = frozenset()
+    scores: int | None = 0
     backward: BackwardPlan | None = None
     backward_of: Mapping[GraphModule, BackwardPlan | None] = field(default_factory=dict)
 
@@ -147,8 +150,21 @@ def rewritten(
         return generic, None
     assumed = specialize.with_assumptions(gm, assumptions)
     special = run_steps(assumed, patterns, options, inductor_options, computed)
-    pays = special.report.count("replace") > generic.report.count("replace") - _num_padded(generic.report)
-    return generic, (assumptions, special) if pays else None
+    if special.report.count("replace") <= generic.report.count("replace") - _num_padded(generic.report):
+        return generic, None
+    if options.policy == "auto" and (why := _why_not_checked(gm, assumptions, generic, special)):
+        return replace(generic, report=generic.report.with_notes((why,))), None
+    return generic, (assumptions, special)
+
+
+def _why_not_checked(
+    gm: GraphModule, assumptions: Assumptions, generic: Rewritten, special: Rewritten
+) -> str | None:
+    if generic.scores is None or special.scores is None:
+        return None
+    assumed = (node for node in gm.graph.find_nodes(op="placeholder") if node.name in assumptions)
+    devices = {node.meta["example_value"].device.type for node in assumed}
+    return specialize.why_not_checked(assumptions, special.scores - generic.scores, devices)
 
 
 def _num_padded(report: GraphReport) -> int:
@@ -265,6 +281,7 @@ def run_steps(
         found.late_outputs,
         padding=frozenset(name for meaning in meanings for name in meaning.padding),
         masks=frozenset(name for meaning in meanings for name in meaning.masks),
+        scores=_scores(found.decisions),
         backward=_backward_plan(options, fuel, report),
         backward_of={
             body: _backward_plan(options, fuel, report, found.places[body])
@@ -272,6 +289,16 @@ def run_steps(
             if outlined_of(body)
         },
     )
+
+
+def _scores(decisions: Iterable[Decision]) -> int | None:
+    total = 0
+    for decision in decisions:
+        captures, is_attention = decision.match.captures, decision.match.pattern.name.startswith("attention.")
+        if decision.kind == "replace" and is_attention and {"q", "k"} <= captures.keys():
+            q, k = decision.match["q"], decision.match["k"]
+            total += q.numel() // q.shape[-1] * k.shape[-2]
+    return total if isinstance(total, int) else None
 
 
 def _notes_on(found: _Found, options: Options) -> tuple[str, ...]:

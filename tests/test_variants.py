@@ -66,6 +66,29 @@ def test_masks_and_their_spellings(name, dtype):
     assert found() == [BOTH["without"], BOTH["general"]]
 
 
+@pytest.mark.parametrize(
+    ("device", "scores", "checks"),
+    [("cuda", 2**28, True), ("cuda", 2**28 - 1, False), ("cpu", 1, True)],
+)
+def test_a_check_that_waits_for_a_gpu_has_to_pay(device, scores, checks):
+    why = specialize.why_not_checked({"mask": specialize.ONES}, scores, {device})
+    assert why is None if checks else "for mask of all ones: the check waits for the GPU" in why
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("policy", "names"), [("auto", 1), ("always", 2)])
+def test_few_scores_are_not_checked_on_a_gpu(policy, names):
+    fast = torch.compile(causal, backend="liger", options={**OPTIONS, "liger.policy": policy})
+    args = [value.detach().cuda() for value in inputs()]
+    for mask in masks()[:2]:
+        torch.testing.assert_close(fast(*args, mask.cuda()), causal(*args, mask.cuda()))
+    generic = next(
+        report for report in liger_compile.reports() if "no call" in str(report) or policy == "always"
+    )
+    assert len(liger_compile.reports()) == names
+    assert ("no call is specialized for l_padding_ of all ones" in str(generic)) == (policy == "auto")
+
+
 def test_a_row_that_is_padding_alone():
     fast, (ones, *_) = compiled(additive), masks()
     for hidden in (ones.clone(), ones):

@@ -59,6 +59,11 @@ class Assumption:
 
 ONES = Assumption("of all ones", 0, ((torch.ones_like,),))
 
+# Scores of attention, over batch, heads, queries and keys, from which a check pays on a GPU. Attention saves 2.2 ps a
+# score (4 layers of Llama, 4 x 2048 tokens, with the mask in memory 50.4 ms, without 45.7), and the check costs a step
+# 0.7 ms, because the CPU waits for the GPU (H100, torch 2.11.0, 2026-11-25 and 26: bench/NOTES.md).
+FEWEST_SCORES = 2**28
+
 
 def _causal_masks(dtype: torch.dtype) -> Iterable[Assumption]:
     """Yields the forms that a causal mask may have."""
@@ -107,6 +112,24 @@ def generic_variant(assumptions: Mapping[str, Assumption]) -> Variant:
     return Variant(
         GENERIC,
         f"generic: used by calls with {others}; calls with {_text(assumptions)} use the graph {name!r}",
+    )
+
+
+def why_not_checked(
+    assumptions: Mapping[str, Assumption], scores: int, devices: Collection[str]
+) -> str | None:
+    """Returns why a check of the assumptions takes longer than it saves, in a sentence, or None.
+
+    Args:
+        scores: the number of scores of the attention that needs no mask if the assumptions hold.
+        devices: the types of the devices that hold the assumed tensors.
+    """
+    if scores >= FEWEST_SCORES or "cuda" not in devices:
+        return None
+    few, enough = (f"{number / 2**20:.0f} Mi scores" for number in (scores, FEWEST_SCORES))
+    return (
+        f"no call is specialized for {_text(assumptions)}: the check waits for the GPU, which takes longer than "
+        f"attention with {few} saves (it pays from {enough}); liger.policy='always' checks"
     )
 
 
