@@ -1,12 +1,14 @@
-"""The first step of a process with empty caches: a Llama under Inductor, under this backend, and with every layer flat.
+"""The first step of a process: a Llama under Inductor, under this backend with equal layers compiled once, and flat.
 
     python -m bench.compile_time                                   on the CPU, 4, 12 and 32 layers
     python -m bench.compile_time --device cuda --layers 16,32      on a GPU
     python -m bench.compile_time --variants stock,liger            some of the variants
     python -m bench.compile_time one VARIANT LAYERS DEVICE         one of them, in this process: a line of JSON
 
-Each measurement has a process of its own; the variants of one number of layers run one after the other. Phases are
-torch's own counts of its compile time. `first_step` is forward and backward, `step` the median of later ones.
+Each measurement has a process of its own with empty caches, and then a second one with the caches of the first; the
+variants of one number of layers run one after the other. Phases are torch's own counts of its compile time, in the
+first process. `first_step` is forward and backward, `warm_step` that of the second process, `step` the median of later
+ones.
 """
 
 from __future__ import annotations
@@ -81,12 +83,17 @@ def _phases() -> dict[str, float]:
 
 
 def measured(variant: str, layers: int, device: str) -> dict[str, Any]:
-    """Returns the measurement of `one` in a process of its own with empty caches."""
+    """Returns the measurement of `one` in a process with empty caches, and the first step of a second process."""
     command = [sys.executable, "-m", "bench.compile_time", "one", variant, str(layers), device]
     with tempfile.TemporaryDirectory() as caches:
         places = {"TORCHINDUCTOR_CACHE_DIR": caches, "TRITON_CACHE_DIR": f"{caches}/triton"}
         environment = {**os.environ, **places}
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+        cold, warm = (_run(command, environment) for _ in range(2))
+    return {"first_step": cold.pop("first_step"), "warm_step": warm["first_step"], **cold}
+
+
+def _run(command: Sequence[str], environment: Mapping[str, str]) -> dict[str, Any]:
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr}")
     return json.loads(done.stdout.splitlines()[-1])
