@@ -69,7 +69,7 @@ def liger(
     )
     notes.extend(said)
     generic, special = or_unchanged(
-        lambda: rewritten(graph, example_inputs, patterns, chosen, inductor_options),
+        lambda: rewritten(graph, example_inputs, patterns, chosen),
         lambda why: (Rewritten(gm, GraphReport.of(gm, (), (), notes=(why,))), None),
         subject="the graph",
         strict=chosen.strict,

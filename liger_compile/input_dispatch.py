@@ -81,7 +81,7 @@ def of_live_rows(
 
     def of_size(size: int, inputs: Sequence[Any]) -> Callable[..., Any]:
         rows = or_unchanged(
-            lambda: rewritten_rows(plan, size, patterns, options, inductor_options),
+            lambda: rewritten_rows(plan, size, patterns, options),
             notes.append,
             subject="the rows of the graph",
             strict=options.strict,

@@ -128,7 +128,6 @@ def rewritten(
     example_inputs: Sequence[Any],
     patterns: Sequence[Pattern],
     options: Options,
-    inductor_options: Mapping[str, Any],
 ) -> tuple[Rewritten, tuple[Assumptions, Rewritten] | None]:
     """Rewrites a copy of `gm` for all calls, and a second copy for typical calls if more is replaced in that copy.
 
@@ -141,7 +140,7 @@ def rewritten(
     """
     describe_operands(gm)
     computed = _computed_inputs(gm, example_inputs)
-    generic = run_steps(specialize.copied(gm), patterns, options, inductor_options, computed)
+    generic = run_steps(specialize.copied(gm), patterns, options, computed)
     is_readable = not any(isinstance(value, FakeTensor) for value in example_inputs)
     if options.padding != "auto" or not is_readable or specialize.of_part(gm):
         return generic, None
@@ -149,7 +148,7 @@ def rewritten(
     if not assumptions:
         return generic, None
     assumed = specialize.with_assumptions(gm, assumptions)
-    special = run_steps(assumed, patterns, options, inductor_options, computed)
+    special = run_steps(assumed, patterns, options, computed)
     if special.report.count("replace") <= generic.report.count("replace") - _num_padded(generic.report):
         return generic, None
     if options.policy == "auto" and (why := _why_not_checked(gm, assumptions, generic, special)):
@@ -190,16 +189,16 @@ def live_rows_of(
     wanted = options.rows == "auto" and options.policy != "never" and options.padding == "auto"
     if not (wanted and is_readable) or specialize.of_part(gm):
         return None, ()
+    has_graphs = uses_cudagraphs(options.mode, inductor_options)
     returned = Returned(
-        reason_to_keep_logits(options, inductor_options),
+        reason_to_keep_logits(options) or ("CUDA graphs are used" if has_graphs else None),
         is_dropped=options.logits == "none",
         is_read=options.logits != "lazy",
         memory=options.loss_memory,
     )
     logits_of = partial(logits_in, needs_loss=options.logits != "lazy")
-    counts = not uses_cudagraphs(options.mode, inductor_options)
     found = live_rows.plan(
-        gm, example_inputs, logits_of, returned, counts_labels=counts, strict=options.strict
+        gm, example_inputs, logits_of, returned, counts_labels=not has_graphs, strict=options.strict
     )
     if isinstance(found, str):
         return None, (f"padded rows are computed like others: {found}",) if generic.padding else ()
@@ -211,11 +210,10 @@ def rewritten_rows(
     size: int,
     patterns: Sequence[Pattern],
     options: Options,
-    inductor_options: Mapping[str, Any],
 ) -> Rewritten:
     """Returns the graph that computes `size` rows."""
     packed, late = pack_live_rows.packed(plan, size), plan.returned.late
-    done = run_steps(packed, patterns, options, inductor_options, padding_unread=True)
+    done = run_steps(packed, patterns, options, padding_unread=True)
     said = (pack_live_rows.compute_labeled_rows(done.gm.graph), *plan.returned.notes())
     done.gm.recompile()
     report = done.report.with_notes(filter(None, said)).with_late_notes(plan.returned.budget.said)
@@ -236,7 +234,6 @@ def run_steps(
     gm: GraphModule,
     patterns: Sequence[Pattern],
     options: Options,
-    inductor_options: Mapping[str, Any],
     computed: frozenset[str] = frozenset(),
     *,
     padding_unread: bool = False,
@@ -248,7 +245,7 @@ def run_steps(
         padding_unread: nothing reads the rows of attention that are padding, nor those that see no key.
     """
     kept = kept_by_module(gm) if options.inner == "report" else None
-    start, why_logits_stay = time.perf_counter(), reason_to_keep_logits(options, inductor_options)
+    start, why_logits_stay = time.perf_counter(), reason_to_keep_logits(options)
     modules, once = _graphs(gm), _running_once(gm)
     found = _Found(places={gm: HERE}, computed=computed, padding_unread=padding_unread)
     for module in modules:
@@ -539,13 +536,9 @@ def _calls(module: GraphModule) -> Iterator[tuple[Node, GraphModule]]:
                 yield node, body
 
 
-def reason_to_keep_logits(options: Options, inductor_options: Mapping[str, Any]) -> str | None:
+def reason_to_keep_logits(options: Options) -> str | None:
     """Returns why logits that are returned beside their loss stay outputs of the graph, in a sentence."""
-    if options.logits == "eager":
-        return "liger.logits is 'eager'"
-    if options.logits in ("auto", "lazy") and uses_cudagraphs(options.mode, inductor_options):
-        return "the next replay of a CUDA graph would overwrite the tensors that they are computed from"
-    return None
+    return "liger.logits is 'eager'" if options.logits == "eager" else None
 
 
 def _backward_plan(

@@ -753,6 +753,30 @@ def test_a_weight_freed_before_the_read_raises_an_error_with_advice(leaves):
         t.argmax()
 
 
+def overwritten_by_a_replay(tensor):
+    """Refuses access to the memory, as torch does for results of a CUDA graph after the next replay."""
+    torch._C._set_throw_on_mutable_data_ptr(tensor)
+
+
+def test_a_result_of_a_cuda_graph_that_was_overwritten_raises_an_error_with_advice(leaves):
+    t = made(*leaves)
+    overwritten_by_a_replay(leaves[0])
+    with pytest.raises(
+        RuntimeError, match=r"\(4, 8\).* was overwritten by .* a CUDA graph .*liger.logits.: .eager"
+    ):
+        t.argmax()
+
+
+def test_a_step_takes_no_notice_of_a_result_that_was_overwritten(leaves):
+    t, optimizer = made(*leaves), torch.optim.SGD([leaves[1]], lr=0.5)
+    overwritten_by_a_replay(leaves[0])
+    leaves[1].grad = torch.ones_like(W)
+    optimizer.step()
+    torch.testing.assert_close(leaves[1].detach(), W - 0.5)
+    with pytest.raises(RuntimeError, match="CUDA graph"):
+        t.argmax()
+
+
 def test_values_that_were_read_before_stay(leaves):
     t, expected = made(*leaves), F.linear(*leaves).detach()
     t.max()

@@ -202,15 +202,6 @@ def test_gradients_may_be_on_inside_only():
     torch.testing.assert_close(torch.autograd.grad(logits.square().sum(), (x, w)), expected)
 
 
-def test_cuda_graphs_keep_them_in_the_graph():
-    from liger_compile.options import Options
-    from liger_compile.pipeline import reason_to_keep_logits
-
-    assert "CUDA graph" in reason_to_keep_logits(Options(mode="reduce-overhead"), {})
-    assert "CUDA graph" in reason_to_keep_logits(Options(), {"triton.cudagraphs": True})
-    assert reason_to_keep_logits(Options(), {}) is None
-
-
 def accuracy_beside(x, w, labels):
     logits = F.linear(torch.tanh(x), w)
     hits = (logits.argmax(-1) == labels).float().mean()

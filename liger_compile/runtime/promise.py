@@ -66,6 +66,7 @@ CHANGED_UNSEEN = (
     "has no step hooks)"
 )
 FREED = "was freed (as sharding frees gathered weights)"
+OVERWRITTEN = "was overwritten by the next replay of a CUDA graph"
 
 
 def is_freed(tensor: Tensor) -> bool:
@@ -75,10 +76,26 @@ def is_freed(tensor: Tensor) -> bool:
     return tensor.numel() > 0 and tensor.untyped_storage().nbytes() < end
 
 
-def changed(tensor: Tensor, before: Fingerprint | None) -> str | None:
-    """Return the change of an input since its fingerprint was taken, if there is one."""
+def is_overwritten(tensor: Tensor) -> bool:
+    """Return whether torch refuses access to the memory, as to results of a CUDA graph after the next replay."""
+    try:
+        tensor.data_ptr()
+    except RuntimeError:
+        return True
+    return False
+
+
+def lost(tensor: Tensor) -> str | None:
+    """Return why the tensor has no values any more, if it has none."""
     if is_freed(tensor):
         return FREED
+    return OVERWRITTEN if is_overwritten(tensor) else None
+
+
+def changed(tensor: Tensor, before: Fingerprint | None) -> str | None:
+    """Return the change of an input since its fingerprint was taken, if there is one."""
+    if happened := lost(tensor):
+        return happened
     return None if before is None or before.is_same(fingerprint(tensor)) else CHANGED_UNSEEN
 
 
@@ -101,8 +118,8 @@ class _Input:
         """Return the change, if it is detectable without reading the values."""
         if self._lost:
             return self._lost
-        if is_freed(self.tensor):
-            return FREED
+        if happened := lost(self.tensor):
+            return happened
         return None if version_of(self.tensor) == self._version else CHANGED_IN_PLACE
 
     def is_same(self) -> Tensor:
