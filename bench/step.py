@@ -123,12 +123,11 @@ class Step(Turns):
         self.device, self._variant = torch.device(case.device), variant
         model = MODELS[case.model]
         if variant.patched:
-            peer = importlib.import_module("liger_kernel.transformers")
-            getattr(peer, f"apply_liger_kernel_to_{model.family}")()
+            patch(model.family)
         if variant.memory_budget is not None:
             functorch_config.activation_memory_budget = variant.memory_budget
         self.model: Any = model.build(self.device, case.dtype, case.layers)
-        self._parallel = _parallel(self.model, case)
+        self._parallel = parallelized(self.model, case)
         self._case = case
         self._inputs = self._inputs_of(*map(int, case.tokens.split("x")))
         self._loss = self._compiled(case, variant)
@@ -233,7 +232,13 @@ class Step(Turns):
         return time.perf_counter() - begin
 
 
-def _parallel(model: Any, case: Case) -> Any:
+def patch(family: str) -> None:
+    """Has liger-kernel patch a family of transformers' models."""
+    peer = importlib.import_module("liger_kernel.transformers")
+    getattr(peer, f"apply_liger_kernel_to_{family}")()
+
+
+def parallelized(model: Any, case: Case) -> Any:
     """What is called instead of the model where several processes share the work."""
     if case.parallel == DDP:
         return torch.nn.parallel.DistributedDataParallel(model)

@@ -22,6 +22,7 @@ from bench import (
     step,
     timing,
     train_step,
+    training_run,
     vocabulary,
 )
 from bench.family_table import CASES
@@ -447,3 +448,31 @@ def test_all_tiles_of_rotary_compute_the_same(tmp_path, interpreted):
     assert [row["op"] for row in rows if row["tile"] == "config"] == ["rotary", "norm_rotary"]
     for row in rows:
         assert not row["error"] and float(row["difference"]) < 1e-2 and float(row["forward_us"]) > 0, row
+
+
+@pytest.mark.slow
+def test_a_training_run_that_is_resumed_is_the_same(tmp_path):
+    """In two processes; the second run goes on from what was saved, in new processes."""
+    curves = {}
+    for save_every in (4, 2):
+        folder = tmp_path / str(save_every)
+        size = [
+            "--device",
+            "cpu",
+            "--model",
+            "tiny",
+            "--batch",
+            "2x16",
+            "--steps",
+            "4",
+            "--compiler",
+            "aot_eager",
+        ]
+        saved = ["--save-every", str(save_every), "--out", str(folder)]
+        training_run.main([*size, *saved, "--variants", "inductor,liger-compile"])
+        for row in rows_of(folder, "training_curve_cpu.csv"):
+            curves.setdefault(row["variant"], {}).setdefault(save_every, []).append(float(row["loss"]))
+    for curve in curves.values():
+        assert curve[4] == pytest.approx(curve[2], rel=1e-5) and len(curve[2]) == 4
+        assert curve[2][3] < curve[2][0]
+    assert curves["inductor"][2] == pytest.approx(curves["liger-compile"][2], rel=1e-4)
