@@ -49,10 +49,12 @@ from liger_compile.torch_internals.dynamo import (
 )
 from liger_compile.torch_internals.modes import restored_if_raised
 from liger_compile.torch_internals.operators import defining_functions, qualified_name
+from liger_compile.torch_internals.shapes import NewSymbols, Places
 
 # transformers adds these methods to logging.Logger and calls them between logits and loss, where they would cause a
 # graph break. They log a message once and return None: leaving them out of a trace changes no result.
 _LOGGER_METHODS = ("warning_once", "info_once")
+MOST_COMPILED = 8  # of one graph, for sizes that need other guards: as Dynamo's recompile_limit
 
 
 @dataclass(frozen=True)
@@ -215,23 +217,43 @@ def with_backward_passes(theirs: Any, backward: BackwardPlan) -> Any:
     return inductor.in_sequence(theirs, inductor.graph_pass(run, key))
 
 
-def when_called(compile: Callable[[Sequence[Any]], Callable[..., Any]]) -> Callable[..., Any]:
+def when_called(
+    compile: Callable[[Sequence[Any]], Callable[..., Any]],
+    examples: Sequence[Any] = (),
+    otherwise: Callable[..., Any] | None = None,
+) -> Callable[..., Any]:
     """Returns a callable that runs `compile` on the inputs of its first call; if that raises, on those of the next.
 
-    Threads may call at once: one compiles, the others wait. For static sizes only, since Dynamo accepts no more guards
-    at that time; its existing guards ensure that grad mode and autocast are in each call what they are now. Must be
-    called in a trace. The compilation is logged as part of that trace and uses its torch settings, in any thread.
+    Threads may call at once: one compiles, the others wait. Dynamo accepts no more guards at that time; its existing
+    guards ensure that grad mode and autocast are in each call what they are now. Must be called in a trace. The
+    compilation is logged as part of that trace and uses its torch settings, in any thread.
+
+    Args:
+        examples: the inputs in the trace. Where their sizes are symbolic, the compiled graph takes other sizes too, as
+            far as its guards hold; `compile` runs again if they do not.
+        otherwise: called if the guards of `MOST_COMPILED` graphs do not hold. Needed if sizes are symbolic.
     """
-    waiting = [resumed_later(compile)]
-    compiled: list[Callable[..., Any]] = []
+    places, waiting = Places(examples), [resumed_later(compile, examples)]
+    compiled: list[tuple[Callable[..., Any], NewSymbols]] = []
+
+    def fitting(args: Sequence[Any]) -> Callable[..., Any] | None:
+        numbers = places.numbers(args)
+        return next((function for function, symbols in compiled if symbols.hold(numbers)), None)
 
     def call(*args: Any) -> Any:
-        if not compiled:
+        function = fitting(args)
+        if function is None:
             with as_dynamo_compiles():
-                if not compiled:  # another thread may have compiled meanwhile
-                    compiled.append(waiting[0](args))
-                    waiting.clear()
-        return compiled[0](*args)
+                function = fitting(args)  # another thread may have compiled meanwhile
+                if function is None and len(compiled) < MOST_COMPILED:
+                    function, symbols = waiting[0](args)
+                    compiled.append((function, symbols))
+                    if not places:
+                        waiting.clear()
+        if function is None:
+            assert otherwise is not None, "symbolic sizes need another callable"
+            function = otherwise
+        return function(*args)
 
     return call
 

@@ -7,6 +7,7 @@ graphs of live rows, else of_all_rows   -> of_live_rows   dispatches on the rows
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -20,6 +21,7 @@ from liger_compile.pattern import Pattern
 from liger_compile.pipeline import Assumptions, Rewritten, live_rows_of, rewritten_rows
 
 Compiled = Callable[[Rewritten, specialize.Variant | None, Sequence[Any]], Callable[..., Any]]
+Later = Callable[[specialize.Compile], Callable[..., Any]]
 
 
 def of_all_rows(
@@ -27,32 +29,49 @@ def of_all_rows(
     generic: Rewritten,
     special: tuple[Assumptions, Rewritten] | None,
     compiled: Compiled,
-    inputs: Sequence[Any],
-) -> Callable[..., Any]:
+    inputs: Sequence[Any] | None,
+    later: Later = compiling.when_called,
+) -> specialize.Dispatch:
     """Returns a callable that runs the specialized graph where its assumptions hold, and the generic graph elsewhere.
 
     Args:
         gm: the captured graph.
         compiled: compiles a graph for inputs.
+        inputs: of the first call; None if no graph is compiled now.
+        later: returns a callable that compiles for the inputs of its first call, and for others if it has to.
     """
+
+    def compiling_it(graph: Rewritten, variant: specialize.Variant | None) -> specialize.Compile:
+        def compile_it(inputs: Sequence[Any]) -> Callable[..., Any]:
+            return compiled(graph if is_owned else _copied(graph), variant, inputs)
+
+        return compile_it
+
+    is_owned = later is compiling.when_called  # each graph is compiled once
     if special is None:
-        return compiled(generic, specialize.of_part(gm), inputs)
+        compile_it = compiling_it(generic, specialize.of_part(gm))
+        return specialize.Dispatch((), {False: later(compile_it) if inputs is None else compile_it(inputs)})
     assumptions, specialized = special
     return specialize.dispatch(
         gm,
         assumptions,
-        specialized=partial(compiled, specialized, specialize.specialized_variant(assumptions)),
-        generic=partial(compiled, generic, specialize.generic_variant(assumptions)),
+        specialized=compiling_it(specialized, specialize.specialized_variant(assumptions)),
+        generic=compiling_it(generic, specialize.generic_variant(assumptions)),
         example_inputs=inputs,
-        later=compiling.when_called,
+        later=later,
     )
+
+
+def _copied(graph: Rewritten) -> Rewritten:
+    assert not graph.backward_of, "a graph with outlined bodies has static sizes here"
+    return replace(graph, gm=specialize.copied(graph.gm))
 
 
 # Many parameters because it rewrites graphs, as the backend does.
 def of_live_rows(
     gm: GraphModule,
     generic: Rewritten,
-    all_rows: specialize.Compile,
+    all_rows: Callable[..., specialize.Dispatch],
     compiled: Compiled,
     example_inputs: Sequence[Any],
     *,
@@ -66,7 +85,7 @@ def of_live_rows(
     Args:
         gm: the captured graph, with bodies of equal layers.
         generic: the rewritten graph of all rows.
-        all_rows: compiles the graphs of all rows.
+        all_rows: `of_all_rows` without its last two arguments.
         notes: receives the reasons for which all rows are computed.
     """
     plan, reasons = or_unchanged(
@@ -78,19 +97,47 @@ def of_live_rows(
     notes.extend(reasons)
     if plan is None:
         return all_rows(example_inputs)
+    later: Later = compiling.when_called
+    if plan.is_symbolic:
+        later = partial(later, examples=plan.examples, otherwise=gm)
 
-    def of_size(size: int, inputs: Sequence[Any]) -> Callable[..., Any]:
+    def of_rows(live: live_rows.Live, size: int | None, inputs: Sequence[Any]) -> Callable[..., Any] | None:
         rows = or_unchanged(
-            lambda: rewritten_rows(plan, size, patterns, options),
+            lambda: rewritten_rows(plan, live, patterns, options),
             notes.append,
             subject="the rows of the graph",
             strict=options.strict,
         )
-        if rows is not None:
-            return compiled(rows, live_rows.variant(plan, size), inputs)
-        given = slice(len(example_inputs))  # without the live rows
-        of_all = all_rows(inputs[given])
-        return lambda *args: of_all(*args[given])
+        return None if rows is None else compiled(rows, live_rows.variant(plan, size), inputs)
 
-    sizes = {size: partial(of_size, size) for size in plan.sizes}
-    return live_rows.dispatch(plan, sizes, all_rows, example_inputs, later=compiling.when_called)
+    others = all_rows(None, later)
+    return live_rows.dispatch(plan, _graphs_of_live_rows(plan, of_rows, others), others)
+
+
+def _graphs_of_live_rows(
+    plan: live_rows.Plan, compiled: Callable[..., Callable[..., Any] | None], others: Callable[..., Any]
+) -> live_rows.Graphs:
+    """Returns the graphs of live rows, each of which is compiled when a call first needs it.
+
+    Args:
+        compiled: compiles the graph of live rows, given in its trace, and of a number of slots, for inputs.
+        others: the graphs of all rows.
+    """
+    given = slice(len(plan.examples))
+
+    def without_live_rows(*args: Any) -> Any:
+        return others(*args[given])
+
+    def of_size(inputs: Sequence[Any]) -> Callable[..., Any]:
+        index = inputs[given.stop]
+        return compiled(plan.example(len(index)), len(index), inputs) or without_live_rows
+
+    def of_any(inputs: Sequence[Any]) -> Callable[..., Any]:
+        return compiled(symbolic, None, inputs) or without_live_rows
+
+    symbolic = plan.example(None)
+    examples = (*plan.examples, *symbolic.inputs)
+    return live_rows.Graphs(
+        [compiling.when_called(of_size) for _ in range(plan.num_static)],
+        compiling.when_called(of_any, examples, otherwise=without_live_rows),
+    )

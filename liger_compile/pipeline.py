@@ -47,6 +47,7 @@ from liger_compile.terms.build import Terms
 from liger_compile.terms.heads import notes_on_layer, notes_on_logits
 from liger_compile.terms.term import Term
 from liger_compile.torch_internals.fake_tensors import FakeTensor
+from liger_compile.torch_internals.shapes import shape_env_of, unify_equal_sizes
 
 Assumptions = Mapping[str, specialize.Assumption]
 
@@ -196,6 +197,8 @@ def live_rows_of(
         is_read=options.logits != "lazy",
         memory=options.loss_memory,
     )
+    if shape_env := shape_env_of(example_inputs):
+        unify_equal_sizes(shape_env)
     logits_of = partial(logits_in, needs_loss=options.logits != "lazy")
     found = live_rows.plan(
         gm, example_inputs, logits_of, returned, counts_labels=not has_graphs, strict=options.strict
@@ -207,12 +210,12 @@ def live_rows_of(
 
 def rewritten_rows(
     plan: live_rows.Plan,
-    size: int,
+    live: live_rows.Live,
     patterns: Sequence[Pattern],
     options: Options,
 ) -> Rewritten:
-    """Returns the graph that computes `size` rows."""
-    packed, late = pack_live_rows.packed(plan, size), plan.returned.late
+    """Returns the graph that computes live rows, which are given as values in the trace of the graph."""
+    packed, late = pack_live_rows.packed(plan, live), plan.returned.late
     done = run_steps(packed, patterns, options, padding_unread=True)
     said = (pack_live_rows.compute_labeled_rows(done.gm.graph), *plan.returned.notes())
     done.gm.recompile()

@@ -99,6 +99,7 @@ ALLOWED = {
         "graphs",
         "ops.linear_cross_entropy",
         "ops.live_rows",
+        "terms.term",
     ),
     "forward_passes.outline": (
         "forward_passes.inline_subgraphs",

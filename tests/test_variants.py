@@ -309,8 +309,11 @@ def test_fake_inputs_are_not_read():
 def test_a_call_with_fake_inputs_runs_the_general_graph():
     from torch._subclasses import FakeTensorMode
 
+    graphs = {False: lambda mask: "generic", True: lambda mask: "specialized"}
+    dispatch = specialize.Dispatch([(0, specialize.ONES)], graphs)
     with FakeTensorMode() as mode:
-        assert not specialize.holds(specialize.ONES, mode.from_tensor(masks()[0]))
+        assert dispatch(mode.from_tensor(masks()[0])) == "generic"
+    assert dispatch(masks()[0]) == "specialized"
 
 
 def test_reports_say_which_graph_is_whose():

@@ -12,6 +12,7 @@ of a weight is an error when the outputs are read. Small inputs that are no para
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -36,6 +37,7 @@ from liger_compile.runtime.promise import Recipe
 from liger_compile.terms.build import Terms
 from liger_compile.torch_internals.autograd import saved_tensors_have_hooks
 from liger_compile.torch_internals.modes import SET_GRAD_ENABLED
+from liger_compile.torch_internals.shapes import Places, number_of
 
 _ADVICE = (
     'read them before the weights change, or compile with options={"liger.rows": "all"} to compute all rows in the '
@@ -73,6 +75,36 @@ class Budget:
             )
 
 
+class _Likes:
+    """Meta tensors like late values, and the memory of the outputs in eager code, for the sizes of a call."""
+
+    def __init__(self, values: Sequence[Tensor], outputs: Sequence[Tensor], places: Places) -> None:
+        """Takes late values and outputs in the trace of the graph, and where its inputs have the sizes."""
+        self._layouts = [(v.shape, v.stride(), v.dtype, v.requires_grad) for v in values]
+        self._sizes = [(output.shape, output.itemsize) for output in outputs]
+        self._places = places
+        self._made: tuple[Any, tuple[tuple[Tensor, ...], int]] | None = None  # of the last numbers
+
+    def of(self, inputs: Sequence[Any]) -> tuple[tuple[Tensor, ...], int]:
+        """Returns meta tensors with `requires_grad` as in eager code, and a number of bytes."""
+        numbers, last = self._places.numbers(inputs), self._made
+        if last is not None and last[0] == numbers:
+            return last[1]
+
+        def ints(sizes: Sequence[Any]) -> list[int]:
+            return [number_of(size, numbers) for size in sizes]
+
+        likes = tuple(
+            torch.empty_strided(
+                ints(shape), ints(strides), dtype=dtype, device="meta", requires_grad=requires_grad
+            )
+            for shape, strides, dtype, requires_grad in self._layouts
+        )
+        made = likes, sum(math.prod(ints(shape)) * itemsize for shape, itemsize in self._sizes)
+        self._made = numbers, made
+        return made
+
+
 @dataclass(frozen=True)
 class LateRows:
     """Fills the outputs that have rows.
@@ -81,20 +113,18 @@ class LateRows:
         recipe: computes a tuple from inputs of the graph.
         inputs: the positions of these inputs.
         copied: which of these positions are copied in each call.
-        likes: meta tensors like the values of the recipe; `requires_grad` as in eager code.
+        likes: makes tensors like the values of the recipe.
         positions: the outputs that are each value, or logits of it.
         hidden: the number of values at the end that only logits are computed from.
-        num_bytes: the memory of the outputs in eager code.
         logits: the outputs that are computed from hidden states.
     """
 
     recipe: Recipe
     inputs: tuple[int, ...]
     copied: frozenset[int]
-    likes: tuple[Tensor, ...]
+    likes: _Likes
     positions: tuple[tuple[int, ...], ...]
     hidden: int
-    num_bytes: int
     logits: tuple[LateOutput, ...]
     has_gradients: bool
 
@@ -108,8 +138,9 @@ class LateRows:
     def fill(self, outputs: list[Any], inputs: Sequence[Any]) -> None:
         """Puts lazy tensors in place of None."""
         given = [inputs[at].detach().clone() if at in self.copied else inputs[at] for at in self.inputs]
+        likes, num_bytes = self.likes.of(inputs)
         with torch.set_grad_enabled(self.has_gradients):
-            made = lazies(self.recipe, self.likes, *given, num_bytes=self.num_bytes)
+            made = lazies(self.recipe, likes, *given, num_bytes=num_bytes)
         for value in made[len(made) - self.hidden :]:
             if isinstance(value, LazyTensor):
                 value.is_private = True
@@ -237,13 +268,21 @@ def _late_rows(
         ),
         inputs,
         frozenset(at for at in inputs if _is_small(example_inputs[at], num_rows)),
-        tuple(_like(node.meta["example_value"]) for node in nodes),
+        _Likes(
+            [node.meta["example_value"] for node in nodes],
+            [node.meta["example_value"] for node in outputs],
+            Places(examples_of(gm)),
+        ),
         tuple(tuple(positions[node]) for node in outputs),
         len(logits),
-        sum(node.meta["example_value"].nbytes for node in outputs),
         late,
         terms.regions.of[first].has_gradients,
     )
+
+
+def examples_of(gm: GraphModule) -> list[Any]:
+    """Returns the inputs of a graph in its trace: fake tensors and sizes."""
+    return [node.meta.get("example_value") for node in gm.graph.find_nodes(op="placeholder")]
 
 
 def _counted(runs: Mapping[bool, GraphModule], budget: Budget) -> Callable[..., tuple[Tensor, ...]]:
@@ -257,11 +296,6 @@ def _counted(runs: Mapping[bool, GraphModule], budget: Budget) -> Callable[..., 
 def _is_small(value: Any, num_rows: int) -> bool:
     is_data = isinstance(value, Tensor) and not isinstance(value, Parameter) and not value.requires_grad
     return is_data and value.nbytes <= COPIED_BYTES * num_rows
-
-
-def _like(value: Tensor) -> Tensor:
-    made = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
-    return made.requires_grad_(value.requires_grad)
 
 
 def _graph_of(

@@ -8,19 +8,22 @@ gathered rows, (1, R, ...) in place of (B, T, ...). Attention runs on all rows, 
 before it, and its result is gathered after it. The rows that are left out are padding without a label: no label reads
 them, and attention gives their keys the weight zero. `row_rules.py` has the proof for each operation.
 
-A call counts its live rows by one read on the host. The number is rounded up to one of few sizes, so that an epoch
-compiles few graphs. The slots behind the live rows repeat a live row, have no label, and give no gradient. Rows with a
-label come first: head and loss run on as many rows as have labels, which the same read counts.
+A call counts its live rows by one read on the host. The first number, rounded up, has a graph of its own, and one graph
+with a symbolic number of rows serves all other numbers, so that an epoch compiles few graphs. If B or T are symbolic,
+all calls run the symbolic graph. The slots behind the live rows repeat a live row, have no label, and give no gradient.
+Rows with a label come first: head and loss run on as many rows as have labels, which the same read counts.
 
-In: a captured Dynamo graph of static sizes. Out: a plan, or a sentence why not; the callable that dispatches on inputs.
+In: a captured Dynamo graph. Out: a plan, or a sentence why not; the callable that dispatches on inputs.
 """
 
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,7 +31,13 @@ from torch.fx import Graph, GraphModule, Node
 
 from liger_compile.forward_passes import specialize
 from liger_compile.forward_passes.flatten import checkpoints, flattened
-from liger_compile.forward_passes.late_rows import Found, Returned, ancestors, returned_rows
+from liger_compile.forward_passes.late_rows import (
+    Found,
+    Returned,
+    ancestors,
+    examples_of,
+    returned_rows,
+)
 from liger_compile.forward_passes.logits import Logits
 from liger_compile.forward_passes.row_rules import (
     BY_BATCH,
@@ -46,11 +55,13 @@ from liger_compile.graphs.aliasing import SUBGRAPH_OPS, Mutations
 from liger_compile.graphs.regions import Regions
 from liger_compile.terms.attention import MEAN, OTHER, PADDED, PADDED_AND_MORE, ZEROS
 from liger_compile.terms.build import Terms
-from liger_compile.terms.term import MADE_HERE, Term
+from liger_compile.terms.term import MADE_HERE, Size, Term
 from liger_compile.torch_internals.dispatch import is_traceable_wrapper_subclass
-from liger_compile.torch_internals.fake_tensors import FakeTensor
+from liger_compile.torch_internals.fake_tensors import FakeTensor, mode_of
+from liger_compile.torch_internals.shapes import Places, new_size, number_of, symbols_of
 
-SIZES = 8  # an eighth of the rows is the unit of sizes: at most seven graphs, and on average a sixteenth too many rows
+SIZES = 8  # an eighth of the rows is the unit of a graph's number of rows; fewer rows than that to leave out do not pay
+FINE_SIZES = 64  # the unit of a symbolic number of rows: on average a 128th too many rows
 MULTIPLE = 8  # of a unit
 IGNORED = -100
 # Operations without terms that draw no numbers.
@@ -66,21 +77,36 @@ class Live:
     """The live rows of a call.
 
     Args:
-        size: R, the number of slots.
+        size: R, the number of slots, for a graph in which it is symbolic; None: a constant of the graph.
         index: (R,) the row in each slot.
-        slots: (B * T,) the slot of each row; -1 for a row that is left out.
+        slots: (B, T) the slot of each row; -1 for a row that is left out.
         labeled: () on the CPU: the number of first slots that may have labels; None if that is not counted.
     """
 
-    size: int
+    size: int | None
     index: Tensor
     slots: Tensor
     labeled: Tensor | None = None
 
     @property
-    def inputs(self) -> tuple[Tensor, ...]:
+    def inputs(self) -> tuple[Any, ...]:
         """The further inputs of the graph."""
-        return (self.index, self.slots, *(() if self.labeled is None else (self.labeled,)))
+        return tuple(x for x in (self.size, self.index, self.slots, self.labeled) if x is not None)
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """The rows of a call, of which nothing has been read on the host.
+
+    Args:
+        counts: (3,) the numbers of live rows, of rows that need the graph of all rows, and of rows with labels.
+        index: (B * T,) the row in each slot; the slots behind the live rows repeat a row.
+        slots: as in `Live`.
+    """
+
+    counts: Tensor
+    index: Tensor
+    slots: Tensor
 
 
 @dataclass(frozen=True)
@@ -90,20 +116,15 @@ class Labels:
     Args:
         ignored: the label that the loss ignores.
         cut: the tokens without a label at the front and at the back of each sequence.
-        size: B and T.
     """
 
     ignored: int
     cut: tuple[int, int]
-    size: tuple[int, int]
 
-    def of_rows(self, labels: Any) -> Any:
-        """Returns the labels (B * T) of all rows; the loss ignores those of tokens that were cut."""
-        if not any(self.cut):
-            return labels.reshape(-1)
-        batch, length = self.size
+    def of_rows(self, labels: Tensor, batch: int, length: int) -> Tensor:
+        """Returns the labels (B, T) of all rows; the loss ignores those of tokens that were cut."""
         by_batch = labels.reshape(batch, length - sum(self.cut))
-        return torch.nn.functional.pad(by_batch, self.cut, value=self.ignored).reshape(-1)
+        return torch.nn.functional.pad(by_batch, self.cut, value=self.ignored) if any(self.cut) else by_batch
 
 
 @dataclass(frozen=True)
@@ -114,8 +135,10 @@ class Plan:
         gm: the captured graph.
         layouts: the layouts of the nodes that have rows, of the graph and of its checkpointed layers.
         size: B and T.
-        flags: computes the flags of keys, and the labels of each loss, from the inputs of the graph.
-        from_flags: computes (B, T) or (1, T) flags of keys from the first output of `flags`.
+        ids: (B, T) in the trace of the graph.
+        num_rows: B * T in the first call.
+        flags: computes token ids, the flags of keys, and the labels of each loss, from the inputs of the graph.
+        from_flags: computes (B, T) or (1, T) flags of keys from the second output of `flags`.
         losses: where the labels of each loss are.
         hides_strays: whether a row that is padding, has a label, and sees no key, is zero as in eager code.
         returned: the outputs that have rows, and how they are filled.
@@ -124,7 +147,9 @@ class Plan:
 
     gm: GraphModule
     layouts: dict[Node, Layout | tuple[Layout, ...]]
-    size: tuple[int, int]
+    size: tuple[Size, Size]
+    ids: Tensor
+    num_rows: int
     flags: GraphModule
     from_flags: Callable[[Tensor], Tensor]
     losses: tuple[Labels, ...]
@@ -133,59 +158,99 @@ class Plan:
     counts_labels: bool
 
     @property
-    def rows(self) -> int:
-        return math.prod(self.size)
+    def examples(self) -> list[Any]:
+        """The inputs of the captured graph in its trace."""
+        return examples_of(self.gm)
 
     @property
-    def unit(self) -> int:
-        return math.ceil(self.rows / SIZES / MULTIPLE) * MULTIPLE
+    def is_symbolic(self) -> bool:
+        """Whether B or T is symbolic."""
+        return not all(isinstance(size, int) for size in self.size)
 
-    @property
-    def sizes(self) -> tuple[int, ...]:
-        """The numbers of slots that graphs are compiled for; more live rows do not pay."""
-        return tuple(range(self.unit, self.rows - self.unit + 1, self.unit))
-
-    def live(self, args: Sequence[Any]) -> Live | None:
-        """Returns the live rows of a call; None if the call needs another graph."""
+    def rows(self, args: Sequence[Any]) -> Rows | None:
+        """Returns the rows of a call; None if the call needs another graph."""
         if self.returned.is_unwanted() or any(isinstance(arg, FakeTensor) for arg in args):
             return None
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             return None
         with torch.no_grad():
-            return self._live(*self.flags(*args))
+            return self._rows(*self.flags(*args))
 
-    def _live(self, flags: Tensor, *labels: Tensor) -> Live | None:
-        present = self.from_flags(flags).expand(self.size).reshape(-1)
+    def _rows(self, ids: Tensor, flags: Tensor, *labels: Tensor) -> Rows | None:
+        batch, length = ids.shape
+        if any(length <= sum(loss.cut) for loss in self.losses):
+            return None
+        present = self.from_flags(flags).expand(batch, length)
         labeled = torch.zeros_like(present)
         for label, loss in zip(labels, self.losses, strict=True):
-            labeled = labeled | (loss.of_rows(label) != loss.ignored)
+            labeled = labeled | (loss.of_rows(label, batch, length) != loss.ignored)
         live, stray = present | labeled, labeled & ~present
         if self.hides_strays:  # before the first key of its row, such a row sees no key
-            stray = stray & (present.view(self.size).cumsum(1) > 0).reshape(-1)
-        counts = torch.stack((live.sum(), stray.sum(), labeled.sum())).tolist()
-        count, has_stray, num_labeled = counts
-        size = max(math.ceil(count / self.unit), 1) * self.unit
-        if has_stray or size not in self.sizes:
-            return None
+            stray = stray & (present.cumsum(1) > 0)
+        counts = torch.stack((live.sum(), stray.sum(), labeled.sum()))
         later = live.logical_not().to(torch.int8) * 2
         if self.counts_labels:
             later += labeled.logical_not()
-        order = torch.argsort(later, stable=True)
-        numbers = torch.arange(self.rows, device=order.device)
-        index = torch.where(numbers[:size] < count, order[:size], order[:1])
-        slots = torch.where(live, torch.empty_like(order).scatter_(0, order, numbers), -1)
+        order = torch.argsort(later.view(-1), stable=True)
+        numbers = torch.arange(order.numel(), device=order.device)
+        index = torch.where(numbers < counts[0], order, order[:1])
+        slots = torch.empty_like(order).scatter_(0, order, numbers).view(batch, length)
+        return Rows(counts, index, torch.where(live, slots, -1))
+
+    @property
+    def num_static(self) -> int:
+        """How many graphs have a constant number of slots. A CUDA graph is recorded for each number anyway."""
+        return 0 if self.is_symbolic else 1 if self.counts_labels else SIZES
+
+    def live(self, rows: Rows, slots: Slots, num_labeled: int) -> Live:
+        """Returns the live rows of a call in these slots."""
+        labeled = torch.tensor(num_labeled, device="cpu") if self.counts_labels else None
         return Live(
-            size, index, slots, torch.tensor(num_labeled, device="cpu") if self.counts_labels else None
+            slots.number if slots.is_symbolic else None, rows.index[: slots.number], rows.slots, labeled
         )
 
+    def example(self, size: int | None) -> Live:
+        """Returns live rows in the trace of the graph, in so many slots; None: their number is symbolic."""
+        mode: Any = mode_of(self.ids)
+        number: Any = size or new_size(mode.shape_env, self.num_rows // 2 + 2, "live_rows")
+        empty = partial(torch.empty, dtype=torch.int64)
+        with mode:
+            index, slots = (empty(shape, device=self.ids.device) for shape in ((number,), self.ids.shape))
+            labeled = empty((), device="cpu") if self.counts_labels else None
+        return Live(None if size else number, index, slots, labeled)
 
-def variant(plan: Plan, size: int) -> specialize.Variant:
-    """Returns the name and the note of the graph of a size."""
-    left_out = 100 * (plan.rows - size) // plan.rows
+
+class Slots(NamedTuple):
+    """The number of slots of a call, and whether it is symbolic in the graph."""
+
+    number: int
+    is_symbolic: bool
+
+
+def num_slots(count: int, num_rows: int, sizes: int) -> int | None:
+    """Returns the number of slots for so many live rows; None if it does not pay to leave the others out.
+
+    Args:
+        sizes: SIZES or FINE_SIZES.
+    """
+    unit, coarse = (math.ceil(num_rows / each / MULTIPLE) * MULTIPLE for each in (sizes, SIZES))
+    found = max(math.ceil(count / unit), 1) * unit
+    return found if found <= num_rows - coarse else None
+
+
+def variant(plan: Plan, size: int | None) -> specialize.Variant:
+    """Returns the name and the note of the graph of a number of slots; None: of any number."""
+    if size is None:
+        return specialize.Variant(
+            "live rows",
+            "padding is not computed; one graph for all numbers of live rows (counted on every call, one device sync)",
+        )
+    rows = plan.num_rows
+    left_out = 100 * (rows - size) // rows
     return specialize.Variant(
-        f"{size} of {plan.rows} rows",
+        f"{size} of {rows} rows",
         f"{left_out}% of the rows are padding: not computed (checked on every call, one device sync); calls with other "
-        "numbers of live rows use other graphs, which are compiled when a call first needs them",
+        "numbers of live rows use another graph, which is compiled when a call first needs it",
     )
 
 
@@ -225,6 +290,8 @@ def _plan(
     flat, origin = _flattened(gm)
     graph, mutations, regions = flat.graph, Mutations(flat.graph), Regions(flat.graph)
     _check_graph(flat, regions)
+    if specialize.is_symbolic(flat):
+        _check_symbolic_inputs(flat, mutations, counts_labels)
     terms = Terms(graph, mutations, (), regions, strict=strict)
     found = _masks(terms)
     if found is None:
@@ -240,14 +307,19 @@ def _plan(
         raise _RefusedError("the graph has no loss with a label for each row")
     if any(node in origin and origin[node].graph is not gm.graph for node in aside):
         raise _RefusedError(next(iter(aside.values())))
-    outputs = _returned(flat, example_inputs, batch, aside, logits_of(graph, terms), terms, returned)
+    num_rows, outputs = _returned(
+        flat, example_inputs, batch, aside, logits_of(graph, terms), terms, returned
+    )
     flags, steps = _derived(keys, terms)
     targets = [argument(loss, 1, "target") for loss in losses]
+    ids = next(argument(node, 0, "input") for node in batch.of if _is_embedding(node, batch))
     return Plan(
         gm,
         {origin[node]: layout for node, layout in batch.of.items()},
         size,
-        _computing((flags, *targets), terms),
+        ids.meta["example_value"],
+        num_rows,
+        _computing((ids, flags, *targets), terms),
         steps,
         tuple(_labels(loss, batch) for loss in losses),
         all(mask.op == PADDED[ZEROS] and mask.consts[0] in ("causal", "window") for mask in masks),
@@ -267,15 +339,26 @@ def _flattened(gm: GraphModule) -> tuple[GraphModule, Mapping[Node, Node]]:
 
 
 def _check_graph(gm: GraphModule, regions: Regions) -> None:
-    if specialize.is_symbolic(gm):
-        raise _RefusedError("its sizes are symbolic")
     if any(name_of(node) in SUBGRAPH_OPS for node in gm.graph.nodes):
         raise _RefusedError("the graph calls subgraphs")
     if regions.why_uncertain:
         raise _RefusedError(regions.why_uncertain)
 
 
-def _masks(terms: Terms) -> tuple[list[Term], tuple[int, int]] | None:
+def _check_symbolic_inputs(gm: GraphModule, mutations: Mutations, counts_labels: bool) -> None:
+    """Raises unless the inputs can be made again, with symbols of another trace."""
+    if not Places(examples_of(gm)).are_all:
+        raise _RefusedError("a number is symbolic that is no size of an input")
+    if not counts_labels:
+        raise _RefusedError("its sizes are symbolic, and a CUDA graph has one number of rows")
+    for node, value in zip(gm.graph.find_nodes(op="placeholder"), examples_of(gm), strict=True):
+        if not symbols_of(value) or isinstance(value, torch.SymInt):
+            continue
+        if is_traceable_wrapper_subclass(value) or not mutations.is_clean(node):
+            raise _RefusedError(f"{node.name} has symbolic sizes and is written, or a tensor subclass")
+
+
+def _masks(terms: Terms) -> tuple[list[Term], tuple[Size, Size]] | None:
     """Returns the masks of padding of the graph's attention, and B and T; None if no attention has such a mask."""
     found = list(dict.fromkeys(filter(_is_attention, terms.of.values())))
     masks = [term.args[0] for term in found if term.args[0].op in HIDING]
@@ -285,7 +368,7 @@ def _masks(terms: Terms) -> tuple[list[Term], tuple[int, int]] | None:
         _check_rows_without_keys(mask)
     q = next(term.args[1] for term in found if term.args[0] is masks[0])
     batch, length = q.shape[0], q.shape[2]
-    if not (isinstance(batch, int) and isinstance(length, int) and length > 1):
+    if length == 1:
         raise _RefusedError("its rows have one token")
     return masks, (batch, length)
 
@@ -356,13 +439,15 @@ def _returned(
     logits: Sequence[Logits],
     terms: Terms,
     returned: Returned,
-) -> Found:
-    """Returns how the outputs are filled that depend on rows."""
-    num_rows = math.prod(batch.size)
+) -> tuple[int, Found]:
+    """Returns the number of rows in this call, and how the outputs are filled that depend on rows."""
+    examples = examples_of(gm)
+    numbers = Places(examples).numbers(examples)
+    num_rows = number_of(math.prod(batch.size), numbers)
     outputs = [node for node in gm.graph.output_node().all_input_nodes if node in batch.of or node in aside]
     for node in outputs:
         if (
-            node in aside and math.prod(shape_of(node)) < num_rows
+            node in aside and number_of(math.prod(shape_of(node)), numbers) < num_rows
         ):  # such as a loss of all rows, which is read
             raise _RefusedError(aside[node])
     found = returned_rows(gm, example_inputs, outputs, logits, terms, returned, num_rows)
@@ -370,7 +455,7 @@ def _returned(
         raise _RefusedError(found)
     for node in ancestors(outputs if found.late else ()) - batch.of.keys():
         _check_repeatable(node, terms)
-    return found
+    return num_rows, found
 
 
 def _is_embedding(node: Node, batch: Batch) -> bool:
@@ -391,7 +476,7 @@ def is_loss(node: Node, layouts: Mapping[Node, Any]) -> bool:
 def _labels(loss: Node, batch: Batch) -> Labels:
     layout = batch.layout(argument(loss, 0, "input"))
     assert layout is not None, "a loss reads rows"
-    return Labels(argument(loss, 4, "ignore_index", IGNORED), layout.cut, batch.size)
+    return Labels(argument(loss, 4, "ignore_index", IGNORED), layout.cut)
 
 
 def _derived(keys: Term, terms: Terms) -> tuple[Node, Callable[[Tensor], Tensor]]:
@@ -436,35 +521,50 @@ def _check_repeatable(node: Node, terms: Terms) -> None:
 # The dispatch
 
 
-def dispatch(
-    plan: Plan,
-    sizes: Mapping[int, specialize.Compile],
-    otherwise: specialize.Compile,
-    example_inputs: Sequence[Any],
-    later: Callable[[specialize.Compile], Callable[..., Any]],
-) -> Callable[..., Any]:
-    """Returns a callable that runs the graph for the live rows of a call, or `otherwise` where that does not pay.
+class Graphs:
+    """The graphs of live rows, by their number of slots."""
 
-    Each graph is compiled when it is first needed.
+    def __init__(self, unused: Sequence[Callable[..., Any]], other: Callable[..., Any]) -> None:
+        """Takes graphs that are compiled for the number of slots of their first call, and one for any number."""
+        self._of: dict[int, Callable[..., Any]] = {}
+        self._unused, self._other = list(unused), other
+        self._lock = threading.Lock()
 
-    Args:
-        sizes: for each size, the compiler of its graph.
-        example_inputs: real inputs.
-        later: returns a callable that compiles for the inputs of its first call.
-    """
-    callables = {size: later(compile_size) for size, compile_size in sizes.items()}
-    first = plan.live(example_inputs)
-    if first is None:
-        other = otherwise(example_inputs)
-    else:
-        other = later(otherwise)
-        callables[first.size] = sizes[first.size]((*example_inputs, *first.inputs))
+    def chosen(self, count: int, num_rows: int) -> tuple[Callable[..., Any], Slots] | None:
+        """Returns the graph for so many live rows, and its slots; None if it does not pay to leave other rows out."""
+        size = num_slots(count, num_rows, SIZES)
+        if size is None:
+            return None
+        with self._lock:
+            if size not in self._of and self._unused:
+                self._of[size] = self._unused.pop()
+        if size in self._of:
+            return self._of[size], Slots(size, is_symbolic=False)
+        fine = num_slots(count, num_rows, FINE_SIZES)
+        assert fine is not None, "fewer slots than an eighth more"
+        return self._other, Slots(fine, is_symbolic=True)
+
+
+def _read_counts(rows: Rows, answer: Tensor | None) -> list[int]:
+    """Returns the counts of rows and the answer about masks, in the only read on the host of a call."""
+    if answer is None:
+        return [*rows.counts.tolist(), False]
+    return torch.cat((rows.counts, answer.to(rows.counts)[None])).tolist()
+
+
+def dispatch(plan: Plan, graphs: Graphs, others: specialize.Dispatch) -> Callable[..., Any]:
+    """Returns a callable that runs the graph for the live rows of a call, or the graphs of all rows: `others`."""
 
     def call(*args: Any) -> Any:
-        live = plan.live(args)
-        if live is None:
-            return other(*args)
+        rows = plan.rows(args)
+        if rows is None:
+            return others(*args)
+        count, num_strays, num_labeled, is_special = _read_counts(rows, others.answer(args))
+        chosen = None if num_strays else graphs.chosen(count, rows.slots.numel())
+        if chosen is None:
+            return others.run(args, is_special=bool(is_special))
         plan.returned.budget.called()
-        return callables[live.size](*args, *live.inputs)
+        graph, slots = chosen
+        return graph(*args, *plan.live(rows, slots, num_labeled).inputs)
 
     return call

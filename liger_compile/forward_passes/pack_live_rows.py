@@ -10,7 +10,7 @@ captured graph, and those of `Live.inputs`.
 
 from __future__ import annotations
 
-import math
+import operator
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
@@ -21,27 +21,45 @@ from torch.fx.node import map_arg
 from liger_compile.forward_passes import specialize
 from liger_compile.forward_passes.flatten import checkpoints, paired
 from liger_compile.forward_passes.late_rows import ancestors
-from liger_compile.forward_passes.live_rows import Labels, Plan, is_loss
-from liger_compile.forward_passes.row_rules import BY_BATCH, VIEWS, Layout, argument, name_of, shape_of
+from liger_compile.forward_passes.live_rows import Labels, Live, Plan, is_loss
+from liger_compile.forward_passes.row_rules import (
+    BY_BATCH,
+    FLAT,
+    VIEWS,
+    Layout,
+    argument,
+    name_of,
+    shape_of,
+    shapes_of,
+)
 from liger_compile.graphs.aliasing import handed_to
+from liger_compile.graphs.guards import no_guards
 from liger_compile.graphs.regions import Region, Regions
 from liger_compile.ops import live_rows as ops
 from liger_compile.ops.linear_cross_entropy import linear_cross_entropy
+from liger_compile.terms.term import Size, size_of
+from liger_compile.torch_internals.fake_tensors import mode_of
 from liger_compile.torch_internals.fx import without_source
 from liger_compile.torch_internals.operators import overload_of
 
-INDEX, SLOTS, LABELED = "live_index", "live_slots", "live_labeled"  # inputs of a graph of live rows
+SIZE, INDEX, SLOTS, LABELED = (
+    "live_size",
+    "live_index",
+    "live_slots",
+    "live_labeled",
+)  # the fields of Live, as inputs
 _PACK, _UNPACK, _LABELS = map(overload_of, (ops.pack_rows, ops.unpack_rows, ops.pack_labels))
 _LOSS = overload_of(linear_cross_entropy)
 
 
-def packed(plan: Plan, size: int) -> GraphModule:
-    """Returns a copy of the graph that computes `size` rows, with more inputs: `Live.inputs`."""
+def packed(plan: Plan, live: Live) -> GraphModule:
+    """Returns a copy of the graph that computes live rows, with more inputs: those of `live`, values in its trace."""
     module = specialize.copied(plan.gm)
     copies = dict(paired(plan.gm, module))
     layouts = {copies[node]: layout for node, layout in plan.layouts.items()}
     _leave_out(module.graph, plan.returned.positions)
-    _Packer(module, layouts, plan, size).run()
+    with no_guards(plan.ids):
+        _Packer(module, layouts, plan, live).run()
     return module
 
 
@@ -63,16 +81,18 @@ class _Packer:
         module: GraphModule,
         layouts: dict[Node, Layout | tuple[Layout, ...]],
         plan: Plan,
-        size: int,
+        live: Live,
         calls: Sequence[Region] = (),
     ) -> None:
         """Takes the layouts of all graphs. `calls`: for a checkpointed layer, the region of its call."""
         self.module, self.graph, self.layouts, self.plan = module, module.graph, layouts, plan
-        self.batch, self.size = plan.size, size
+        self.batch, self.live = plan.size, live
+        self.size = size_of(live.index.shape[0])
         self.regions = Regions(module.graph, calls)
         self.losses, self.is_layer = iter(plan.losses), bool(calls)
         self.packed: dict[Node, Node] = {}  # the nodes with packed rows, by node of the graph
         self.whole: dict[Node, Node] = {}  # the nodes with all rows
+        self._flat_slots: Node | None = None
 
     def run(self) -> None:
         nodes = list(self.graph.nodes)
@@ -95,22 +115,23 @@ class _Packer:
 
     def _inputs(self) -> tuple[Node, Node]:
         last = self.graph.find_nodes(op="placeholder")[-1]
-        example = next(node.meta["example_value"] for node in self.graph.nodes if node in self.layouts)
-        made = []
-        num_rows, has_labeled = math.prod(self.batch), self.plan.counts_labels and not self.is_layer
-        for name, shape in ((INDEX, (self.size,)), (SLOTS, (num_rows,)), *(((LABELED, ()),) * has_labeled)):
+        of_layer = ((INDEX, self.live.index), (SLOTS, self.live.slots))
+        given = ((SIZE, self.live.size), *of_layer, (LABELED, self.live.labeled))
+        made = {}
+        for name, example in of_layer if self.is_layer else given:
+            if example is None:
+                continue
             with self.graph.inserting_after(last):
-                last = self.graph.placeholder(name)
+                made[name] = self.graph.placeholder(name)
+            self.regions.of[made[name]] = self.regions.of[last]
+            last = made[name]
             without_source(last)
-            device = torch.device("cpu") if name == LABELED else example.device
-            with example.fake_mode:
-                last.meta["example_value"] = torch.empty(shape, dtype=torch.int64, device=device)
-            made.append(last)
-        return made[0], made[1]
+            last.meta["example_value"] = example
+        return made[INDEX], made[SLOTS]
 
     def _rewrite_checkpoint(self, call: Node, body: GraphModule) -> None:
         """Makes a checkpointed layer take and return packed rows where they come first."""
-        layer = _Packer(body, self.layouts, self.plan, self.size, [self.regions.of[call]])
+        layer = _Packer(body, self.layouts, self.plan, self.live, [self.regions.of[call]])
         placeholders = body.graph.find_nodes(op="placeholder")
         operands: list[Any] = list(handed_to(call, len(placeholders)) or ())
         if self.layouts.keys().isdisjoint((*operands, *body.graph.nodes)):
@@ -197,24 +218,32 @@ class _Packer:
             return self.whole.get(node, node)
         packed, by_batch = self.packed[node], self.layouts[node] == Layout(BY_BATCH)
         rows = self._call(torch.flatten, packed, 0, 1, after=packed) if by_batch else packed
-        rows = self._call(_UNPACK, rows, self.index, self.slots, after=rows)
-        if by_batch:
-            shape = (*self.batch, *shape_of(rows)[1:])
-            rows = self._call(torch.reshape, rows, shape, after=rows)
-        self.whole[node] = rows
-        return rows
+        self.whole[node] = self._call(_UNPACK, rows, self.index, self._slots_of(by_batch), after=rows)
+        return self.whole[node]
 
     def _gathered(self, node: Node, layout: Layout) -> Node:
         """Returns the packed rows of a node that has all rows."""
         by_batch = layout == Layout(BY_BATCH)
-        rows = self._call(torch.flatten, node, 0, 1, after=node) if by_batch else node
-        rows = self._call(_PACK, rows, self.index, self.slots, after=rows)
+        rows = self._call(_PACK, node, self.index, self._slots_of(by_batch), after=node)
         return self._call(torch.unsqueeze, rows, 0, after=rows) if by_batch else rows
+
+    def _slots_of(self, by_batch: bool) -> Node:
+        """Returns the slots of rows that are laid out by batch and token, or of flat rows."""
+        if by_batch:
+            return self.slots
+        if self._flat_slots is None:
+            self._flat_slots = self._call(torch.flatten, self.slots, after=self.slots)
+        return self._flat_slots
+
+    def _number(self, dim: int) -> int | Node:
+        """Returns the size of the batch (0) or of a sequence (1), as an argument of a node."""
+        size = self.batch[dim]
+        return size if isinstance(size, int) else self._call("size", self.slots, dim, after=self.slots)
 
     def _pack_operation(self, node: Node, layout: Layout | tuple[Layout, ...]) -> None:
         """Makes a node compute packed rows from packed rows."""
         first = layout[0] if isinstance(layout, tuple) else layout
-        expected = [self._small(shape, first) for shape in _shapes_of(node)]
+        expected = [self._small(shape, first) for shape in shapes_of(node)]
         rank = len(expected[0])
 
         def operand(arg: Node) -> Node:
@@ -226,13 +255,17 @@ class _Packer:
         if name_of(node) in (*VIEWS, "expand") and isinstance(source, Node):
             node.op, node.kwargs = "call_method", {}
             node.target = "expand" if name_of(node) == "expand" else "reshape"
-            node.args = (operand(source), *expected[0])
+            tokens = first.dims[-1]  # their number, which may be symbolic, is inferred
+            node.args = (
+                operand(source),
+                *(-1 if dim == tokens else size for dim, size in enumerate(expected[0])),
+            )
         else:
             node.args, node.kwargs = map_arg((node.args, node.kwargs), operand)
         was = node.meta["example_value"]
         node.meta["example_value"] = self._run(node)
-        if _shapes_of(node) != expected or _dtypes(node.meta["example_value"]) != _dtypes(was):
-            raise AssertionError(f"{node.name}: expected rows of {expected}, got {_shapes_of(node)}")
+        if shapes_of(node) != expected or _dtypes(node.meta["example_value"]) != _dtypes(was):
+            raise AssertionError(f"{node.name}: expected rows of {expected}, got {shapes_of(node)}")
         self.packed[node] = node
 
     def _aligned(self, arg: Node, reader: Node, rank: int, layout: Layout) -> Node:
@@ -246,13 +279,14 @@ class _Packer:
         if not varies or offset < 0 or not _is_broadcast(reader):
             return arg
         if layout == Layout(BY_BATCH):
-            whole = (*self.batch, *shape[max(own[1] + 1, 0) :])
+            rest = (-1,) * (len(shape) - max(own[1] + 1, 0))
+            whole = (self._number(0), self._number(1), *rest)
             return self._gathered_once(self._call("expand", arg, whole, after=arg))
         return self._gathered_once(arg)
 
     def _gathered_once(self, node: Node) -> Node:
         if node not in self.packed:
-            layout = Layout(BY_BATCH) if shape_of(node)[:2] == self.batch else Layout((0,))
+            layout = Layout(BY_BATCH if shape_of(node)[:2] == self.batch else FLAT)
             self.packed[node] = self._gathered(node, layout)
         return self.packed[node]
 
@@ -262,8 +296,10 @@ class _Packer:
 
     def _rewrite_loss(self, node: Node) -> None:
         logits, labels, loss = argument(node, 0, "input"), argument(node, 1, "target"), next(self.losses)
-        whole = self._labels_of_rows(labels, loss) if any(loss.cut) else labels
-        small = self._call(_LABELS, whole, self.index, self.slots, loss.ignored, after=whole)
+        is_cut = any(loss.cut)
+        whole = self._labels_of_rows(labels, loss) if is_cut else labels
+        slots = self._slots_of(by_batch=is_cut)
+        small = self._call(_LABELS, whole, self.index, slots, loss.ignored, after=whole)
         rows = self.packed_rows(logits)
         node.args, node.kwargs = map_arg(
             (node.args, node.kwargs), lambda arg: rows if arg is logits else small if arg is labels else arg
@@ -272,14 +308,17 @@ class _Packer:
 
     def _labels_of_rows(self, labels: Node, loss: Labels) -> Node:
         """Computes `Labels.of_rows` in the graph."""
-        batch, length = self.batch
-        by_batch = self._call(torch.reshape, labels, (batch, length - sum(loss.cut)), after=labels)
-        padded = self._call(
-            torch.nn.functional.pad, by_batch, loss.cut, "constant", loss.ignored, after=by_batch
+        batch, length, left_out = self._number(0), self._number(1), sum(loss.cut)
+        left = (
+            length - left_out
+            if isinstance(length, int)
+            else self._call(operator.sub, length, left_out, after=length)
         )
-        return self._call(torch.flatten, padded, after=padded)
+        by_batch = self._call(torch.reshape, labels, (batch, left), after=labels)
+        pad = torch.nn.functional.pad
+        return self._call(pad, by_batch, loss.cut, "constant", loss.ignored, after=by_batch)
 
-    def _small(self, shape: tuple[int, ...], layout: Layout) -> tuple[int, ...]:
+    def _small(self, shape: tuple[Size, ...], layout: Layout) -> tuple[Size, ...]:
         """Returns the shape of packed rows in place of all rows."""
         sizes = (1, self.size) if len(layout.dims) == 2 else (self.size,)
         found = list(shape)
@@ -299,7 +338,7 @@ class _Packer:
     def _run(self, node: Node) -> Any:
         """Runs a node on fake tensors, in its modes."""
         args, kwargs = map_arg((node.args, node.kwargs), lambda arg: arg.meta["example_value"])
-        mode = self.index.meta["example_value"].fake_mode
+        mode = mode_of(self.live.index)
         with self.regions.of[node].entered(), mode:
             if node.op == "call_method":
                 return getattr(args[0], str(node.target))(*args[1:], **kwargs)
@@ -331,11 +370,6 @@ def _reads_labels(node: Any) -> bool:
 def _is_broadcast(node: Node) -> bool:
     """Returns whether operands of a node are broadcast to its result."""
     return name_of(node) not in ("linear", "matmul", "addmm", "layer_norm", "rms_norm", "type_as", "to")
-
-
-def _shapes_of(node: Node) -> list[tuple[int, ...]]:
-    value = node.meta["example_value"]
-    return [tuple(v.shape) for v in (value if isinstance(value, (tuple, list)) else (value,))]
 
 
 def _dtypes(value: Any) -> list[torch.dtype]:

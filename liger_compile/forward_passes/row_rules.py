@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from liger_compile.terms.attention import PADDED, PADDED_AND_MORE
-from liger_compile.terms.term import Term
+from liger_compile.terms.term import Size, Term, sizes_of
 
 
 class MixesRowsError(Exception):
@@ -44,7 +44,7 @@ class Layout:
         keys = None if self.keys is None else self.keys + by
         return replace(self, dims=tuple(dim + by for dim in self.dims), keys=keys)
 
-    def sizes(self, size: tuple[int, int]) -> tuple[int, ...]:
+    def sizes(self, size: tuple[Size, Size]) -> tuple[Size, ...]:
         """Returns the sizes of `dims` in a batch of (B, T)."""
         batch, length = size[0], size[1] - sum(self.cut)
         return (batch, length) if len(self.dims) == 2 else (batch * length,)
@@ -71,7 +71,7 @@ class Batch:
         keys: the flags of keys that all masks have.
     """
 
-    size: tuple[int, int]
+    size: tuple[Size, Size]
     of: dict[Node, Layout | tuple[Layout, ...]]
     terms: Mapping[Node, Any]
     keys: Term
@@ -87,9 +87,10 @@ def name_of(node: Node) -> str:
     )
 
 
-def shape_of(node: Any) -> tuple[int, ...]:
+def shape_of(node: Any) -> tuple[Size, ...]:
+    """Returns the sizes of a tensor, which are compared without guards; none if it is no tensor."""
     value = node.meta.get("example_value") if isinstance(node, Node) else None
-    return tuple(value.shape) if isinstance(value, Tensor) else ()
+    return sizes_of(value.shape) if isinstance(value, Tensor) else ()
 
 
 def layout_of(node: Node, batch: Batch) -> Layout | tuple[Layout, ...] | None:
@@ -103,7 +104,7 @@ def layout_of(node: Node, batch: Batch) -> Layout | tuple[Layout, ...] | None:
     if rule is None or (node.kwargs.get("out") is not None):
         raise MixesRowsError(f"{name} may read several rows at once")
     found = _with_cut(node, rule(node, batch), batch)
-    for layout, shape in zip(_as_tuple(found), _shapes(node), strict=False):
+    for layout, shape in zip(_as_tuple(found), shapes_of(node), strict=False):
         _check_sizes(layout, shape, batch, name)
     return found
 
@@ -116,7 +117,8 @@ def _with_cut(node: Node, found: Any, batch: Batch) -> Any:
     )
     if cut is None or found is None:
         return found
-    if name_of(node) in _OF_CUT and isinstance(found, Layout) and len(node.all_input_nodes) == 1:
+    tensors = [arg for arg in node.all_input_nodes if isinstance(arg.meta.get("example_value"), Tensor)]
+    if name_of(node) in _OF_CUT and isinstance(found, Layout) and len(tensors) == 1:
         found = replace(found, cut=cut)
         if found.is_packable:
             return found
@@ -127,18 +129,19 @@ def _as_tuple(found: Any) -> tuple[Layout, ...]:
     return found if isinstance(found, tuple) else () if found is None else (found,)
 
 
-def _shapes(node: Node) -> list[tuple[int, ...]]:
+def shapes_of(node: Node) -> list[tuple[Size, ...]]:
+    """Returns the sizes of the tensors that a node returns."""
     value = node.meta.get("example_value")
-    return [
-        tuple(v.shape)
-        for v in (value if isinstance(value, (tuple, list)) else (value,))
-        if isinstance(v, Tensor)
-    ]
+    values = value if isinstance(value, (tuple, list)) else (value,)
+    return [sizes_of(v.shape) for v in values if isinstance(v, Tensor)]
 
 
-def _check_sizes(layout: Layout, shape: tuple[int, ...], batch: Batch, name: str) -> None:
+def _check_sizes(layout: Layout, shape: tuple[Size, ...], batch: Batch, name: str) -> None:
     if tuple(shape[dim] for dim in layout.dims if dim < len(shape)) != layout.sizes(batch.size):
         raise MixesRowsError(f"{name} changes the number of rows")
+    others = [size for dim, size in enumerate(shape) if dim not in layout.dims]
+    if layout.is_packable and not all(isinstance(size, int) for size in others):
+        raise MixesRowsError(f"{name} has rows of a size that is symbolic")
 
 
 def argument(node: Node, position: int, name: str, default: Any = None) -> Any:
@@ -274,7 +277,7 @@ def _view(node: Node, batch: Batch) -> Layout:
 
 
 def _view_apart(
-    node: Node, batch: Batch, before: tuple[int, ...], after: tuple[int, ...], layout: Layout
+    node: Node, batch: Batch, before: tuple[Size, ...], after: tuple[Size, ...], layout: Layout
 ) -> Layout:
     """Returns where two dimensions of rows that are not adjacent are: each keeps its size and what is before it."""
     found = []
@@ -344,8 +347,18 @@ def _cut(parts: list[Any], layout: Layout, batch: Batch) -> tuple[int, int] | No
     bounds = (token.start, token.stop, token.step)
     if not is_whole or not all(bound is None or isinstance(bound, int) for bound in bounds):
         return None
-    start, stop, step = token.indices(batch.size[1])
-    return (start, batch.size[1] - stop) if step == 1 and start < stop else None
+    return _left_out(token, batch.size[1])
+
+
+def _left_out(token: slice, length: Size) -> tuple[int, int] | None:
+    """Returns how many tokens a slice leaves out at the front and at the back; None if it is of another form."""
+    if isinstance(length, int):
+        start, stop, step = token.indices(length)
+        return (start, length - stop) if step == 1 and start < stop else None
+    # Of a symbolic length, which a call compares with what is left out.
+    front, back = token.start or 0, token.stop or 0
+    is_known = token.step in (None, 1) and token.stop != 0 and front >= 0 and back <= 0
+    return (front, -back) if is_known else None
 
 
 def _indexed(parts: list[Any], layout: Layout, rank: int) -> Layout:

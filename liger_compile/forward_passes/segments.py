@@ -24,6 +24,7 @@ from liger_compile.graphs.regions import Region, Regions, around, is_harmless, i
 from liger_compile.torch_internals.dispatch import is_traceable_wrapper_subclass
 from liger_compile.torch_internals.fake_tensors import FakeTensor, like
 from liger_compile.torch_internals.modes import EXIT_AUTOCAST
+from liger_compile.torch_internals.shapes import symbols_of
 from liger_compile.torch_internals.tensors import storage_of
 
 BODY = "liger_compile_body"  # the identifiers of outlined bodies begin so
@@ -124,12 +125,6 @@ def why_not_passed(node: Node, symbols: Collection[Any]) -> str | None:
     if not is_plain or is_traceable_wrapper_subclass(value) or value.layout is not torch.strided:
         return f"they pass on a tensor of another class ({node.name})"
     return f"they pass on a tensor without memory ({node.name})" if storage_of(value) is None else None
-
-
-def symbols_of(value: Any) -> set[Any]:
-    """Returns the symbols in the layout of a tensor, or in a size."""
-    sizes = (*value.shape, *value.stride()) if isinstance(value, torch.Tensor) else (value,)
-    return {s for size in sizes if isinstance(size, torch.SymInt) for s in size.node.expr.free_symbols}
 
 
 def _symbols_of_inputs(graph: Graph) -> dict[Any, Node]:

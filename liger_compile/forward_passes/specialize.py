@@ -11,6 +11,7 @@ In: a captured Dynamo GraphModule. Out: a specialized copy of it, and the callab
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -49,12 +50,12 @@ class Assumption:
             tensor = function(tensor, *arguments)
         return tensor
 
-    def is_it(self, tensor: Tensor) -> bool:
-        """Returns whether the tensor has the assumed value."""
+    def compared(self, tensor: Tensor) -> Tensor:
+        """Returns whether the tensor has the assumed value: () booleans, on its device."""
         if not tensor.numel():
-            return True
+            return torch.ones((), dtype=torch.bool, device=tensor.device)
         last = tensor[(0,) * (tensor.dim() - self.rank)]
-        return bool((tensor == self.made_of(last)).all())
+        return (tensor == self.made_of(last)).all()
 
 
 ONES = Assumption("of all ones", 0, ((torch.ones_like,),))
@@ -96,12 +97,11 @@ def of_part(gm: GraphModule) -> Variant | None:
 
 def specialized_variant(assumptions: Mapping[str, Assumption]) -> Variant:
     """Returns the name and the note of the graph specialized for these assumptions."""
-    syncs = "one device sync" if len(assumptions) == 1 else f"up to {len(assumptions)} device syncs"
     name = WITHOUT if set(assumptions.values()) == {ONES} else CAUSAL
     return Variant(
         name,
-        f"specialized for {_text(assumptions)} (checked on every call, {syncs}); other calls use the {GENERIC} graph, "
-        "which is compiled when a call first needs it and then has its own report",
+        f"specialized for {_text(assumptions)} (checked on every call, one device sync); other calls use the "
+        f"{GENERIC} graph, which is compiled when a call first needs it and then has its own report",
     )
 
 
@@ -205,7 +205,7 @@ def _causal_form(mask: Tensor) -> Assumption | None:
     """Returns the form in which the mask is causal, or None."""
     if mask.dim() < 2 or mask.shape[-1] != mask.shape[-2]:
         return None
-    return next((form for form in _causal_masks(mask.dtype) if form.is_it(mask)), None)
+    return next((form for form in _causal_masks(mask.dtype) if form.compared(mask)), None)
 
 
 def with_assumptions(gm: GraphModule, assumptions: Mapping[str, Assumption]) -> GraphModule:
@@ -225,44 +225,68 @@ def with_assumptions(gm: GraphModule, assumptions: Mapping[str, Assumption]) -> 
     return module
 
 
+class Dispatch:
+    """Runs the graph that the inputs of a call allow: specialized if they are as assumed, or generic."""
+
+    def __init__(
+        self, looked_at: Sequence[tuple[int, Assumption]], callables: Mapping[bool, Callable[..., Any]]
+    ) -> None:
+        """Takes the assumptions with the positions of their inputs, and the two graphs; without assumptions, one."""
+        self._looked_at, self._callables = looked_at, callables
+
+    def answer(self, args: Sequence[Any]) -> Tensor | None:
+        """Returns whether the inputs are as assumed: () booleans, which have not been read on the host.
+
+        None if it is not a question: there are no assumptions, an input is a fake tensor, or a CUDA graph is captured.
+
+        Every call asks. An earlier answer cannot be cached: collectives, operators of torch.library, `.data`, NumPy,
+        DLPack and copies into the storage all write without incrementing `_version`.
+        """
+        tensors = [args[position] for position, _ in self._looked_at]
+        if not tensors or any(isinstance(tensor, FakeTensor) for tensor in tensors):
+            return None
+        if any(tensor.is_cuda for tensor in tensors) and torch.cuda.is_current_stream_capturing():
+            return None
+        answers = [assumed.compared(t) for t, (_, assumed) in zip(tensors, self._looked_at, strict=True)]
+        device = max((answer.device for answer in answers), key=lambda device: device.type != "cpu")
+        return functools.reduce(torch.logical_and, [answer.to(device) for answer in answers])
+
+    def run(self, args: Sequence[Any], *, is_special: bool) -> Any:
+        return self._callables[is_special](*args)
+
+    def __call__(self, *args: Any) -> Any:
+        answer = self.answer(args)
+        return self.run(args, is_special=answer is not None and bool(answer))
+
+
+# Many parameters because it chooses between two graphs, and when each is compiled.
 def dispatch(
     gm: GraphModule,
     assumptions: Mapping[str, Assumption],
     specialized: Compile,
     generic: Compile,
-    example_inputs: Sequence[Any],
+    example_inputs: Sequence[Any] | None,
     later: Callable[[Compile], Callable[..., Any]],
-) -> Callable[..., Any]:
+) -> Dispatch:
     """Returns a callable that runs `specialized` if these inputs of `gm` are as assumed, else `generic`.
 
-    Each graph is compiled when it is first needed; if `gm` has dynamic shapes, both are compiled now.
+    Each graph is compiled when it is first needed. If `gm` has dynamic shapes, and `example_inputs` are given, both are
+    compiled now.
 
     Args:
-        example_inputs: real inputs.
+        example_inputs: real inputs; None if no graph is needed now.
         later: returns a callable that compiles for the inputs of its first call.
     """
     inputs = enumerate(gm.graph.find_nodes(op="placeholder"))
     looked_at = [(position, assumptions[node.name]) for position, node in inputs if node.name in assumptions]
-
-    def is_special(args: Sequence[Any]) -> bool:
-        return all(holds(assumption, args[position]) for position, assumption in looked_at)
-
-    needed = is_special(example_inputs)
     compiles = {True: specialized, False: generic}
-    callables = {needed: compiles[needed](example_inputs)}
+    if example_inputs is None:
+        return Dispatch(looked_at, {key: later(compile) for key, compile in compiles.items()})
+    callables: dict[bool, Callable[..., Any]] = {}
+    made = Dispatch(looked_at, callables)
+    answer = made.answer(example_inputs)
+    needed = answer is not None and bool(answer)
+    callables[needed] = compiles[needed](example_inputs)
     other = compiles[not needed]
     callables[not needed] = other(example_inputs) if is_symbolic(gm) else later(other)
-    return lambda *args: callables[is_special(args)](*args)
-
-
-def holds(assumptions: Assumption, tensor: Tensor) -> bool:
-    """Returns whether a tensor is as assumed.
-
-    False also if its value cannot be read: for a fake tensor, and during the capture of a CUDA graph.
-
-    Every call reads the tensor. An earlier answer cannot be cached: collectives, operators of torch.library, `.data`,
-    NumPy, DLPack and copies into the storage all write without incrementing `_version`.
-    """
-    if isinstance(tensor, FakeTensor) or (tensor.is_cuda and torch.cuda.is_current_stream_capturing()):
-        return False
-    return assumptions.is_it(tensor)
+    return made

@@ -28,6 +28,7 @@ from liger_compile.terms.scalars import is_integer
 from liger_compile.terms.term import ConstVar, Scalar, Space, Term, sizes_of
 from liger_compile.torch_internals.dispatch import is_traceable_wrapper_subclass
 from liger_compile.torch_internals.pytree import tree_map
+from liger_compile.torch_internals.shapes import shape_env_of
 
 Step = Callable[[Any], Any]
 ROUND_TRIP = 8  # most nodes between a value and a node that restores it
@@ -315,8 +316,7 @@ def _brought_in(space: Space, term: Term) -> Term | None:
 
 
 def _shape_env(graph: Graph) -> Any:
-    sizes = (node.meta.get("example_value") for node in graph.nodes)
-    return next((size.node.shape_env for size in sizes if isinstance(size, torch.SymInt)), None)
+    return shape_env_of(node.meta.get("example_value") for node in graph.nodes)
 
 
 def _step(term: Term) -> Step | None:

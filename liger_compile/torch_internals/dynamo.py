@@ -29,12 +29,13 @@ from typing import Any
 import torch
 from torch import _guards
 from torch._guards import CompileContext, TracingContext, compile_context, tracing
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from liger_compile.torch_internals.dispatch import without_dispatch_modes
-from liger_compile.torch_internals.fake_tensors import FakeTensorMode
+from liger_compile.torch_internals.fake_tensors import FakeTensor
+from liger_compile.torch_internals.shapes import NewSymbols, Places
 
 Compile = Callable[[Sequence[Any]], Callable[..., Any]]  # inputs -> the compiled graph
+CompileLater = Callable[[Sequence[Any]], tuple[Callable[..., Any], NewSymbols]]
 
 
 def lookup_backend(name: str) -> Callable[..., Any]:
@@ -85,31 +86,36 @@ def is_tracing() -> bool:
 # Compiling outside of Dynamo's own calls.
 
 
-def resumed_later(compile: Compile) -> Compile:
+def resumed_later(compile: Compile, examples: Sequence[Any] = ()) -> CompileLater:
     """Returns a function that runs `compile` as part of the current trace, later and in any thread.
 
     It is logged as part of this trace and uses its torch settings.
+
+    Args:
+        examples: the inputs in this trace; their symbolic sizes are symbolic then too. Other sizes are constants.
     """
     logged_as, settings = CompileContext.try_get(), contextvars.copy_context()
 
-    def resumed(inputs: Sequence[Any]) -> Callable[..., Any]:
-        return settings.copy().run(_in_new_trace, compile, inputs, logged_as)
+    def resumed(inputs: Sequence[Any]) -> tuple[Callable[..., Any], NewSymbols]:
+        return settings.copy().run(_in_new_trace, compile, inputs, examples, logged_as)
 
     return resumed
 
 
 def _in_new_trace(
-    compile: Compile, inputs: Sequence[Any], logged_as: CompileContext | None
-) -> Callable[..., Any]:
+    compile: Compile, inputs: Sequence[Any], examples: Sequence[Any], logged_as: CompileContext | None
+) -> tuple[Callable[..., Any], NewSymbols]:
     """Returns the result of `compile` in a new trace, since Dynamo has freed the fake tensors of the first trace."""
-    # A fake mode caches the fake of each tensor, so that AOTAutograd gets these fakes, which have no symbols for sizes.
-    fake_mode = FakeTensorMode(shape_env=ShapeEnv())
-    tensors = (each for each in inputs if isinstance(each, torch.Tensor))
-    fakes = [fake_mode.from_tensor(tensor, static_shapes=True) for tensor in tensors]
-    with compile_context(logged_as), tracing(TracingContext(fake_mode)):
+    symbols = NewSymbols(Places(examples).numbers(inputs))
+    if examples:
+        inputs = [symbols.input_like(example, value) for example, value in zip(examples, inputs, strict=True)]
+    # A fake mode caches the fake of each tensor, so that AOTAutograd gets these fakes, whose sizes are constants.
+    real = (each for each in inputs if isinstance(each, torch.Tensor) and not isinstance(each, FakeTensor))
+    fakes = [symbols.fake_mode.from_tensor(tensor, static_shapes=True) for tensor in real]
+    with compile_context(logged_as), tracing(TracingContext(symbols.fake_mode)):
         result = compile(inputs)
     del fakes
-    return result
+    return result, symbols
 
 
 @contextlib.contextmanager
