@@ -135,9 +135,9 @@ def _graphs_of_live_rows(
     def of_any(inputs: Sequence[Any]) -> Callable[..., Any]:
         return compiled(symbolic, None, inputs) or without_live_rows
 
+    unused = [compiling.when_called(of_size) for _ in range(plan.num_static)]
+    if not plan.takes_any_number:
+        return live_rows.Graphs(unused, None)
     symbolic = plan.example(None)
     examples = (*plan.examples, *symbolic.inputs)
-    return live_rows.Graphs(
-        [compiling.when_called(of_size) for _ in range(plan.num_static)],
-        compiling.when_called(of_any, examples, otherwise=without_live_rows),
-    )
+    return live_rows.Graphs(unused, compiling.when_called(of_any, examples, otherwise=without_live_rows))

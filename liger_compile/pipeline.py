@@ -201,7 +201,7 @@ def live_rows_of(
         unify_equal_sizes(shape_env)
     logits_of = partial(logits_in, needs_loss=options.logits != "lazy")
     found = live_rows.plan(
-        gm, example_inputs, logits_of, returned, counts_labels=not has_graphs, strict=options.strict
+        gm, example_inputs, logits_of, returned, has_cudagraphs=has_graphs, strict=options.strict
     )
     if isinstance(found, str):
         return None, (f"padded rows are computed like others: {found}",) if generic.padding else ()

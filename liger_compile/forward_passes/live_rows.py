@@ -47,6 +47,7 @@ from liger_compile.forward_passes.row_rules import (
     Layout,
     MixesRowsError,
     argument,
+    is_size,
     layout_of,
     name_of,
     shape_of,
@@ -143,6 +144,7 @@ class Plan:
         hides_strays: whether a row that is padding, has a label, and sees no key, is zero as in eager code.
         returned: the outputs that have rows, and how they are filled.
         counts_labels: head and loss run on the rows with labels only. Needs one loss.
+        takes_any_number: one graph may have a symbolic number of slots.
     """
 
     gm: GraphModule
@@ -156,6 +158,7 @@ class Plan:
     hides_strays: bool
     returned: Found
     counts_labels: bool
+    takes_any_number: bool
 
     @property
     def examples(self) -> list[Any]:
@@ -199,8 +202,8 @@ class Plan:
 
     @property
     def num_static(self) -> int:
-        """How many graphs have a constant number of slots. A CUDA graph is recorded for each number anyway."""
-        return 0 if self.is_symbolic else 1 if self.counts_labels else SIZES
+        """How many graphs have a constant number of slots: all, if a CUDA graph is recorded for each number."""
+        return 0 if self.is_symbolic else 1 if self.takes_any_number else SIZES
 
     def live(self, rows: Rows, slots: Slots, num_labeled: int) -> Live:
         """Returns the live rows of a call in these slots."""
@@ -263,7 +266,7 @@ def plan(
     logits_of: Callable[[Graph, Terms], Sequence[Logits]],
     returned: Returned,
     *,
-    counts_labels: bool,
+    has_cudagraphs: bool,
     strict: bool,
 ) -> Plan | str | None:
     """Returns the plan of a graph, or why its padded rows are computed, in a sentence; None if it has no padding mask.
@@ -271,10 +274,10 @@ def plan(
     Args:
         logits_of: returns the outputs of a graph that are logits.
         returned: how outputs that have rows are returned.
-        counts_labels: the graph may have an input on the CPU, the number of labels.
+        has_cudagraphs: CUDA graphs are recorded, which have one number of slots and no inputs on the CPU.
     """
     try:
-        return _plan(gm, example_inputs, logits_of, returned, counts_labels, strict)
+        return _plan(gm, example_inputs, logits_of, returned, has_cudagraphs, strict)
     except (_RefusedError, MixesRowsError) as why:
         return str(why)
 
@@ -284,14 +287,14 @@ def _plan(
     example_inputs: Sequence[Any],
     logits_of: Callable[[Graph, Terms], Sequence[Logits]],
     returned: Returned,
-    counts_labels: bool,
+    has_cudagraphs: bool,
     strict: bool,
 ) -> Plan | None:
     flat, origin = _flattened(gm)
     graph, mutations, regions = flat.graph, Mutations(flat.graph), Regions(flat.graph)
     _check_graph(flat, regions)
     if specialize.is_symbolic(flat):
-        _check_symbolic_inputs(flat, mutations, counts_labels)
+        _check_symbolic_inputs(flat, mutations, has_cudagraphs)
     terms = Terms(graph, mutations, (), regions, strict=strict)
     found = _masks(terms)
     if found is None:
@@ -324,7 +327,8 @@ def _plan(
         tuple(_labels(loss, batch) for loss in losses),
         all(mask.op == PADDED[ZEROS] and mask.consts[0] in ("causal", "window") for mask in masks),
         outputs,
-        counts_labels and len(losses) == 1,
+        not has_cudagraphs and len(losses) == 1,
+        not has_cudagraphs,
     )
 
 
@@ -345,17 +349,24 @@ def _check_graph(gm: GraphModule, regions: Regions) -> None:
         raise _RefusedError(regions.why_uncertain)
 
 
-def _check_symbolic_inputs(gm: GraphModule, mutations: Mutations, counts_labels: bool) -> None:
+def _check_symbolic_inputs(gm: GraphModule, mutations: Mutations, has_cudagraphs: bool) -> None:
     """Raises unless the inputs can be made again, with symbols of another trace."""
-    if not Places(examples_of(gm)).are_all:
-        raise _RefusedError("a number is symbolic that is no size of an input")
-    if not counts_labels:
+    places = Places(examples_of(gm))
+    for node in gm.graph.nodes:
+        if not places.have(node.meta.get("example_value")) and not all(map(_reads_no_number, node.users)):
+            raise _RefusedError(f"{node.name} is a number of a call and no size of an input")
+    if has_cudagraphs:
         raise _RefusedError("its sizes are symbolic, and a CUDA graph has one number of rows")
     for node, value in zip(gm.graph.find_nodes(op="placeholder"), examples_of(gm), strict=True):
         if not symbols_of(value) or isinstance(value, torch.SymInt):
             continue
         if is_traceable_wrapper_subclass(value) or not mutations.is_clean(node):
             raise _RefusedError(f"{node.name} has symbolic sizes and is written, or a tensor subclass")
+
+
+def _reads_no_number(node: Node) -> bool:
+    """Returns whether a node has a number as an argument and does not read it, as the kind of a norm without a norm."""
+    return name_of(node) == "embedding" and argument(node, 3, "max_norm") is None
 
 
 def _masks(terms: Terms) -> tuple[list[Term], tuple[Size, Size]] | None:
@@ -402,7 +413,8 @@ def _lay_out(graph: Graph, batch: Batch, mutations: Mutations, regions: Regions)
         if node.op not in ("call_function", "call_method"):
             continue
         has_rows = any(arg in batch.of or arg in aside for arg in node.all_input_nodes)
-        if not has_rows and not _is_embedding(node, batch):
+        of_aside = any(arg in aside for arg in node.all_input_nodes)
+        if (is_size(node) and not of_aside) or not (has_rows or _is_embedding(node, batch)):
             continue
         if not mutations.is_clean(node):
             raise _RefusedError(f"{node.name} is written in place")
@@ -524,24 +536,23 @@ def _check_repeatable(node: Node, terms: Terms) -> None:
 class Graphs:
     """The graphs of live rows, by their number of slots."""
 
-    def __init__(self, unused: Sequence[Callable[..., Any]], other: Callable[..., Any]) -> None:
-        """Takes graphs that are compiled for the number of slots of their first call, and one for any number."""
+    def __init__(self, unused: Sequence[Callable[..., Any]], other: Callable[..., Any] | None) -> None:
+        """Takes graphs that are compiled for the number of slots of their first call, and one for any number, if any."""
         self._of: dict[int, Callable[..., Any]] = {}
         self._unused, self._other = list(unused), other
         self._lock = threading.Lock()
 
     def chosen(self, count: int, num_rows: int) -> tuple[Callable[..., Any], Slots] | None:
         """Returns the graph for so many live rows, and its slots; None if it does not pay to leave other rows out."""
-        size = num_slots(count, num_rows, SIZES)
-        if size is None:
+        coarse, fine = (num_slots(count, num_rows, sizes) for sizes in (SIZES, FINE_SIZES))
+        if coarse is not None:
+            with self._lock:
+                if coarse not in self._of and self._unused:
+                    self._of[coarse] = self._unused.pop()
+            if coarse in self._of:
+                return self._of[coarse], Slots(coarse, is_symbolic=False)
+        if fine is None or self._other is None:
             return None
-        with self._lock:
-            if size not in self._of and self._unused:
-                self._of[size] = self._unused.pop()
-        if size in self._of:
-            return self._of[size], Slots(size, is_symbolic=False)
-        fine = num_slots(count, num_rows, FINE_SIZES)
-        assert fine is not None, "fewer slots than an eighth more"
         return self._other, Slots(fine, is_symbolic=True)
 
 

@@ -28,6 +28,7 @@ from liger_compile.forward_passes.row_rules import (
     VIEWS,
     Layout,
     argument,
+    is_size,
     name_of,
     shape_of,
     shapes_of,
@@ -38,6 +39,7 @@ from liger_compile.graphs.regions import Region, Regions
 from liger_compile.ops import live_rows as ops
 from liger_compile.ops.linear_cross_entropy import linear_cross_entropy
 from liger_compile.terms.term import Size, size_of
+from liger_compile.torch_internals.dispatch import enable_python_dispatcher
 from liger_compile.torch_internals.fake_tensors import mode_of
 from liger_compile.torch_internals.fx import without_source
 from liger_compile.torch_internals.operators import overload_of
@@ -107,6 +109,8 @@ class _Packer:
                 self._rewrite(node)
             elif is_loss(node, self.layouts):
                 self._rewrite_loss(node)
+            elif is_size(node):  # of all rows, which are not computed for it
+                node.args, node.kwargs = map_arg((node.args, node.kwargs), self.all_rows)
         for node in reversed(nodes):
             if node in self.layouts and not node.users and self.packed.get(node, node) is not node:
                 self.graph.erase_node(node)  # a slice that packed rows need not take
@@ -339,7 +343,11 @@ class _Packer:
         """Runs a node on fake tensors, in its modes."""
         args, kwargs = map_arg((node.args, node.kwargs), lambda arg: arg.meta["example_value"])
         mode = mode_of(self.live.index)
-        with self.regions.of[node].entered(), mode:
+        with (
+            self.regions.of[node].entered(),
+            mode,
+            enable_python_dispatcher(),
+        ):  # as Dynamo, for symbolic sizes
             if node.op == "call_method":
                 return getattr(args[0], str(node.target))(*args[1:], **kwargs)
             return node.target(*args, **kwargs)  # pyright: ignore[reportCallIssue]

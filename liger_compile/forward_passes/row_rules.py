@@ -87,6 +87,11 @@ def name_of(node: Node) -> str:
     )
 
 
+def is_size(node: Node) -> bool:
+    """Returns whether a node is a size of its operand, which no value of a row changes."""
+    return name_of(node) in ("size", "numel")
+
+
 def shape_of(node: Any) -> tuple[Size, ...]:
     """Returns the sizes of a tensor, which are compared without guards; none if it is no tensor."""
     value = node.meta.get("example_value") if isinstance(node, Node) else None

@@ -1,8 +1,8 @@
 """Symbolic sizes: their guards, and symbols of our own in place of those of a captured graph.
 
-part                                torch           can go
-torch._dynamo.source.ConstantSource 2.11 to 2.13    no public name to make a symbolic size
-ShapeEnv._check_frozen              2.11 to 2.13    no public name; ShapeEnv calls it before it adds a guard
+part                                    torch           can go
+torch._dynamo.source.ConstantSource     2.11 to 2.13    no public name to make a symbolic size
+ShapeEnv._check_frozen                  2.11 to 2.13    no public name; ShapeEnv calls it before it adds a guard
 """
 
 from __future__ import annotations
@@ -59,10 +59,13 @@ def unify_equal_sizes(shape_env: Any) -> None:
             bool(first == second)
 
 
+_SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
+
+
 def symbols_of(value: Any) -> set[sympy.Symbol]:
-    """Returns the symbols in the layout of a tensor, or in a size."""
-    sizes = (*value.shape, *value.stride()) if isinstance(value, torch.Tensor) else (value,)
-    return {s for size in sizes if isinstance(size, torch.SymInt) for s in size.node.expr.free_symbols}
+    """Returns the symbols in the layout of a tensor, or in a number."""
+    numbers = (*value.shape, *value.stride()) if isinstance(value, torch.Tensor) else (value,)
+    return {s for number in numbers if isinstance(number, _SYMBOLIC) for s in number.node.expr.free_symbols}
 
 
 def shape_env_of(values: Iterable[Any]) -> Any:
@@ -74,22 +77,24 @@ class Places:
     """Where the inputs of a graph have the numbers that are symbols in it."""
 
     def __init__(self, examples: Sequence[Any]) -> None:
-        """Takes the values of the inputs in the trace of the graph: fake tensors and sizes.
-
-        `are_all`: every number that is known at run time only is the number of a symbol with a place.
-        """
+        """Takes the values of the inputs in the trace of the graph: fake tensors and sizes."""
         self._of: dict[sympy.Symbol, tuple[int, int | None]] = {}
         for at, example in enumerate(examples):
             is_tensor = isinstance(example, torch.Tensor)
             for dim, size in enumerate(example.shape if is_tensor else (example,)):
                 if isinstance(size, torch.SymInt) and size.node.expr.is_symbol:
                     self._of.setdefault(size.node.expr, (at, dim if is_tensor else None))
-        are_all = self._of.keys() >= {symbol for example in examples for symbol in symbols_of(example)}
-        sizes = [example for example in examples if isinstance(example, (torch.SymInt, torch.SymFloat))]
-        self.are_all = are_all and all(isinstance(s, torch.SymInt) and symbols_of(s) for s in sizes)
 
     def __bool__(self) -> bool:
         return bool(self._of)
+
+    def have(self, value: Any) -> bool:
+        """Returns whether the symbols of a tensor or of a number have places.
+
+        A number without symbols, which is read from a tensor, has none: a new trace would not know it.
+        """
+        symbols = symbols_of(value)
+        return self._of.keys() >= symbols and bool(symbols or not isinstance(value, _SYMBOLIC))
 
     def numbers(self, inputs: Sequence[Any]) -> dict[sympy.Symbol, int]:
         """Returns the number of each symbol in a call; in the trace of the graph, that of the first call."""
