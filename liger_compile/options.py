@@ -126,8 +126,8 @@ class Options:
         "all",
         _one_of("auto", "all"),
         "The rows of a padded batch that are computed: 'auto' leaves out padding without a label where all operations "
-        "are proven row-wise, and compiles a graph for each of few numbers of live rows; outputs with all rows are "
-        "computed on the first read. 'all', the default, computes every row.",
+        "are proven row-wise, and compiles one graph for the first number of live rows and one for all others; outputs "
+        "with all rows are computed on the first read. 'all', the default, computes every row.",
     )
     backward_passes: str = _option(
         "auto",

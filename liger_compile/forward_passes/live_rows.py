@@ -537,7 +537,7 @@ class Graphs:
     """The graphs of live rows, by their number of slots."""
 
     def __init__(self, unused: Sequence[Callable[..., Any]], other: Callable[..., Any] | None) -> None:
-        """Takes graphs that are compiled for the number of slots of their first call, and one for any number, if any."""
+        """Takes graphs that are compiled for the number of slots of their first call, and one for all numbers."""
         self._of: dict[int, Callable[..., Any]] = {}
         self._unused, self._other = list(unused), other
         self._lock = threading.Lock()

@@ -247,7 +247,7 @@ class _Packer:
     def _pack_operation(self, node: Node, layout: Layout | tuple[Layout, ...]) -> None:
         """Makes a node compute packed rows from packed rows."""
         first = layout[0] if isinstance(layout, tuple) else layout
-        expected = [self._small(shape, first) for shape in shapes_of(node)]
+        expected: list[tuple[Any, ...]] = [self._small(shape, first) for shape in shapes_of(node)]
         rank = len(expected[0])
 
         def operand(arg: Node) -> Node:

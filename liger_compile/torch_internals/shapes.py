@@ -52,7 +52,8 @@ def unify_equal_sizes(shape_env: Any) -> None:
     for guard in list(shape_env.guards):
         if not isinstance(guard.expr, sympy.Eq):
             continue
-        pair = (guard.expr.lhs / guard.expr.rhs).as_numer_denom()
+        left: Any = guard.expr.lhs
+        pair = (left / guard.expr.rhs).as_numer_denom()
         are_sizes = all(symbol.is_positive for symbol in guard.expr.free_symbols)
         if are_sizes and all(part.is_symbol for part in pair):
             first, second = (shape_env.create_symintnode(part, hint=None) for part in pair)
@@ -107,7 +108,7 @@ class Places:
 
 def number_of(size: int | sympy.Expr | torch.SymInt, numbers: Mapping[sympy.Symbol, int]) -> int:
     """Returns what a size is if its symbols are these numbers."""
-    expr = size.node.expr if isinstance(size, torch.SymInt) else size
+    expr: Any = size.node.expr if isinstance(size, torch.SymInt) else size
     return int(expr.xreplace(numbers)) if isinstance(expr, sympy.Expr) else expr
 
 
