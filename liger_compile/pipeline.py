@@ -47,7 +47,7 @@ from liger_compile.terms.build import Terms
 from liger_compile.terms.heads import notes_on_layer, notes_on_logits
 from liger_compile.terms.term import Term
 from liger_compile.torch_internals.fake_tensors import FakeTensor
-from liger_compile.torch_internals.shapes import shape_env_of, unify_equal_sizes
+from liger_compile.torch_internals.shapes import unify_sizes
 
 Assumptions = Mapping[str, specialize.Assumption]
 
@@ -197,8 +197,8 @@ def live_rows_of(
         is_read=options.logits != "lazy",
         memory=options.loss_memory,
     )
-    if shape_env := shape_env_of(example_inputs):
-        unify_equal_sizes(shape_env)
+    if generic.padding:
+        unify_sizes(node.meta.get("example_value") for node in gm.graph.find_nodes(op="placeholder"))
     logits_of = partial(logits_in, needs_loss=options.logits != "lazy")
     found = live_rows.plan(
         gm, example_inputs, logits_of, returned, has_cudagraphs=has_graphs, strict=options.strict

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -124,13 +125,36 @@ def test_an_epoch_of_random_lengths_compiles_few_graphs(name: str, inner: str) -
     assert names() == [*found, *later]
 
 
-@pytest.mark.parametrize("name", ["tiny", pytest.param("llama", marks=pytest.mark.slow)])
-def test_dynamic_from_the_first_call(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "inner"),
+    [
+        ("tiny", "eager"),
+        pytest.param("tiny", "aot_eager", marks=pytest.mark.slow),
+        pytest.param("llama", "aot_eager", marks=pytest.mark.slow),
+    ],
+)
+def test_dynamic_from_the_first_call(name: str, inner: str) -> None:
     model, function = of(name)
-    fast = compiled(function, "aot_eager", options=ROWS, dynamic=True)  # guards are those of AOTAutograd
+    fast = compiled(function, inner, options=ROWS, dynamic=True)
     for given in epoch(3, 8):
         assert_as_in_eager(fast, function, model, given)
     assert ("0/0", "live rows") in names() and len(names()) == len(set(names())) <= 3
+
+
+def with_given_labels(model: nn.Module, ids: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
+    return F.cross_entropy(model(ids, mask).flatten(0, 1), labels.flatten())
+
+
+def test_inputs_that_nothing_but_the_loss_joins() -> None:
+    """Dynamo knows no more than that there are as many labels as tokens."""
+    model, fast = Tiny(), compiled(with_given_labels, "eager", options=ROWS)
+    for rows, length in ((2, 48), (2, 40), (3, 33), (4, 44)):
+        ids, labels = batch(length, rows)
+        mask = masks(ids)["left" if length == 33 else "right"]
+        mask[-1, : length // 2 - 1] = 0
+        labels = labels.masked_fill(mask == 0, -100)
+        assert_as_in_eager(fast, with_given_labels, model, (ids, labels, mask))
+    assert names()[-1] == ("0/2", "live rows")
 
 
 def test_numbers_of_live_rows_in_batches_of_one_length() -> None:
@@ -218,3 +242,27 @@ def test_a_call_reads_once_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
         fast(model, *given)
         assert reads == ["tolist"]
         reads.clear()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_call_waits_once_for_the_gpu() -> None:
+    model = made("llama").cuda().to(torch.bfloat16)
+    fast = compiled(loss, "inductor", options=ROWS)
+    batches = [
+        tuple(x.cuda() for x in padded(torch.tensor(lengths), False))
+        for lengths in ((20, 9, 40), (30, 30, 30), (40, 40, 39), (18, 7, 36))
+    ]
+    for given in (*batches, *batches):
+        step(fast, model, *given)
+    for given in batches:
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            with warnings.catch_warnings(record=True) as found:
+                warnings.simplefilter("always")
+                fast(model, *given).backward()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        waits = [str(warning.message) for warning in found if "synchroniz" in str(warning.message)]
+        assert len(waits) == 1, waits

@@ -44,20 +44,18 @@ def checking_guards(shape_env: Any, check: Check) -> Iterator[None]:
 # Symbols
 
 
-def unify_equal_sizes(shape_env: Any) -> None:
-    """Makes two symbols one where a guard implies that they are equal: a*c == b*c is a == b for sizes.
+def unify_sizes(examples: Iterable[Any]) -> None:
+    """Makes batch and length of integer matrices one symbol each, where they are equal in the first call.
 
-    Adds a guard that other guards imply, so that no call needs another compilation.
+    Dynamo may trace token ids, mask and labels with symbols of their own, and needs no more than equal products. This
+    adds the guards that Dynamo's duck shapes imply: a call in which the sizes differ is compiled anew.
     """
-    for guard in list(shape_env.guards):
-        if not isinstance(guard.expr, sympy.Eq):
-            continue
-        left: Any = guard.expr.lhs
-        pair = (left / guard.expr.rhs).as_numer_denom()
-        are_sizes = all(symbol.is_positive for symbol in guard.expr.free_symbols)
-        if are_sizes and all(part.is_symbol for part in pair):
-            first, second = (shape_env.create_symintnode(part, hint=None) for part in pair)
-            bool(first == second)
+    first: dict[tuple[int, int], torch.SymInt] = {}
+    for example in examples:
+        if isinstance(example, torch.Tensor) and example.dim() == 2 and not example.is_floating_point():
+            for dim, size in enumerate(example.shape):
+                if isinstance(size, torch.SymInt):
+                    bool(first.setdefault((dim, size.node.hint), size) == size)
 
 
 _SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
@@ -108,7 +106,9 @@ class Places:
 
 def number_of(size: int | sympy.Expr | torch.SymInt, numbers: Mapping[sympy.Symbol, int]) -> int:
     """Returns what a size is if its symbols are these numbers."""
-    expr: Any = size.node.expr if isinstance(size, torch.SymInt) else size
+    expr: Any = size
+    if isinstance(size, torch.SymInt):
+        expr = size.node.expr
     return int(expr.xreplace(numbers)) if isinstance(expr, sympy.Expr) else expr
 
 
