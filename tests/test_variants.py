@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 import liger_compile
-from liger_compile.compile import when_called
+from liger_compile.compile import MOST_COMPILED, when_called
 from liger_compile.forward_passes import specialize
 from tests.helpers.attending import (
     BATCH,
@@ -159,6 +159,31 @@ def test_what_is_compiled_later_has_no_symbols():
     assert [later(*inputs()), later(*inputs())] == [3, 3]
     assert sizes == [(BATCH, LENGTH, 16)] * 3
     assert all(isinstance(size, int) for shape in sizes for size in shape)
+
+
+def is_large(size):
+    return bool(size > 16)
+
+
+@pytest.mark.parametrize("question", [is_large, int], ids=["a bound", "one size"])
+def test_what_is_compiled_later_has_guards(question):
+    from torch._subclasses import FakeTensorMode
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+    asked = []
+
+    def compile(args):
+        asked.append(question(args[0].shape[0]))
+        return lambda x: x + 1
+
+    example = FakeTensorMode(shape_env=ShapeEnv()).from_tensor(torch.empty(8, 5))
+    later = when_called(compile, (example,), otherwise=lambda x: x + 2)
+    sizes = (9, 12, 20, 24, 9, 17, 30, 3, 4, 6, 7)
+    found = [later(torch.zeros(size, 5))[0, 0].item() for size in sizes]
+    if question is int:  # a graph for each size would be compiled anew in each call
+        assert len(asked) == MOST_COMPILED and found == [1] * 9 + [2, 2]
+    else:
+        assert asked == [False, True] and found == [1] * 11
 
 
 def test_sizes_that_were_marked_but_turned_out_static():

@@ -109,7 +109,7 @@ def number_of(size: int | sympy.Expr | torch.SymInt, numbers: Mapping[sympy.Symb
     expr: Any = size
     if isinstance(size, torch.SymInt):
         expr = size.node.expr
-    return int(expr.xreplace(numbers)) if isinstance(expr, sympy.Expr) else expr
+    return expr if isinstance(expr, int) else int(expr.xreplace(numbers))
 
 
 def new_size(shape_env: Any, number: int, name: str) -> int | torch.SymInt:
