@@ -108,7 +108,7 @@ ALLOWED = {
     ),
     "forward_passes.buckets": ("graphs", "terms"),
     "forward_passes.logits": ("graphs", "lazy_logits", "runtime", "terms"),
-    "forward_passes.split_for_ddp": ("compile", "failures", "forward_passes", "options"),
+    "forward_passes.split_for_ddp": ("compile", "failures", "forward_passes", "graphs.aliasing", "options"),
     "validation": ("graphs", "pattern", "steps", "terms"),
     "registry": ("pattern", "patterns", "steps.callbacks", "validation"),
     "patterns": (
