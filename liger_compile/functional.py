@@ -83,8 +83,16 @@ def pre_norm(
     Inductor fuses its forward with the adjacent operators. Its backward adds the incoming gradients and the gradient of
     the residual stream, and recomputes the result. Elsewhere it is plain PyTorch, and `rms_norm` is faster. Arguments
     and result are those of `rms_norm`; eps must be a number.
+
+    x may be a DTensor of which each rank has whole rows, with a replicated weight: sequence parallel. The result is
+    divided as x is, and the gradient of weight is a sum over the ranks, as DTensor computes it.
     """
     validation.check_norm("pre_norm", x, weight, offset, casting)
+    if dtensor.is_dtensor(x):
+        validation.check_whole_rows("pre_norm", x, weight)
+        shared = None if weight is None else dtensor.shared_by_rows(weight, x)
+        y = pre_norm(dtensor.local_part(x), shared, eps, offset=offset, casting=casting)
+        return dtensor.divided_like(y, x)
     rstd = torch.ops.liger_compile.pre_norm_statistics.default(x, eps)
     return torch.ops.liger_compile.pre_norm.default(x, rstd, weight, offset, casting)
 

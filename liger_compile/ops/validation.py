@@ -31,6 +31,19 @@ def check_norm(name: str, x: Tensor, weight: Tensor | None, offset: float, casti
         )
 
 
+def check_whole_rows(name: str, x: Tensor, weight: Tensor | None) -> None:
+    """Reject DTensors, except whole rows of x on each rank, with a replicated weight."""
+    operands = () if weight is None else (weight,)
+    if not dtensor.have_whole_rows(x, operands, ()):
+        placed = ", ".join(
+            f"{label} {_placed(t)}" for label, t in (("x", x), ("weight", weight)) if t is not None
+        )
+        raise ValueError(
+            f"{name}: expected x that one mesh divides along other dimensions than the last, and a replicated weight, "
+            f"got {placed}; redistribute them"
+        )
+
+
 def check_rotary(
     name: str,
     q: Tensor,
