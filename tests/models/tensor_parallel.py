@@ -62,6 +62,16 @@ def loss_of(**keywords):
     return lambda model, x, labels: F.cross_entropy(model(x), labels, **keywords)
 
 
+def weighted(**keywords):
+    """Class weights, all of which each rank has."""
+
+    def loss(model, x, labels):
+        weights = torch.linspace(0, 2, CLASSES, dtype=x.dtype, device=x.device)
+        return F.cross_entropy(model(x), labels, weights, **keywords)
+
+    return loss
+
+
 def upcast(model, x, labels):
     return F.cross_entropy(model(x).float(), labels)
 
@@ -157,6 +167,8 @@ CASES = {
     "no labels": Case(labels=lambda labels: torch.full_like(labels, -100)),
     "any size": Case(shifted, form="divided", dynamic=True),
     "sequence": Case(is_sequence_parallel=True),
+    "class weights": Case(weighted(), labels=ignored),
+    "class weights, divided": Case(weighted(reduction="sum"), form="divided"),
     "half": Case(upcast, dtype=torch.bfloat16),
     "function": Case(called, form="divided"),
     "inductor": Case(shifted, options={"liger.inner": "inductor"}),

@@ -20,11 +20,12 @@ FUSED = [
         "any size",
         "sequence",
     ),
+    *("class weights", "class weights, divided"),
     *("cap, many chunks", "half", "inductor", "dropped"),
 ]
 LEFT = {
     "returned": "the graph returns them",
-    "smoothing": "expected no class weights, label smoothing or z-loss for a divided vocabulary",
+    "smoothing": "expected no label smoothing or z-loss for a divided vocabulary",
     "outside": "outside of loss_parallel() each rank computes the gradient of the whole weight",
     "written": "is written in place while it is in use",
 }
