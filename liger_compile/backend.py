@@ -22,6 +22,7 @@ from liger_compile.failures import or_unchanged
 from liger_compile.forward_passes import specialize
 from liger_compile.forward_passes.inline_subgraphs import inlined
 from liger_compile.forward_passes.split_for_ddp import before_ddp_cuts
+from liger_compile.graphs.aliasing import forget_placement
 from liger_compile.input_dispatch import of_all_rows, of_live_rows
 from liger_compile.options import Options, parse
 from liger_compile.pattern import Pattern
@@ -59,6 +60,7 @@ def liger(
     known = patterns_in_use(chosen.patterns)
     patterns = [pattern for pattern in known if not chosen.skips(pattern.name)]
     notes = [*notes, *chosen.notes_on_skip([*(pattern.name for pattern in known), *NAMES])]
+    forget_placement(gm.graph)
     if not compiling.is_right_for_subgraphs(chosen.reported_inner):
         notes.extend(inlined(gm))
     graph, said = or_unchanged(

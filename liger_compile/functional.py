@@ -83,8 +83,16 @@ def pre_norm(
     Inductor fuses its forward with the adjacent operators. Its backward adds the incoming gradients and the gradient of
     the residual stream, and recomputes the result. Elsewhere it is plain PyTorch, and `rms_norm` is faster. Arguments
     and result are those of `rms_norm`; eps must be a number.
+
+    x may be a DTensor of which each rank has whole rows, with a replicated weight: sequence parallel. The result is
+    divided as x is, and the gradient of weight is a sum over the ranks, as DTensor computes it.
     """
     validation.check_norm("pre_norm", x, weight, offset, casting)
+    if dtensor.is_dtensor(x):
+        validation.check_whole_rows("pre_norm", x, weight)
+        shared = None if weight is None else dtensor.shared_by_rows(weight, x)
+        y = pre_norm(dtensor.local_part(x), shared, eps, offset=offset, casting=casting)
+        return dtensor.divided_like(y, x)
     rstd = torch.ops.liger_compile.pre_norm_statistics.default(x, eps)
     return torch.ops.liger_compile.pre_norm.default(x, rstd, weight, offset, casting)
 
@@ -285,9 +293,9 @@ def linear_cross_entropy(
     With reduction "mean" or "sum", forward computes the gradients of the inputs that require one.
 
     A vocabulary that is divided over ranks: weight, and bias if any, are DTensors with the placement Shard(0) on a
-    one-dimensional mesh, x is a replicated DTensor, and target is equal on all ranks. Reductions "mean" and "sum"; no
-    class weights, label smoothing or z-loss. All ranks have to call the function, with as many rows. Each rank has at
-    most a chunk of its own columns of the logits. The gradient of x is reduced once.
+    one-dimensional mesh, x is a replicated DTensor, and target and class_weight are equal on all ranks. Reductions
+    "mean" and "sum"; no label smoothing or z-loss. All ranks have to call the function, with as many rows. Each rank
+    has at most a chunk of its own columns of the logits. The gradient of x is reduced once.
 
     Args:
         x: (..., H).
@@ -320,11 +328,11 @@ def linear_cross_entropy(
     validation.check_loss(name, reduction, label_smoothing, softcap)
     validation.check_class_weight(name, class_weight, weight.shape[0])
     validation.check_memory(name, memory)
-    if any(map(dtensor.is_dtensor, (x, weight, target, bias))):
-        has_others = class_weight is not None or label_smoothing != 0 or z_loss != 0
-        validation.check_sharded_loss(name, x, weight, target, bias, reduction, has_others)
+    if any(map(dtensor.is_dtensor, (x, weight, target, bias, class_weight))):
+        has_others = label_smoothing != 0 or z_loss != 0
+        validation.check_sharded_loss(name, x, weight, target, bias, class_weight, reduction, has_others)
         return _sharded_loss(
-            x, weight, target, bias, ignore_index, reduction, logit_scale, softcap, memory or 0
+            x, weight, target, bias, class_weight, ignore_index, reduction, logit_scale, softcap, memory or 0
         )
     in_forward = torch.is_grad_enabled() and reduction != "none"
     loss, *_ = torch.ops.liger_compile.linear_cross_entropy.default(
@@ -353,6 +361,7 @@ def _sharded_loss(
     weight: Tensor,
     target: Tensor,
     bias: Tensor | None,
+    class_weight: Tensor | None,
     ignore_index: int,
     reduction: str,
     logit_scale: float,
@@ -367,6 +376,7 @@ def _sharded_loss(
         dtensor.local_part(weight),
         (dtensor.local_part(target) if dtensor.is_dtensor(target) else target).reshape(-1),
         None if bias is None else dtensor.local_part(bias),
+        dtensor.local_part(class_weight) if dtensor.is_dtensor(class_weight) else class_weight,
         ignore_index,
         reduction,
         logit_scale,

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from liger_compile.pattern import Pattern
+from liger_compile.patterns.placements import whole_rows
 from liger_compile.patterns.profit import kept_bytes
 
 
@@ -21,7 +22,9 @@ PATTERNS = (
         name="layer_norm.torch",
         search=layer_norm,
         replace=None,
+        check=whole_rows,
         saves=lambda match: kept_bytes(match.outputs[0]),
+        takes_dtensors=True,
         examples={
             "x": torch.empty(3, 5, 16),
             "weight": torch.empty(16),

@@ -7,12 +7,14 @@ from torch.fx import Node
 
 from liger_compile.ops.dispatch import has_kernel
 from liger_compile.pattern import Annotate, Match
+from liger_compile.torch_internals.dtensor import local_of
 
 FEW_LOGITS = 128 * 2**20  # bytes
 
 
 def bytes_of(value: torch.Tensor, parts: int = 1) -> int | None:
-    """Return the bytes of one of `parts` equal parts of a value, or None if a size is symbolic."""
+    """Return the bytes of one of `parts` equal parts of a value, for a DTensor of a rank's; None if one is symbolic."""
+    value = local_of(value)
     bytes_ = value.numel() * value.dtype.itemsize // parts
     return bytes_ if isinstance(bytes_, int) else None
 
@@ -35,8 +37,13 @@ _FORMS = frozenset(
         ),
         *("transpose", "permute", "t", "getitem", "chunk", "split"),
         *("to", "float", "bfloat16", "half", "type", "type_as"),
+        *("to_local", "prim_to_local"),
     )
 )
+
+
+# Collectives write into other memory, and keep nothing.
+_COLLECTIVES = frozenset(("redistribute", "prim_redistribute"))
 
 
 def kept_bytes(node: Node) -> int | None:
@@ -72,6 +79,8 @@ def _name(node: Node) -> str:
 
 
 def _keeps(user: Node, value: Node) -> bool:
+    if _name(user) in _COLLECTIVES:
+        return False
     needing = [arg for arg in (user, *user.all_input_nodes) if _requires_grad(arg)]
     if _name(user).strip("_") not in _PRODUCTS:
         return user in needing

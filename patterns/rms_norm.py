@@ -12,7 +12,9 @@ import torch.nn.functional as F
 from liger_compile import functional
 from liger_compile.ops.dispatch import has_kernel
 from liger_compile.pattern import Annotate, Match, Pattern
+from liger_compile.patterns.placements import whole_rows
 from liger_compile.patterns.profit import kept_bytes
+from liger_compile.torch_internals.dtensor import is_dtensor
 
 
 def llama(x, weight, eps: float):
@@ -58,11 +60,11 @@ MODES = {
 
 
 def check(match: Match) -> str | None:
-    """Require a weight with one number per channel."""
+    """Require a weight with one number per channel, and whole rows on each rank."""
     x, weight = match["x"], match["weight"]
     if weight.shape != x.shape[-1:]:
         return f"weight has the shape {tuple(weight.shape)}, expected {tuple(x.shape[-1:])}"
-    return None
+    return whole_rows(match)
 
 
 def profit(match: Match) -> Annotate | None:
@@ -78,7 +80,10 @@ def profit(match: Match) -> Annotate | None:
     tokens, 45.9 ms and 2.65 GiB, 46.2 ms and 2.90 GiB; Qwen3, 8 x 1024, 21.5 ms and 1.80 GiB, 21.7 ms and 1.92 GiB
     (profit_nvidia_h200.csv). A kernel for forward was no faster, and with the preceding add its result would be saved:
     46.2 ms and 2.68 GiB marked, 45.8 ms and 2.93 GiB by kernels, the lower quartiles of both 45.3 ms (2026-11-25).
+    DTensors were not measured.
     """
+    if is_dtensor(match.result):
+        return marked(match)
     floating = [match[name] for name in match.captures if isinstance(match[name], torch.Tensor)]
     if match.result.requires_grad and match.result.device.type == "cuda" and has_kernel(*floating):
         return None
@@ -109,6 +114,7 @@ def _pattern(search) -> Pattern:
         profit=profit,
         saves=saved_bytes,
         is_cheap=True,
+        takes_dtensors=True,
         examples={"x": torch.empty(3, 5, 16), "weight": torch.empty(16), "eps": 1e-6},
     )
 
@@ -119,9 +125,11 @@ PATTERNS = (
         name="rms_norm.no_weight",
         search=no_weight,
         replace=lambda x, eps: functional.pre_norm(x, None, eps),
+        check=whole_rows,
         profit=profit,
         saves=saved_bytes,
         is_cheap=True,
+        takes_dtensors=True,
         examples={"x": torch.empty(3, 5, 16), "eps": 1e-6},
     ),
     *(
@@ -132,6 +140,7 @@ PATTERNS = (
             check=check,
             profit=marked,
             saves=saved_bytes,
+            takes_dtensors=True,
             examples={"x": torch.empty(3, 5, 16), "weight": torch.empty(16), "scale": 4.0, "eps": 1e-12},
         )
         for search in (by_l2, by_l2_upcast)

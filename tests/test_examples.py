@@ -42,8 +42,7 @@ EXAMPLES = {
     "trl_grpo": (TRL, LAYERS_ONLY),
     "peft_lora": (("transformers", "peft"), LLAMA),
     "accelerate_fsdp2": (("transformers", "accelerate"), LLAMA),
-    # The parameters are pieces of one buffer, and count as written: docs/known_gaps.md.
-    "deepspeed_zero": (("transformers", "deepspeed"), (*LAYERS_ONLY, "gated_mlp.swiglu")),
+    "deepspeed_zero": (("transformers", "deepspeed"), LLAMA),
     "lightning_fit": (("transformers", "pytorch_lightning"), LLAMA),
     "torchtitan_loop": ((), ("linear_cross_entropy.plain", "gated_mlp.swiglu", "rms_norm.llama")),
     "nanogpt_loop": ((), ("linear_cross_entropy.plain", "mlp.gelu", "layer_norm.torch")),

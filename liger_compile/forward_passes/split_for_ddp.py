@@ -23,6 +23,7 @@ from liger_compile.forward_passes.buckets import (
     padding_in,
     places_to_cut,
 )
+from liger_compile.graphs.aliasing import forget_placement
 from liger_compile.options import Options, parse
 from liger_compile.torch_internals.ddp import Cut, before_cuts
 
@@ -46,6 +47,7 @@ def split(gm: GraphModule, example_inputs: Sequence[Any], cut: Cut, options: Opt
         return cut(gm, example_inputs)
 
     def prepared() -> _Whole:
+        forget_placement(gm.graph)
         reads_masks, is_symbolic = not options.skips("attention.causal"), specialize.is_symbolic(gm)
         whole = _Whole(gm)
         if reads_masks and options.padding == "auto" and not is_symbolic:

@@ -2,7 +2,8 @@
 
 Storages come from the fake tensors: a tensor and its views share one. effects.py lists the arguments that a call writes
 into. The version counter of a fake tensor is final and counts most writes. A storage with a nonzero version and no
-writer found here therefore counts as written everywhere.
+writer found here therefore counts as written everywhere. `forget_placement` comes first: the versions of inputs also
+count how torch made their fake tensors.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from liger_compile.graphs.effects import calls_bodies, effect_of, written_arguments
+from liger_compile.torch_internals import fake_tensors
 from liger_compile.torch_internals.dispatch import with_inner_tensors
 from liger_compile.torch_internals.pytree import tree_leaves
 from liger_compile.torch_internals.tensors import storage_of, version_of
@@ -33,6 +35,13 @@ def tensors_of(node: Node) -> list[torch.Tensor]:
 def storages_of(node: Node) -> set[int | None]:
     """Returns the storages of the tensors in the value of a node."""
     return {storage_of(tensor) for tensor in tensors_of(node)}
+
+
+def forget_placement(graph: Graph) -> None:
+    """Sets versions of a captured graph's inputs to 0 where nobody wrote: those of pieces of one buffer are 1."""
+    fake_tensors.forget_placement(
+        tensor for node in graph.find_nodes(op="placeholder") for tensor in tensors_of(node)
+    )
 
 
 def graph_of(node: Node) -> GraphModule | None:

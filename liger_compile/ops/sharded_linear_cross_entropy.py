@@ -1,6 +1,7 @@
 """linear_cross_entropy for a weight whose rows, the classes, are divided over the ranks of a process group.
 
-    x (N, H) and target (N), the same on all ranks; weight (V_r, H) and bias (V_r) or None, the rows of this rank
+    x (N, H), target (N) and class_weight (V) or None, the same on all ranks; weight (V_r, H) and bias (V_r) or None,
+    the rows of this rank
     -> loss (), the same on all ranks; dx (N, H), whose sum over the ranks is the gradient of x; dweight (V_r, H) and
        dbias (V_r) of this rank; token_scales (N) and class_scales (V_r), as in linear_cross_entropy
 
@@ -19,11 +20,11 @@ and from what is equal on all ranks. Every rank therefore runs the same collecti
 The caller adds dx over the ranks, once, in the dtype of x. That is the reduction of the replaced code: the gradient of
 a column-parallel linear layer's input.
 
-Supported: the reductions "mean" and "sum", ignored targets, bias, logit_scale, softcap. Not supported: class weights,
-label smoothing, z-loss.
+Supported: the reductions "mean" and "sum", ignored targets, bias, class weights, logit_scale, softcap. A class weight
+multiplies the loss of a token and its gradient, on every rank alike. Not supported: label smoothing, z-loss.
 
-Rows, x, target, dtypes and options must be equal on all ranks: a rank with another number of rows would wait for a
-collective that the others do not run.
+Rows, x, target, class weights, dtypes and options must be equal on all ranks: a rank with another number of rows would
+wait for a collective that the others do not run.
 """
 
 from __future__ import annotations
@@ -55,6 +56,7 @@ def sharded_linear_cross_entropy(
     weight: Tensor,
     target: Tensor,
     bias: Tensor | None,
+    class_weight: Tensor | None,
     ignore_index: int,
     reduction: str,
     logit_scale: float,
@@ -69,7 +71,7 @@ def sharded_linear_cross_entropy(
     """Return (loss, dx, dweight, dbias, token_scales, class_scales)."""
     shard = VocabularyShard.of(group_name, classes)
     shard.check(weight)
-    loss = SoftmaxLoss(None, ignore_index, 0.0, logit_scale, softcap, 0.0)
+    loss = SoftmaxLoss(class_weight, ignore_index, 0.0, logit_scale, softcap, 0.0)
     needs = needs_dx, needs_dweight, needs_dbias
     return reduced_and_gradients(
         Head(weight, bias, loss, shard), x, target, reduction, needs, memory, _on_rows
@@ -90,11 +92,14 @@ def _on_rows(
     assert shard is not None
     has_kernel = head.has_kernel(x)
     labels = shard.labels(target, loss.ignore_index)
-    loss = replace(loss, ignore_index=IGNORED, is_shard=True)
+    of_token = None if loss.class_weight is None else loss.token_weight(target, upstream.dtype)
+    loss = replace(loss, class_weight=None, ignore_index=IGNORED, is_shard=True)
     logits = device_logits(x, weight, bias) if has_kernel else F.linear(x, weight, bias)
     statistics = statistics_by_kernel if has_kernel and shard.own else statistics_of
     row_max, log_sum, z_label = shard.combined(*statistics(loss, logits, labels))
     losses = (log_sum - (z_label - row_max)).masked_fill(labels == IGNORED, 0)
+    if of_token is not None:
+        losses, upstream = losses * of_token, upstream * of_token
     if needs_gradient and shard.own:
         gradient_ = _kernel_gradient_ if has_kernel else _gradient_
         dbias = gradient_(loss, logits, labels, upstream, (row_max, log_sum), dbias_sum)
@@ -172,6 +177,7 @@ def _(
     weight: Tensor,
     target: Tensor,
     bias: Any,
+    class_weight: Any,
     ignore_index: int,
     reduction: str,
     logit_scale: float,

@@ -31,6 +31,19 @@ def check_norm(name: str, x: Tensor, weight: Tensor | None, offset: float, casti
         )
 
 
+def check_whole_rows(name: str, x: Tensor, weight: Tensor | None) -> None:
+    """Reject DTensors, except whole rows of x on each rank, with a replicated weight."""
+    operands = () if weight is None else (weight,)
+    if not dtensor.have_whole_rows(x, operands, ()):
+        placed = ", ".join(
+            f"{label} {_placed(t)}" for label, t in (("x", x), ("weight", weight)) if t is not None
+        )
+        raise ValueError(
+            f"{name}: expected x that one mesh divides along other dimensions than the last, and a replicated weight, "
+            f"got {placed}; redistribute them"
+        )
+
+
 def check_rotary(
     name: str,
     q: Tensor,
@@ -231,20 +244,27 @@ def check_sharded_loss(
     weight: Tensor,
     target: Tensor,
     bias: Tensor | None,
+    class_weight: Tensor | None,
     reduction: str,
     has_others: bool,
 ) -> None:
     """Reject DTensors, except a head that is divided by classes, with its input and labels on all ranks.
 
     Args:
-        has_others: class weights, label smoothing or z-loss are given.
+        has_others: label smoothing or z-loss are given.
     """
-    if reason := _why_not_sharded(x, weight, target, bias, reduction, has_others):
+    if reason := _why_not_sharded(x, weight, target, bias, class_weight, reduction, has_others):
         raise ValueError(f"{name}: {reason}")
 
 
 def _why_not_sharded(
-    x: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, reduction: str, has_others: bool
+    x: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    class_weight: Tensor | None,
+    reduction: str,
+    has_others: bool,
 ) -> str | None:
     if not _is_divided_by_classes(weight):
         return (
@@ -255,14 +275,13 @@ def _why_not_sharded(
         return f"expected a bias with the placement of weight, Shard(0), got {_placed(bias)}; divide both"
     if not (dtensor.is_dtensor(x) and dtensor.is_replicated(x)):
         return f"expected x as a DTensor that each rank has, got {_placed(x)}; redistribute it to Replicate()"
-    if dtensor.is_dtensor(target) and not dtensor.is_replicated(target):
-        return f"expected a target that each rank has, got {_placed(target)}; redistribute it to Replicate()"
+    for label, value in (("a target", target), ("class weights", class_weight)):
+        if dtensor.is_dtensor(value) and not dtensor.is_replicated(value):
+            return f"expected {label} that each rank has, got {_placed(value)}; redistribute to Replicate()"
     if reduction == "none":
         return 'expected reduction "mean" or "sum" for a divided vocabulary, got "none"; reduce the losses'
     if has_others:
-        return (
-            "expected no class weights, label smoothing or z-loss for a divided vocabulary; gather the logits"
-        )
+        return "expected no label smoothing or z-loss for a divided vocabulary; gather the logits"
     return None
 
 

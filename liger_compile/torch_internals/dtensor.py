@@ -7,13 +7,14 @@ hold all arguments but the tensor as args_as_value and kwargs_as_value.
 part                                        torch           can go
 DTensor._op_dispatcher                      2.11 to 2.13    no public name for the state of loss_parallel()
 OpDispatcher._custom_op_handlers            2.11 to 2.13    no public name for the state of loss_parallel()
+DTensor._local_tensor                       2.11 to 2.13    to_local() records a call, and returns a view
 """
 
 from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -50,6 +51,31 @@ def sharded_dim(tensor: Any) -> int | None:
     if type(placement) is not Shard:  # a strided shard has another order
         return None
     return placement.dim % tensor.dim()
+
+
+def have_whole_rows(x: Any, replicated: Iterable[Any], computed: Iterable[Any]) -> bool:
+    """Returns whether each rank computes whole rows of x (..., D), alone, with operands that all ranks have.
+
+    Args:
+        replicated: the other operands.
+        computed: the values that are computed from x; those that are no DTensors are not divided, or not known to be.
+    """
+    from torch.distributed.tensor import Shard
+
+    last = x.dim() - 1
+    by_rows = (p.is_replicate() or (type(p) is Shard and p.dim % x.dim() != last) for p in x.placements)
+    same = (is_dtensor(value) and value.device_mesh == x.device_mesh for value in (*replicated, *computed))
+    return (
+        all(by_rows)
+        and all(same)
+        and all(map(is_replicated, replicated))
+        and all(value.placements == x.placements for value in computed)
+    )
+
+
+def local_of(tensor: Any) -> Tensor:
+    """Returns the local tensor of a DTensor itself, outside of autograd; other tensors as they are."""
+    return tensor._local_tensor if is_dtensor(tensor) else tensor
 
 
 def group_of(tensor: Any) -> tuple[str, int]:
@@ -133,6 +159,33 @@ def replicated(value: Tensor, like: Any) -> Tensor:
     return DTensor.from_local(value, like.device_mesh, [Replicate()], run_check=False)
 
 
-CALLS: frozenset[Any] = frozenset((local_part, local_copy, replicated))  # none writes into an argument
+@_recordable
+def shared_by_rows(weight: Any, x: Any) -> Tensor:
+    """Returns the local tensor of a replicated DTensor that each rank applies to its rows of x.
+
+    Its gradient is a sum over the ranks that divide x.
+    """
+    from torch.distributed.tensor import Partial, Replicate
+
+    return weight.to_local(
+        grad_placements=[Partial() if placement.is_shard() else Replicate() for placement in x.placements]
+    )
+
+
+@_recordable
+def divided_like(value: Tensor, like: Any) -> Tensor:
+    """Returns a contiguous DTensor of the shape and the placements of `like`, of which each rank has its part."""
+    from torch.distributed.tensor import DTensor
+
+    shape = like.shape
+    stride = torch.empty(shape, device="meta").stride()
+    return DTensor.from_local(
+        value.contiguous(), like.device_mesh, like.placements, run_check=False, shape=shape, stride=stride
+    )
+
+
+CALLS: frozenset[Any] = frozenset(
+    (local_part, local_copy, replicated, shared_by_rows, divided_like)
+)  # none writes into an argument
 # In the order of every process, because they are part of the keys of caches.
 CALLED_NAMES = tuple(sorted(f"{function.__module__}.{function.__name__}" for function in CALLS))

@@ -67,7 +67,7 @@ def on_ranks(monkeypatch):
     return run
 
 
-def sharded(on_ranks, ranks, x, weight, bias, target, *numbers, memory=0):
+def sharded(on_ranks, ranks, x, weight, bias, target, *numbers, class_weight=None, memory=0):
     """Loss and gradients of all ranks: the gradients of x added, the others put together."""
     classes = len(weight)
     most = -(-classes // ranks)
@@ -76,7 +76,19 @@ def sharded(on_ranks, ranks, x, weight, bias, target, *numbers, memory=0):
         part = slice(min(rank * most, classes), min((rank + 1) * most, classes))
         leaves = [each.detach().clone().requires_grad_() for each in (x, weight[part], bias[part])]
         loss, *_ = torch.ops.liger_compile.sharded_linear_cross_entropy(
-            leaves[0], leaves[1], target, leaves[2], -100, *numbers, "", classes, True, True, True, memory
+            leaves[0],
+            leaves[1],
+            target,
+            leaves[2],
+            class_weight,
+            -100,
+            *numbers,
+            "",
+            classes,
+            True,
+            True,
+            True,
+            memory,
         )
         loss.backward()
         return loss.detach(), *(leaf.grad for leaf in leaves)
@@ -87,11 +99,12 @@ def sharded(on_ranks, ranks, x, weight, bias, target, *numbers, memory=0):
     return losses[0], total, *map(torch.cat, others)
 
 
-def eager(x, weight, bias, target, reduction, scale, softcap):
+def eager(x, weight, bias, target, reduction, scale, softcap, class_weight=None):
     leaves = [each.detach().clone().requires_grad_() for each in (x, weight, bias)]
     z = F.linear(*leaves).to(torch.float64 if x.dtype == torch.float64 else torch.float32) * scale
     z = z if softcap is None else softcap * torch.tanh(z / softcap)
-    loss = F.cross_entropy(z, target, reduction=reduction)
+    class_weight = None if class_weight is None else class_weight.to(z.dtype)
+    loss = F.cross_entropy(z, target, class_weight, reduction=reduction)
     loss.backward()
     return loss.detach(), *(leaf.grad for leaf in leaves)
 
@@ -102,17 +115,19 @@ def eager(x, weight, bias, target, reduction, scale, softcap):
     classes=[1, 31, 256],  # a rank may have no class
     reduction=["mean", "sum"],
     softcap=[None, 5.0],
+    weighted=[False, True],
 )
-def test_no_worse_than_eager_code(device, on_ranks, dtype, ranks, classes, reduction, softcap):
+def test_no_worse_than_eager_code(device, on_ranks, dtype, ranks, classes, reduction, softcap, weighted):
     torch.manual_seed(0)
     shapes = (TOKENS, HIDDEN), (classes, HIDDEN), (classes,)
     operands = [torch.randn(shape).to(device, dtype) for shape in shapes]
     target = torch.randint(classes, (TOKENS,), device=device)
     target[::4] = -100
     numbers = reduction, 0.7, softcap
-    exact = eager(*(each.double() for each in operands), target, *numbers)
-    ours = sharded(on_ranks, ranks, *operands, target, *numbers)
-    precision.assert_no_worse(ours, eager(*operands, target, *numbers), exact)
+    weights = {"class_weight": (torch.rand(classes) * 3).to(device, dtype)} if weighted else {}
+    exact = eager(*(each.double() for each in operands), target, *numbers, **weights)
+    ours = sharded(on_ranks, ranks, *operands, target, *numbers, **weights)
+    precision.assert_no_worse(ours, eager(*operands, target, *numbers, **weights), exact)
 
 
 def test_all_ranks_have_the_chunks_of_the_largest_shard(device, on_ranks):
@@ -171,7 +186,22 @@ def test_a_weight_of_another_size_is_refused(device, on_ranks):
     x, target = torch.randn(2, 4), torch.tensor([0, 1])
 
     def of_rank(_):
-        arguments = (x, torch.randn(4, 4), target, None, -100, "mean", 1.0, None, "", 6, True, True, False)
+        arguments = (
+            x,
+            torch.randn(4, 4),
+            target,
+            None,
+            None,
+            -100,
+            "mean",
+            1.0,
+            None,
+            "",
+            6,
+            True,
+            True,
+            False,
+        )
         with pytest.raises(ValueError, match="expected 3 rows of weight on rank"):
             torch.ops.liger_compile.sharded_linear_cross_entropy(*arguments)
 

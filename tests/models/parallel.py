@@ -1,9 +1,10 @@
-"""A program for test_parallel.py: trains a Llama on several processes, eager and with backend="liger".
+"""A program for test_parallel.py: trains models on several processes, eager and with backend="liger".
 
     torchrun --nproc-per-node 2 tests/models/parallel.py DEVICE WAY [WAY ...]
 
 Rank 0 writes a line of JSON for each way: the losses of both, how far the first step's gradients are from eager's, the
-patterns that were found, and what reading logits late gives in both.
+patterns that were found, the notes, and what reading logits late gives in both. The models are transformers' Llama, and
+torchtitan's (`Titan`) for its own ways: layers that are compiled one by one, and tensor parallel.
 """
 
 from __future__ import annotations
@@ -14,15 +15,25 @@ import sys
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    PrepareModuleInput,
+    RowwiseParallel,
+    SequenceParallel,
+    parallelize_module,
+)
 from torch.nn.parallel import DistributedDataParallel
+from torchtitan_style import Titan  # beside this program
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import liger_compile
 
 DDP, FSDP, FSDP_BY_LAYER = "ddp", "fsdp", "fsdp by layer"
 FSDP_RESHARDED = "fsdp, root resharded"  # its weights are freed after forward too
+TITAN_FSDP, TITAN_TP, TITAN_SP = "titan, fsdp by layer", "titan, tensor", "titan, tensor and sequence"
 STEPS, BATCH, LENGTH = 3, 2, 32
 CONFIG = LlamaConfig(
     num_hidden_layers=2,
@@ -72,6 +83,67 @@ def trained(way, device, arguments):
     return losses, gradients, read
 
 
+def trained_titan(way, device, arguments):
+    """The same for torchtitan's model, in its order: parallelize, compile, shard. It returns no logits."""
+    torch._dynamo.reset()
+    liger_compile.clear_reports()
+    torch.manual_seed(0)
+    model = Titan(512, 64, 128, layers=2, heads=4, kv_heads=2).to(device)
+    mesh = dist.device_mesh.init_device_mesh(device.type, (dist.get_world_size(),))
+    if way != TITAN_FSDP:
+        parallelize(model, mesh, is_by_sequence=way == TITAN_SP)
+
+    def loss_of(tokens):
+        return F.cross_entropy(model(tokens).flatten(0, 1).float(), tokens.flatten())
+
+    function = loss_of
+    if way == TITAN_FSDP:
+        for layer in model.layers.values():
+            if arguments:
+                layer.compile(fullgraph=True, **arguments)
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+    elif arguments:
+        function = torch.compile(loss_of, **arguments)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    random = torch.Generator().manual_seed(dist.get_rank() if way == TITAN_FSDP else 0)
+    losses, gradients = [], []
+    for _ in range(STEPS):
+        loss = function(torch.randint(512, (BATCH, LENGTH), generator=random).to(device))
+        loss.backward()
+        losses.append(loss.item())
+        gradients = gradients or [whole(parameter.grad) for parameter in model.parameters()]
+        optimizer.step()
+        optimizer.zero_grad()
+    return losses, gradients, []
+
+
+def parallelize(model, mesh, *, is_by_sequence):
+    """Applies torchtitan's plan: heads and MLPs divided, and perhaps norms and the residual stream by tokens."""
+    between = {"output_layouts": Shard(1)} if is_by_sequence else {}
+    colwise, rowwise = ColwiseParallel, RowwiseParallel
+    layers = {f"attention.{name}": colwise() for name in ("wq", "wk", "wv")}
+    layers |= {f"feed_forward.{name}": colwise() for name in ("w1", "w3")}
+    layers |= {name: rowwise(**between) for name in ("attention.wo", "feed_forward.w2")}
+    whole_model = {"output": colwise(output_layouts=Replicate())}
+    if is_by_sequence:
+        gathered = {"input_layouts": (Shard(1),), "desired_input_layouts": (Replicate(),)}
+        of_three = {name: (*placements, None, None) for name, placements in gathered.items()}
+        layers |= {"attention_norm": SequenceParallel(), "ffn_norm": SequenceParallel()}
+        layers |= {
+            "attention": PrepareModuleInput(**of_three),
+            "feed_forward": PrepareModuleInput(**gathered),
+        }
+        whole_model |= {
+            "tok_embeddings": rowwise(input_layouts=Replicate(), **between),
+            "norm": SequenceParallel(),
+            "output": colwise(input_layouts=Shard(1), output_layouts=Replicate()),
+        }
+    parallelize_module(model, mesh, whole_model)
+    for layer in model.layers.values():
+        parallelize_module(layer, mesh, layers)
+
+
 def size_of(tensor):
     return tensor.detach().abs().mean().item()
 
@@ -85,8 +157,9 @@ def compared(way, device):
     # "auto" leaves so few logits to Inductor on a GPU.
     policy = "always" if device.type == "cuda" else "auto"
     options = {"liger.inner": inner, "liger.strict": True, "liger.policy": policy}
-    eager_losses, eager_gradients, eager_logits = trained(way, device, None)
-    losses, gradients, logits = trained(way, device, {"backend": "liger", "options": options})
+    train = trained_titan if way.startswith("titan") else trained
+    eager_losses, eager_gradients, eager_logits = train(way, device, None)
+    losses, gradients, logits = train(way, device, {"backend": "liger", "options": options})
     pairs = zip(gradients, eager_gradients, strict=True)
     sites = [site for report in liger_compile.reports() for site in report.sites if site.kind != "leave"]
     return {
@@ -95,6 +168,7 @@ def compared(way, device):
         "eager_losses": eager_losses,
         "difference": max(((ours - eager).norm() / eager.norm()).item() for ours, eager in pairs),
         "found": sorted(site.pattern for site in sites),
+        "notes": [note for report in liger_compile.reports() for note in report.notes],
         "logits": logits,
         "eager_logits": eager_logits,
     }

@@ -1,4 +1,4 @@
-"""A program for test_tensor_parallel.py: a head that several processes divide by classes, and its loss.
+"""A program for test_tensor_parallel.py: a head that processes divide by classes, its loss, and norms of DTensors.
 
     torchrun --nproc-per-node 2 tests/models/tensor_parallel.py DEVICE CASE [CASE ...]
 
@@ -22,7 +22,12 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
-from torch.distributed.tensor.parallel import ColwiseParallel, loss_parallel, parallelize_module
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    SequenceParallel,
+    loss_parallel,
+    parallelize_module,
+)
 
 import liger_compile
 from liger_compile import functional as L
@@ -30,20 +35,41 @@ from liger_compile import functional as L
 WIDTH, CLASSES, TOKENS = 16, 31, 10
 
 
-class Model(nn.Module):
-    """A layer, and a head."""
+def rms_norm(x, weight):
+    """As transformers spells it."""
+    wide = x.float() if x.dtype.itemsize < 4 else x
+    return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
 
-    def __init__(self, classes, bias=False):
+
+class WrittenOut(nn.RMSNorm):
+    def forward(self, x):
+        return rms_norm(x, self.weight)
+
+
+class Model(nn.Module):
+    """A layer, perhaps a norm, and a head."""
+
+    def __init__(self, classes, bias=False, norm=nn.Identity):
         super().__init__()
-        self.layer = nn.Linear(WIDTH, WIDTH)
+        self.layer, self.norm = nn.Linear(WIDTH, WIDTH), norm(WIDTH)
         self.head = nn.Linear(WIDTH, classes, bias=bias)
 
     def forward(self, x):
-        return self.head(torch.tanh(self.layer(x)))
+        return self.head(self.norm(torch.tanh(self.layer(x))))
 
 
 def loss_of(**keywords):
     return lambda model, x, labels: F.cross_entropy(model(x), labels, **keywords)
+
+
+def weighted(**keywords):
+    """Class weights, all of which each rank has."""
+
+    def loss(model, x, labels):
+        weights = torch.linspace(0, 2, CLASSES, dtype=x.dtype, device=x.device)
+        return F.cross_entropy(model(x), labels, weights, **keywords)
+
+    return loss
 
 
 def upcast(model, x, labels):
@@ -86,19 +112,36 @@ def called(model, x, labels):
     return L.linear_cross_entropy(hidden, weight, labels)
 
 
+def normed(*placements):
+    """The norm alone, on all or on parts of the channels of each row; its weight is a DTensor then."""
+
+    def loss(model, x, labels):
+        hidden, weight = torch.tanh(model.layer(x)), model.norm.weight
+        if isinstance(weight, DTensor):
+            hidden = DTensor.from_local(hidden, weight.device_mesh, [Replicate()], run_check=False)
+            hidden = hidden.redistribute(placements=placements)
+        result = rms_norm(hidden, weight)
+        result = result.full_tensor() if isinstance(result, DTensor) else result
+        return model.head(result).square().mean()
+
+    return loss
+
+
 @dataclass(frozen=True)
 class Case:
     """A function of a model, its input and labels, that computes a loss.
 
     Args:
         form: the logits are "gathered", or remain divided in the context of loss_parallel ("divided"), or remain
-            divided outside of it ("outside").
+            divided outside of it ("outside"); or the head is not divided ("whole").
+        norm: the norm before the head.
         labels: changes random labels.
         is_sequence_parallel: the input of the head is divided along its tokens.
     """
 
     loss: Callable[..., Any] = field(default_factory=loss_of)
     form: str = "gathered"
+    norm: Callable[[int], nn.Module] = nn.Identity
     classes: int = CLASSES
     tokens: int = TOKENS
     bias: bool = False
@@ -124,6 +167,8 @@ CASES = {
     "no labels": Case(labels=lambda labels: torch.full_like(labels, -100)),
     "any size": Case(shifted, form="divided", dynamic=True),
     "sequence": Case(is_sequence_parallel=True),
+    "class weights": Case(weighted(), labels=ignored),
+    "class weights, divided": Case(weighted(reduction="sum"), form="divided"),
     "half": Case(upcast, dtype=torch.bfloat16),
     "function": Case(called, form="divided"),
     "inductor": Case(shifted, options={"liger.inner": "inductor"}),
@@ -133,6 +178,23 @@ CASES = {
     "smoothing": Case(loss_of(label_smoothing=0.1)),
     "outside": Case(form="outside"),
     "written": Case(written, form="divided"),
+    # norms of DTensors
+    "norm": Case(norm=WrittenOut, dtype=torch.float32, is_sequence_parallel=True, labels=ignored),
+    "norm, any size": Case(
+        norm=nn.RMSNorm,
+        form="divided",
+        tokens=12,
+        dtype=torch.float32,
+        is_sequence_parallel=True,
+        dynamic=True,
+    ),
+    "norm, half": Case(upcast, norm=WrittenOut, dtype=torch.bfloat16, is_sequence_parallel=True),
+    "norm, default": Case(
+        norm=nn.RMSNorm, dtype=torch.float32, is_sequence_parallel=True, options={"liger.policy": "auto"}
+    ),
+    "layer norm": Case(norm=nn.LayerNorm, is_sequence_parallel=True),
+    "norm of whole rows": Case(normed(Replicate()), norm=nn.RMSNorm, form="whole", dtype=torch.float32),
+    "norm of parts of rows": Case(normed(Shard(1)), norm=nn.RMSNorm, form="whole", dtype=torch.float32),
     # on three processes
     "uneven": Case(form="divided", classes=5),
     "a rank without classes": Case(shifted, classes=4),
@@ -152,7 +214,10 @@ def divided(model, case, mesh):
         size, rank = mesh.size(), mesh.get_local_rank()
         model.layer.register_forward_hook(lambda _, __, output: output.chunk(size, 0)[rank])
         layouts["input_layouts"] = Shard(0)
-    return parallelize_module(model, mesh, {"head": ColwiseParallel(**layouts)})
+    plan = {} if case.form == "whole" else {"head": ColwiseParallel(**layouts)}
+    if case.norm is not nn.Identity:
+        plan["norm"] = SequenceParallel(sequence_dim=0)
+    return parallelize_module(model, mesh, plan)
 
 
 def computed(case, device, mesh, arguments):
@@ -160,7 +225,7 @@ def computed(case, device, mesh, arguments):
     torch._dynamo.reset()
     liger_compile.clear_reports()
     torch.manual_seed(0)
-    model = Model(case.classes, case.bias).to(case.dtype)
+    model = Model(case.classes, case.bias, case.norm).to(case.dtype)
     x, labels = torch.randn(case.tokens, WIDTH).to(case.dtype), torch.randint(case.classes, (case.tokens,))
     labels = case.labels(labels).to(device)
     model, x = (model.double(), x.double()) if mesh is None else (model, x)

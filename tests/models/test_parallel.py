@@ -1,16 +1,21 @@
-"""Training on two processes: with DDP, and with FSDP2 compiled whole and layer by layer."""
+"""Training on two processes: DDP, FSDP2 compiled whole and layer by layer, tensor and sequence parallel."""
 
 import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
 
 PROGRAM = Path(__file__).parent / "parallel.py"
+PAGE = Path(__file__).parents[2] / "docs" / "parallelism.md"
 LAYER = ["gated_mlp.swiglu", "rms_norm.llama", "rms_norm.llama", "rotary.half_pair"]
+TITAN = ["gated_mlp.swiglu", "rms_norm.llama", "rms_norm.llama", "rotary.complex_pair"]
+# The ranks divide the weights of gate and up, so that the pattern without them matches.
+TITAN_DIVIDED = ["gated_mlp.swiglu_product", *TITAN[1:]]
 FOUND = {
     # Nothing breaks the graph.
     "ddp": [
@@ -26,7 +31,14 @@ FOUND = {
     "fsdp": [*LAYER, "attention.causal", "linear_cross_entropy.plain", "rms_norm.llama"],
     "fsdp, root resharded": [*LAYER, "attention.causal", "linear_cross_entropy.plain", "rms_norm.llama"],
     "fsdp by layer": LAYER,
+    "titan, fsdp by layer": TITAN,
+    "titan, tensor": [*TITAN_DIVIDED, *TITAN_DIVIDED, "linear_cross_entropy.plain", "rms_norm.llama"],
+    "titan, tensor and sequence": [
+        *(*TITAN_DIVIDED, *TITAN_DIVIDED, "linear_cross_entropy.plain", "rms_norm.llama")
+    ],
 }
+BY_LAYER = [way for way in FOUND if way.endswith("by layer")]
+COLUMNS = ("attention", "rotary", "rms_norm", "gated_mlp", "linear_cross_entropy")
 DEVICES = [
     "cpu",
     pytest.param(
@@ -81,7 +93,22 @@ def test_what_is_in_one_graph_is_found(rows, way):
     assert rows[way]["found"] == sorted(FOUND[way])
 
 
-@pytest.mark.parametrize("way", FOUND)
+def test_the_table_of_the_docs_has_these_counts():
+    table = {}
+    for line in PAGE.read_text(encoding="utf-8").splitlines():
+        way, *cells = (cell.strip() for cell in line.strip("|").split("|"))
+        if len(cells) == len(COLUMNS) and cells[0].isdigit():
+            table[way] = [int(cell) for cell in cells]
+    counts = {way: Counter(pattern.split(".")[0] for pattern in found) for way, found in FOUND.items()}
+    assert table == {way: [count[column] for column in COLUMNS] for way, count in counts.items()}
+
+
+@pytest.mark.parametrize("way", BY_LAYER)
+def test_a_note_says_that_head_and_loss_are_in_eager_code(rows, way):
+    assert any("one layer of a model" in note for note in rows[way]["notes"])
+
+
+@pytest.mark.parametrize("way", [way for way in FOUND if not way.startswith("titan")])
 def test_logits_that_are_read_late_are_those_of_eager_code(rows, way):
     """When their weights have been stepped, freed, or gathered again for the next step."""
     row = rows[way]

@@ -1,4 +1,4 @@
-"""The loss of a head that several processes divide by classes: gathered logits, and loss_parallel()."""
+"""Tensor parallel: the loss of a head that several processes divide by classes, and norms of divided rows."""
 
 import json
 import os
@@ -20,13 +20,24 @@ FUSED = [
         "any size",
         "sequence",
     ),
+    *("class weights", "class weights, divided"),
     *("cap, many chunks", "half", "inductor", "dropped"),
 ]
 LEFT = {
     "returned": "the graph returns them",
-    "smoothing": "expected no class weights, label smoothing or z-loss for a divided vocabulary",
+    "smoothing": "expected no label smoothing or z-loss for a divided vocabulary",
     "outside": "outside of loss_parallel() each rank computes the gradient of the whole weight",
     "written": "is written in place while it is in use",
+}
+# The pattern and kind of the norm in the report, under the policy "always" unless the case says otherwise.
+NORMS = {
+    "norm": ["rms_norm.llama", "replace"],
+    "norm, any size": ["rms_norm.llama", "replace"],
+    "norm, half": ["rms_norm.llama", "replace"],
+    "norm, default": ["rms_norm.llama", "annotate"],
+    "layer norm": ["layer_norm.torch", "annotate"],
+    "norm of whole rows": ["rms_norm.llama", "replace"],
+    "norm of parts of rows": ["rms_norm.llama", "leave"],
 }
 DEVICES = [
     "cpu",
@@ -75,10 +86,10 @@ def fused(row):
 
 @pytest.fixture(scope="module", params=DEVICES)
 def rows(request):
-    return run(2, request.param, [*FUSED, *LEFT, "function"])
+    return run(2, request.param, [*FUSED, *LEFT, *NORMS, "function"])
 
 
-@pytest.mark.parametrize("case", [*FUSED, *(case for case in LEFT if case != "written"), "function"])
+@pytest.mark.parametrize("case", [*FUSED, *NORMS, *(case for case in LEFT if case != "written"), "function"])
 def test_numbers_are_those_of_one_process(rows, case):
     assert_like_one_process(rows[case])
 
@@ -86,6 +97,14 @@ def test_numbers_are_those_of_one_process(rows, case):
 @pytest.mark.parametrize("case", FUSED)
 def test_head_and_loss_are_fused(rows, case):
     assert len(fused(rows[case])) == 1
+
+
+@pytest.mark.parametrize("case", NORMS)
+def test_norms_of_dtensors_are_found_where_each_rank_has_whole_rows(rows, case):
+    sites = [site for site in rows[case]["sites"] if "norm" in site[0]]
+    assert sites[0][:2] == NORMS[case]
+    if "parts" in case:
+        assert "not whole rows on each rank" in sites[0][2]
 
 
 @pytest.mark.parametrize("case", LEFT)
