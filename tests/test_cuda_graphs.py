@@ -35,7 +35,7 @@ def twins():
     torch.manual_seed(0)
     model = Head().cuda()
     twin = copy.deepcopy(model)
-    optimizers = [torch.optim.AdamW(one.parameters(), lr=0.1, fused=True) for one in (model, twin)]
+    optimizers = [torch.optim.SGD(one.parameters(), lr=0.5, fused=True) for one in (model, twin)]
 
     def inputs(step):
         random = torch.Generator().manual_seed(step)
