@@ -274,6 +274,12 @@ def test_symbolic_sizes_add_no_guard():
     assert a is b
 
 
+@pytest.mark.parametrize("part", [slice(0, 1), slice(1, None)], ids=str)
+def test_views_of_no_elements_have_slices(part):
+    (term,) = terms_of(lambda x: (x.reshape(2, 0, 8)[part],), torch.empty(2, 0, 2, 4))
+    assert isinstance(term, Term) and term.shape == (1, 0, 8)
+
+
 def test_an_unknown_operator_is_an_opaque_leaf():
     def f(x):
         return torch.cumsum(x, -1), torch.fft.fft(x), x.sort(-1)[0], x.roll(1, -1)

@@ -338,7 +338,10 @@ def _ungrouped(space: Space, grouped: Term, dim: int) -> Term | None:
     if grouped.op != "view" or len(grouped.shape) < 2:
         return None
     channels, width = _product(grouped.shape[dim:]), grouped.args[0].shape[-1:]
-    if not (width and isinstance(channels, int) and isinstance(width[0], int)) or width[0] % channels:
+    if (
+        not (width and isinstance(channels, int) and channels and isinstance(width[0], int))
+        or width[0] % channels
+    ):
         return None
     return view(space, grouped, *grouped.shape[:dim], channels)
 
