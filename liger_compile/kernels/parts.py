@@ -9,8 +9,8 @@
 The matrices that are split have any strides. The parts of an infinite number or of NaN are not finite either.
 """
 
-# A type checker does not recognize Triton's launch argument num_warps.
-# pyright: reportCallIssue=false
+# A type checker does not recognize Triton's launches, nor that static_range is iterable.
+# pyright: reportCallIssue=false, reportGeneralTypeIssues=false
 
 from __future__ import annotations
 
