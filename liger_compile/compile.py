@@ -67,7 +67,7 @@ class BackwardPlan:
         fuel: the largest number of changes that the passes may make; None means no limit.
         strict: reraise the exception of a pass.
         everywhere: run on a CPU too, where no pass pays.
-        made: called once for each graph, with the changes that the passes made to it and whether it is one of forward.
+        made: called once for each graph of backward, with the changes that the passes made to it.
         planned: called when the passes are handed to Inductor.
         chose: called with the name of each choice that had an effect, and the number that its text has.
     """
@@ -77,7 +77,7 @@ class BackwardPlan:
     fuel: int | None = None
     strict: bool = False
     everywhere: bool = False
-    made: Callable[[Sequence[tuple[Pass, Applied]], bool], None] = lambda *_: None
+    made: Callable[[Sequence[tuple[Pass, Applied]]], None] = lambda _: None
     planned: Callable[[], None] = lambda: None
     chose: Callable[..., None] = lambda *_: None
 
@@ -201,10 +201,12 @@ def with_backward_passes(theirs: Any, backward: BackwardPlan) -> Any:
     """
 
     def run(graph: Graph) -> None:
-        in_forward = not is_backward(graph)
-        passes = [one_pass for one_pass in backward.passes if one_pass.in_forward or not in_forward]
-        given = Backward(graph, () if in_forward else inductor.donated_inputs() or ())
-        backward.made(run_passes(given, passes, fuel=backward.fuel, strict=backward.strict), in_forward)
+        if is_backward(graph):
+            given = Backward(graph, inductor.donated_inputs() or ())
+            backward.made(run_passes(given, backward.passes, fuel=backward.fuel, strict=backward.strict))
+        else:
+            passes = [one_pass for one_pass in backward.passes if one_pass.in_forward]
+            run_passes(Backward(graph), passes, fuel=backward.fuel, strict=backward.strict)
         inline_late_ops(graph, inductor.decompositions(), backward.strict)
 
     def key() -> Any:

@@ -63,8 +63,6 @@ class Pattern:
             results.
         takes_dtensors: captures and results may be DTensors; `check` has to refuse the placements that the replacement
             does not take.
-        marks_upcasts: where a match is replaced, backward computes the upcasts that matmuls of the graph read again, in
-            place of keeping them in the wider dtype.
         has_near_misses: whether the report names places that resemble the computation and differ from it. None: if
             there is a replacement.
     """
@@ -83,7 +81,6 @@ class Pattern:
     finds: Callable[[Pattern, Any, Any], tuple[list[Match], list[NearMiss]]] | None = None
     detaches: bool = False
     takes_dtensors: bool = False
-    marks_upcasts: bool = False
 
     @property
     def parameters(self) -> Mapping[str, inspect.Parameter]:

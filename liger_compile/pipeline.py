@@ -440,12 +440,16 @@ def _marked(
     """Marks the values to recompute and the values to save. Yields notes for the report."""
     if runs_once and options.recompute == "auto":  # a checkpoint already fixes what is recomputed
         mark_for_recompute(decisions)
-        wanted = any(one.kind == "replace" and one.match.pattern.marks_upcasts for one in decisions)
-        if (options.policy == "always" or wanted) and (count := mark_upcasts(graph)):
+        # Measured beside adapters. Elsewhere the trade is not known.
+        if (options.policy == "always" or _replaces_adapters(decisions)) and (count := mark_upcasts(graph)):
             yield _note_on_upcasts(count)
     if is_top and options.policy != "never" and (marked := keep_what_written_inputs_give(graph, mutations)):
         values = "1 value is" if marked == 1 else f"{marked} values are"
         yield f"{values} saved for backward, because the graph writes into their inputs later"
+
+
+def _replaces_adapters(decisions: Sequence[Decision]) -> bool:
+    return any(one.kind == "replace" and one.match.pattern.name.startswith("lora.") for one in decisions)
 
 
 def _settings(options: Options, found: _Found) -> dict[str, Any]:
@@ -547,7 +551,7 @@ def _backward_plan(
     if "never" in (options.policy, options.backward_passes):
         return None
 
-    def made(changes: Iterable[tuple[Pass, Applied]], in_forward: bool) -> None:
+    def made(changes: Iterable[tuple[Pass, Applied]]) -> None:
         sites = [
             site_of_pass(one_pass.name, applied.node, applied.change, applied.memory, applied.traffic).at(
                 paths
@@ -555,7 +559,7 @@ def _backward_plan(
             for one_pass, applied in changes
             for paths in places
         ]
-        report.backward.add(report.name, sites, in_forward=in_forward)
+        report.backward.add(report.name, sites)
 
     return BackwardPlan(
         passes=tuple(one_pass for one_pass in DEFAULT_PASSES if not options.skips(one_pass.name)),

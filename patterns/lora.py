@@ -110,15 +110,8 @@ _TWO = {**_EXAMPLES, "scaling": 0.7, **_SECOND}
 
 def _pattern(name: str, search: Callable, examples: Mapping[str, Any], **options: Any) -> Pattern:
     # Any sum with two linear layers resembles these, so there are no near misses.
-    # Beside an adapter, marking upcasts was measured.
-    fields = {
-        "replace": replace,
-        "check": check,
-        "profit": profit,
-        "has_near_misses": False,
-        "marks_upcasts": True,
-    }
-    return Pattern(f"lora.{name}", search, examples=examples, **fields | options)
+    fields = {"replace": replace, "check": check, "profit": profit, "has_near_misses": False, **options}
+    return Pattern(f"lora.{name}", search, examples=examples, **fields)
 
 
 PATTERNS = (

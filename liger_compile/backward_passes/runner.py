@@ -60,7 +60,7 @@ class Pass:
     Args:
         name: the name in reports, `liger.skip` and the cache key.
         run: changes the graph; yields after each change. At each yield the graph computes the same as before.
-        in_forward: the pass changes graphs of forward too.
+        in_forward: the pass changes graphs of forward too. Their changes are not in the report, which has the ops.
     """
 
     name: str

@@ -6,10 +6,6 @@
 Dtypes: all alike, or float32 adapters beside bfloat16 or float16 (PEFT's default). The sum is accumulated in float32
 (float64 for float64) and rounded once. Saved for backward: x and the weights; no float32 copy of x, and no product.
 
-Compiling. What splits is one op, `paired_parts` or `split_matmul`; AOTAutograd would trace its body into dozens of
-operators for each adapter. The matmul of a pair is an operator of the graph, so that Inductor can add the gradient of x
-to another one in place of two passes over it (addmm).
-
 Products of bfloat16 and float32. A float32 number is the sum of three bfloat16 numbers, so that such a product is a sum
 of products of bfloat16 numbers, which GPUs accumulate in float32. The small operand, a weight or a result of
 `adapter_down`, is split; the large one is read as it is, and not as a float32 copy of twice its size. The product is as
@@ -25,46 +21,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .dispatch import has_kernel
 from .precision import accumulation_dtype
 from .registration import mutating_op, opaque_op, padded, traceable_op
 
-_ours = torch.ops.liger_compile
 _HALF = (torch.bfloat16, torch.float16)
 _BITS_OF_BFLOAT16 = -0x10000  # of float32: sign, exponent, and the first seven bits of the fraction
-
-
-# The pairs of parts of two factors, the products of which are added. The other pairs are smaller than the rounding of a
-# float32 product.
-_OF_FIRST, _OF_SECOND = (0, 0, 1, 0, 1, 2), (0, 1, 0, 2, 1, 0)
 
 
 def parts_of(x: Tensor) -> list[Tensor]:
     """Return three bfloat16 tensors whose sum is the float32 tensor x."""
     found = []
     for _ in range(2):
-        # Cut off by bits, and not by a cast, which would round the largest numbers to infinity.
+        # Cut off by bits, and not by a cast: Inductor would remove a cast to bfloat16 and back, and leave no rest.
         part = (x.view(torch.int32) & _BITS_OF_BFLOAT16).view(torch.float32)
         found.append(part.bfloat16())
         x = x - part
     return [*found, x.bfloat16()]
 
 
-@opaque_op
 def paired_parts(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Return (M, 6K) and (6K, N) in bfloat16, whose product is that of float32 matrices a (M, K) and b (K, N)."""
-    if has_kernel(a, b):
-        from ..kernels import parts as kernels
+    """Return (M, 6K) and (6K, N) in bfloat16, whose product is that of float32 matrices a (M, K) and b (K, N).
 
-        return kernels.paired(a, _OF_FIRST, b, _OF_SECOND)
-    of_a, of_b = parts_of(a), parts_of(b)
-    return torch.cat([of_a[at] for at in _OF_FIRST], 1), torch.cat([of_b[at] for at in _OF_SECOND], 0)
-
-
-@paired_parts.register_fake
-def _(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    (m, k), n = a.shape, b.shape[1]
-    return a.new_empty((m, 6 * k), dtype=torch.bfloat16), b.new_empty((6 * k, n), dtype=torch.bfloat16)
+    The pairs that are left out are smaller than the rounding of a float32 product.
+    """
+    (a1, a2, a3), (b1, b2, b3) = parts_of(a), parts_of(b)
+    return torch.cat((a1, a1, a2, a1, a2, a3), 1), torch.cat((b1, b2, b1, b3, b2, b1), 0)
 
 
 @opaque_op
@@ -82,59 +63,27 @@ def _matmul_of_halves(a: Tensor, b: Tensor) -> Tensor:
     """Return a @ b, accumulated and returned in float32."""
     if a.is_cuda and torch.version.hip is None:
         return torch.mm(a, b, out_dtype=torch.float32)
-    return _ours.half_matmul.default(a, b)
+    return torch.ops.liger_compile.half_matmul.default(a, b)
 
 
-def _three_parts(x: Tensor, dim: int) -> Tensor:
-    """Return the parts of the float32 matrix x, one beside the other along a dimension."""
-    if x.stride(0) < x.stride(1):  # the memory is that of x.t(): read and written in its order
-        return _three_parts(x.t(), 1 - dim).t()
-    if has_kernel(x):
-        from ..kernels import parts as kernels
-
-        return kernels.beside(x, (0, 1, 2), dim)
-    return torch.cat(parts_of(x), dim)
-
-
-def _total(parts: Tensor, dim: int, scale: float) -> Tensor:
-    """Return scale * parts.sum(dim)."""
-    if has_kernel(parts):
-        from ..kernels import parts as kernels
-
-        return kernels.total(parts, dim, scale)
-    return parts.sum(dim).mul_(scale)
-
-
-@opaque_op
-def split_matmul(a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """Return scale * (a @ b) in float32, for matrices (M, K) and (K, N), one in bfloat16 and one in float32."""
-    m, n = a.shape[0], b.shape[1]
-    if b.dtype == torch.float32:
-        return _total(_matmul_of_halves(a, _three_parts(b, 1)).view(m, 3, n), 1, scale)
-    return _total(_matmul_of_halves(_three_parts(a, 0), b).view(3, m, n), 0, scale)
-
-
-@split_matmul.register_fake
-def _(a: Tensor, b: Tensor, scale: float) -> Tensor:
-    return a.new_empty((a.shape[0], b.shape[1]), dtype=torch.float32)
-
-
-def wide_matmul(a: Tensor, b: Tensor, scale: float = 1.0) -> Tensor:
-    """Return scale * (a @ b) in the accumulation dtype, for matrices a (M, K) and b (K, N)."""
-    if {a.dtype, b.dtype} == {torch.bfloat16, torch.float32}:
-        return _ours.split_matmul.default(a, b, scale)
+def wide_matmul(a: Tensor, b: Tensor) -> Tensor:
+    """Return a @ b in the accumulation dtype, for matrices a (M, K) and b (K, N) of equal or different dtypes."""
+    if a.dtype == torch.bfloat16 and b.dtype == torch.float32:
+        parts = _matmul_of_halves(a, torch.cat(parts_of(b), 1))
+        return parts.view(a.shape[0], 3, b.shape[1]).sum(1)
+    if a.dtype == torch.float32 and b.dtype == torch.bfloat16:
+        parts = _matmul_of_halves(torch.cat(parts_of(a), 0), b)
+        return parts.view(3, a.shape[0], b.shape[1]).sum(0)
     if a.dtype == b.dtype and a.dtype in _HALF:
-        product = _matmul_of_halves(a, b)
-    else:
-        wide = accumulation_dtype(torch.promote_types(a.dtype, b.dtype))
-        product = a.to(wide) @ b.to(wide)
-    return product if scale == 1.0 else scale * product
+        return _matmul_of_halves(a, b)
+    wide = accumulation_dtype(torch.promote_types(a.dtype, b.dtype))
+    return a.to(wide) @ b.to(wide)
 
 
 def _rounded_matmul(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     """Return a @ b, rounded once to dtype."""
     if dtype == torch.bfloat16 and a.dtype == b.dtype == torch.float32:
-        a, b = _ours.paired_parts.default(a, b)
+        a, b = paired_parts(a, b)
     return a @ b if a.dtype == b.dtype == dtype else wide_matmul(a, b).to(dtype)
 
 
@@ -167,8 +116,8 @@ def adapter_up(base: Tensor, x: Tensor, weight: Tensor, scale: float) -> Tensor:
     """Return base + scale * (x @ weight.T), rounded once to the dtype of base."""
     a, b = _rows(x), weight.t()
     if base.dtype == torch.bfloat16 and a.dtype == b.dtype == torch.float32:
-        a, b = _ours.paired_parts.default(a, b)
-    return _ours.add_product.default(_rows(base), a, b, scale).view(base.shape)
+        a, b = paired_parts(a, b)
+    return torch.ops.liger_compile.add_product.default(_rows(base), a, b, scale).view(base.shape)
 
 
 @traceable_op
@@ -178,9 +127,9 @@ def adapter_up_backward(
     """Return the gradients of x and weight; each is empty if it is not needed. The gradient of base is dy."""
     rows, dx, dweight = _rows(dy), dy.new_empty(0), dy.new_empty(0)
     if needs_dx:
-        dx = wide_matmul(rows, weight, scale).to(x.dtype).view(x.shape)
+        dx = (scale * wide_matmul(rows, weight)).to(x.dtype).view(x.shape)
     if needs_dweight:
-        dweight = wide_matmul(rows.t(), _rows(x), scale).to(weight.dtype)
+        dweight = (scale * wide_matmul(rows.t(), _rows(x))).to(weight.dtype)
     return dx, dweight
 
 

@@ -102,7 +102,7 @@ class BackwardReport:
     """The changes to the graph of backward. It is filled when backward is compiled, possibly after forward has run.
 
     Args:
-        sites: the changes that passes made, in order, with those of passes that change forward too.
+        sites: the changes that passes made, in order.
         choices: other choices for backward, by name.
         has_passes: whether passes run when backward is compiled. By default they do not where a CPU runs it.
         is_compiled: whether passes have run. They do not run where Inductor's cache has the compiled code.
@@ -123,20 +123,14 @@ class BackwardReport:
             _log.debug("liger_compile  backward of graph %s: %s: %s", graph, name, text)
         self.choices[name] = text
 
-    def add(self, graph: str, sites: Iterable[Site], *, in_forward: bool = False) -> None:
-        """Records and logs the changes that passes made to the graph of backward, or of forward, of the named graph."""
-        sites = (
-            [dataclasses.replace(site, reason=f"{site.reason}, in forward") for site in sites]
-            if in_forward
-            else [*sites]
-        )
-        if in_forward and not sites:
-            return
-        self.is_compiled = self.is_compiled or not in_forward
+    def add(self, graph: str, sites: Iterable[Site]) -> None:
+        """Records and logs the changes that passes made to the graph of backward of the named graph."""
+        sites = list(sites)
+        self.is_compiled = True
         self.sites += sites
         counts = Counter(site.pattern for site in sites)
         text = ", ".join(f"{count} {name}" for name, count in counts.items()) or "no change"
-        _log.info("liger_compile  %s of graph %s: %s", "forward" if in_forward else "backward", graph, text)
+        _log.info("liger_compile  backward of graph %s: %s", graph, text)
         log_artifact("liger_compile_backward_report", {"graph": graph, **dataclasses.asdict(self)})
 
 

@@ -145,9 +145,7 @@ def test_a_pass_that_fails_is_left_out_with_a_warning(broken):
         torch.manual_seed(0)
         torch._dynamo.reset()
         model, ids = Layer(), torch.randint(VOCABULARY, (1, TOKENS))
-        plan = BackwardPlan(
-            passes, everywhere=True, strict=strict, made=lambda changes, _: made.extend(changes)
-        )
+        plan = BackwardPlan(passes, everywhere=True, strict=strict, made=made.extend)
         torch.compile(model, backend=partial(compile_graph, backward=plan))(ids, ids).backward()
         return [parameter.grad for parameter in model.parameters()]
 
