@@ -43,6 +43,9 @@ CONFIG = LlamaConfig(
     num_key_value_heads=2,
     vocab_size=512,
 )
+ONE_LAYER = LlamaConfig(
+    **{**CONFIG.to_dict(), "num_hidden_layers": 1}
+)  # where the graphs are those of another way
 
 
 def trained(way, device, arguments):
@@ -54,7 +57,7 @@ def trained(way, device, arguments):
     torch._dynamo.reset()
     liger_compile.clear_reports()
     torch.manual_seed(0)
-    model = LlamaForCausalLM(CONFIG).to(device)
+    model = LlamaForCausalLM(ONE_LAYER if way == FSDP_RESHARDED else CONFIG).to(device)
     function = DistributedDataParallel(model) if way == DDP else model
     if way != DDP:
         mesh = dist.device_mesh.init_device_mesh(device.type, (dist.get_world_size(),))

@@ -1,14 +1,12 @@
 """Training on two processes: DDP, FSDP2 compiled whole and layer by layer, tensor and sequence parallel."""
 
-import json
-import os
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
+
+from tests.helpers.processes import rows_of
 
 PROGRAM = Path(__file__).parent / "parallel.py"
 PAGE = Path(__file__).parents[2] / "docs" / "parallelism.md"
@@ -37,6 +35,8 @@ FOUND = {
         *(*TITAN_DIVIDED, *TITAN_DIVIDED, "linear_cross_entropy.plain", "rms_norm.llama")
     ],
 }
+SLOW = ("titan, tensor",)  # sequence parallel divides the same weights, and norms
+USUAL = [way for way in FOUND if way not in SLOW]
 BY_LAYER = [way for way in FOUND if way.endswith("by layer")]
 COLUMNS = ("attention", "rotary", "rms_norm", "gated_mlp", "linear_cross_entropy")
 DEVICES = [
@@ -52,45 +52,35 @@ DEVICES = [
 
 
 @pytest.fixture(scope="module", params=DEVICES)
-def rows(request, tmp_path_factory):
+def rows(request):
     """What parallel.py found, by way."""
-    store = f"file://{tmp_path_factory.mktemp('parallel') / 'store'}"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "STORE": store}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(PROGRAM), request.param, *FOUND],
-            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.DEVNULL if rank else subprocess.PIPE,
-            stderr=subprocess.DEVNULL if rank else subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        printed, errors = processes[0].communicate(timeout=500)
-        assert [process.wait(timeout=60) for process in processes] == [0, 0], errors[-3000:]
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    found = [json.loads(line) for line in printed.splitlines() if line.startswith("{")]
-    return {row["way"]: row for row in found}
+    return {row["way"]: row for row in rows_of(PROGRAM, 2, request.param, *USUAL)}
 
 
 ROUNDING = 1e-5  # relative, as for whole models in float32: sums in another order
 
 
-@pytest.mark.parametrize("way", FOUND)
+@pytest.mark.parametrize("way", USUAL)
 def test_numbers_are_those_of_eager_code(rows, way):
-    row = rows[way]
+    assert_like_eager(rows[way])
+
+
+def assert_like_eager(row):
     assert row["losses"] == pytest.approx(row["eager_losses"], rel=ROUNDING)
     assert len(set(row["eager_losses"])) == 3  # it learns
     assert row["difference"] < ROUNDING
 
 
-@pytest.mark.parametrize("way", FOUND)
+@pytest.mark.parametrize("way", USUAL)
 def test_what_is_in_one_graph_is_found(rows, way):
     assert rows[way]["found"] == sorted(FOUND[way])
+
+
+@pytest.mark.slow
+def test_ways_that_are_parts_of_others():
+    for row in rows_of(PROGRAM, 2, "cpu", *SLOW):
+        assert_like_eager(row)
+        assert row["found"] == sorted(FOUND[row["way"]])
 
 
 def test_the_table_of_the_docs_has_these_counts():

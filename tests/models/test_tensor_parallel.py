@@ -1,27 +1,16 @@
 """Tensor parallel: the loss of a head that several processes divide by classes, and norms of divided rows."""
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.helpers.processes import rows_of
+
 PROGRAM = Path(__file__).parent / "tensor_parallel.py"
 FUSED = [
-    *(
-        "gathered",
-        "divided",
-        "sum, ignored class",
-        "bias, labels of one rank",
-        "no labels",
-        "any size",
-        "sequence",
-    ),
-    *("class weights", "class weights, divided"),
-    *("cap, many chunks", "half", "inductor", "dropped"),
+    *("gathered", "divided", "sum, ignored class, labels of one rank", "no labels", "any size", "sequence"),
+    *("class weights", "class weights, divided", "cap, bias, many chunks", "half", "inductor", "dropped"),
 ]
 LEFT = {
     "returned": "the graph returns them",
@@ -33,7 +22,6 @@ LEFT = {
 NORMS = {
     "norm": ["rms_norm.llama", "replace"],
     "norm, any size": ["rms_norm.llama", "replace"],
-    "norm, half": ["rms_norm.llama", "replace"],
     "norm, default": ["rms_norm.llama", "annotate"],
     "layer norm": ["layer_norm.torch", "annotate"],
     "norm of whole rows": ["rms_norm.llama", "replace"],
@@ -54,24 +42,7 @@ EXACT = 1e-14  # relative: sums in another order, in float64
 
 def run(processes, device, names):
     """What tensor_parallel.py found, by case."""
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        str(processes),
-    ]
-    done = subprocess.run(
-        [*command, str(PROGRAM), device, *names],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=500,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    return {row["case"]: row for row in found}
+    return {row["case"]: row for row in rows_of(PROGRAM, processes, device, *names)}
 
 
 def assert_like_one_process(row):
@@ -130,7 +101,8 @@ def test_three_processes():
 
 @pytest.mark.slow
 def test_other_dtypes_with_inductor_underneath():
-    rows = run(2, "cpu", ["half, divided", "inductor, divided", "no reduction"])
+    rows = run(2, "cpu", ["half, divided", "inductor, divided", "no reduction", "norm, half"])
     for row in rows.values():
         assert_like_one_process(row)
     assert len(fused(rows["half, divided"])) == len(fused(rows["inductor, divided"])) == 1
+    assert rows["norm, half"]["sites"][0][:2] == ["rms_norm.llama", "replace"]
