@@ -99,7 +99,7 @@ def test_dynamic() -> None:
 
 
 def test_automatic_dynamic() -> None:
-    model, fast = LLAMA.build(), compiled(loss)
+    model, fast = LLAMA.build(), compiled(loss, GRAPH)  # test_dynamic has AOTAutograd
     for length, compiles in zip(LENGTHS, (1, 2, 0), strict=True):
         liger_compile.clear_reports()
         ids, labels = batch(LLAMA, length)
