@@ -148,10 +148,11 @@ def llama(monkeypatch):
 @pytest.mark.parametrize(
     ("how", "inner"),
     [
-        ("nested_compile_region", "aot_eager"),
         ("nested_compile_region", "inductor"),
         ("use_graph_deduplication", "aot_eager"),
-        pytest.param("use_graph_deduplication", "inductor", marks=pytest.mark.slow),  # both halves are above
+        # Both halves are above.
+        pytest.param("nested_compile_region", "aot_eager", marks=pytest.mark.slow),
+        pytest.param("use_graph_deduplication", "inductor", marks=pytest.mark.slow),
     ],
 )
 def test_llama(llama, how, inner):

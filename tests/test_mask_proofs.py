@@ -40,8 +40,8 @@ def check_documents(expression):
 CHECKS = {
     "masks": (programs.MASKS, check_mask, 60),
     "attention": (programs.ATTENTION, check_attention, 200),
-    "documents": (programs.DOCUMENTS, check_documents, 50),
-    "padding": (programs.PADDED, check_documents, 50),
+    "documents": (programs.DOCUMENTS, check_documents, 30),
+    "padding": (programs.PADDED, check_documents, 30),
 }
 
 

@@ -262,13 +262,15 @@ BY_NAME = {family.name: family for family in FAMILIES}
 
 
 def of_one_layer(family: Family) -> Family:
-    """A model of transformers with one layer, for what does not differ from layer to layer: half the time.
+    """The model with one layer, for what does not differ from layer to layer: half the time.
 
     Of the sites of a pattern, both layers have equally many, and one more may be at the end.
     """
 
+    layers = "num_hidden_layers" if family.loss is hf_loss else "layers"
+
     def make(**overrides: Any) -> nn.Module:
-        return family.make(**{"num_hidden_layers": 1, **overrides})
+        return family.make(**{layers: 1, **overrides})
 
     counts = {name: (count + 1) // 2 for name, count in family.counts.items()}
     return dataclasses.replace(family, make=make, counts=counts)

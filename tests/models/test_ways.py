@@ -97,7 +97,7 @@ def with_autocast_inside(family: Family, model: nn.Module, backend: Any) -> Loss
 class Way:
     """How a model is compiled, and run once for each of `lengths`.
 
-    With `is_short`, a model of transformers has one layer. `outside` are the sites that are not compiled, or not marked
+    With `is_short`, the model has one layer. `outside` are the sites that are not compiled, or not marked
     because a checkpoint recomputes them. `eager` is around a step in eager mode, and `around` around ours too.
     """
 
@@ -113,7 +113,7 @@ class Way:
 
 WAYS = {
     "dynamic": Way(partial(whole, dynamic=True), LENGTHS, is_short=True, inner="aot_eager"),
-    "automatic_dynamic": Way(whole, LENGTHS, inner="aot_eager"),
+    "automatic_dynamic": Way(whole, LENGTHS, is_short=True, inner="aot_eager"),
     "layer_by_layer": Way(layer_by_layer, outside={"norms": 1, "loss": 1}),
     "broken_between_layers": Way(broken_between_layers),
     "broken_within_layers": Way(broken_within_layers),
@@ -141,7 +141,7 @@ CASES = [
 @pytest.mark.parametrize(("name", "way_name"), CASES)
 def test_sites_numbers_and_graphs(name: str, way_name: str) -> None:
     family, way, sites = BY_NAME[name], WAYS[way_name], SITES[name]
-    if way.is_short and name != "packed":
+    if way.is_short:
         family, sites = of_one_layer(family), [(count + 1) // 2 for count in sites]
     runs = Runs(way.inner)
     found, steps, compilations = trained(family, way, runs)
