@@ -106,7 +106,7 @@ def test_demo_of_tiny_size(capsys: pytest.CaptureFixture[str]):
     mebibytes = [int(figure) for figure in re.findall(r"(\d+) MiB", rows["activations and gradients"])]
     assert len(seconds) == len(mebibytes) == 3 and min(seconds) > 0
     assert "Replaced\n  linear_cross_entropy" in printed
-    assert len(rows["largest difference"].split()) == 3
+    assert len(rows["largest difference from eager"].split()) == 3
     assert "The losses agree" in printed and "FAILED" not in printed
 
 

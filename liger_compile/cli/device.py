@@ -15,7 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 def device_name() -> str:
     """Returns the name of the GPU; without one, the CPU with its number of threads."""
     is_gpu = torch.cuda.is_available()
-    return torch.cuda.get_device_name() if is_gpu else f"a CPU with {torch.get_num_threads()} threads"
+    return torch.cuda.get_device_name() if is_gpu else f"a CPU (number of threads: {torch.get_num_threads()})"
 
 
 def peak_bytes(run: Callable[[], object]) -> int:
