@@ -175,10 +175,10 @@ def test_nothing_compiled():
 def test_the_command_writes_a_page(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", ["", *sys.path])
-    (tmp_path / "mine.py").write_text(
+    (tmp_path / "explained.py").write_text(
         "import torch\ndef factory(): return torch.tanh, (torch.ones(2),), {}\n"
     )
-    assert main(["explain", "mine:factory", "--html", "page.html"]) == 0
+    assert main(["explain", "explained:factory", "--html", "page.html"]) == 0
     assert "whole graph" in text_of((tmp_path / "page.html").read_text())
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import liger_compile
 from liger_compile.forward_passes import late_rows
 from liger_compile.runtime.lazy import LazyTensor
-from tests.test_live_rows import AOT, ROWS, batch, compiled, made, masks
+from tests.test_live_rows import ROWS, batch, compiled, made, masks
 
 pytest.importorskip("transformers")
 BOUNDS = {"rtol": 2e-4, "atol": 2e-5}
@@ -144,7 +144,7 @@ def read_from(function: Callable[..., Any], read: Read, kind: str) -> list[Tenso
     ids=["default call", "hidden states"],
 )
 def test_reads_give_the_values_of_eager(function, reads, many_reads) -> None:
-    fast = compiled(function, AOT, options=ROWS)
+    fast = compiled(function, "aot_eager", options=ROWS)
     for at, (name, read) in enumerate(reads.items()):
         kind = ("right", "left")[at % 2]
         expected = read_from(function, read, kind)
