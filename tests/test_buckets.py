@@ -5,6 +5,8 @@ import operator
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._dynamo.backends.distributed import SubmodCompiler
+from torch._guards import TracingContext
 from torch.nn.parallel import DistributedDataParallel
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -125,6 +127,24 @@ def pooled(x, padding):
 def test_padding_is_what_masks_are_causal_but_for(function, times):
     gm, _, _ = captured(function)
     assert len(padding_in(gm.graph)) == times
+
+
+def test_parts_compile_where_the_guard_of_an_earlier_part_is_collected_late(process_group, monkeypatch):
+    """What the guard's `__del__` does, done while each part is compiled."""
+    compile_submod = SubmodCompiler.compile_submod
+
+    def collected_late(self, *args):
+        TracingContext.get().fakify_first_call = False
+        return compile_submod(self, *args)
+
+    monkeypatch.setattr(SubmodCompiler, "compile_submod", collected_late)
+    torch.manual_seed(0)
+    model, x = Model(), torch.randn(BATCH, LENGTH, 512)
+    expected = gradients(model, model, x)
+    ddp = DistributedDataParallel(model, bucket_cap_mb=1)
+    compiled = torch.compile(ddp, backend="liger", options={**OPTIONS, "liger.inner": "inductor"})
+    torch.testing.assert_close(gradients(compiled, model, x), expected)
+    assert [report.variant for report in liger_compile.reports()] == [""] * 3
 
 
 class Layer(torch.nn.Module):

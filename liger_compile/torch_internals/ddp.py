@@ -2,6 +2,7 @@
 
 part                                    torch           can go
 torch._dynamo.backends.distributed      2.11 to 2.13    no public name
+torch._guards.TracingContext            2.11 to 2.13    the optimizer holds its guard in a `with`
 
 The optimizer has no hook. So its method `compile_fn` is replaced, and while it splits, the function
 `bucket_has_external_output`, which it calls with each full bucket.
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch._guards import TracingContext
 from torch.fx import GraphModule, Node
 
 from liger_compile.torch_internals.dynamo import unwrapped
@@ -58,9 +60,15 @@ class Cut:
             marked: called with each part before it is compiled; returns the part to compile. None changes no part.
         """
         optimizer = copy.copy(self.optimizer)
-        if marked is not None:
-            compile_part = optimizer.backend_compile_fn
-            optimizer.backend_compile_fn = lambda part, inputs: compile_part(marked(part), inputs)
+        compile_part = optimizer.backend_compile_fn
+
+        def compiled(part: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+            part_is_whole = part is gm
+            part = part if marked is None else marked(part)
+            with contextlib.nullcontext() if part_is_whole else _first_call_returns_fakes():
+                return compile_part(part, inputs)
+
+        optimizer.backend_compile_fn = compiled
         with _cutting_where(may_begin):
             return self.method(optimizer, gm, example_inputs, **self.arguments)
 
@@ -83,6 +91,38 @@ def before_cuts(
         return split(gm, example_inputs, Cut(self, method, kwargs))
 
     DDPOptimizer.compile_fn = compile_fn
+
+
+class _FirstCallReturnsFakes(TracingContext):
+    """A trace whose flag cannot be reset."""
+
+    @property
+    def fakify_first_call(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return True
+
+    @fakify_first_call.setter
+    def fakify_first_call(self, value: bool) -> None:
+        pass
+
+
+@contextlib.contextmanager
+def _first_call_returns_fakes() -> Iterator[None]:
+    """Compiles one part so that its first call returns fake tensors, as DDP's optimizer expects.
+
+    The optimizer sets a flag of the trace for each part, with an object whose `__del__` resets the flag. Where a
+    reference cycle holds the object of an earlier part, Python may collect it while a later part is compiled. Without
+    the flag, the first call of that part would run real kernels on fake tensors.
+    """
+    trace = TracingContext.try_get()
+    if trace is None:
+        yield
+        return
+    theirs = type(trace)
+    trace.__class__ = _FirstCallReturnsFakes
+    try:
+        yield
+    finally:
+        trace.__class__ = theirs
 
 
 @contextlib.contextmanager
