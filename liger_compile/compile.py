@@ -16,6 +16,7 @@ import functools
 import hashlib
 import importlib
 import logging
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -231,7 +232,8 @@ def when_called(
     Args:
         examples: the inputs in the trace. Where their sizes are symbolic, the compiled graph takes other sizes too, as
             far as its guards hold; `compile` runs again if they do not.
-        otherwise: called if the guards of `MOST_COMPILED` graphs do not hold. Needed if sizes are symbolic.
+        otherwise: called, after a warning, if the guards of `MOST_COMPILED` graphs do not hold. Needed if sizes are
+            symbolic.
     """
     places, waiting = Places(examples), [resumed_later(compile, examples)]
     compiled: list[tuple[Callable[..., Any], NewSymbols]] = []
@@ -252,6 +254,12 @@ def when_called(
                         waiting.clear()
         if function is None:
             assert otherwise is not None, "symbolic sizes need another callable"
+            warnings.warn(
+                f"liger_compile: {MOST_COMPILED} graphs were compiled for other sizes, and none takes "
+                f"{tuple(places.numbers(args))}; such calls run a slower graph, which takes all sizes. "
+                "Pad batches to fewer sizes",
+                stacklevel=2,
+            )
             function = otherwise
         return function(*args)
 

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -179,7 +180,13 @@ def test_what_is_compiled_later_has_guards(question):
     example = FakeTensorMode(shape_env=ShapeEnv()).from_tensor(torch.empty(8, 5))
     later = when_called(compile, (example,), otherwise=lambda x: x + 2)
     sizes = (9, 12, 20, 24, 9, 17, 30, 3, 4, 6, 7)
-    found = [later(torch.zeros(size, 5))[0, 0].item() for size in sizes]
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        found = [later(torch.zeros(size, 5))[0, 0].item() for size in sizes]
+    said = [
+        str(each.message) for each in warned if "graphs were compiled for other sizes" in str(each.message)
+    ]
+    assert len(said) == found.count(2)
     if question is int:  # a graph for each size would be compiled anew in each call
         assert len(asked) == MOST_COMPILED and found == [1] * 9 + [2, 2]
     else:

@@ -253,36 +253,32 @@ def check_sharded_loss(
     Args:
         has_others: label smoothing or z-loss are given.
     """
-    if reason := _why_not_sharded(x, weight, target, bias, class_weight, reduction, has_others):
-        raise ValueError(f"{name}: {reason}")
-
-
-def _why_not_sharded(
-    x: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    bias: Tensor | None,
-    class_weight: Tensor | None,
-    reduction: str,
-    has_others: bool,
-) -> str | None:
     if not _is_divided_by_classes(weight):
-        return (
-            "expected a weight that a one-dimensional mesh divides by classes, Shard(0), got "
+        raise ValueError(
+            f"{name}: expected a weight that a one-dimensional mesh divides by classes, Shard(0), got "
             f"{_placed(weight)}; parallelize the head by ColwiseParallel"
         )
     if bias is not None and not _is_divided_by_classes(bias):
-        return f"expected a bias with the placement of weight, Shard(0), got {_placed(bias)}; divide both"
+        raise ValueError(
+            f"{name}: expected a bias with the placement of weight, Shard(0), got {_placed(bias)}; divide both"
+        )
     if not (dtensor.is_dtensor(x) and dtensor.is_replicated(x)):
-        return f"expected x as a DTensor that each rank has, got {_placed(x)}; redistribute it to Replicate()"
+        raise ValueError(
+            f"{name}: expected x as a DTensor that each rank has, got {_placed(x)}; redistribute it to Replicate()"
+        )
     for label, value in (("a target", target), ("class weights", class_weight)):
         if dtensor.is_dtensor(value) and not dtensor.is_replicated(value):
-            return f"expected {label} that each rank has, got {_placed(value)}; redistribute to Replicate()"
+            raise ValueError(
+                f"{name}: expected {label} that each rank has, got {_placed(value)}; redistribute to Replicate()"
+            )
     if reduction == "none":
-        return 'expected reduction "mean" or "sum" for a divided vocabulary, got "none"; reduce the losses'
+        raise ValueError(
+            f'{name}: expected reduction "mean" or "sum" for a divided vocabulary, got "none"; reduce the losses'
+        )
     if has_others:
-        return "expected no label smoothing or z-loss for a divided vocabulary; gather the logits"
-    return None
+        raise ValueError(
+            f"{name}: expected no label smoothing or z-loss for a divided vocabulary; gather the logits"
+        )
 
 
 def _is_divided_by_classes(tensor: Tensor) -> bool:
