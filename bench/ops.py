@@ -116,26 +116,31 @@ def measure(op: Op, shape: tuple[int, ...], chosen: argparse.Namespace) -> Itera
     for name, fact in facts.items():
         if "error" in fact:
             yield {"variant": name, "pass": "", **fact}
-            continue
-        samples = dict(found[name])
-        if "both" not in samples:
-            samples["both"] = [sum(pair) for pair in zip(*samples.values(), strict=True)]
-        for pass_name, milliseconds in samples.items():
-            median, low, high = spread(milliseconds)
-            yield {
-                "variant": name,
-                "pass": pass_name,
-                "median_ms": round(median, 4),
-                "low_ms": round(low, 4),
-                "high_ms": round(high, 4),
-                "floor_ms": round(floors[pass_name], 4),
-                "of_floor": round(median / floors[pass_name], 3),
-                "extra_mib": fact.get(f"{pass_name}_extra_mib", ""),
-                "difference": fact["difference"] if pass_name == "both" else "",
-                "timed_by": timed_by[name],
-                "rounds": len(milliseconds),
-                "error": "",
-            }
+        else:
+            for row in _rows_of_passes(found[name], floors, fact):
+                yield {"variant": name, **row, "timed_by": timed_by[name]}
+
+
+def _rows_of_passes(
+    found: Mapping[str, list[float]], floors: Mapping[str, float], fact: Row
+) -> Iterator[Row]:
+    samples = dict(found)
+    if "both" not in samples:
+        samples["both"] = [sum(pair) for pair in zip(*samples.values(), strict=True)]
+    for pass_name, milliseconds in samples.items():
+        median, low, high = spread(milliseconds)
+        yield {
+            "pass": pass_name,
+            "median_ms": round(median, 4),
+            "low_ms": round(low, 4),
+            "high_ms": round(high, 4),
+            "floor_ms": round(floors[pass_name], 4),
+            "of_floor": round(median / floors[pass_name], 3),
+            "extra_mib": fact.get(f"{pass_name}_extra_mib", ""),
+            "difference": fact["difference"] if pass_name == "both" else "",
+            "rounds": len(milliseconds),
+            "error": "",
+        }
 
 
 def buffers_of(op: Op, shape: tuple[int, ...], is_on_cpu: bool) -> list[tuple[Any, ...]]:

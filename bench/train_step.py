@@ -118,7 +118,7 @@ def _free_port() -> int:
         return free.getsockname()[1]
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "python -m bench.train_step", description=(__doc__ or "").partition("\n")[0]
     )
@@ -156,6 +156,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the CSV")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = _parser()
     chosen = parser.parse_args(arguments)
     if chosen.scale and chosen.parallel != NONE:
         parser.error("expected --scale or --parallel, got both: a size that fits is found in one process")
