@@ -192,6 +192,20 @@ def test_slices_of_logits(function: Callable[..., Tensor]) -> None:
     assert ("0/1", "live rows") in names()
 
 
+def reshaped(model: nn.Module, ids: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
+    logits = model(ids, mask)[:, :-1].reshape(-1, VOCAB)
+    return F.cross_entropy(logits, labels[:, 1:].reshape(-1))
+
+
+def test_slices_of_which_torch_writes_the_number_of_rows_in_two_ways() -> None:
+    model, fast = Tiny(), compiled(reshaped, "eager", options=ROWS)
+    for length, rows in ((48, 4), (40, 3), (33, 5)):  # B*(T - 1) rows of logits, and B*T - B labels
+        ids, labels = batch(length, rows)
+        mask = masks(ids)["right"]
+        assert_as_in_eager(fast, reshaped, model, (ids, labels.masked_fill(mask == 0, -100), mask))
+    assert ("0/1", "live rows") in names()
+
+
 @pytest.mark.parametrize(
     ("name", "inner"), [("gpt2", "eager"), pytest.param("llama", "inductor", marks=pytest.mark.slow)]
 )

@@ -11,10 +11,11 @@ a row of its result depends on rows that are not padded, and on its own.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import sympy
 from torch import Tensor
 from torch.fx import Node
 
@@ -47,12 +48,17 @@ class Layout:
     def sizes(self, size: tuple[Size, Size]) -> tuple[Size, ...]:
         """Returns the sizes of `dims` in a batch of (B, T)."""
         batch, length = size[0], size[1] - sum(self.cut)
-        return (batch, length) if len(self.dims) == 2 else (batch * length,)
+        return expanded((batch, length) if len(self.dims) == 2 else (batch * length,))
 
     @property
     def is_packable(self) -> bool:
         """Whether the rows come first, so that they can be gathered."""
         return self.keys is None and self.dims in (BY_BATCH, FLAT)
+
+
+def expanded(sizes: Iterable[Size]) -> tuple[Size, ...]:
+    """Returns sizes in one form: torch writes one number of rows as `B*(T - 1)` and as `B*T - B`."""
+    return tuple(size if isinstance(size, int) else sympy.expand(size) for size in sizes)
 
 
 HIDING = frozenset((*PADDED.values(), *PADDED_AND_MORE.values()))  # masks that hide padded keys
@@ -95,7 +101,7 @@ def is_size(node: Node) -> bool:
 def shape_of(node: Any) -> tuple[Size, ...]:
     """Returns the sizes of a tensor, which are compared without guards; none if it is no tensor."""
     value = node.meta.get("example_value") if isinstance(node, Node) else None
-    return sizes_of(value.shape) if isinstance(value, Tensor) else ()
+    return expanded(sizes_of(value.shape)) if isinstance(value, Tensor) else ()
 
 
 def layout_of(node: Node, batch: Batch) -> Layout | tuple[Layout, ...] | None:
@@ -138,7 +144,7 @@ def shapes_of(node: Node) -> list[tuple[Size, ...]]:
     """Returns the sizes of the tensors that a node returns."""
     value = node.meta.get("example_value")
     values = value if isinstance(value, (tuple, list)) else (value,)
-    return [sizes_of(v.shape) for v in values if isinstance(v, Tensor)]
+    return [expanded(sizes_of(v.shape)) for v in values if isinstance(v, Tensor)]
 
 
 def _check_sizes(layout: Layout, shape: tuple[Size, ...], batch: Batch, name: str) -> None:
