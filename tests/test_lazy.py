@@ -65,6 +65,34 @@ def test_shape_and_dtype_need_no_values(leaves, name):
     assert function.calls == 0
 
 
+MADE_LIKE_IT = {
+    "zeros_like": torch.zeros_like,
+    "zeros_like in another dtype": lambda t: torch.zeros_like(t, dtype=torch.int64),
+    "ones_like of a cut": lambda t: torch.ones_like(t.detach()),
+    "full_like": lambda t: torch.full_like(t, 2.5),
+    "empty_like on another device": lambda t: torch.empty_like(t, device="meta"),
+    "randn_like": torch.randn_like,
+    "rand_like": torch.rand_like,
+    "new_zeros": lambda t: t.new_zeros(2, 3),
+    "new_full": lambda t: t.new_full((2,), 3),
+    "new_ones of whole numbers": lambda t: t.new_ones((2,), dtype=torch.int32),
+    "new_tensor": lambda t: t.new_tensor([1.0, 2.0]),
+    "new_empty_strided": lambda t: t.new_empty_strided((2, 3), (1, 2)).fill_(1),
+}
+
+
+@pytest.mark.parametrize("name", MADE_LIKE_IT)
+def test_tensors_made_like_it_need_no_values(leaves, name):
+    function, make = Counted(), MADE_LIKE_IT[name]
+    torch.manual_seed(0)
+    found = make(made(*leaves, function))
+    torch.manual_seed(0)
+    expected = make(F.linear(*leaves))
+    assert function.calls == 0 and type(found) is torch.Tensor
+    assert (found.device, found.stride(), found.requires_grad) == (expected.device, expected.stride(), False)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
 def test_casts_and_detach_stay_lazy(leaves):
     function = Counted()
     t = made(*leaves, function)

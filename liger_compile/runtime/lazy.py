@@ -37,6 +37,23 @@ from liger_compile.torch_internals.tensors import DATA, without_memory, without_
 # Operations that stay lazy, besides a copy in another dtype: aliases of the same memory.
 _ALIASES = (torch.ops.aten.detach.default, torch.ops.aten.alias.default)
 
+_aten = torch.ops.aten
+# Operators that make a tensor like their first argument, and read its shape, strides, dtype and device only.
+_FACTORIES = frozenset(
+    packet.default
+    for packet in (
+        *(
+            _aten.zeros_like,
+            _aten.ones_like,
+            _aten.empty_like,
+            _aten.full_like,
+            _aten.rand_like,
+            _aten.randn_like,
+        ),
+        *(_aten.new_zeros, _aten.new_ones, _aten.new_empty, _aten.new_full, _aten.new_empty_strided),
+    )
+)
+
 
 class Gradient:
     """Whether somebody may read the gradient of a LazyTensor, which no answer of its meaning adds to otherwise."""
@@ -268,6 +285,9 @@ class LazyTensor(Tensor):
                 result = _deferred(func, args, kwargs)
                 if result is not NotImplemented:
                     return result
+            if func in _FACTORIES:
+                like, *others = args
+                return func(_like(like), *others, **{**kwargs, "device": kwargs.get("device") or like.device})
             return _computed(func, args, kwargs)
 
     # Another compiled function takes the values as its input. It traces a view as a tensor of its own, because the
