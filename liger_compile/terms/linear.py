@@ -110,7 +110,7 @@ def of_size(size: Size) -> Linear:
         return Linear(size)
     constant, parts = 0, {}
     for part, coefficient in sympy.expand(size).as_coefficients_dict().items():
-        if not coefficient.is_Integer:
+        if not isinstance(coefficient, (int, sympy.Integer)):
             raise UnreadError(f"it depends on the size {size}, which is no sum of sizes")
         if part == 1:
             constant = int(coefficient)
