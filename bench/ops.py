@@ -124,6 +124,7 @@ def measure(op: Op, shape: tuple[int, ...], chosen: argparse.Namespace) -> Itera
 def _rows_of_passes(
     found: Mapping[str, list[float]], floors: Mapping[str, float], fact: Row
 ) -> Iterator[Row]:
+    """A row for each pass, and for both together."""
     samples = dict(found)
     if "both" not in samples:
         samples["both"] = [sum(pair) for pair in zip(*samples.values(), strict=True)]

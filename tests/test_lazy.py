@@ -73,6 +73,8 @@ MADE_LIKE_IT = {
     "empty_like on another device": lambda t: torch.empty_like(t, device="meta"),
     "randn_like": torch.randn_like,
     "rand_like": torch.rand_like,
+    "randint_like": lambda t: torch.randint_like(t, 9),
+    "randint_like from 3": lambda t: torch.randint_like(t, 3, 9),
     "new_zeros": lambda t: t.new_zeros(2, 3),
     "new_full": lambda t: t.new_full((2,), 3),
     "new_ones of whole numbers": lambda t: t.new_ones((2,), dtype=torch.int32),

@@ -89,7 +89,7 @@ class Reading:
         """Take note of a function that needed the values, once for each line of the user's code."""
         name = getattr(function, "__name__", None) or "an operation"
         if name in ("__get__", "__set__"):  # of a property, such as `T`
-            name = getattr(function.__self__, "__name__", name)
+            name = getattr(getattr(function, "__self__", None), "__name__", name)
         text = (
             f"the logits are computed, because {name} at {_place()} needs their values: this is no question about "
             "their softmax that is answered without them"

@@ -37,20 +37,16 @@ from liger_compile.torch_internals.tensors import DATA, without_memory, without_
 # Operations that stay lazy, besides a copy in another dtype: aliases of the same memory.
 _ALIASES = (torch.ops.aten.detach.default, torch.ops.aten.alias.default)
 
-_aten = torch.ops.aten
 # Operators that make a tensor like their first argument, and read its shape, strides, dtype and device only.
 _FACTORIES = frozenset(
-    packet.default
-    for packet in (
+    getattr(getattr(torch.ops.aten, name), overload)
+    for name, overload in (
         *(
-            _aten.zeros_like,
-            _aten.ones_like,
-            _aten.empty_like,
-            _aten.full_like,
-            _aten.rand_like,
-            _aten.randn_like,
+            (f"{kind}_like", "default")
+            for kind in ("zeros", "ones", "empty", "full", "rand", "randn", "randint")
         ),
-        *(_aten.new_zeros, _aten.new_ones, _aten.new_empty, _aten.new_full, _aten.new_empty_strided),
+        *((f"new_{kind}", "default") for kind in ("zeros", "ones", "empty", "full", "empty_strided")),
+        ("randint_like", "low_dtype"),
     )
 )
 

@@ -62,11 +62,11 @@ class Cut:
         optimizer = copy.copy(self.optimizer)
         compile_part = optimizer.backend_compile_fn
 
-        def compiled(part: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-            part_is_whole = part is gm
+        def compiled(part: GraphModule, inputs: Sequence[Any], **settings: Any) -> Callable[..., Any]:
+            is_whole = part is gm  # in one bucket; its first call is the user's
             part = part if marked is None else marked(part)
-            with contextlib.nullcontext() if part_is_whole else _first_call_returns_fakes():
-                return compile_part(part, inputs)
+            with contextlib.nullcontext() if is_whole else _first_call_returns_fakes():
+                return compile_part(part, inputs, **settings)
 
         optimizer.backend_compile_fn = compiled
         with _cutting_where(may_begin):
